@@ -1,0 +1,134 @@
+"""One attention call, with everything that differs between families kept here and nowhere else.
+
+    scores_ij  = scale · ⟨q_i, k_j⟩,  soft-capped to c · tanh(scores / c) where the family does so
+    A_ij       = exp(scores_ij + mask_ij) / (Σ_j' exp(scores_ij' + mask_ij') + exp(sink))
+    z_i        = Σ_j A_ij v_j
+
+Grouped queries: `heads` counts query heads; query head h reads key-value head h // (heads / kv_heads).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer hands to the seam, after rotary embedding and cache.
+
+    Attributes:
+        layer: index of the layer, counted from 0 in the order in which the layers run.
+        q, k, v: queries, keys and values.
+        scale: factor on the scores.
+        mask: which keys a query sees: boolean (True = sees) or additive; None with `causal` means j <= i.
+        causal: whether `mask is None` stands for the causal mask (else: everything is seen).
+        softcap: bound c of the soft cap on the scores, or None.
+        sinks: one extra logit per head in the denominator, or None; rows then sum to less than 1.
+    """
+
+    layer: int
+    q: Float[Tensor, "batch heads query dim"]
+    k: Float[Tensor, "batch kv_heads key dim"]
+    v: Float[Tensor, "batch kv_heads key dim_v"]
+    scale: float
+    mask: Tensor | None = None
+    causal: bool = True
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key-value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Scores, patterns and their sums are formed in float32 at least, whatever the weights are."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def visible(
+        self, rows: Int[Tensor, " rows"], keys: slice
+    ) -> Bool[Tensor, "rows keys"] | Tensor | None:
+        """The mask of some query rows over a range of keys, broadcastable to [batch, heads, rows, keys]."""
+        if self.mask is not None:
+            return self.mask[..., rows, keys]
+        if not self.causal:
+            return None
+        offset = self.k.shape[2] - self.q.shape[2]
+        columns = torch.arange(keys.start, keys.stop, device=rows.device)
+        return columns <= (rows + offset)[:, None]
+
+    def scores(
+        self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """Scaled and soft-capped scores, before the mask."""
+        scores = grouped(q, k.transpose(-1, -2), self.groups) * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def softmax(
+        self, scores: Float[Tensor, "batch heads rows keys"], visible: Tensor | None
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """The attention pattern A of masked scores, with the sink's share left out."""
+        if visible is not None:
+            if visible.dtype == torch.bool:
+                scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + visible.to(scores.dtype)
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        sinks = self.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
+    def pattern(self) -> Float[Tensor, "batch heads query key"]:
+        """The whole pattern A, materialised: the literal twin of every streamed computation."""
+        q, k = self.q.to(self.compute_dtype), self.k.to(self.compute_dtype)
+        rows = torch.arange(q.shape[2], device=q.device)
+        return self.softmax(self.scores(q, k), self.visible(rows, slice(0, k.shape[2])))
+
+    def apply(
+        self, pattern: Float[Tensor, "batch heads query key"]
+    ) -> Float[Tensor, "batch heads query dim_v"]:
+        """z = A v."""
+        return grouped(pattern, self.v.to(pattern.dtype), self.groups).to(self.v.dtype)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether torch's fused kernel computes exactly this call."""
+        return self.softcap is None and self.sinks is None
+
+    def fused(self) -> Float[Tensor, "batch heads query dim_v"]:
+        """The output through torch's fused kernel; only where `fusable`."""
+        return F.scaled_dot_product_attention(
+            self.q,
+            self.k,
+            self.v,
+            attn_mask=self.mask,
+            is_causal=self.mask is None and self.causal and self.q.shape[2] > 1,
+            scale=self.scale,
+            enable_gqa=self.groups > 1,
+        )
+
+
+def grouped(
+    left: Float[Tensor, "batch heads rows inner"],
+    right: Float[Tensor, "batch kv_heads inner columns"],
+    groups: int,
+) -> Float[Tensor, "batch heads rows columns"]:
+    """Product of per-query-head matrices with per-key-value-head ones, without repeating the latter."""
+    batch, heads, rows, inner = left.shape
+    folded = left.reshape(batch, heads // groups, groups * rows, inner)
+    return (folded @ right).view(batch, heads, rows, right.shape[-1])
+
+
+def grouped_transposed(
+    left: Float[Tensor, "batch heads rows columns"],
+    right: Float[Tensor, "batch heads rows inner"],
+    groups: int,
+) -> Float[Tensor, "batch kv_heads columns inner"]:
+    """Σ over the rows and the query heads of each group of leftᵀ right."""
+    batch, heads, rows, columns = left.shape
+    shape = (batch, heads // groups, groups * rows)
+    return left.reshape(*shape, columns).transpose(-1, -2) @ right.reshape(*shape, right.shape[-1])

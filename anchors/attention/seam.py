@@ -1,0 +1,203 @@
+"""The seam: the one place through which every attention call of every layer passes.
+
+transformers lets an attention function be registered and chosen by name; it receives q, k and v after rotary
+embedding and cache, the mask and the scale. `route` puts a model on it and proves, with one small run, that each of
+its layers arrives there exactly once; a family that routes its attention elsewhere is refused.
+
+    with seam(routed, edits=[...], taps=[...]):
+        loss(model(ids)).backward()
+
+A layer without edit and tap runs torch's fused kernel. On leaving, every edit and tap must have fired in every
+layer it names.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from anchors.attention import gptj
+from anchors.attention.call import AttentionCall
+from anchors.attention.edits import Edit
+from anchors.attention.streaming import streaming
+from anchors.attention.taps import Tap
+from anchors.errors import AnchorsError, RoutingError
+
+NAME = "anchors"
+IGNORED = {"position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
+"""Tensors that some families pass along and that do not enter the arithmetic after q, k and v are made."""
+
+
+@dataclass
+class _Session:
+    layer_of: dict[nn.Module, int]
+    edits: Sequence[Edit] = ()
+    taps: Sequence[Tap] = ()
+    reached: list[nn.Module] = field(default_factory=list)
+    fired: set[tuple[int, int]] = field(default_factory=set)
+
+    def run(self, call: AttentionCall) -> Tensor:
+        edits = [edit for edit in self.edits if call.layer in edit.layers]
+        taps = [tap for tap in self.taps if call.layer in tap.layers]
+        for actor in (*edits, *taps):
+            self.fired.add((id(actor), call.layer))
+        if edits and taps:
+            raise AnchorsError(
+                f"Layer {call.layer} has an edit and a tap at once.", "Run them one after the other."
+            )
+        if edits:
+            return _edited(call, edits)
+        if taps or not call.fusable:
+            return streaming(call, taps)
+        return call.fused()
+
+    def verify(self) -> None:
+        for actor in (*self.edits, *self.taps):
+            missed = sorted(layer for layer in actor.layers if (id(actor), layer) not in self.fired)
+            if missed:
+                name = getattr(actor, "name", type(actor).__name__)
+                raise RoutingError(
+                    f"{name!r} did not fire in layer{'s' * (len(missed) > 1)} {missed}: nothing was changed or seen there.",
+                    f"The model has layers 0 to {len(self.layer_of) - 1}, and the model must be run inside the seam.",
+                )
+
+
+def _edited(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
+    """Literal: the whole pattern is formed, so that any edit and any derivative is possible."""
+    dtype = call.compute_dtype
+    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    visible = call.visible(rows, slice(0, call.k.shape[2]))
+    scores = call.scores(call.q.to(dtype), call.k.to(dtype))
+    seen = (
+        torch.ones_like(scores[:1, :1], dtype=torch.bool)
+        if visible is None
+        else visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+    )
+    for edit in edits:
+        if edit.bias is not None:
+            bias = edit.bias(call).to(scores)
+            _demand_effect(edit, call, (bias != 0) & seen)
+            scores = scores + bias
+    pattern = call.softmax(scores, visible)
+    for edit in edits:
+        if edit.weight is not None:
+            weight = edit.weight(call).to(pattern)
+            _demand_effect(edit, call, (weight != 1) & seen)
+            pattern = pattern * weight
+    return call.apply(pattern)
+
+
+def _demand_effect(edit: Edit, call: AttentionCall, touched: Tensor) -> None:
+    if not edit.neutral and not touched.any():
+        raise AnchorsError(
+            f"{edit.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
+            "Check its positions (a sliding window may hide them), or declare the edit neutral.",
+        )
+
+
+_active: ContextVar[_Session | None] = ContextVar("anchors_seam", default=None)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`."""
+    unknown = [n for n, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and n not in IGNORED]
+    if unknown:
+        raise RoutingError(
+            f"{type(module).__name__} passes {unknown} to its attention, which the seam does not know.",
+            "This family needs support in anchors/attention/call.py.",
+        )
+    if dropout:
+        raise RoutingError(f"{type(module).__name__} asks for attention dropout {dropout}.", "Call model.eval().")
+    session = _active.get()
+    known = session is not None and module in session.layer_of
+    call = AttentionCall(
+        layer=session.layer_of[module] if session is not None and known else -1,
+        q=query,
+        k=key,
+        v=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        mask=attention_mask,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    if session is not None:
+        session.reached.append(module)
+    if session is not None and known:
+        z = session.run(call)
+    else:
+        z = call.fused() if call.fusable else streaming(call, ())
+    return z.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Put a model on the seam; returns its attention modules, by layer.
+
+    Raises:
+        RoutingError: when a layer's attention does not arrive at the seam exactly once.
+    """
+    if not gptj.bridge(model, attend, NAME):
+        if not model._can_set_attn_implementation():
+            raise RoutingError(
+                f"{type(model).__name__} computes attention in its own code, not through transformers' "
+                "AttentionInterface: edits on it would silently do nothing.",
+                "Families known to work: GPT-2, GPT-J, GPT-NeoX, Llama, Qwen 2 and 3, Gemma 2 and 3, Mistral, OPT, Phi-3.",
+            )
+        model.set_attn_implementation(NAME)
+    session = _Session(layer_of={})
+    ids = torch.arange(4, device=model.device)[None]
+    token = _active.set(session)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        _active.reset(token)
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(session.reached) != layers or len(set(session.reached)) != layers:
+        raise RoutingError(
+            f"{type(model).__name__} has {layers} layers, but {len(session.reached)} attention calls of "
+            f"{len(set(session.reached))} modules arrived at the seam.",
+            "Models with recurrent or shared layers cannot be analysed: not every layer has attention of its own.",
+        )
+    return tuple(session.reached)
+
+
+@contextmanager
+def seam(
+    modules: Sequence[nn.Module], *, edits: Iterable[Edit] = (), taps: Iterable[Tap] = ()
+) -> Iterator[None]:
+    """Apply edits and taps to the attention of a routed model, as returned by `route`.
+
+    Raises:
+        RoutingError: on leaving, when an edit or a tap did not fire in a layer it names.
+        AnchorsError: when an edit changes no visible entry of a layer it names.
+    """
+    layer_of = {module: layer for layer, module in enumerate(modules)}
+    session = _Session(layer_of, tuple(edits), tuple(taps))
+    token = _active.set(session)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+    session.verify()

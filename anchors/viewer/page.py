@@ -1,0 +1,114 @@
+"""Turn a payload of plain data into the viewer's page (`page.html`, beside this file)."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+_ROLES = ("text", "format", "label", "target")
+_SUMS = ("s_wp", "s_pq", "s_ww")
+# Escaped, these cannot end the script element, and the page stays plain ASCII where the data lies.
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def edges(matrix: np.ndarray, keep: int = 300) -> list[list[int | float]]:
+    """The `keep` strongest flows of one layer, strongest first, as `[query, key, weight]`.
+
+    `matrix` is I_l, [T, T]: row i receives, column j is the source. Only j < i with a weight above zero
+    counts; equal weights keep the reading order (i, then j). Weights are rounded to 4 significant digits.
+    """
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"edges() takes a square matrix [T, T], not one of shape {list(matrix.shape)}")
+    if keep < 0:
+        raise ValueError(f"keep must be at least 0, not {keep}")
+    rows, columns = np.tril_indices(matrix.shape[0], k=-1)
+    weights = matrix[rows, columns].astype(np.float64)
+    if not np.isfinite(weights).all():
+        bad = int(np.flatnonzero(~np.isfinite(weights))[0])
+        raise ValueError(f"matrix[{rows[bad]}, {columns[bad]}] is {weights[bad]}, not a finite number")
+    chosen = np.flatnonzero(weights > 0)
+    if 0 < keep < len(chosen):  # drop what cannot be among the first, so that only few are sorted
+        chosen = chosen[weights[chosen] >= np.partition(weights[chosen], -keep)[-keep]]
+    order = chosen[np.argsort(-weights[chosen], kind="stable")[:keep]]
+    return [[int(rows[k]), int(columns[k]), float(f"{weights[k]:.4g}")] for k in order]
+
+
+def render_page(payload: dict[str, Any]) -> str:
+    """The whole page as one string: no file beside it, no network, no library.
+
+    Raises ValueError, naming the field, where a number is NaN or infinite or the lists do not fit together.
+    """
+    try:
+        data = json.dumps(payload, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+    except (TypeError, ValueError) as error:
+        for field, value in _leaves(payload, ""):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"payload{field} is {value}, not a finite number") from None
+            if not isinstance(value, str | int | float | None):
+                raise TypeError(f"payload{field} is a {type(value).__name__}, not plain JSON data") from None
+        raise error
+    _check(payload)
+    title = str(payload["title"]).encode("utf-8", "replace").decode("utf-8")
+    parts = {"title": html.escape(title), "payload": data}
+    template = files("anchors.viewer").joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(title|payload)\}\}", lambda found: parts[found[1]], template)
+
+
+def _leaves(value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{field}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from _leaves(item, f"{field}[{at}]")
+    else:
+        yield field, value
+
+
+def _check(payload: dict[str, Any]) -> None:
+    """Reject a payload that the page would draw wrongly without a word."""
+    if not payload["prompts"]:
+        raise ValueError("payload['prompts'] is empty: the page needs at least one prompt")
+    curves = payload["curves"]
+    for field in _SUMS if curves else ():
+        for part in ("mean", "low", "high"):
+            if len(curves[field][part]) != len(curves["layers"]):
+                raise ValueError(f"payload['curves']['{field}']['{part}'] is not one number per layer")
+    for at, prompt in enumerate(payload["prompts"]):
+        for field, fault in _faults(prompt):
+            raise ValueError(f"payload['prompts'][{at}]['{field}'] {fault}")
+
+
+def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    length, depth, labels = len(prompt["tokens"]), len(prompt["s_wp"]), range(len(prompt["labels"]))
+    for field, wanted, what in (
+        ("roles", length, "tokens"),
+        ("classes", length, "tokens"),
+        ("probabilities", len(labels), "labels"),
+        ("edges", len(prompt["layers"]), "layers"),
+        ("s_pq", depth, "layers of s_wp"),
+        ("s_ww", depth, "layers of s_wp"),
+    ):
+        if len(prompt[field]) != wanted:
+            yield field, f"has {len(prompt[field])} entries for {wanted} {what}"
+    for role in prompt["roles"]:
+        if role not in _ROLES:
+            yield "roles", f"holds {role!r}; known are {', '.join(_ROLES)}"
+    if prompt["predicted"] not in labels:
+        yield "predicted", f"holds {prompt['predicted']}, no index of its labels"
+    for field, used in (("gold", [prompt["gold"]]), ("classes", prompt["classes"])):
+        for index in used:
+            if index is not None and index not in labels:
+                yield field, f"holds {index}, no index of its labels"
+    for layer, flows in zip(prompt["layers"], prompt["edges"], strict=True):
+        if not 0 <= layer < depth:
+            yield "layers", f"holds {layer}; its sums have {depth} layers"
+        for i, j, w in flows:
+            if not (0 <= j < i < length and w > 0):
+                yield "edges", f"of layer {layer} holds {[i, j, w]}; need 0 <= j < i < {length} and w > 0"
