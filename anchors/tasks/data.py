@@ -62,7 +62,9 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
     """
     if source in (None, "builtin"):
         if task.name not in TASKS:
-            raise AnchorsError(f"Task {task.name!r} has no built-in data.", "Give --data with a file or a directory.")
+            raise AnchorsError(
+                f"Task {task.name!r} has no built-in data.", "Give --data with a file or a directory."
+            )
         if task.labels != TASKS[task.name].labels:
             raise AnchorsError(
                 f"The built-in data of {task.name!r} is labelled {list(TASKS[task.name].labels)}, not {list(task.labels)}.",
@@ -70,7 +72,9 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
             )
         folder = files("anchors.tasks.builtin")
         train, test = (
-            _examples(task, pd.read_json(folder.joinpath(f"{task.name}.{part}.jsonl").open(), lines=True), part)
+            _examples(
+                task, pd.read_json(folder.joinpath(f"{task.name}.{part}.jsonl").open(), lines=True), part
+            )
             for part in ("train", "test")
         )
         name = "builtin"
@@ -84,11 +88,15 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
             train, test = (_examples(task, *_part(path, task.name, part)) for part in SPLITS)
         elif path.is_file():
             whole = _examples(task, _frame(path), path.name)
-            cut = [int(hashlib.sha256(e.text.encode()).hexdigest()[:8], 16) / 16**8 < test_share for e in whole]
+            cut = [
+                int(hashlib.sha256(e.text.encode()).hexdigest()[:8], 16) / 16**8 < test_share for e in whole
+            ]
             test = tuple(e for e, held_out in zip(whole, cut, strict=True) if held_out)
             train = tuple(e for e, held_out in zip(whole, cut, strict=True) if not held_out)
         else:
-            raise AnchorsError(f"The data {source!r} does not exist.", "Give `hub`, `builtin`, a file or a directory.")
+            raise AnchorsError(
+                f"The data {source!r} does not exist.", "Give `hub`, `builtin`, a file or a directory."
+            )
     for part, examples in (("train", train), ("test", test)):
         if not examples:
             raise AnchorsError(f"The {part} part of {name!r} is empty.", "Give more examples.")
@@ -130,7 +138,9 @@ def _frame(path: Path) -> pd.DataFrame:
             case ".parquet":
                 frame = pd.read_parquet(path)
             case _:
-                raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", f"One of {', '.join(SUFFIXES)}.")
+                raise AnchorsError(
+                    f"Files ending in {path.suffix!r} are not read.", f"One of {', '.join(SUFFIXES)}."
+                )
     except AnchorsError:
         raise
     except (ValueError, OSError) as error:
@@ -168,7 +178,9 @@ def _hub(task: Task) -> tuple[tuple[Example, ...], ...]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise AnchorsError("The package `datasets` is not installed.", "pip install 'label-anchors[hub]'") from error
+        raise AnchorsError(
+            "The package `datasets` is not installed.", "pip install 'label-anchors[hub]'"
+        ) from error
     hub = task.hub
     parts = []
     for split in (hub.train, hub.test):

@@ -4,6 +4,7 @@ A prompt is joined from pieces whose roles are known; the tokenizer's character 
 Token ids are never searched.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -90,9 +91,7 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
                 )
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
     return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
@@ -145,7 +144,9 @@ def tokenise(
         classes += [label] * len(kept)
     expected = sum(1 for _, role, _ in pieces if role == "label")
     if len(members) != expected:
-        raise AnchorsError(f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens.")
+        raise AnchorsError(
+            f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens."
+        )
     return Prompt(
         text=text,
         ids=tuple(ids),
@@ -170,14 +171,20 @@ def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Pi
 
 
 def build(
-    task: Task, tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Example], query: str, gold: int | None
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Example],
+    query: str,
+    gold: int | None,
 ) -> Prompt:
     """The prompt of some demonstrations and one query."""
     words = label_tokens(task, tokenizer)
     return tokenise(pieces(task, demonstrations, query), task, tokenizer, words, gold)
 
 
-def from_text(text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, truth: str | None = None) -> Prompt:
+def from_text(
+    text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, truth: str | None = None
+) -> Prompt:
     """A prompt that somebody wrote as a whole: label words are found where they follow the template's prefix.
 
     Args:
@@ -208,7 +215,7 @@ def from_text(text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, trut
                 "Check --labels and the spelling in the prompt.",
             )
         label, word = max(found, key=lambda pair: len(pair[1]))
-        parts += _roles(head, task) + [(task.space + word, "label", label)]
+        parts += [*_roles(head, task), (task.space + word, "label", label)]
         rest = tail[len(task.space + word) :]
     parts += _roles(rest, task)
     if not any(role == "label" for _, role, _ in parts):
@@ -254,9 +261,7 @@ class Drawn:
     prompt: Prompt
 
 
-def draw(
-    task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int
-) -> list[Drawn]:
+def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int) -> list[Drawn]:
     """The first `examples` prompts of a seed's endless, reproducible list.
 
     Prompt i depends on the seed and on i alone, so that asking for more keeps the earlier ones. Queries come in a
@@ -311,8 +316,6 @@ def within_context(
 
 def _longest_demonstration(prompt: Prompt) -> tuple[int, int]:
     ends = [-1, *prompt.label_positions]
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     return longest + 1, lengths[longest]
-
-

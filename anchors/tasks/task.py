@@ -76,7 +76,9 @@ class Task:
                 f"Label words must be different and not empty; got {list(self.labels)}.", "Rename one."
             )
         if self.policy not in POLICIES:
-            raise AnchorsError(f"Unknown label-word policy {self.policy!r}.", f"One of {', '.join(POLICIES)}.")
+            raise AnchorsError(
+                f"Unknown label-word policy {self.policy!r}.", f"One of {', '.join(POLICIES)}."
+            )
 
     @property
     def prefix(self) -> str:

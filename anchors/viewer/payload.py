@@ -1,0 +1,108 @@
+"""What the page shows of a few prompts, as plain data."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from anchors.flow.saliency import flow
+from anchors.models import LanguageModel
+from anchors.stats import SUMS, flow_summary
+from anchors.tasks.prompts import Prompt
+from anchors.tasks.task import Task
+from anchors.viewer.page import edges
+
+
+def shown_tokens(model: LanguageModel, prompt: Prompt) -> list[str]:
+    """Each token as the piece of the prompt's text it stands for."""
+    encoded = model.tokenizer(prompt.text, return_offsets_mapping=True)
+    spans = encoded["offset_mapping"][: len(prompt.ids)]
+    # A character cut over several tokens belongs to the first of them; the others show their own bytes.
+    tokens, end = [], 0
+    for token, (a, b) in zip(prompt.ids, spans, strict=True):
+        tokens.append(prompt.text[max(a, end) : b] or model.tokenizer.decode([token]))
+        end = max(end, b)
+    return tokens
+
+
+def prompt_payload(
+    model: LanguageModel,
+    task: Task,
+    prompt: Prompt,
+    name: str,
+    layers: Sequence[int],
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """One prompt: tokens, roles, the strongest edges of I_l by layer, the three sums, the label probabilities.
+
+    A prompt without a right answer is differentiated against the model's own prediction, and says so.
+    """
+    notes = list(notes)
+    if prompt.gold is None:
+        guess = int(flow(model, [replace(prompt, gold=0)]).probabilities[0].argmax())
+        prompt_run = replace(prompt, gold=guess)
+        notes.append(
+            f"No right answer was given: the loss is that of the model's own prediction, {task.labels[guess]}."
+        )
+    else:
+        prompt_run = prompt
+    result = flow(model, [prompt_run], maps=layers)
+    classes: list[int | None] = [None] * len(prompt.ids)
+    for position, label in zip(prompt.label_positions, prompt.label_classes, strict=True):
+        classes[position] = label
+    return {
+        "name": name,
+        "tokens": shown_tokens(model, prompt),
+        "roles": list(prompt.roles),
+        "classes": classes,
+        "labels": list(task.labels),
+        "gold": prompt.gold,
+        "predicted": int(result.probabilities[0].argmax()),
+        "probabilities": [float(p) for p in result.probabilities[0]],
+        "layers": list(layers),
+        "edges": [edges(result.maps[layer][0].numpy()) for layer in layers],
+        "notes": notes,
+    } | {name: [float(x) for x in getattr(result.sums, name)[0]] for name in SUMS}
+
+
+def curves_payload(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The shares of the three sums by layer over all examples of one task, with their intervals."""
+    summary = flow_summary(rows)
+    if not np.isfinite(summary[["share_low", "share_high"]]).all(axis=None):
+        return None
+    by_metric = dict(list(summary.groupby("metric")))
+    return {
+        "layers": by_metric["s_wp"]["layer"].astype(int).tolist(),
+        "examples": int(summary["examples"].iloc[0]),
+    } | {
+        name: {
+            "mean": by_metric[name]["share"].tolist(),
+            "low": by_metric[name]["share_low"].tolist(),
+            "high": by_metric[name]["share_high"].tolist(),
+        }
+        for name in SUMS
+    }
+
+
+def payload(
+    title: str,
+    model: LanguageModel,
+    task: Task,
+    prompts: list[dict[str, Any]],
+    facts: dict[str, Any],
+    curves: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole page's data."""
+    flat = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
+    flat |= {f"version of {k}": v for k, v in facts.get("versions", {}).items()}
+    return {
+        "title": title,
+        "model": model.name,
+        "task": task.name,
+        "command": facts.get("command"),
+        "provenance": flat,
+        "curves": curves,
+        "prompts": prompts,
+    }

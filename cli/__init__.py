@@ -1,0 +1,30 @@
+"""The command `anchors`: parses, draws, and leaves the thinking to the library."""
+
+import typer
+
+from anchors.cli import check, flow, view
+
+app = typer.Typer(
+    help="Look inside in-context learning: how label words gather and pass on information (Label Words are Anchors).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+app.command("flow")(flow.flow)
+app.command("view")(view.view)
+app.command("check")(check.check)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    if show:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("label-anchors"))
+        raise typer.Exit
+
+
+def main() -> None:
+    app()

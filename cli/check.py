@@ -1,0 +1,57 @@
+"""`anchors check`: certify that the analyses are exact on a model."""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import out
+
+
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, directory or .gguf file; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Tasks whose label words are checked; default: all four.")
+    ] = None,
+    template: common.Template = None,
+    labels: common.Labels = None,
+    policy: common.Policy = None,
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    device_map: common.DeviceMap = None,
+    revision: common.Revision = None,
+    trust_remote_code: common.Remote = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Certify a model: seam, edits, saliency against its definition, batching, label words. Exit code 1 if one fails."""
+    with common.reporting():
+        from anchors.tasks.task import TASKS
+
+        own = template is not None and labels is not None
+        tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
+        lm = common.load_model(
+            model, device=device, precision=precision, device_map=device_map, revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        from anchors.check import check as certify
+        from anchors.tasks.data import read
+        from anchors.tasks.prompts import Draw, draw
+
+        sst2 = TASKS["sst2"]
+        prompts = [d.prompt for d in draw(sst2, read(sst2), lm.tokenizer, Draw(), 3)]
+        with common.err.status("checking"):
+            findings = certify(lm, prompts, tasks)
+        if as_json:
+            common.print_json([vars(f) for f in findings])
+        else:
+            table = Table(title=f"{escape(lm.name)}, {lm.precision} on {lm.device}", show_header=False)
+            for finding in findings:
+                mark = "[green]✓[/]" if finding.ok else "[bold red]✗[/]"
+                table.add_row(mark, escape(finding.name), escape(finding.detail))
+            out.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

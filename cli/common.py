@@ -1,0 +1,157 @@
+"""What the verbs share: options, errors to exit codes, progress. Nothing here imports torch when help is asked for."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from anchors.errors import AnchorsError, CertificateError
+
+if TYPE_CHECKING:
+    from anchors.models import LanguageModel
+    from anchors.tasks.task import Task
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub id, local directory or .gguf file; default: SmolLM2-135M-Instruct. The paper's models: "
+        "openai-community/gpt2-xl (6 GB of weights in float32, 3 GB in bfloat16) and EleutherAI/gpt-j-6b (24 GB, 12 GB).",
+        rich_help_panel="Model",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        "--dtype",
+        help="auto, float32, tf32 (float32 weights, TF32 products), bfloat16, float16, float64. "
+        "auto: float32 on the CPU, tf32 on CUDA.",
+        rich_help_panel="Model",
+    ),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread a large model, e.g. auto (needs accelerate).", rich_help_panel="Model")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel="Model")
+]
+Remote = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel="Model"
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Own task: e.g. 'Review: {text}\nSentiment:{label}' (\n is a line break).", rich_help_panel="Task"
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Label words in the order of the class numbers, with commas.", rich_help_panel="Task"),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Tokens of a label word that count: first, last or all.", rich_help_panel="Task"),
+]
+
+
+def tasks_from(names: list[str], template: str | None, labels: str | None, policy: str | None) -> "list[Task]":
+    """The tasks that the options name."""
+    from anchors.tasks.task import task
+
+    words = None if labels is None else [word.strip() for word in labels.split(",")]
+    wanted = [name for text in names for name in text.split(",")]
+    if template is not None and words is not None and not wanted:
+        return [task(None, template=template, labels=words, policy=policy)]
+    return [task(name, template=template, labels=words, policy=policy) for name in wanted or ["sst2"]]
+
+
+def load_model(model: str | None, **options: Any) -> "LanguageModel":
+    """Load a model, saying so."""
+    with err.status("loading torch and transformers"):
+        from transformers.utils import logging as transformers_logging
+
+        from anchors.models import load
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with err.status(f"loading {escape(model or 'the default model')}"):
+        return load(model, **options)
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130."""
+    logging.basicConfig(
+        format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
+    )
+    logging.getLogger("anchors").setLevel(logging.INFO)
+    try:
+        yield
+    except AnchorsError as error:
+        err.print(f"[bold red]error:[/] {escape(error.message)}")
+        if error.remedy:
+            err.print(f"       {escape(error.remedy)}")
+        raise typer.Exit(1 if isinstance(error, CertificateError) else 2) from error
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Any]:
+    """A bar with the time left, as a callback of (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=False) as bar:
+        row = bar.add_task(escape(name), total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def print_json(data: Any) -> None:
+    """Machine-readable output on standard output, and nothing else there."""
+    json.dump(data, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def layers_from(text: str | None, count: int) -> list[int]:
+    """`0,5,10-12` as a list of layers; None is all of them."""
+    if text is None:
+        return list(range(count))
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise AnchorsError(f"--layers {text!r} is not a list of layers.", "For example: --layers 0,5,10-12")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found or max(found) >= count:
+        raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+    return sorted(found)
+
+
+def shown(path: Path) -> str:
+    """A path for the console."""
+    return f"[cyan]{escape(str(path))}[/]"

@@ -1,0 +1,68 @@
+"""`anchors view`: the page for a prompt of one's own."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anchors.cli import common
+from anchors.cli.common import err, shown
+
+
+def view(
+    prompt: Annotated[str, typer.Argument(help="Text file with demonstrations and query, or - for standard input.")],
+    model: common.Model = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", "-t", help="Whose template and label words the prompt uses.", rich_help_panel="Task"),
+    ] = None,
+    template: common.Template = None,
+    labels: common.Labels = None,
+    policy: common.Policy = None,
+    truth: Annotated[
+        str | None, typer.Option(help="The right label; without it the loss is that of the model's own prediction.", rich_help_panel="Task")
+    ] = None,
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    device_map: common.DeviceMap = None,
+    revision: common.Revision = None,
+    trust_remote_code: common.Remote = False,
+    layers: Annotated[str | None, typer.Option(help="Layers on the page, e.g. 0,5,10-12.", rich_help_panel="Output")] = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="The page.", rich_help_panel="Output")] = Path("results/view.html"),
+) -> None:
+    """Write the page for one prompt: tokens by role, flow by layer, label probabilities.
+
+    Label words are found where they follow the template's prefix, e.g. after "\\nSentiment:". With --labels and no
+    --template, the prefix is what the prompt's last line holds.
+    """
+    with common.reporting():
+        from anchors.errors import AnchorsError
+
+        try:
+            text = sys.stdin.read() if prompt == "-" else Path(prompt).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AnchorsError(f"The prompt {prompt!r} cannot be read: {error}") from error
+        if not text.strip():
+            raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.")
+        if labels is not None and template is None and task is None:
+            template = "{text}\n" + text.rstrip().splitlines()[-1] + "{label}"
+        chosen = common.tasks_from([task] if task else [], template, labels, policy)[0]
+        from anchors.results import provenance, require_writable, write_atomic
+
+        require_writable(to.parent)
+        lm = common.load_model(
+            model, device=device, precision=precision, device_map=device_map, revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        from anchors.tasks.prompts import Drawn, from_text, within_context
+        from anchors.viewer import render_page
+        from anchors.viewer.payload import payload, prompt_payload
+
+        built = from_text(text, chosen, lm.tokenizer, truth=truth)
+        within_context([Drawn(0, built)], lm.context)
+        facts = provenance(model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device))
+        shown_prompt = prompt_payload(lm, chosen, built, prompt, common.layers_from(layers, lm.n_layers))
+        page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))
+        write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
+        err.print(shown(to))

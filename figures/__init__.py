@@ -1,0 +1,1 @@
+"""Figures: each a function from rows to a picture. Nothing here imports torch."""

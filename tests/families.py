@@ -1,0 +1,64 @@
+"""Tiny random models of many architectures, on which every invariant runs."""
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = WIDE | {"num_key_value_heads": 2}
+POSITIONS = {"max_position_embeddings": 512}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(n_layer=3, n_head=4, n_embd=32, n_positions=512),
+    "gptj": GPTJConfig(n_layer=3, n_head=4, n_embd=32, n_positions=512, rotary_dim=4),
+    "gpt_neox": GPTNeoXConfig(**WIDE, **POSITIONS),
+    "llama": LlamaConfig(**GROUPED, **POSITIONS),
+    "qwen2": Qwen2Config(**GROUPED, **POSITIONS),
+    "qwen3": Qwen3Config(**GROUPED, **POSITIONS, head_dim=8),
+    "mistral_window": MistralConfig(**GROUPED, **POSITIONS, sliding_window=16),
+    "gemma2_softcap_window": Gemma2Config(
+        **GROUPED, **POSITIONS, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, attn_logit_softcapping=2.0
+    ),
+    "gemma3_window": Gemma3TextConfig(
+        **GROUPED, **POSITIONS, head_dim=8, query_pre_attn_scalar=8, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "opt": OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32,
+        do_layer_norm_before=True, **POSITIONS,
+    ),
+    "phi3": Phi3Config(**GROUPED, **POSITIONS, pad_token_id=0),
+    "gpt_oss_sinks": GptOssConfig(
+        **GROUPED, **POSITIONS, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}  # fmt: skip
+
+
+def make(family: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model of a family, with weights large enough for attention to be far from uniform."""
+    torch.manual_seed(sorted(CONFIGS).index(family))
+    config = type(CONFIGS[family]).from_dict(CONFIGS[family].to_dict() | {"vocab_size": vocabulary})
+    config._attn_implementation = "eager"
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2:
+            torch.nn.init.normal_(weight, std=0.3)
+        elif "sinks" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    return model.to(dtype)

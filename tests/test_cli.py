@@ -1,0 +1,208 @@
+"""The commands as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from anchors.cli import app
+
+runner = CliRunner()
+ANCHORS = [sys.executable, "-c", "from anchors.cli import main; main()"]
+
+
+@pytest.fixture
+def tiny(model_directory: Path) -> list[str]:
+    return ["--model", str(model_directory), "--device", "cpu"]
+
+
+def invoke(*arguments: object):
+    return runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("verb", [[], ["flow"], ["view"], ["check"]])
+def test_help_answers_without_loading_torch(verb):
+    code = (
+        "import sys; from typer.testing import CliRunner; from anchors.cli import app; "
+        f"result = CliRunner().invoke(app, {[*verb, '--help']!r}); assert result.exit_code == 0, result.output; "
+        "assert 'Usage' in result.output; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_names_the_papers_models_and_their_memory():
+    text = " ".join(invoke("flow", "--help").output.replace("│", " ").split())
+    assert "gpt2-xl" in text
+    assert "gpt-j-6b" in text
+    assert "24 GB" in text
+
+
+def test_flow_leaves_rows_figure_and_page(tiny, tmp_path):
+    out = tmp_path / "out"
+    result = invoke(
+        "flow", *tiny, "-t", "sst2,trec", "-n", 4, "-o", out, "--csv", "--pages", 1, "--layers", "0,2"
+    )
+    assert result.exit_code == 0, result.output
+    assert "Information flow" in result.stdout
+    rows = pd.read_parquet(out / "flow.parquet")
+    assert set(rows["task"]) == {"sst2", "trec"}
+    per_example = rows[rows["metric"] == "s_pq"].groupby(["task", "number"]).size()
+    assert (per_example == 3).all()
+    assert len(per_example) == 8
+    probabilities = (
+        rows[rows["metric"].str.startswith("probability/")].groupby(["task", "number"])["value"].sum()
+    )
+    assert probabilities.sub(1).abs().max() < 1e-5
+    assert len(pd.read_csv(out / "flow.csv")) == len(rows)
+    facts = json.loads((out / "flow.json").read_text())
+    assert facts["examples"] == 4
+    assert Image.open(out / "flow.png").size[0] > 500
+    assert (out / "flow.pdf").read_bytes().startswith(b"%PDF")
+    for task in ("sst2", "trec"):
+        assert "application/json" in (out / f"flow_{task}.html").read_text()
+
+
+def test_flow_json_is_json_and_nothing_else(tiny, tmp_path):
+    result = invoke("flow", *tiny, "-n", 1, "-o", tmp_path, "--json", "--pages", 0)
+    found = json.loads(result.stdout)
+    assert {row["metric"] for row in found["summary"]} == {"s_wp", "s_pq", "s_ww"}
+    assert found["summary"][0]["low"] is None
+    assert found["fingerprint"]
+
+
+def test_own_task_without_writing_python(tiny, tmp_path):
+    rows = pd.DataFrame({"text": [f"thing {i}" for i in range(30)], "label": ["Happy", "Sad", "Angry"] * 10})
+    rows.to_csv(tmp_path / "my.csv", index=False)
+    result = invoke(
+        "flow", *tiny, "--data", tmp_path / "my.csv", "--template", r"Text: {text}\nMood:{label}",
+        "--labels", "Happy,Sad,Angry", "-n", 3, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "flow_own.html").is_file()
+
+
+BAD = {
+    "unknown task": (["-t", "nothing"], "Unknown task 'nothing'"),
+    "labels that collide": (["--template", "{text}:{label}", "--labels", "Positive,Positive mood", "--data", "{csv}"], "begin with the same token"),
+    "template without label": (["--template", "{text}", "--labels", "a,b"], "{label} 0 times"),
+    "file without the columns": (["--data", "{wrong}"], "lacks the column"),
+    "label not in the list": (["--data", "{csv}", "--labels", "Good,Bad"], "which is not one of"),
+    "empty file": (["--data", "{empty}"], "is empty"),
+    "missing directory": (["--data", "no/such/place"], "does not exist"),
+    "missing model": (["--model", "./no-such-model"], "does not exist"),
+    "corrupt GGUF": (["--model", "{gguf}"], "cannot be read"),
+    "NaN loss": (["--model", "{nan}"], "not a number"),
+    "bad layers": (["--layers", "7-9"], "layers 0 to 2"),
+    "bad seeds": (["--seeds", "x"], "not a number"),
+    "too long": (["--shots", "20"], "longer than the model's context"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_ends_in_a_message_exit_code_2_and_nothing_written(case, tiny, tmp_path, model_directory):
+    options, said = BAD[case]
+    places = {name: tmp_path / file for name, file in (("csv", "a.csv"), ("wrong", "b.csv"), ("empty", "c.csv"), ("gguf", "d.gguf"), ("nan", "nan"))}  # fmt: skip
+    rows = pd.DataFrame({"text": [f"t{i}" for i in range(30)], "label": ["Negative", "Positive"] * 15})
+    if "collide" in case:
+        rows["label"] = ["Positive", "Positive mood"] * 15
+    rows.to_csv(places["csv"], index=False)
+    rows.rename(columns={"text": "sentence"}).to_csv(places["wrong"], index=False)
+    places["empty"].touch()
+    places["gguf"].write_bytes(b"GGUF but not really")
+    if case == "NaN loss":
+        from safetensors.torch import load_file, save_file
+        from shutil import copytree
+
+        copytree(model_directory, places["nan"])
+        weights = load_file(places["nan"] / "model.safetensors")
+        weights["transformer.ln_f.weight"].fill_(float("nan"))
+        save_file(weights, places["nan"] / "model.safetensors", metadata={"format": "pt"})
+    for name, path in places.items():
+        options = [str(path) if o == f"{{{name}}}" else o for o in options]
+    if "--model" not in options:
+        options = [*tiny, *options]
+    out = tmp_path / "out"
+    result = invoke("flow", *options, "-n", 2, "-o", out)
+    assert result.exit_code == 2, result.output
+    assert said.split()[0] in result.stderr
+    assert " ".join(said.split()) in " ".join(result.stderr.split())
+    assert not [p for p in out.rglob("*") if p.is_file() and p.name != "config.json"]
+
+
+def test_an_out_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("flow", *tiny, "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+
+
+def test_check_is_green(model_directory):
+    result = invoke("check", model_directory, "--device", "cpu", "--json", "-t", "sst2")
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.stdout)
+    assert len(findings) == 7
+    assert all(f["ok"] for f in findings), findings
+    assert "✓" in invoke("check", model_directory, "--device", "cpu", "-t", "sst2").stdout
+
+
+def test_check_says_what_fails(model_directory):
+    result = invoke(
+        "check", model_directory, "--device", "cpu", "--template", "{text}:{label}", "--labels", "Positive,Positive mood"
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "✗" in result.stdout
+    assert "begin with the same token" in " ".join(result.stdout.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("options", [["--labels", "Negative,Positive"], ["--task", "sst2"]])
+def test_view_from_standard_input(tiny, tmp_path, options):
+    prompt = "Review: fine <b>fun</b>\nSentiment: Positive\nReview: dull\nSentiment: Negative\nReview: so so\nSentiment:"
+    page = tmp_path / "page.html"
+    result = runner.invoke(app, ["view", "-", *tiny, *options, "-o", str(page)], input=prompt)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert "<b>fun</b>" not in text
+    data = json.loads(text.split('type="application/json"', 1)[1].split(">", 1)[1].split("</script>")[0])
+    shown = data["prompts"][0]
+    assert "".join(shown["tokens"]) == prompt
+    assert [c for c in shown["classes"] if c is not None] == [1, 0]
+    assert shown["gold"] is None
+    assert "own prediction" in shown["notes"][0]
+
+
+def test_view_refuses_a_prompt_without_demonstrations(tiny, tmp_path):
+    (tmp_path / "p.txt").write_text("Review: fine\nSentiment:")
+    result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html")
+    assert result.exit_code == 2
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny, tmp_path):
+    """SIGKILL while batches are being written; the same command ends with the rows of an undisturbed run."""
+    command = ["flow", *tiny, "-n", "60", "--batch-size", "1", "--pages", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [*ANCHORS, *command, "-o", str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )  # fmt: skip
+    runs = tmp_path / "killed" / "runs"
+    deadline = time.monotonic() + 120
+    while len(list(runs.glob("*/batch-*.parquet"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "flow.parquet").exists()
+    for folder in ("killed", "whole"):
+        assert invoke(*command, "-o", tmp_path / folder).exit_code == 0
+    killed, whole = (pd.read_parquet(tmp_path / folder / "flow.parquet") for folder in ("killed", "whole"))
+    pd.testing.assert_frame_equal(killed, whole)
+    assert len(killed[killed["metric"] == "loss"]) == 60

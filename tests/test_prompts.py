@@ -1,0 +1,253 @@
+"""Tasks and prompts: positions come from spans, and what cannot work is refused by name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from anchors.errors import AnchorsError
+from anchors.tasks.data import Data, Example, read
+from anchors.tasks.prompts import Draw, build, draw, from_text, label_tokens, within_context
+from anchors.tasks.task import TASKS, Task, task
+
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"), exclude_characters="\r\u2028\u2029"), min_size=1, max_size=30
+).filter(lambda text: text.strip() == text and text)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("policy", ["first", "last", "all"])
+def test_every_task_yields_prompts_whose_roles_spell_the_template(name, policy, tokenizer):
+    spec = task(name, policy=policy)
+    for drawn in draw(spec, read(spec), tokenizer, Draw(), 20):
+        prompt = drawn.prompt
+        assert tokenizer.decode(prompt.ids) == prompt.text
+        assert prompt.text.endswith(spec.prefix)
+        assert prompt.roles[prompt.target] == "target"
+        words = label_tokens(spec, tokenizer)
+        kept = {"first": 1, "last": 1}.get(policy)
+        assert len(prompt.label_positions) == (
+            kept * len(spec.labels) if kept else sum(len(word) for word in words)
+        )
+        for position, label in zip(prompt.label_positions, prompt.label_classes, strict=True):
+            assert prompt.roles[position] == "label"
+            assert prompt.ids[position] in words[label]
+            if policy == "first":
+                assert prompt.ids[position] == words[label][0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(WORDS, min_size=3, max_size=5), order=st.permutations([0, 1]))
+def test_spans_survive_any_text(tokenizer, texts, order):
+    """Whatever the texts are, the label words are found exactly where the builder put them."""
+    spec = TASKS["sst2"]
+    shown = [Example(text, label) for text, label in zip(texts, order, strict=False)]
+    prompt = build(spec, tokenizer, shown, texts[-1], gold=0)
+    assert prompt.label_classes == tuple(order)
+    spans = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
+    end = 0
+    for position, label, example in zip(prompt.label_positions, prompt.label_classes, shown, strict=True):
+        a, b = spans[position]
+        assert prompt.text[a:b] == " " + spec.labels[label]
+        assert prompt.text[end:a].endswith(example.text + spec.prefix)
+        end = b
+    texts_of = [i for i, role in enumerate(prompt.roles) if role == "text"]
+    assert texts_of
+    assert len(prompt.roles) == len(prompt.ids)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_written_prompt_is_read_back_as_it_was_built(name, tokenizer):
+    spec = TASKS[name]
+    for drawn in draw(spec, read(spec), tokenizer, Draw(shots=2), 10):
+        again = from_text(drawn.prompt.text, spec, tokenizer, truth=spec.labels[drawn.prompt.gold])
+        assert again == drawn.prompt
+
+
+def test_asking_for_more_examples_keeps_the_earlier_ones(tokenizer):
+    spec = TASKS["agnews"]
+    data = read(spec)
+    few, many = (draw(spec, data, tokenizer, Draw(seed=7), n) for n in (5, 20))
+    assert many[:5] == few
+    assert draw(spec, data, tokenizer, Draw(seed=8), 5) != few
+
+
+def test_one_demonstration_set_per_seed_unless_fresh(tokenizer):
+    spec = TASKS["sst2"]
+    data = read(spec)
+
+    def demonstrations(fresh):
+        drawn = draw(spec, data, tokenizer, Draw(fresh=fresh, shots=3), 6)
+        return {d.prompt.text.rsplit("Review:", 1)[0] for d in drawn}
+
+    assert len(demonstrations(False)) == 1
+    assert len(demonstrations(True)) == 6
+    only = next(iter(demonstrations(False)))
+    texts = only.split("Review: ")[1:]
+    assert len(set(texts)) == len(texts) == 6
+
+
+def test_labels_that_begin_alike_are_refused_by_name(tokenizer):
+    spec = Task("own", "Text: {text}\nAnswer:{label}", ("Positive", "Positive mood"))
+    with pytest.raises(
+        AnchorsError, match=r"'Positive' and 'Positive mood' begin with the same token"
+    ) as caught:
+        label_tokens(spec, tokenizer)
+    assert "--labels" in caught.value.remedy
+
+
+def test_labels_that_end_alike_are_refused_under_last(tokenizer):
+    spec = Task("own", "Text: {text}\nAnswer:{label}", ("Happy Number", "Sad Number"), policy="last")
+    with pytest.raises(AnchorsError, match="coincide under the policy 'last'"):
+        label_tokens(spec, tokenizer)
+    assert label_tokens(replace(spec, policy="first"), tokenizer)
+
+
+def test_label_that_melts_with_the_template_is_refused():
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=_whitespace_words(["x", "A:yes", "A:no", "Q:"]), unk_token="?"
+    )
+    with pytest.raises(AnchorsError, match="melts"):
+        label_tokens(Task("own", "Q: {text}\nA:{label}", ("yes", "no")), _without_space(words))
+
+
+def _whitespace_words(vocabulary):
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["?", *vocabulary])}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return raw
+
+
+def _without_space(tokenizer):
+    """A tokenizer that drops spaces, so that `A:` and ` yes` become one word."""
+
+    class Gluing:
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1], "offset_mapping": [(0, len(text))]}
+
+    return Gluing()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("Review: {text}\nSentiment:", "holds {label} 0 times"),
+        ("Review:\nSentiment:{label}", "holds {text} 0 times"),
+        ("{label}: {text}", "the label comes before the text"),
+        ("{text} {text} {label}", "holds {text} 2 times"),
+    ],
+)
+def test_templates_that_cannot_work(template, said):
+    with pytest.raises(AnchorsError, match=said.replace("{", r"\{").replace("}", r"\}")):
+        task(None, template=template, labels=["a", "b"])
+
+
+@pytest.mark.parametrize("labels", [["one"], ["same", "same"], ["a", " "]])
+def test_labels_that_cannot_work(labels):
+    with pytest.raises(AnchorsError):
+        task(None, template="{text}:{label}", labels=labels)
+
+
+def test_space_before_the_label_belongs_to_the_label(tokenizer):
+    with_space, without = (
+        task(None, template=f"Review: {{text}}\nSentiment:{s}{{label}}", labels=["Negative", "Positive"])
+        for s in (" ", "")
+    )
+    shown = [Example("fine", 1), Example("dull", 0)]
+    assert (
+        build(with_space, tokenizer, shown, "so so", 0).text
+        == build(without, tokenizer, shown, "so so", 0).text
+    )
+    own_line = task(None, template="{text}\n{label}", labels=["Negative", "Positive"])
+    assert own_line.space == ""
+
+
+def test_what_follows_the_label_may_not_change_its_tokens(tokenizer):
+    spec = task(None, template="Review: {text}\nSentiment:{label}ly", labels=["Negative", "Positive"])
+    try:
+        prompt = build(spec, tokenizer, [Example("fine", 1), Example("dull", 0)], "so so", 0)
+    except AnchorsError as error:
+        assert "label word" in error.message
+    else:
+        assert all(
+            prompt.ids[p] == prompt.label_ids[c]
+            for p, c in zip(prompt.label_positions, prompt.label_classes, strict=True)
+        )
+
+
+def test_too_long_prompts_are_refused_or_counted(tokenizer):
+    spec = TASKS["sst2"]
+    long = "very " * 300 + "long"
+    data = Data(
+        (Example("fine", 1), Example("dull", 0), Example(long, 0)), (Example("so so", 0),) * 30, "here"
+    )
+    drawn = draw(spec, data, tokenizer, Draw(), 30)
+    lengths = [len(d.prompt.ids) for d in drawn]
+    assert max(lengths) > 200 > min(lengths)
+    with pytest.raises(AnchorsError, match=f"has {max(lengths)} tokens, .*demonstration number") as caught:
+        within_context(drawn, 200)
+    assert "--skip-too-long" in caught.value.remedy
+    fitting, skipped = within_context(drawn, 200, skip=True)
+    assert skipped == sum(n > 200 for n in lengths)
+    assert len(fitting) + skipped == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Review: fine\nSentiment: Positive\nReview: dull", "must end with"),
+        ("Review: dull\nSentiment:", "no demonstration"),
+        ("Review: fine\nSentiment: Great\nReview: dull\nSentiment:", "not one of the labels"),
+    ],
+)
+def test_written_prompts_that_cannot_work(text, said, tokenizer):
+    with pytest.raises(AnchorsError, match=said):
+        from_text(text, TASKS["sst2"], tokenizer)
+
+
+def test_a_bos_token_is_format_and_shifts_nothing(tokenizer):
+    prompts = []
+    for bos in (False, True):
+        raw = tokenizer.backend_tokenizer
+        copy = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(raw.to_str()), bos_token="<s>")
+        if bos:
+            from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+            copy.backend_tokenizer.post_processor = Sequence(
+                [
+                    ByteLevel(trim_offsets=False),
+                    TemplateProcessing(single="<s> $A", special_tokens=[("<s>", copy.bos_token_id)]),
+                ]
+            )
+        prompts.append(build(TASKS["sst2"], copy, [Example("fine", 1), Example("dull", 0)], "so so", 0))
+    plain, with_bos = prompts
+    assert with_bos.ids[1:] == plain.ids
+    assert with_bos.roles == ("format", *plain.roles)
+    assert with_bos.label_positions == tuple(p + 1 for p in plain.label_positions)
+
+
+def test_builtin_sets_are_balanced_and_without_repeats():
+    for name, spec in TASKS.items():
+        data = read(spec)
+        for part, least in ((data.train, 40), (data.test, 100)):
+            counts = np.bincount([e.label for e in part], minlength=len(spec.labels))
+            assert len(part) >= least
+            assert counts.min() == counts.max(), (name, counts)
+        texts = [e.text.lower() for e in (*data.train, *data.test)]
+        assert len(set(texts)) == len(texts)
+
+
+def test_builtin_sentences_are_not_the_benchmarks(shared):
+    def letters(text):
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    for name in ("sst2", "trec", "agnews"):
+        theirs = read(TASKS[name], str(shared / "datasets"))
+        known = {letters(e.text) for e in (*theirs.train, *theirs.test)}
+        ours = read(TASKS[name])
+        assert not known & {letters(e.text) for e in (*ours.train, *ours.test)}

@@ -1,0 +1,166 @@
+"""The seam: what is edited is edited, nothing else is, and what cannot be edited is refused."""
+
+import pytest
+import torch
+from families import make
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+from anchors.attention.call import AttentionCall
+from anchors.attention.edits import Edit, ban
+from anchors.attention.seam import own_attention, route, seam
+from anchors.attention.streaming import streaming
+from anchors.errors import AnchorsError, RoutingError
+from anchors.flow.saliency import collate
+from anchors.models import load
+
+
+def run(lm, batch):
+    with torch.no_grad():
+        return lm.logits_at(batch.ids, batch.target)
+
+
+def every_layer(lm):
+    return frozenset(range(lm.n_layers))
+
+
+def random_call(**changes):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=generator) for h in (4, 2, 2))
+    return AttentionCall(**({"layer": 0, "q": q, "k": k, "v": v, "scale": 0.35} | changes))
+
+
+CALLS = {
+    "causal": {},
+    "soft cap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "window": {"mask": (torch.ones(9, 9).tril() * torch.ones(9, 9).triu(-3)).bool()[None, None]},
+    "additive mask": {"mask": torch.full((9, 9), -torch.inf).triu(1)[None, None]},
+}
+
+
+def test_logits_through_the_seam_are_the_models_own(lm, prompts):
+    batch = collate(prompts)
+    through = run(lm, batch)
+    with own_attention(lm.model):
+        own = run(lm, batch)
+    again = run(lm, batch)
+    torch.testing.assert_close(through, own, rtol=1e-4, atol=1e-5)
+    assert torch.equal(through, again)
+
+
+def test_weights_of_one_change_nothing(lm, prompts):
+    batch = collate(prompts)
+    identity = Edit(every_layer(lm), weight=lambda call: torch.ones(1, 1, 1, 1), neutral=True)
+    with seam(lm.modules, edits=[identity]):
+        edited = run(lm, batch)
+    torch.testing.assert_close(edited, run(lm, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_ban_in_any_single_layer_changes_the_logits(lm, prompts):
+    batch = collate(prompts[:1])
+    before = run(lm, batch)
+    for layer in range(lm.n_layers):
+        key = batch.target[:, None] - 1
+        with seam(lm.modules, edits=[ban([layer], batch.target[:, None], key)]):
+            assert not torch.equal(run(lm, batch), before)
+    assert torch.equal(run(lm, batch), before)
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+def test_a_ban_zeroes_exactly_the_named_entries_and_renormalises(kind):
+    call = random_call(**CALLS[kind])
+    query, key = torch.tensor([[8, 7], [5, -1]]), torch.tensor([[7, 5], [4, -1]])
+    bias = ban([0], query, key).bias(call)
+    rows = torch.arange(9)
+    visible = call.visible(rows, slice(0, 9))
+    before = call.pattern()
+    after = call.softmax(call.scores(call.q, call.k) + bias, visible)
+    named = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    named[0, 0, 8, 7] = named[0, 0, 7, 5] = named[1, 0, 5, 4] = True
+    assert (after[named.expand_as(after)] == 0).all()
+    assert (before[named.expand_as(before)] > 0).all()
+    touched = named.any(-1, keepdim=True).expand_as(after)
+    assert torch.equal(after[~touched], before[~touched])
+    if kind != "sinks":
+        torch.testing.assert_close(after.sum(-1), torch.ones_like(after.sum(-1)))
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+def test_streamed_attention_and_its_gradients_equal_the_literal_ones(kind):
+    """Output and gradients of q, k and v against plain autograd through the materialised pattern, in float64."""
+    changes = {name: value.double() if name == "sinks" else value for name, value in CALLS[kind].items()}
+    base = random_call(**changes)
+    sides = []
+    for function in (lambda call: streaming(call, ()), lambda call: call.apply(call.pattern())):
+        q, k, v = (x.double().requires_grad_() for x in (base.q, base.k, base.v))
+        z = function(AttentionCall(0, q, k, v, base.scale, **changes))
+        gradients = torch.autograd.grad((z * torch.arange(z.numel()).view(z.shape).cos()).sum(), (q, k, v))
+        sides.append((z.detach(), *gradients))
+    for ours, literal in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, literal, rtol=1e-9, atol=1e-11)
+
+
+def test_edit_of_a_layer_that_does_not_exist_is_an_error(gpt2, prompts):
+    batch = collate(prompts)
+    with (
+        pytest.raises(RoutingError, match=r"did not fire in layer \[99\]"),
+        seam(gpt2.modules, edits=[ban([0, 99], batch.target[:, None], batch.labels[:, :1])]),
+    ):
+        run(gpt2, batch)
+
+
+def test_seam_around_nothing_is_an_error(gpt2, prompts):
+    batch = collate(prompts)
+    with (
+        pytest.raises(RoutingError, match="did not fire"),
+        seam(gpt2.modules, edits=[ban([0], batch.target[:, None], batch.labels[:, :1])]),
+    ):
+        pass
+
+
+def test_edit_that_aims_at_masked_entries_is_an_error(gpt2, prompts):
+    batch = collate(prompts)
+    future = batch.target[:, None]
+    with (
+        pytest.raises(AnchorsError, match="changed nothing"),
+        seam(gpt2.modules, edits=[ban([0], future - 1, future)]),
+    ):
+        run(gpt2, batch)
+
+
+def test_edits_of_another_model_do_not_leak(gpt2, tokenizer, prompts):
+    other = load(make("llama", len(tokenizer)), tokenizer=tokenizer, device="cpu")
+    batch = collate(prompts)
+    before = run(other, batch)
+    with seam(gpt2.modules, edits=[ban([0], batch.target[:, None], batch.labels[:, :1])]):
+        assert torch.equal(run(other, batch), before)
+        run(gpt2, batch)
+
+
+def test_nothing_is_left_behind_after_an_exception(lm, prompts):
+    batch = collate(prompts)
+    before = run(lm, batch)
+    with (
+        pytest.raises(KeyError),
+        seam(lm.modules, edits=[ban([0], batch.target[:, None], batch.labels[:, :1])]),
+    ):
+        raise KeyError
+    assert torch.equal(run(lm, batch), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)), "own code"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)), "0 attention calls|own code"),
+    ],
+)  # fmt: skip
+def test_families_that_do_not_route_attention_here_are_refused(model, said):
+    with pytest.raises(RoutingError, match=said):
+        route(model().eval())
+
+
+def test_a_model_in_training_mode_is_refused(tokenizer):
+    model = make("gpt2", len(tokenizer)).train()
+    with pytest.raises(RoutingError, match="dropout"):
+        route(model)
