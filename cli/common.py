@@ -12,7 +12,14 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from anchors.errors import AnchorsError, CertificateError
 
@@ -45,7 +52,8 @@ Precision = Annotated[
     ),
 ]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="Spread a large model, e.g. auto (needs accelerate).", rich_help_panel="Model")
+    str | None,
+    typer.Option(help="Spread a large model, e.g. auto (needs accelerate).", rich_help_panel="Model"),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel="Model")
@@ -59,7 +67,8 @@ Remote = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help=r"Own task: e.g. 'Review: {text}\nSentiment:{label}' (\n is a line break).", rich_help_panel="Task"
+        help=r"Own task: e.g. 'Review: {text}\nSentiment:{label}' (\n is a line break).",
+        rich_help_panel="Task",
     ),
 ]
 Labels = Annotated[
@@ -72,7 +81,9 @@ Policy = Annotated[
 ]
 
 
-def tasks_from(names: list[str], template: str | None, labels: str | None, policy: str | None) -> "list[Task]":
+def tasks_from(
+    names: list[str], template: str | None, labels: str | None, policy: str | None
+) -> "list[Task]":
     """The tasks that the options name."""
     from anchors.tasks.task import task
 
@@ -145,7 +156,9 @@ def layers_from(text: str | None, count: int) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise AnchorsError(f"--layers {text!r} is not a list of layers.", "For example: --layers 0,5,10-12")
+            raise AnchorsError(
+                f"--layers {text!r} is not a list of layers.", "For example: --layers 0,5,10-12"
+            )
         found |= set(range(int(first), int(last or first) + 1))
     if not found or max(found) >= count:
         raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")

@@ -22,41 +22,64 @@ def flow(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", "-t", help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas.",
+            "--task",
+            "-t",
+            help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas.",
             rich_help_panel="Task",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", "-d", help="builtin, hub, a directory (train and test files, by task) or a file: JSON lines, CSV, TSV, "
-            "parquet with columns text and label.", rich_help_panel="Task",
+            "--data",
+            "-d",
+            help="builtin, hub, a directory (train and test files, by task) or a file: JSON lines, CSV, TSV, "
+            "parquet with columns text and label.",
+            rich_help_panel="Task",
         ),
     ] = None,
     template: common.Template = None,
     labels: common.Labels = None,
     policy: common.Policy = None,
-    shots: Annotated[int, typer.Option(min=1, help="Demonstrations per class.", rich_help_panel="Protocol")] = 1,
+    shots: Annotated[
+        int, typer.Option(min=1, help="Demonstrations per class.", rich_help_panel="Protocol")
+    ] = 1,
     examples: Annotated[
         int, typer.Option("--examples", "-n", min=1, help="Prompts per seed.", rich_help_panel="Protocol")
-    ] = 100,
+    ] = 60,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.", rich_help_panel="Protocol")] = "42",
     skip_too_long: Annotated[
-        bool, typer.Option("--skip-too-long", help="Leave out prompts longer than the context.", rich_help_panel="Protocol")
+        bool,
+        typer.Option(
+            "--skip-too-long", help="Leave out prompts longer than the context.", rich_help_panel="Protocol"
+        ),
     ] = False,
-    batch_size: Annotated[str, typer.Option(help="Prompts per batch, or auto.", rich_help_panel="Protocol")] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Prompts per batch, or auto.", rich_help_panel="Protocol")
+    ] = "auto",
     device: common.Device = "auto",
     precision: common.Precision = "auto",
     device_map: common.DeviceMap = None,
     revision: common.Revision = None,
     trust_remote_code: common.Remote = False,
     layers: Annotated[
-        str | None, typer.Option(help="Layers shown in table and page, e.g. 0,5,10-12; all are measured.", rich_help_panel="Output")
+        str | None,
+        typer.Option(
+            help="Layers shown in table and page, e.g. 0,5,10-12; all are measured.", rich_help_panel="Output"
+        ),
     ] = None,
-    pages: Annotated[int, typer.Option(min=0, help="Prompts on the HTML page.", rich_help_panel="Output")] = 3,
-    to: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")] = Path("results/flow"),
-    csv: Annotated[bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.", rich_help_panel="Output")] = False,
+    pages: Annotated[
+        int, typer.Option(min=0, help="Prompts on the HTML page.", rich_help_panel="Output")
+    ] = 3,
+    to: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
+    ] = Path("results/flow"),
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Measure S_wp, S_pq and S_ww by layer; write a table, a figure and a page to click through.
 
@@ -76,7 +99,11 @@ def flow(
         require_writable(to)
         sets = [read(t, data) for t in tasks]
         lm = common.load_model(
-            model, device=device, precision=precision, device_map=device_map, revision=revision,
+            model,
+            device=device,
+            precision=precision,
+            device_map=device_map,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
         chosen = common.layers_from(layers, lm.n_layers)
@@ -84,9 +111,19 @@ def flow(
 
         with common.progress_bar("prompts") as progress:
             result = report(
-                lm, tasks, sets, out=to, shots=shots, seeds=seed_list, examples=examples,
-                batch_size=None if batch_size == "auto" else int(batch_size), skip_too_long=skip_too_long,
-                layers=chosen, pages=pages, csv=csv, progress=progress,
+                lm,
+                tasks,
+                sets,
+                out=to,
+                shots=shots,
+                seeds=seed_list,
+                examples=examples,
+                batch_size=None if batch_size == "auto" else int(batch_size),
+                skip_too_long=skip_too_long,
+                layers=chosen,
+                pages=pages,
+                csv=csv,
+                progress=progress,
             )
         for note in result.notes:
             err.print(f"[yellow]note:[/] {escape(note)}")
@@ -94,7 +131,9 @@ def flow(
             common.print_json(result.as_json())
             return
         for t in tasks:
-            out.print(_table(result.summary[result.summary["task"] == t.name], chosen, f"{t.name}, {lm.name}"))
+            out.print(
+                _table(result.summary[result.summary["task"] == t.name], chosen, f"{t.name}, {lm.name}")
+            )
         for path in result.files:
             err.print(shown(path))
 
@@ -103,7 +142,7 @@ def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
     examples = summary["examples"].iloc[0]
     table = Table(
         title=f"Information flow: {escape(title)}, {examples} examples",
-        caption="mean [95 % bootstrap interval] in thousandths; share of the three sums in the layer",
+        caption="mean [95 % bootstrap interval] in thousandths; share of each sum in the layer in %",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -114,7 +153,9 @@ def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
     for layer in layers:
         part = summary[summary["layer"] == layer].set_index("metric")
         cells = [_interval(*(1e3 * part.loc[name, ["mean", "low", "high"]])) for name in COLOURS]
-        table.add_row(str(layer), *cells, " ".join(f"{part.loc[name, 'share']:.2f}" for name in COLOURS))
+        table.add_row(
+            str(layer), *cells, " ".join(f"{100 * part.loc[name, 'share']:.0f}" for name in COLOURS)
+        )
     return table
 
 
@@ -122,6 +163,7 @@ def _interval(mean: float, low: float, high: float) -> str:
     import numpy as np
 
     def short(x: float) -> str:
-        return np.format_float_positional(x, precision=2, fractional=False, trim="-")
+        text = np.format_float_positional(x, precision=2, fractional=False, trim="-")
+        return text.removeprefix("0") or "0" if "." in text else text
 
     return short(mean) if np.isnan(low) else f"{short(mean)} \\[{short(low)}, {short(high)}]"

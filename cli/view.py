@@ -11,25 +11,37 @@ from anchors.cli.common import err, shown
 
 
 def view(
-    prompt: Annotated[str, typer.Argument(help="Text file with demonstrations and query, or - for standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="Text file with demonstrations and query, or - for standard input.")
+    ],
     model: common.Model = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", "-t", help="Whose template and label words the prompt uses.", rich_help_panel="Task"),
+        typer.Option(
+            "--task", "-t", help="Whose template and label words the prompt uses.", rich_help_panel="Task"
+        ),
     ] = None,
     template: common.Template = None,
     labels: common.Labels = None,
     policy: common.Policy = None,
     truth: Annotated[
-        str | None, typer.Option(help="The right label; without it the loss is that of the model's own prediction.", rich_help_panel="Task")
+        str | None,
+        typer.Option(
+            help="The right label; without it the loss is that of the model's own prediction.",
+            rich_help_panel="Task",
+        ),
     ] = None,
     device: common.Device = "auto",
     precision: common.Precision = "auto",
     device_map: common.DeviceMap = None,
     revision: common.Revision = None,
     trust_remote_code: common.Remote = False,
-    layers: Annotated[str | None, typer.Option(help="Layers on the page, e.g. 0,5,10-12.", rich_help_panel="Output")] = None,
-    to: Annotated[Path, typer.Option("--out", "-o", help="The page.", rich_help_panel="Output")] = Path("results/view.html"),
+    layers: Annotated[
+        str | None, typer.Option(help="Layers on the page, e.g. 0,5,10-12.", rich_help_panel="Output")
+    ] = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="The page.", rich_help_panel="Output")] = Path(
+        "results/view.html"
+    ),
 ) -> None:
     """Write the page for one prompt: tokens by role, flow by layer, label probabilities.
 
@@ -52,7 +64,11 @@ def view(
 
         require_writable(to.parent)
         lm = common.load_model(
-            model, device=device, precision=precision, device_map=device_map, revision=revision,
+            model,
+            device=device,
+            precision=precision,
+            device_map=device_map,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
         from anchors.tasks.prompts import Drawn, from_text, within_context
@@ -61,7 +77,9 @@ def view(
 
         built = from_text(text, chosen, lm.tokenizer, truth=truth)
         within_context([Drawn(0, built)], lm.context)
-        facts = provenance(model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device))
+        facts = provenance(
+            model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
+        )
         shown_prompt = prompt_payload(lm, chosen, built, prompt, common.layers_from(layers, lm.n_layers))
         page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))
         write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))

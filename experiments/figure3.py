@@ -36,9 +36,18 @@ def pattern(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def accuracy(rows: pd.DataFrame) -> pd.Series:
+    """Share of prompts whose most probable label word is the right one, by task."""
+    wide = rows[rows["metric"].isin(["gold", "predicted"])].pivot_table(
+        index=["task", "seed", "number"], columns="metric", values="value"
+    )
+    return (wide["gold"] == wide["predicted"]).groupby("task").mean().rename("accuracy")
+
+
 def main() -> None:
     from anchors.flow.report import report
     from anchors.models import load
+    from anchors.results import read_table
     from anchors.tasks.data import read
     from anchors.tasks.task import TASKS
 
@@ -49,7 +58,8 @@ def main() -> None:
     result = report(
         load(), tasks, sets, out=OUT, shots=GRID["shots"], seeds=GRID["seeds"], examples=GRID["examples"]
     )
-    print(pattern(result.summary).round(2).to_string(index=False))
+    rows, _ = read_table(OUT / "flow.parquet")
+    print(pattern(result.summary).merge(accuracy(rows), on="task").round(2).T.to_string(header=False))
 
 
 if __name__ == "__main__":

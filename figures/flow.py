@@ -1,10 +1,10 @@
 """Figures 3 and 7 of the paper: the share of S_wp, S_pq and S_ww by layer, one panel per task."""
 
 import pandas as pd
-from anchors.figures.style import COLOURS, LABELS, MARKERS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from anchors.figures.style import COLOURS, LABELS, MARKERS
 from anchors.stats import SUMS
 
 

@@ -45,6 +45,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**GROUPED, **POSITIONS, pad_token_id=0),
     "gpt_oss_sinks": GptOssConfig(
         **GROUPED, **POSITIONS, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }  # fmt: skip

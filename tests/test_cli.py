@@ -118,8 +118,9 @@ def test_bad_input_ends_in_a_message_exit_code_2_and_nothing_written(case, tiny,
     places["empty"].touch()
     places["gguf"].write_bytes(b"GGUF but not really")
     if case == "NaN loss":
-        from safetensors.torch import load_file, save_file
         from shutil import copytree
+
+        from safetensors.torch import load_file, save_file
 
         copytree(model_directory, places["nan"])
         weights = load_file(places["nan"] / "model.safetensors")

@@ -49,9 +49,7 @@ class AttentionCall:
         """Scores, patterns and their sums are formed in float32 at least, whatever the weights are."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
-    def visible(
-        self, rows: Int[Tensor, " rows"], keys: slice
-    ) -> Bool[Tensor, "rows keys"] | Tensor | None:
+    def visible(self, rows: Int[Tensor, " rows"], keys: slice) -> Bool[Tensor, "rows keys"] | Tensor | None:
         """The mask of some query rows over a range of keys, broadcastable to [batch, heads, rows, keys]."""
         if self.mask is not None:
             return self.mask[..., rows, keys]
@@ -101,11 +99,14 @@ class AttentionCall:
 
     def fused(self) -> Float[Tensor, "batch heads query dim_v"]:
         """The output through torch's fused kernel; only where `fusable`."""
+        mask = self.mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(self.q.dtype)  # the CPU kernel misreads a mask of another dtype
         return F.scaled_dot_product_attention(
             self.q,
             self.k,
             self.v,
-            attn_mask=self.mask,
+            attn_mask=mask,
             is_causal=self.mask is None and self.causal and self.q.shape[2] > 1,
             scale=self.scale,
             enable_gqa=self.groups > 1,

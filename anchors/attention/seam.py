@@ -76,7 +76,9 @@ def _edited(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     seen = (
         torch.ones_like(scores[:1, :1], dtype=torch.bool)
         if visible is None
-        else visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        else visible
+        if visible.dtype == torch.bool
+        else visible > torch.finfo(visible.dtype).min / 2
     )
     for edit in edits:
         if edit.bias is not None:
@@ -117,20 +119,25 @@ def attend(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`."""
-    unknown = [n for n, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and n not in IGNORED]
+    unknown = [
+        n for n, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and n not in IGNORED
+    ]
     if unknown:
         raise RoutingError(
             f"{type(module).__name__} passes {unknown} to its attention, which the seam does not know.",
             "This family needs support in anchors/attention/call.py.",
         )
     if dropout:
-        raise RoutingError(f"{type(module).__name__} asks for attention dropout {dropout}.", "Call model.eval().")
+        raise RoutingError(
+            f"{type(module).__name__} asks for attention dropout {dropout}.", "Call model.eval()."
+        )
     session = _active.get()
     known = session is not None and module in session.layer_of
     call = AttentionCall(
         layer=session.layer_of[module] if session is not None and known else -1,
-        q=query,
-        k=key,
+        # Rotary embedding widens queries and keys where the residual stream is wider than the weights.
+        q=query.to(value.dtype),
+        k=key.to(value.dtype),
         v=value,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=attention_mask,
@@ -140,10 +147,11 @@ def attend(
     )
     if session is not None:
         session.reached.append(module)
-    if session is not None and known:
-        z = session.run(call)
-    else:
-        z = call.fused() if call.fusable else streaming(call, ())
+    with torch.autocast(value.device.type, enabled=False):
+        if session is not None and known:
+            z = session.run(call)
+        else:
+            z = call.fused() if call.fusable else streaming(call, ())
     return z.transpose(1, 2).contiguous(), None
 
 
@@ -181,6 +189,20 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             "Models with recurrent or shared layers cannot be analysed: not every layer has attention of its own.",
         )
     return tuple(session.reached)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Take a routed model off the seam for a while: its own eager attention, to compare with."""
+    if gptj.release(model):
+        restore = lambda: gptj.bridge(model, attend, NAME)  # noqa: E731
+    else:
+        model.set_attn_implementation("eager")
+        restore = lambda: model.set_attn_implementation(NAME)  # noqa: E731
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager

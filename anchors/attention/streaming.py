@@ -7,16 +7,22 @@ With z = A v and dz = ∂L/∂z, a tile of rows needs A (recomputed from q and k
 
 The product that saliency wants is therefore a by-product of the gradient itself, and no tensor of size
 layers × heads × T² ever exists. The literal twin is `AttentionCall.pattern` under plain autograd.
+
+On CUDA the Triton kernels of `kernels` do the same without writing any tile to memory, where they know the call and
+every tap can do with their sums; otherwise, and everywhere else, the tile loop below does it.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anchors.attention.call import AttentionCall, grouped, grouped_transposed
-from anchors.attention.taps import Tap
+from anchors.attention.taps import FusedTap, Tap
 
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20, "mps": 64 << 20}
 """Size of one [batch, heads, rows, keys] tile: the cache of a CPU core, a small part of a GPU's memory."""
@@ -52,12 +58,36 @@ def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
         yield Tile(on_device, slice(first, last + 1) if whole else on_device, slice(start, stop))
 
 
+@functools.cache
+def triton_runs(device: torch.device) -> bool:
+    """Whether the Triton kernels can run on a device: an NVIDIA GPU with TF32 and bfloat16 units, and Triton."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def fused_kernels(call: AttentionCall, taps: Sequence[Tap]) -> ModuleType | None:
+    """The Triton kernels, where they compute exactly this call and every tap can do with their sums."""
+    if not triton_runs(call.q.device) or not all(isinstance(tap, FusedTap) for tap in taps):
+        return None
+    from anchors.attention import kernels
+
+    return kernels if kernels.supports(call) else None
+
+
 class _Streaming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, leaf, call, taps):  # noqa: ARG004 - `leaf` only makes the output differentiable
+    def forward(ctx, q, k, v, leaf, call, taps):
         ctx.call, ctx.taps = call, taps
         ctx.set_materialize_grads(False)
-        if call.fusable:
+        ctx.kernels = fused_kernels(call, taps)
+        lse = None
+        if ctx.kernels is not None:
+            z, lse = ctx.kernels.forward(call)
+        elif call.fusable:
             z = call.fused()
         else:
             z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
@@ -66,17 +96,28 @@ class _Streaming(torch.autograd.Function):
                 scores = call.scores(q[:, :, part].to(dtype), k[:, :, keys].to(dtype))
                 pattern = call.softmax(scores, call.visible(rows, keys))
                 z[:, :, part] = grouped(pattern, v[:, :, keys].to(dtype), call.groups).to(v.dtype)
-        ctx.save_for_backward(q, k, v, z)
+        ctx.save_for_backward(q, k, v, z, lse)
         return z
 
     @staticmethod
     def backward(ctx, dz):  # type: ignore[override]
         if dz is None:
             return (None,) * 6
-        q, k, v, z = ctx.saved_tensors
+        # The autocast of whoever differentiates reaches this far, and would round the tiles.
+        with torch.autocast(dz.device.type, enabled=False):
+            return (*_Streaming.differentiate(ctx, dz), None, None, None)
+
+    @staticmethod
+    def differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        q, k, v, z, lse = ctx.saved_tensors
         call: AttentionCall = ctx.call
         dtype, groups = call.compute_dtype, call.groups
         wanted = ctx.needs_input_grad[0]
+        if ctx.kernels is not None:
+            slopes = ctx.kernels.slopes(call, z, lse, dz)
+            for tap in ctx.taps:
+                tap.fused(call, slopes)
+            return ctx.kernels.gradients(call, slopes) if wanted else (None, None, None)
         if wanted:
             dq = torch.zeros_like(q, dtype=dtype)
             dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
@@ -101,8 +142,8 @@ class _Streaming(torch.autograd.Function):
             dq[:, :, part] = grouped(ds, k_tile, groups).mul_(call.scale)
             dk[:, :, keys] += grouped_transposed(ds, q_tile, groups).mul_(call.scale)
         if not wanted:
-            return (None,) * 6
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+            return None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def streaming(call: AttentionCall, taps: Sequence[Tap]) -> Tensor:

@@ -1,6 +1,6 @@
 """What can listen at the seam."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from anchors.attention.call import AttentionCall
 
 
+@runtime_checkable
 class Tap(Protocol):
     """Sees A ⊙ ∂L/∂A of the layers it names while a loss is differentiated; changes nothing.
 
@@ -32,3 +33,31 @@ class Tap(Protocol):
         keys: slice,
         product: Float[Tensor, "batch heads rows keys"],
     ) -> None: ...
+
+
+class Slopes(NamedTuple):
+    """What the CUDA kernels of a layer's backward pass read besides the call itself.
+
+    Attributes:
+        dz: ∂L/∂z.
+        lse: log₂ Σ_j exp(scores_ij), from the forward kernel.
+        inner: ⟨z_i, ∂L/∂z_i⟩.
+        live: which blocks of rows have a gradient at all.
+        precision: how float32 tiles are multiplied, in Triton's words.
+    """
+
+    dz: Float[Tensor, "batch heads query dim_v"]
+    lse: Float[Tensor, "batch heads query"]
+    inner: Float[Tensor, "batch heads query"]
+    live: Int[Tensor, "batch blocks"]
+    precision: str
+
+
+@runtime_checkable
+class FusedTap(Tap, Protocol):
+    """A tap that can also do with sums over heads, which the CUDA kernels form without showing any tile.
+
+    `fused` comes once per call and layer, in the place of `begin` and every `tile`.
+    """
+
+    def fused(self, call: AttentionCall, slopes: Slopes) -> None: ...

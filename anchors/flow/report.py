@@ -81,12 +81,12 @@ def report(
                 raise CertificateError(
                     f"{model.name} failed: {failed[0].name}: {failed[0].detail}", "See `anchors check`."
                 )
-        offset = finished
+        after = (len(tasks) - 1 - number) * len(seeds) * examples
         measured = measure(
             model, task, data, out=out, shots=shots, seeds=seeds, examples=examples, batch_size=batch_size,
             skip_too_long=skip_too_long,
-            progress=lambda done, total, offset=offset: progress(
-                offset + done, offset + total + (len(tasks) - 1 - number) * len(seeds) * examples
+            progress=lambda done, total, before=finished, after=after: progress(
+                before + done, before + total + after
             ),
         )
         count = measured.rows[["seed", "number"]].drop_duplicates().shape[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.seam import seam
+from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.metrics import Sums, flow_sums
 from anchors.models import LanguageModel
@@ -46,7 +47,9 @@ def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Ba
     """Pad prompts on the right. Needs the right answer of each, for the loss."""
     nameless = [i for i, prompt in enumerate(prompts) if prompt.gold is None]
     if nameless:
-        raise AnchorsError(f"Prompts {nameless} have no right answer, so they have no loss.", "Give each a label.")
+        raise AnchorsError(
+            f"Prompts {nameless} have no right answer, so they have no loss.", "Give each a label."
+        )
     length = max(len(prompt.ids) for prompt in prompts)
     count = max(len(prompt.label_positions) for prompt in prompts)
 
@@ -113,6 +116,15 @@ class FlowTap:
         present = rows[place] == wanted
         picked = flow.gather(1, place[..., None].expand(*place.shape, flow.shape[-1]))
         self.rows[layer][..., keys] += picked * present[..., None]
+
+    def fused(self, call: AttentionCall, slopes: Slopes) -> None:
+        from anchors.attention.kernels import saliency
+
+        layer, length = call.layer, call.k.shape[2]
+        if layer in self.maps:
+            self.full[layer] = slopes.inner.new_zeros(len(slopes.inner), length, length)
+        self.rows[layer], self.total[layer], sums = saliency(call, slopes, self.wanted, self.full.get(layer))
+        self.error[layer] = ((sums - slopes.inner).abs().amax(), slopes.inner.abs().amax())
 
 
 @dataclass(frozen=True)
@@ -188,9 +200,12 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     lost = [layer for layer in layers if layer not in tap.total]
     if lost:
         raise CertificateError(f"No gradient reached the attention of layers {lost}.")
-    rows = torch.stack([tap.rows[layer].double().cpu() for layer in layers], dim=1)
-    total = torch.stack([tap.total[layer].double().cpu() for layer in layers], dim=1)
-    errors = torch.tensor([[float(x) for x in tap.error[layer]] for layer in layers], dtype=torch.float64)
+    # Gathered before it is moved: one transfer instead of one per layer. MPS has no float64.
+    home = torch.device("cpu") if model.device.type == "mps" else model.device
+    rows = torch.stack([tap.rows[layer].to(home) for layer in layers], dim=1).double()
+    total = torch.stack([tap.total[layer].to(home) for layer in layers], dim=1).double()
+    sums = flow_sums(rows[:, :, :-1], rows[:, :, -1], total, batch.labels.to(home), batch.target.to(home))
+    errors = torch.stack([torch.stack(tap.error[layer]).to(home) for layer in layers]).double().cpu()
     relative = errors[:, 0] / errors[:, 1].clamp(min=torch.finfo(torch.float64).tiny)
     if not (relative <= TOLERANCE[model.precision]).all():
         worst = int(relative.nan_to_num(torch.inf).argmax())
@@ -201,7 +216,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
             "this family does something in its attention that the toolkit does not know.",
         )
     return Flow(
-        sums=flow_sums(rows[:, :, :-1], rows[:, :, -1], total, batch.labels.cpu(), batch.target.cpu()),
+        sums=Sums(sums.s_wp.cpu(), sums.s_pq.cpu(), sums.s_ww.cpu()),
         probabilities=probabilities.float().cpu(),
         loss=loss.detach().float().cpu(),
         identity_error=relative,

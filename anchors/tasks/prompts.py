@@ -7,7 +7,7 @@ Token ids are never searched.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,14 @@ from anchors.tasks.data import Data, Example
 from anchors.tasks.task import Task
 
 Role = Literal["text", "format", "label", "target"]
-Piece = tuple[str, Role, int | None]
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt's text, its role, and its class if it is a label word."""
+
+    text: str
+    role: Role
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,8 @@ def tokenise(
     A token that touches a label word is `label`; one that touches text and format is what its first visible
     character belongs to; one without characters (BOS) is `format`.
     """
-    text = "".join(piece for piece, _, _ in pieces)
-    owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _, _ in pieces])
+    text = "".join(piece.text for piece in pieces)
+    owner = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
     ids, spans = _encode(tokenizer, text)
     if any(b > len(text) for _, b in spans):
         raise AnchorsError("The tokenizer's offsets run past the text.", "Its offset mapping cannot be used.")
@@ -120,7 +127,7 @@ def tokenise(
     members: dict[int, list[int]] = {}
     for token, (a, b) in enumerate(spans):
         touched = sorted({int(p) for p in owner[a:b]})
-        labelled = [p for p in touched if pieces[p][1] == "label"]
+        labelled = [p for p in touched if pieces[p].role == "label"]
         if labelled:
             members.setdefault(labelled[0], []).append(token)
             roles.append("label")
@@ -128,11 +135,12 @@ def tokenise(
             roles.append("format")
         else:
             first = a + len(text[a:b]) - len(text[a:b].lstrip())
-            roles.append(pieces[int(owner[min(first, b - 1)])][1])
+            roles.append(pieces[int(owner[min(first, b - 1)])].role)
     roles[-1] = "target"
     positions, classes = [], []
     for piece, tokens in sorted(members.items()):
-        label = pieces[piece][2]
+        label = pieces[piece].label
+        assert label is not None  # noqa: S101 - a piece with the role `label` has one
         if tuple(ids[t] for t in tokens) != words[label]:
             raise AnchorsError(
                 f"The label word {task.labels[label]!r} is {tokenizer.convert_ids_to_tokens([ids[t] for t in tokens])} "
@@ -142,7 +150,7 @@ def tokenise(
         kept = {"first": tokens[:1], "last": tokens[-1:], "all": tokens}[task.policy]
         positions += kept
         classes += [label] * len(kept)
-    expected = sum(1 for _, role, _ in pieces if role == "label")
+    expected = sum(piece.role == "label" for piece in pieces)
     if len(members) != expected:
         raise AnchorsError(
             f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens."
@@ -163,11 +171,11 @@ def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Pi
     before, prefix, after = task.pieces
     parts: list[Piece] = []
     for example in demonstrations:
-        parts += [(before, "format", None), (example.text, "text", None), (prefix, "format", None)]
-        parts += [(task.space + task.labels[example.label], "label", example.label)]
-        parts += [(after + task.separator, "format", None)]
-    parts += [(before, "format", None), (query, "text", None), (prefix, "format", None)]
-    return [part for part in parts if part[0]]
+        parts += [Piece(before, "format"), Piece(example.text, "text"), Piece(prefix, "format")]
+        parts += [Piece(task.space + task.labels[example.label], "label", example.label)]
+        parts += [Piece(after + task.separator, "format")]
+    parts += [Piece(before, "format"), Piece(query, "text"), Piece(prefix, "format")]
+    return [part for part in parts if part.text]
 
 
 def build(
@@ -215,17 +223,17 @@ def from_text(
                 "Check --labels and the spelling in the prompt.",
             )
         label, word = max(found, key=lambda pair: len(pair[1]))
-        parts += [*_roles(head, task), (task.space + word, "label", label)]
+        parts += [*_roles(head, task), Piece(task.space + word, "label", label)]
         rest = tail[len(task.space + word) :]
     parts += _roles(rest, task)
-    if not any(role == "label" for _, role, _ in parts):
+    if not any(part.role == "label" for part in parts):
         raise AnchorsError(
             "The prompt holds no demonstration: no label word stands after the template's prefix.",
             f"Write each demonstration as {task.template!r}.",
         )
     words = label_tokens(task, tokenizer)
     gold = None if truth is None else task.labels.index(truth)
-    return tokenise([part for part in parts if part[0]], task, tokenizer, words, gold)
+    return tokenise([part for part in parts if part.text], task, tokenizer, words, gold)
 
 
 def _roles(chunk: str, task: Task) -> list[Piece]:
@@ -234,7 +242,7 @@ def _roles(chunk: str, task: Task) -> list[Piece]:
     start = chunk.find(before) + len(before) if before and before in chunk else 0
     end = len(chunk) - len(prefix) if chunk.endswith(prefix) else len(chunk)
     start = min(start, end)
-    return [(chunk[:start], "format", None), (chunk[start:end], "text", None), (chunk[end:], "format", None)]
+    return [Piece(chunk[:start], "format"), Piece(chunk[start:end], "text"), Piece(chunk[end:], "format")]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,404 @@
+"""Triton kernels for causal attention and for its saliency, on CUDA.
+
+The tile loop of `streaming` writes every tile of scores, patterns and products to memory and reads it back; here
+a tile lives and dies inside one program. With P = exp(scale · q kᵀ − lse) and dP = dz vᵀ,
+
+    I  = |Σ_h P ⊙ dP|                  (`saliency`: one program per tile, all query heads inside)
+    dq = scale · (P ⊙ (dP − inner)) k, dv = Pᵀ dz, dk = scale · (P ⊙ (dP − inner))ᵀ q,  inner = ⟨z, dz⟩.
+
+No sum is left to chance: no atomics, so two runs agree bit for bit. Float32 operands are multiplied in TF32 where
+torch's own products are, else as three TF32 products of their halves, which is float32-accurate. The literal twin
+is the tile loop. (`no_type_check` keeps run-time checkers of shapes, which wrap functions, off what Triton compiles.)
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anchors.attention.call import AttentionCall
+from anchors.attention.taps import Slopes
+
+LOG2E = tl.constexpr(1.4426950408889634)
+HEAD_DIM = 128
+"""The widest head whose sums of gradients fit the registers."""
+
+
+@triton.jit
+@no_type_check
+def _nearest(tile, PRECISION: tl.constexpr):
+    """Rounded to TF32: the tensor cores only cut off, and that error has one sign, so no sum averages it out."""
+    if PRECISION == "tf32" and tile.dtype == tl.float32:
+        return ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def _rows(pointer, stride, rows, length, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    inside = (rows < length)[:, None] & (columns < DIM)[None, :]
+    tile = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return _nearest(tile, PRECISION)
+
+
+@triton.jit
+@no_type_check
+def _save(pointer, stride, rows, length, tile, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    inside = (rows < length)[:, None] & (columns < DIM)[None, :]
+    tl.store(
+        pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+@no_type_check
+def _times(left, right, PRECISION: tl.constexpr):
+    """A float32 tile times one of inputs."""
+    if right.dtype == tl.bfloat16:
+        return tl.dot(left.to(tl.bfloat16), right)
+    # Slopes leave float16's range easily; in TF32 it loses nothing.
+    return tl.dot(_nearest(left, PRECISION), right.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def _forward(
+    q, k, v, z, lse, q_strides, k_strides, v_strides, z_strides, length, scale, heads, groups,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    q += example * q_strides[0] + head * q_strides[1]
+    k += example * k_strides[0] + head // groups * k_strides[1]
+    v += example * v_strides[0] + head // groups * v_strides[1]
+    z += example * z_strides[0] + head * z_strides[1]
+    q_tile = _rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+    top = tl.full([BLOCK], -1e30, tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK, WIDTH_V], tl.float32)
+    for start in range(0, (block + 1) * BLOCK, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+        v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.where(columns[None, :] <= rows[:, None], scores, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        pattern = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        mass = mass * shrink + tl.sum(pattern, 1)
+        total = total * shrink[:, None] + _times(pattern, v_tile, PRECISION)
+        top = higher
+    _save(z, z_strides[2], rows, length, total / mass[:, None], DIM_V, WIDTH_V)
+    # In units of log 2, which is what the backward kernels exponentiate in.
+    tl.store(lse + (example * heads + head) * length + rows, top + tl.log2(mass), mask=rows < length)
+
+
+@triton.jit
+@no_type_check
+def _inner(
+    z, dz, inner, live, z_strides, dz_strides, length, heads,
+    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, example = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    largest = 0.0
+    for head in range(heads):
+        z_tile = _rows(
+            z + example * z_strides[0] + head * z_strides[1],
+            z_strides[2],
+            rows,
+            length,
+            DIM_V,
+            WIDTH_V,
+            "ieee",
+        ).to(tl.float32)
+        dz_tile = _rows(
+            dz + example * dz_strides[0] + head * dz_strides[1],
+            dz_strides[2],
+            rows,
+            length,
+            DIM_V,
+            WIDTH_V,
+            "ieee",
+        ).to(tl.float32)
+        sums = tl.sum(z_tile * dz_tile, 1)
+        tl.store(inner + (example * heads + head) * length + rows, sums, mask=rows < length)
+        # Not `max`, which may pass over a NaN: a slope that is not a number is no dead row.
+        largest += tl.sum((dz_tile != 0).to(tl.float32))
+    tl.store(live + example * tl.num_programs(0) + block, (largest > 0).to(tl.int32))
+
+
+@triton.jit
+@no_type_check
+def _saliency(
+    q, k, v, dz, lse, live, wanted, picked, total, sums, full,
+    q_strides, k_strides, v_strides, dz_strides, length, scale, heads, groups, count,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    row, column, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.num_programs(0)
+    rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
+    seen = columns[None, :] <= rows[:, None]
+    q += example * q_strides[0]
+    k += example * k_strides[0]
+    v += example * v_strides[0]
+    dz += example * dz_strides[0]
+    lse += example * heads * length
+    sums += (example * blocks + column) * heads * length
+    if column > row or tl.load(live + example * blocks + row) == 0:
+        heads = 0
+    flow = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for head in range(heads):
+        q_tile = _rows(q + head * q_strides[1], q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+        k_tile = _rows(
+            k + head // groups * k_strides[1], k_strides[2], columns, length, DIM, WIDTH, PRECISION
+        )
+        v_tile = _rows(
+            v + head // groups * v_strides[1], v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION
+        )
+        dz_tile = _rows(dz + head * dz_strides[1], dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
+        mass = tl.load(lse + head * length + rows, mask=rows < length, other=float("inf"))
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+        pattern = tl.where(seen, tl.exp2(scores - mass[:, None]), 0.0)
+        product = pattern * tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
+        flow += product
+        tl.store(sums + head * length + rows, tl.sum(product, 1), mask=rows < length)
+    flow = tl.where(columns[None, :] < rows[:, None], tl.abs(flow), 0.0)
+    tl.store(total + (example * blocks + row) * blocks + column, tl.sum(flow))
+    if heads > 0:
+        for index in range(count):
+            place = tl.load(wanted + example * count + index)
+            if place >= row * BLOCK and place < (row + 1) * BLOCK:
+                one = tl.sum(tl.where(rows[:, None] == place, flow, 0.0), 0)
+                tl.store(picked + (example * count + index) * length + columns, one, mask=columns < length)
+        if FULL:
+            inside = (rows < length)[:, None] & (columns < length)[None, :]
+            full += example * length * length
+            tl.store(full + rows[:, None] * length + columns[None, :], flow, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _dq(
+    q, k, v, dz, dq, lse, inner, live, q_strides, k_strides, v_strides, dz_strides, dq_strides,
+    length, scale, heads, groups,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    q += example * q_strides[0] + head * q_strides[1]
+    k += example * k_strides[0] + head // groups * k_strides[1]
+    v += example * v_strides[0] + head // groups * v_strides[1]
+    dz += example * dz_strides[0] + head * dz_strides[1]
+    dq += example * dq_strides[0] + head * dq_strides[1]
+    line = (example * heads + head) * length + rows
+    q_tile = _rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+    dz_tile = _rows(dz, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
+    mass = tl.load(lse + line, mask=rows < length, other=float("inf"))
+    mean = tl.load(inner + line, mask=rows < length, other=0.0)
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    stop = tl.load(live + example * tl.num_programs(0) + block) * (block + 1) * BLOCK
+    for start in range(0, stop, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+        v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+        pattern = tl.where(columns[None, :] <= rows[:, None], tl.exp2(scores - mass[:, None]), 0.0)
+        slope = pattern * (tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None])
+        total += _times(slope, k_tile, PRECISION)
+    _save(dq, dq_strides[2], rows, length, total * scale, DIM, WIDTH)
+
+
+@triton.jit
+@no_type_check
+def _dkv(
+    q, k, v, dz, dk, dv, lse, inner, live,
+    q_strides, k_strides, v_strides, dz_strides, dk_strides, dv_strides, length, scale, heads, groups,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block, kv_head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.num_programs(0)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    k_tile = _rows(
+        k + example * k_strides[0] + kv_head * k_strides[1],
+        k_strides[2],
+        columns,
+        length,
+        DIM,
+        WIDTH,
+        PRECISION,
+    )
+    v_tile = _rows(
+        v + example * v_strides[0] + kv_head * v_strides[1],
+        v_strides[2],
+        columns,
+        length,
+        DIM_V,
+        WIDTH_V,
+        PRECISION,
+    )
+    dk_total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    dv_total = tl.zeros([BLOCK, WIDTH_V], tl.float32)
+    # Padding is on the right and the last layer has one live row: a range holds what is live well enough.
+    order = tl.arange(0, BLOCKS)
+    alive = tl.load(live + example * blocks + order, mask=order < blocks, other=0) > 0
+    first = tl.maximum(tl.min(tl.where(alive, order, BLOCKS)), block)
+    last = tl.max(tl.where(alive, order + 1, 0))
+    for head in range(kv_head * groups, (kv_head + 1) * groups):
+        q_head = q + example * q_strides[0] + head * q_strides[1]
+        dz_head = dz + example * dz_strides[0] + head * dz_strides[1]
+        line = (example * heads + head) * length
+        for start in range(first * BLOCK, last * BLOCK, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            q_tile = _rows(q_head, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+            dz_tile = _rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
+            mass = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
+            mean = tl.load(inner + line + rows, mask=rows < length, other=0.0)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
+            pattern = tl.where(columns[:, None] <= rows[None, :], tl.exp2(scores - mass[None, :]), 0.0)
+            dv_total += _times(pattern, dz_tile, PRECISION)
+            slope = pattern * (tl.dot(v_tile, tl.trans(dz_tile), input_precision=PRECISION) - mean[None, :])
+            dk_total += _times(slope, q_tile, PRECISION)
+    dk += example * dk_strides[0] + kv_head * dk_strides[1]
+    dv += example * dv_strides[0] + kv_head * dv_strides[1]
+    _save(dk, dk_strides[2], columns, length, dk_total * scale, DIM, WIDTH)
+    _save(dv, dv_strides[2], columns, length, dv_total, DIM_V, WIDTH_V)
+
+
+def supports(call: AttentionCall) -> bool:
+    """Whether these kernels compute exactly this call."""
+    q, k, v = call.q, call.k, call.v
+    return (
+        call.fusable
+        and call.mask is None
+        and call.causal
+        and q.shape[2] == k.shape[2]
+        and max(q.shape[-1], v.shape[-1]) <= HEAD_DIM
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and _fits(call)
+    )
+
+
+def _fits(call: AttentionCall) -> bool:
+    """Whether six tiles, the most that a kernel holds, fit the shared memory of the GPU."""
+    if not call.q.is_cuda:
+        return True
+    shape = _shape(call)
+    tile = shape["BLOCK"] * max(shape["WIDTH"], shape["WIDTH_V"]) * call.q.dtype.itemsize
+    return 6 * tile <= torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin
+
+
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """z, laid out so that joining the heads copies nothing, and log₂ Σ_j exp(scores_ij)."""
+    q, k, v = map(_dense, (call.q, call.k, call.v))
+    batch, heads, length, _ = q.shape
+    z = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+    shape = _shape(call)
+    with torch.cuda.device_of(q):
+        _forward[triton.cdiv(length, shape["BLOCK"]), heads, batch](
+            q, k, v, z, lse, *map(_strides, (q, k, v, z)), length, call.scale, heads, call.groups,
+            **shape, **_tuning("forward", call), PRECISION=_precision(call),
+        )  # fmt: skip
+    return z, lse
+
+
+def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
+    """Reads z and dz once, for `saliency` and `gradients`."""
+    dz = _dense(dz)
+    batch, heads, length, _ = z.shape
+    shape = _shape(call)
+    blocks = triton.cdiv(length, shape["BLOCK"])
+    inner = torch.empty_like(lse)
+    live = torch.empty(batch, blocks, dtype=torch.int32, device=z.device)
+    with torch.cuda.device_of(z):
+        _inner[blocks, batch](
+            z, dz, inner, live, _strides(z), _strides(dz), length, heads,
+            DIM_V=shape["DIM_V"], WIDTH_V=shape["WIDTH_V"], BLOCK=shape["BLOCK"],
+        )  # fmt: skip
+    return Slopes(dz, lse, inner, live, _precision(call))
+
+
+def saliency(
+    call: AttentionCall, slopes: Slopes, wanted: Tensor, full: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows of I = |Σ_h P ⊙ dP| below the diagonal, its total, and Σ_j P ⊙ dP by head and row.
+
+    Args:
+        wanted: [batch, rows] query positions, -1 for none.
+        full: [batch, query, key], zeros, filled with I where given.
+    """
+    q, k, v = map(_dense, (call.q, call.k, call.v))
+    batch, heads, length, _ = q.shape
+    shape = _shape(call)
+    blocks = triton.cdiv(length, shape["BLOCK"])
+    wanted = wanted.to(q.device).contiguous()
+    picked = slopes.inner.new_zeros(*wanted.shape, length)
+    total = slopes.inner.new_empty(batch, blocks * blocks)
+    sums = slopes.inner.new_zeros(batch, blocks, heads, length)
+    with torch.cuda.device_of(q):
+        _saliency[blocks, blocks, batch](
+            q, k, v, slopes.dz, slopes.lse, slopes.live, wanted, picked, total, sums, full,
+            *map(_strides, (q, k, v, slopes.dz)), length, call.scale, heads, call.groups, wanted.shape[1],
+            **shape, **_tuning("saliency", call), PRECISION=slopes.precision, FULL=full is not None,
+        )  # fmt: skip
+    return picked, total.sum(1), sums.sum(1)
+
+
+def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    q, k, v = map(_dense, (call.q, call.k, call.v))
+    batch, heads, length, _ = q.shape
+    dq, dk, dv = (
+        torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+    shape = _shape(call)
+    blocks = triton.cdiv(length, shape["BLOCK"])
+    common = (*map(_strides, (q, k, v, slopes.dz)),)
+    with torch.cuda.device_of(q):
+        _dq[blocks, heads, batch](
+            q, k, v, slopes.dz, dq, slopes.lse, slopes.inner, slopes.live, *common, _strides(dq),
+            length, call.scale, heads, call.groups,
+            **shape, **_tuning("dq", call), PRECISION=slopes.precision,
+        )  # fmt: skip
+        _dkv[blocks, k.shape[1], batch](
+            q, k, v, slopes.dz, dk, dv, slopes.lse, slopes.inner, slopes.live,
+            *common, _strides(dk), _strides(dv), length, call.scale, heads, call.groups,
+            **shape, **_tuning("dkv", call), PRECISION=slopes.precision, BLOCKS=triton.next_power_of_2(blocks),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shape(call: AttentionCall) -> dict[str, int]:
+    dim, dim_v = call.q.shape[-1], call.v.shape[-1]
+    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
+    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v, "BLOCK": 64}
+
+
+def _tuning(kernel: str, call: AttentionCall) -> dict[str, int]:
+    # Measured on an H100. Tiles of float32 leave no room for a second set, and gain nothing by one.
+    ahead = kernel != "saliency" and call.q.dtype.itemsize == 2
+    return {"num_warps": 4, "num_stages": 2 if ahead else 1}
+
+
+def _precision(call: AttentionCall) -> str:
+    exact = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
