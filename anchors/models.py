@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,17 @@ class LanguageModel:
     def arithmetic(self) -> Iterator[None]:
         """The matrix-product mode of this model's precision, put back afterwards.
 
-        On CUDA a half-precision model keeps what runs past its layers (the residual stream and its gradient, norms)
-        in float32: rounding it twice per layer would be the largest error of all.
+        On CUDA a half-precision model keeps what runs past its layers (the residual stream and its gradient,
+        norms) in float32: rounding it twice per layer would be the largest error of all.
         """
         matmul = torch.backends.cuda.matmul
         before = matmul.fp32_precision
         # Half-precision operands are exact in TF32, so the tiles of a half-precision model lose nothing by it.
         half = self.precision in ("bfloat16", "float16")
+        wide = half and self.device.type == "cuda"
         matmul.fp32_precision = "tf32" if half or self.precision == "tf32" else "ieee"
         try:
-            with torch.autocast(
-                self.device.type, DTYPES[self.precision], half and self.device.type == "cuda"
-            ):
+            with torch.autocast("cuda", DTYPES[self.precision]) if wide else nullcontext():
                 yield
         finally:
             matmul.fp32_precision = before

@@ -1,12 +1,14 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 """Float32-accurate products with frozen weights on TF32 tensor cores, for NVIDIA GPUs.
 
 A float32 number is, to 22 bits, the sum of two TF32 numbers, hi + lo, so that
 
     x y = hi hi' + hi lo' + lo hi'    (+ lo lo', below float32's own rounding)
 
-takes three tensor-core products, which together are faster than one on the float32 units. A tensor core cuts its
-running sum off where float32 arithmetic rounds it, and that error grows with the length of the sum; each short
-stretch is therefore summed there and the stretches are added up outside. The literal twin is the module's own forward.
+takes three tensor-core products, which together are faster than one on the float32 units. A tensor core cuts
+its running sum off where float32 arithmetic rounds it, and that error grows with the length of the sum; each
+short stretch is therefore summed there and the stretches are added up outside. The literal twin is the
+forward of the module itself.
 """
 
 from functools import partial
@@ -30,7 +32,7 @@ def _product(
     left, right, bias, out, rows, columns, inner, BIASED: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share a few rows of `left` and a few of `right`, so that both stay in the L2 cache.
+    # Programs that run together share rows of `left` and of `right`, so that both stay in the L2 cache.
     tall, wide = tl.cdiv(rows, HEIGHT), tl.cdiv(columns, WIDTH)
     group = tl.program_id(0) // (GROUP * wide)
     within = tl.program_id(0) % (GROUP * wide)
@@ -60,7 +62,7 @@ def product(
 ) -> Float[Tensor, "*batch columns"]:
     """left @ right + bias, float32-accurate."""
     flat = left.reshape(-1, left.shape[-1]).contiguous()
-    # The tensor cores read TF32 along the summed dimension only: copying a weight once is cheaper than turning tiles.
+    # Tensor cores read TF32 along the summed dimension only: copying a weight is cheaper than turning tiles.
     right = right.t().contiguous()
     rows, columns = len(flat), len(right)
     out = flat.new_empty(rows, columns)

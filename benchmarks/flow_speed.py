@@ -1,15 +1,15 @@
 """Our flow against the plain way, in one process, both sides interleaved, medians.
 
 The plain way: eager attention, one example at a time, gradient of the loss with respect to the materialised
-attention of every layer, then |Σ_h A ⊙ ∂L/∂A| and the three sums. Weights are random, as the family initialises them
-(times --gain): speed does not depend on them.
+attention of every layer, then |Σ_h A ⊙ ∂L/∂A| and the three sums. Weights are random, as the family
+initialises them (times --gain): speed does not depend on them.
 
-Errors are against the plain way in float64 on the same weights. Of each of the three sums, ‖ours − exact‖ / ‖exact‖
-over the compared examples and all layers; "error" is the worst of the three, "worst_entry" the largest relative error
-of any single example, layer and sum. "plain_..." are the same of the plain way in float32 on the same weights.
+Errors are against the plain way in float64 on the same weights: of each of the three sums ‖ours − exact‖ /
+‖exact‖ over the compared examples and all layers. "error" is the worst of the three, "worst_entry" the
+largest relative error of any one example, layer and sum; "plain_..." are those of the plain way in float32.
 
-    uv run benchmarks/flow_speed.py                                   # GPT-2-small's shape, CPU, T = 200 and 800
-    uv run benchmarks/flow_speed.py --shape gpt2-xl --device cuda --lengths 256 --batch 16
+    uv run benchmarks/flow_speed.py                      # GPT-2-small's shape, CPU, T = 200 and 800
+    uv run benchmarks/flow_speed.py --shape gpt2-xl --device cuda --lengths 256 --batch 64
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -197,7 +198,7 @@ def main() -> None:
                 "batch": len(batch),
             }
             if arguments.alone:
-                times = [timed(lambda: flow(routed, batch), device)[0] for _ in range(arguments.repeats)]
+                times = [timed(partial(flow, routed, batch), device)[0] for _ in range(arguments.repeats)]
                 row["ours_ms"] = 1e3 * statistics.median(times) / len(batch)
                 if device == "cuda":
                     row["ours_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -207,8 +208,8 @@ def main() -> None:
             sides: dict[str, list[float]] = {"plain": [], "ours": []}
             for repeat in range(arguments.repeats):
                 prompt = prompts[repeat % len(prompts)]
-                sides["plain"].append(timed(lambda p=prompt: plain(base, p, device), device)[0])
-                sides["ours"].append(timed(lambda: flow(routed, batch), device)[0] / len(batch))
+                sides["plain"].append(timed(partial(plain, base, prompt, device), device)[0])
+                sides["ours"].append(timed(partial(flow, routed, batch), device)[0] / len(batch))
             plain_ms, ours_ms = (1e3 * statistics.median(sides[s]) for s in ("plain", "ours"))
             compared = prompts[: arguments.exact]
             found = flow(routed, prompts)

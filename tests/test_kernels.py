@@ -1,7 +1,7 @@
 """The Triton kernels against the tile loop of the same module.
 
-Without a GPU they run in Triton's interpreter, which must be chosen before Triton is imported: in a process of its
-own. Its bfloat16 is a 16-bit integer, so bfloat16 is tested on CUDA only.
+Without a GPU they run in Triton's interpreter, which must be chosen before Triton is imported: in a process
+of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
 import importlib.util
@@ -59,7 +59,7 @@ ALLOWED = {
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, device: str):
-    """A call, the slope of its output with dead rows in it, and ragged wanted rows; the layouts vary as in models."""
+    """A call in the layouts that models have, the slope of its output with dead rows, and ragged wanted rows."""
     batch, heads, kv_heads, length, dim, dim_v = shape
     generator = torch.Generator().manual_seed(length + dim)
 
@@ -233,7 +233,7 @@ def test_products_interpreted():
 @needs_triton
 @needs_cuda
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(512, 1600, 4800), (300, 6400, 1600), (257, 75, 1001)]
+    ("rows", "inner", "columns"), [(512, 1600, 4800), (300, 6400, 1600), (257, 100, 1004)]
 )
 def test_products_are_float32_accurate(rows, inner, columns, monkeypatch):
     from anchors.products import split_products

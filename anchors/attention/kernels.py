@@ -1,14 +1,17 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 """Triton kernels for causal attention and for its saliency, on CUDA.
 
-The tile loop of `streaming` writes every tile of scores, patterns and products to memory and reads it back; here
-a tile lives and dies inside one program. With P = exp(scale · q kᵀ − lse) and dP = dz vᵀ,
+The tile loop of `streaming` writes every tile of scores, patterns and products to memory and reads it back;
+here a tile lives and dies inside one program. With P = exp(scale · q kᵀ − lse) and dP = dz vᵀ,
 
     I  = |Σ_h P ⊙ dP|                  (`saliency`: one program per tile, all query heads inside)
     dq = scale · (P ⊙ (dP − inner)) k, dv = Pᵀ dz, dk = scale · (P ⊙ (dP − inner))ᵀ q,  inner = ⟨z, dz⟩.
 
-No sum is left to chance: no atomics, so two runs agree bit for bit. Float32 operands are multiplied in TF32 where
-torch's own products are, else as three TF32 products of their halves, which is float32-accurate. The literal twin
-is the tile loop. (`no_type_check` keeps run-time checkers of shapes, which wrap functions, off what Triton compiles.)
+No sum is left to chance: no atomics, so two runs agree bit for bit. Float32 operands are multiplied in TF32
+where torch's own products are, else as three TF32 products of their halves, which is float32-accurate. The
+literal twin is the tile loop.
+
+`no_type_check` keeps run-time checkers of shapes off what Triton compiles: they wrap functions.
 """
 
 from typing import no_type_check
@@ -29,7 +32,7 @@ HEAD_DIM = 128
 @triton.jit
 @no_type_check
 def _nearest(tile, PRECISION: tl.constexpr):
-    """Rounded to TF32: the tensor cores only cut off, and that error has one sign, so no sum averages it out."""
+    """Rounded to TF32: the tensor cores only cut off, an error of one sign, which no sum averages out."""
     if PRECISION == "tf32" and tile.dtype == tl.float32:
         return ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tile
@@ -289,12 +292,12 @@ def supports(call: AttentionCall) -> bool:
 
 
 def _fits(call: AttentionCall) -> bool:
-    """Whether six tiles, the most that a kernel holds, fit the shared memory of the GPU."""
+    """Whether the tiles that a kernel holds at once (as compiled for an H100) fit the GPU's shared memory."""
     if not call.q.is_cuda:
         return True
-    shape = _shape(call)
+    shape, held = _shape(call), 7 if call.q.dtype == torch.float16 else 6
     tile = shape["BLOCK"] * max(shape["WIDTH"], shape["WIDTH_V"]) * call.q.dtype.itemsize
-    return 6 * tile <= torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin
+    return held * tile <= torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -374,12 +377,13 @@ def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tens
         _dkv[blocks, k.shape[1], batch](
             q, k, v, slopes.dz, dk, dv, slopes.lse, slopes.inner, slopes.live,
             *common, _strides(dk), _strides(dv), length, call.scale, heads, call.groups,
-            **shape, **_tuning("dkv", call), PRECISION=slopes.precision, BLOCKS=triton.next_power_of_2(blocks),
+            **shape, **_tuning("dkv", call), PRECISION=slopes.precision,
+            BLOCKS=triton.next_power_of_2(blocks),
         )  # fmt: skip
     return dq, dk, dv
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 

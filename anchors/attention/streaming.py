@@ -8,8 +8,8 @@ With z = A v and dz = ∂L/∂z, a tile of rows needs A (recomputed from q and k
 The product that saliency wants is therefore a by-product of the gradient itself, and no tensor of size
 layers × heads × T² ever exists. The literal twin is `AttentionCall.pattern` under plain autograd.
 
-On CUDA the Triton kernels of `kernels` do the same without writing any tile to memory, where they know the call and
-every tap can do with their sums; otherwise, and everywhere else, the tile loop below does it.
+On CUDA the Triton kernels of `kernels` do the same without writing any tile to memory, where they know the
+call and every tap can do with their sums; otherwise, and everywhere else, the tile loop below does it.
 """
 
 import functools
@@ -60,7 +60,7 @@ def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether the Triton kernels can run on a device: an NVIDIA GPU with TF32 and bfloat16 units, and Triton."""
+    """Whether the Triton kernels can run there: on an NVIDIA GPU with TF32 and bfloat16 units."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
