@@ -39,8 +39,22 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AnchorsError", "Draw", "Edit", "LanguageModel", "Prompt", "Task", "ban", "build", "draw",
-    "flow_summary", "from_text", "load", "read", "read_table", "seam", "task",
+    "AnchorsError",
+    "Draw",
+    "Edit",
+    "LanguageModel",
+    "Prompt",
+    "Task",
+    "ban",
+    "build",
+    "draw",
+    "flow_summary",
+    "from_text",
+    "load",
+    "read",
+    "read_table",
+    "seam",
+    "task",
 ]
 
 

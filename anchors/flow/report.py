@@ -83,7 +83,14 @@ def report(
                 )
         after = (len(tasks) - 1 - number) * len(seeds) * examples
         measured = measure(
-            model, task, data, out=out, shots=shots, seeds=seeds, examples=examples, batch_size=batch_size,
+            model,
+            task,
+            data,
+            out=out,
+            shots=shots,
+            seeds=seeds,
+            examples=examples,
+            batch_size=batch_size,
             skip_too_long=skip_too_long,
             progress=lambda done, total, before=finished, after=after: progress(
                 before + done, before + total + after
@@ -100,8 +107,16 @@ def report(
         tables.append(measured.rows)
         configs.append(measured.config | {"data_source": data.source})
     facts = provenance(
-        model=model.name, revision=model.revision, fingerprint=model.fingerprint, precision=model.precision,
-        device=str(model.device), shots=shots, seeds=list(seeds), examples=examples, tasks=configs, notes=notes,
+        model=model.name,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        precision=model.precision,
+        device=str(model.device),
+        shots=shots,
+        seeds=list(seeds),
+        examples=examples,
+        tasks=configs,
+        notes=notes,
     )
     rows = pd.concat(tables, ignore_index=True)
     summary = flow_summary(rows)
@@ -120,9 +135,7 @@ def report(
             break
         drawn = draw(task, data, model.tokenizer, Draw(shots=shots, seed=seeds[0]), pages)
         fitting, _ = within_context(drawn, model.context, skip=True)
-        shown = [
-            prompt_payload(model, task, d.prompt, f"test example {d.example}", layers) for d in fitting
-        ]
+        shown = [prompt_payload(model, task, d.prompt, f"test example {d.example}", layers) for d in fitting]
         if not shown:
             continue
         page = render_page(
