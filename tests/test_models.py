@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from families import make
 from torch import nn
 from transformers.activations import NewGELUActivation
 
-from anchors import models
+from anchors import gguf, models
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.models import load
@@ -125,8 +126,8 @@ def test_the_default_model_on_real_weights_shows_the_papers_pattern(tmp_path):
     assert sums.s_wp[:, :third].mean() > 2 * sums.s_pq[:, :third].mean()
     assert sums.s_pq[:, -third:].mean() > 2 * sums.s_wp[:, -third:].mean()
     # The converted copy is checked by its checksum whenever it is loaded.
-    kept = models._converted(models.Path(models._default()[0]))
-    assert models._intact(kept)
+    kept = gguf.converted(Path(models._default()[0]))
+    assert gguf.intact(kept)
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("checksum.json", "model.safetensors"):
@@ -134,4 +135,4 @@ def test_the_default_model_on_real_weights_shows_the_papers_pattern(tmp_path):
     with (copy / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    assert not models._intact(copy)
+    assert not gguf.intact(copy)

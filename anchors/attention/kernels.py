@@ -111,24 +111,10 @@ def _inner(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     largest = 0.0
     for head in range(heads):
-        z_tile = _rows(
-            z + example * z_strides[0] + head * z_strides[1],
-            z_strides[2],
-            rows,
-            length,
-            DIM_V,
-            WIDTH_V,
-            "ieee",
-        ).to(tl.float32)
-        dz_tile = _rows(
-            dz + example * dz_strides[0] + head * dz_strides[1],
-            dz_strides[2],
-            rows,
-            length,
-            DIM_V,
-            WIDTH_V,
-            "ieee",
-        ).to(tl.float32)
+        z_head = z + example * z_strides[0] + head * z_strides[1]
+        z_tile = _rows(z_head, z_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
+        dz_head = dz + example * dz_strides[0] + head * dz_strides[1]
+        dz_tile = _rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
         sums = tl.sum(z_tile * dz_tile, 1)
         tl.store(inner + (example * heads + head) * length + rows, sums, mask=rows < length)
         # Not `max`, which may pass over a NaN: a slope that is not a number is no dead row.
@@ -230,24 +216,10 @@ def _dkv(
     block, kv_head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks = tl.num_programs(0)
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    k_tile = _rows(
-        k + example * k_strides[0] + kv_head * k_strides[1],
-        k_strides[2],
-        columns,
-        length,
-        DIM,
-        WIDTH,
-        PRECISION,
-    )
-    v_tile = _rows(
-        v + example * v_strides[0] + kv_head * v_strides[1],
-        v_strides[2],
-        columns,
-        length,
-        DIM_V,
-        WIDTH_V,
-        PRECISION,
-    )
+    k += example * k_strides[0] + kv_head * k_strides[1]
+    k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+    v += example * v_strides[0] + kv_head * v_strides[1]
+    v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
     dk_total = tl.zeros([BLOCK, WIDTH], tl.float32)
     dv_total = tl.zeros([BLOCK, WIDTH_V], tl.float32)
     # Padding is on the right and the last layer has one live row: a range holds what is live well enough.

@@ -1,0 +1,336 @@
+"""The viewer's page in a real headless Chromium."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_viewer import HOSTILE, payload
+
+from anchors.viewer import render_page
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+]
+
+
+class Viewer:
+    """One browser and the page that it shows."""
+
+    def __init__(self, driver, folder: Path):
+        self.driver, self.folder, self.opened = driver, folder, []
+
+    def open(self, data: dict, fragment: str = "", size: tuple[int, int] = (1280, 900)) -> "Viewer":
+        path = self.folder / f"page{len(self.opened)}.html"
+        path.write_text(render_page(data), encoding="utf-8")
+        self.opened.append(path.as_uri())
+        self.resize(*size)
+        self.driver.get(path.as_uri() + fragment)
+        return self
+
+    def resize(self, width: int, height: int) -> None:
+        view = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+
+    def js(self, code: str, *values):
+        return self.driver.execute_script(f"return {code}", *values)
+
+    def settle(self) -> None:
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+    def until(self, code: str) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 5, 0.03).until(lambda _: self.js(code))
+
+    def click(self, selector: str) -> None:
+        self.driver.find_element("css selector", selector).click()
+
+    def keys(self, *keys: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def each(self, selector: str, what: str = "e.textContent") -> list:
+        return self.js(f"[...document.querySelectorAll(arguments[0])].map(e => {what})", selector)
+
+    def text(self, selector: str) -> str:
+        return self.js("document.querySelector(arguments[0]).textContent", selector)
+
+    @property
+    def layer(self) -> str:
+        return self.text("#at").split(" / ")[0]
+
+    @property
+    def arcs(self) -> set[tuple[int, int, str]]:
+        found = self.each("#arcs path", "[+e.dataset.i, +e.dataset.j, e.getAttribute('class')]")
+        return {(i, j, kind) for i, j, kind in found}
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.chrome.service import Service
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver_path = shutil.which("chromedriver")
+    if not chromium or not driver_path:
+        pytest.skip("no chromium, or no chromedriver, on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    try:
+        driver = webdriver.Chrome(options=options, service=Service(executable_path=driver_path))
+    except WebDriverException as error:
+        pytest.skip(f"chromium does not start here: {error.msg}")
+    driver.set_script_timeout(10)
+    yield Viewer(driver, tmp_path_factory.mktemp("pages"))
+    driver.quit()
+
+
+@pytest.fixture(autouse=True)
+def quiet(request):
+    """After every test in the browser: nothing on its console, nothing asked of any network."""
+    if "viewer" not in request.fixturenames:
+        yield
+        return
+    viewer = request.getfixturevalue("viewer")
+    viewer.driver.get("data:,")
+    viewer.driver.get_log("browser"), viewer.driver.get_log("performance")
+    yield
+    assert [entry["message"] for entry in viewer.driver.get_log("browser")] == []
+    events = [json.loads(entry["message"])["message"] for entry in viewer.driver.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert asked
+    assert {url for url in asked if not url.startswith("data:")} <= set(viewer.opened)
+
+
+LAYER_0 = {(7, 2, "wp"), (7, 3, "wp"), (15, 11, "wp"), (11, 9, "ww"), (19, 2, "ww")}
+LAYER_1 = {(22, 7, "pq"), (22, 15, "pq"), (7, 2, "wp"), (19, 17, "ww")}
+
+
+def test_hostile_text_is_shown_and_never_run(viewer):
+    data = payload()
+    prompt = data["prompts"][0]
+    prompt["tokens"][: len(HOSTILE)] = HOSTILE
+    for field in ("title", "model", "task", "command"):
+        data[field] = HOSTILE[0]
+    data["provenance"] = {HOSTILE[1]: HOSTILE[0]}
+    prompt["name"], prompt["labels"], prompt["notes"] = HOSTILE[0], HOSTILE[:2], HOSTILE[:2]
+    viewer.open(data, "#prompt=1&layer=0")
+    viewer.click("[data-i='0']")
+    assert viewer.each("#text .token") == prompt["tokens"]
+    assert viewer.js("window.pwned === undefined")
+    assert viewer.js("[document.images.length, document.scripts.length]") == [0, 2]
+    assert viewer.text("h1") == viewer.driver.title == HOSTILE[0]
+    assert HOSTILE[1] in viewer.text("#notes")
+    assert viewer.each(".ctl", "e.dataset.shown") == ["U+2028", "U+2029", "U+202E", "U+000D"]
+
+
+def test_keys_and_slider_change_the_layer_and_its_arcs(viewer):
+    from selenium.webdriver.common.keys import Keys
+
+    viewer.open(payload(), "#prompt=1&layer=0")
+    assert (viewer.layer, viewer.arcs) == ("0", LAYER_0)
+    viewer.keys(Keys.ARROW_RIGHT)
+    assert (viewer.layer, viewer.arcs) == ("1", LAYER_1)
+    viewer.keys("k")
+    assert (viewer.layer, viewer.arcs) == ("2", set())
+    assert "no flow in this layer above zero" in viewer.text("#status")
+    viewer.keys(Keys.END)
+    assert (viewer.layer, viewer.arcs) == ("4", {(22, 7, "pq")})  # layer 3 has no arcs recorded
+    viewer.keys(Keys.ARROW_RIGHT)
+    assert viewer.layer == "4"
+    viewer.keys("J", "j")
+    assert viewer.layer == "1"
+    viewer.keys(Keys.HOME, Keys.ARROW_LEFT)
+    assert viewer.layer == "0"
+    viewer.driver.find_element("id", "layer").send_keys(Keys.ARROW_RIGHT)  # one step: not the page's too
+    assert (viewer.layer, viewer.arcs) == ("1", LAYER_1)
+    assert viewer.js("document.querySelector('#sums tr.now').dataset.layer") == "1"
+
+
+def test_token_isolates_its_arcs_and_escape_clears(viewer):
+    from selenium.webdriver.common.keys import Keys
+
+    viewer.open(payload(), "#prompt=1&layer=0")
+    viewer.click("[data-i='2']")
+    assert viewer.arcs == {(7, 2, "wp"), (19, 2, "ww")}
+    assert "·good" in viewer.text("#picked h2")
+    assert viewer.each("#picked tbody button") == ["·Positive", "·warm"]
+    assert viewer.each(".token.near", "+e.dataset.i") == [2, 7, 19]
+    viewer.keys(Keys.ARROW_RIGHT)
+    assert viewer.arcs == {(7, 2, "wp")}
+    viewer.keys(Keys.ESCAPE)
+    assert (viewer.layer, viewer.arcs) == ("1", LAYER_1)
+    assert viewer.js("document.getElementById('picked').hidden && !document.querySelector('.picked, .near')")
+    viewer.js("document.querySelector('[data-i=\"21\"]').focus()")
+    viewer.keys(Keys.TAB, Keys.ENTER)
+    assert viewer.arcs == {(22, 7, "pq"), (22, 15, "pq")}
+    viewer.click("#picked tbody button")  # its strongest source: the first label word
+    assert viewer.arcs == {(22, 7, "pq"), (7, 2, "wp")}
+    assert viewer.js("document.activeElement.dataset.i") == "7"  # the keyboard follows
+    viewer.click("#close")
+    assert viewer.arcs == LAYER_1
+    viewer.click("[data-i='0']")
+    assert (viewer.arcs, "touches this token" in viewer.text("#status")) == (set(), True)
+    viewer.click("[data-i='0']")
+    assert viewer.arcs == LAYER_1
+
+
+def test_each_flow_can_be_hidden(viewer):
+    viewer.open(payload(), "#prompt=1&layer=1")
+    for kind in ("wp", "pq", "ww"):
+        viewer.click(f".flow.{kind}")
+        assert viewer.arcs == {arc for arc in LAYER_1 if arc[2] != kind}
+        assert viewer.each(f".flow.{kind}", "e.getAttribute('aria-pressed')") == ["false"]
+        viewer.click(f".flow.{kind}")
+        assert viewer.arcs == LAYER_1
+    for kind in ("wp", "pq", "ww"):
+        viewer.click(f".flow.{kind}")
+    assert (viewer.arcs, "no recorded arc" in viewer.text("#status")) == (set(), True)
+
+
+def test_threshold_keeps_the_strongest_and_scale_spans_layers(viewer):
+    from selenium.webdriver.common.keys import Keys
+
+    viewer.open(payload(), "#prompt=1&layer=0")
+    keep = viewer.driver.find_element("id", "keep")
+    keep.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    assert (viewer.arcs, viewer.text("#kept")) == ({(7, 2, "wp"), (7, 3, "wp")}, "2")
+    assert viewer.layer == "0"  # the keys belonged to the slider
+    keep.send_keys(Keys.END)
+    viewer.keys(Keys.TAB)
+    viewer.js("location.hash = '#prompt=1&layer=4'")
+    viewer.until("document.getElementById('at').textContent.startsWith('4')")
+    width = "+document.querySelector('#arcs path').getAttribute('stroke-width')"
+    alone = viewer.js(width)
+    viewer.click("#scale")
+    assert viewer.js(width) < alone  # 0.4 against the prompt's 0.9
+    viewer.keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)  # a check box holds no arrow keys back
+    assert viewer.layer == "1"
+
+
+def test_arcs_meet_their_tokens_after_the_window_changes(viewer):
+    gap = """(() => { const path = document.querySelector('#arcs path[data-i="7"][data-j="2"]');
+      const box = document.querySelector('[data-i="7"] .w').getBoundingClientRect();
+      const end = path.getPointAtLength(path.getTotalLength());
+      const home = document.getElementById('text').getBoundingClientRect();
+      return Math.hypot(end.x + home.left - box.left - box.width / 2, end.y + home.top - box.top); })()"""
+    viewer.open(payload(), "#prompt=1&layer=0")
+    for width in (1280, 700, 380):
+        viewer.resize(width, 800)
+        viewer.settle(), viewer.settle()
+        assert viewer.js(gap) < 1.5
+
+
+def test_theme_button_turns_the_colours(viewer):
+    viewer.open(payload())
+    colour = "getComputedStyle(document.documentElement).backgroundColor"
+    brightness = f"{colour}.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + +part, 0)"
+    assert viewer.js(brightness) > 600
+    viewer.click("#theme")
+    assert (viewer.js(brightness) < 150, viewer.text("#theme")) == (True, "Light")
+    viewer.click("#theme")
+    assert (viewer.js(brightness) > 600, viewer.text("#theme")) == (True, "Dark")
+    viewer.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    try:
+        viewer.open(payload())
+        assert (viewer.js(brightness) < 150, viewer.text("#theme")) == (True, "Light")
+    finally:
+        viewer.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_narrow_window_does_not_scroll_sideways(viewer):
+    data = payload()
+    data["prompts"][0]["tokens"][:2] = ["x" * 90, HOSTILE[0]]
+    data["prompts"][0]["name"] = "a very long name " * 8
+    data["provenance"]["hash"] = "0" * 200
+    data["title"] = "T" * 80
+    viewer.open(data, size=(380, 800))
+    viewer.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+    viewer.click("[data-i='3']")
+    viewer.settle()
+    assert viewer.js("document.documentElement.scrollWidth <= 380 && document.body.scrollWidth <= 380")
+    assert viewer.js("document.getElementById('picked').getBoundingClientRect().bottom <= innerHeight")
+
+
+def test_prompt_picker_charts_and_link(viewer):
+    viewer.open(payload(), "#prompt=2&layer=1")
+    assert viewer.text("#notes") == "One <b>note</b>."
+    assert viewer.js("document.getElementById('prompt').value") == "1"
+    assert viewer.each("#bars > span") == ["Negativegold", "25.0 %", "Positivepredicted", "75.0 %"]
+    assert "label words → target 60.0 %" in viewer.text("#chart .readout")
+    assert viewer.js("document.querySelectorAll('#curves .band').length") == 3
+    assert "20 examples" in viewer.text("#caption")
+    click = """(() => { const chart = document.querySelector('#chart svg');
+      const box = chart.getBoundingClientRect();
+      chart.dispatchEvent(new MouseEvent('click', {clientX: box.right - 30, clientY: box.top + 20})); })()"""
+    viewer.js(click)
+    assert viewer.layer == "4"
+    viewer.until("location.hash === '#prompt=2&layer=4'")
+    viewer.click("#prompt option[value='0']")
+    assert (viewer.layer, viewer.js("document.getElementById('notes').hidden")) == ("4", True)
+    viewer.until("location.hash === '#prompt=1&layer=4'")
+    assert viewer.text("#provenance") == "seed1torch2.11"
+
+
+def test_play_steps_to_the_last_layer_and_stops(viewer):
+    viewer.open(payload(), "#prompt=1&layer=2")
+    viewer.click("#play")
+    assert viewer.text("#play") == "Pause"
+    viewer.until("document.getElementById('at').textContent.startsWith('4')")
+    assert viewer.text("#play") == "Play"
+
+
+def test_one_prompt_without_layers_or_curves(viewer):
+    data = payload() | {"curves": None, "command": None}
+    del data["prompts"][1]
+    data["prompts"][0].update(layers=[], edges=[], gold=None, s_wp=[], s_pq=[], s_ww=[])
+    viewer.open(data)
+    assert viewer.js("document.getElementById('picker').hidden && document.getElementById('all').hidden")
+    assert "No layer" in viewer.text("#status")
+    viewer.click("[data-i='3']")
+    viewer.keys("k")
+    assert viewer.arcs == set()
+
+
+def test_long_prompts_stay_quick(viewer):
+    rng, length = np.random.default_rng(0), 1500
+    data = payload()
+    prompt = data["prompts"][0]
+    prompt["tokens"] = [f" w{i}" for i in range(length)]
+    prompt["roles"] = ["text"] * (length - 1) + ["target"]
+    prompt["classes"] = [None] * length
+    pairs = [sorted(rng.choice(length, 2, replace=False).tolist(), reverse=True) for _ in range(500)]
+    flows = [[i, j, float(w)] for (i, j), w in zip(pairs, rng.random(500) + 0.1, strict=True)]
+    prompt["edges"] = [flows] * 4
+    viewer.open(data, "#prompt=1&layer=0")
+    viewer.js(
+        "(k => { k.value = k.max; k.dispatchEvent(new Event('input')); })(document.getElementById('keep'))"
+    )
+    assert len(viewer.each("#arcs path", "0")) == 300
+    spent = viewer.js(
+        """(() => { const start = performance.now(), slider = document.getElementById('layer');
+        for (const at of [1, 2, 3]) {
+          slider.value = at; slider.dispatchEvent(new Event('input')); document.body.offsetHeight;
+        }
+        return (performance.now() - start) / 3; })()"""
+    )
+    assert spent < 1000  # a few tens of milliseconds where nothing else runs
