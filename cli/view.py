@@ -42,6 +42,12 @@ def view(
     to: Annotated[Path, typer.Option("--out", "-o", help="The page.", rich_help_panel="Output")] = Path(
         "results/view.html"
     ),
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write I_l of these layers, too (safetensors, T × T each).", rich_help_panel="Output"
+        ),
+    ] = None,
 ) -> None:
     """Write the page for one prompt: tokens by role, flow by layer, label probabilities.
 
@@ -80,7 +86,20 @@ def view(
         facts = provenance(
             model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
         )
-        shown_prompt = prompt_payload(lm, chosen, built, prompt, common.layers_from(layers, lm.n_layers))
+        wanted = common.layers_from(layers, lm.n_layers)
+        shown_prompt = prompt_payload(lm, chosen, built, prompt, wanted)
         page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))
         write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
         err.print(shown(to))
+        if maps is not None:
+            from dataclasses import replace
+
+            from safetensors.torch import save_file
+
+            from anchors.flow import flow
+
+            gold = shown_prompt["predicted"] if built.gold is None else built.gold
+            full = flow(lm, [replace(built, gold=gold)], maps=wanted).maps
+            tensors = {f"layer_{layer}": full[layer][0].contiguous() for layer in wanted}
+            write_atomic(maps, lambda draft: save_file(tensors, draft))
+            err.print(shown(maps))

@@ -179,6 +179,20 @@ def test_view_from_standard_input(tiny, tmp_path, options):
     assert "own prediction" in shown["notes"][0]
 
 
+def test_view_writes_whole_maps(tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    (tmp_path / "p.txt").write_text("Review: fun\nSentiment: Positive\nReview: dull\nSentiment:")
+    result = invoke(
+        "view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html", "--layers", "0,2",
+        "--maps", tmp_path / "maps.safetensors",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    maps = load_file(tmp_path / "maps.safetensors")
+    assert set(maps) == {"layer_0", "layer_2"}
+    assert maps["layer_0"].triu().abs().max() == 0 < maps["layer_0"].max()
+
+
 def test_view_refuses_a_prompt_without_demonstrations(tiny, tmp_path):
     (tmp_path / "p.txt").write_text("Review: fine\nSentiment:")
     result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html")
