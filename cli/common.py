@@ -94,7 +94,14 @@ def tasks_from(
     return [task(name, template=template, labels=words, policy=policy) for name in wanted or ["sst2"]]
 
 
-def load_model(model: str | None, **options: Any) -> "LanguageModel":
+def load_model(
+    model: str | None,
+    device: str,
+    precision: str,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> "LanguageModel":
     """Load a model, saying so."""
     with err.status("loading torch and transformers"):
         from transformers.utils import logging as transformers_logging
@@ -104,7 +111,14 @@ def load_model(model: str | None, **options: Any) -> "LanguageModel":
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with err.status(f"loading {escape(model or 'the default model')}"):
-        return load(model, **options)
+        return load(
+            model,
+            device=device,
+            precision=precision,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 @contextmanager

@@ -98,14 +98,7 @@ def flow(
 
         require_writable(to)
         sets = [read(t, data) for t in tasks]
-        lm = common.load_model(
-            model,
-            device=device,
-            precision=precision,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         chosen = common.layers_from(layers, lm.n_layers)
         from anchors.flow.report import report
 

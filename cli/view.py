@@ -69,14 +69,7 @@ def view(
         from anchors.results import provenance, require_writable, write_atomic
 
         require_writable(to.parent)
-        lm = common.load_model(
-            model,
-            device=device,
-            precision=precision,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.tasks.prompts import Drawn, from_text, within_context
         from anchors.viewer import render_page
         from anchors.viewer.payload import payload, prompt_payload
