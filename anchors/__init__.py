@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from anchors.results import read_table
     from anchors.stats import flow_summary
     from anchors.tasks.data import read
-    from anchors.tasks.prompts import Draw, Prompt, build, draw, from_text
+    from anchors.tasks.drawing import Draw, draw
+    from anchors.tasks.prompts import Prompt, build, from_text
     from anchors.tasks.task import Task, task
 
 _HOMES = {
@@ -33,7 +34,8 @@ _HOMES = {
     "anchors.results": ("read_table",),
     "anchors.stats": ("flow_summary",),
     "anchors.tasks.data": ("read",),
-    "anchors.tasks.prompts": ("Draw", "Prompt", "build", "draw", "from_text"),
+    "anchors.tasks.drawing": ("Draw", "draw"),
+    "anchors.tasks.prompts": ("Prompt", "build", "from_text"),
     "anchors.tasks.task": ("Task", "task"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

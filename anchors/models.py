@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 
 from anchors.attention.seam import route
 from anchors.attention.streaming import triton_runs
+from anchors.context import Context
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
 
@@ -75,19 +76,25 @@ class LanguageModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def logits_at(
-        self, ids: Int[Tensor, "batch tokens"], positions: Int[Tensor, " batch"]
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        positions: Int[Tensor, " batch"],
+        context: Context | None = None,
     ) -> Float[Tensor, "batch vocabulary"]:
-        """Next-token logits at one position of each row.
+        """Next-token logits at one column of each row of `ids`.
 
         Rows are padded on the right and positions are explicit, so that padding is seen by no real token and no
-        mask is needed; only the asked rows of the output matrix are computed.
+        mask is needed; only the asked rows of the output matrix are computed. With a context, the rows go on
+        where it ends.
         """
         kept, where = positions.unique(return_inverse=True)
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        past: dict[str, Any] = {"use_cache": False}
+        if context is not None:
+            past = {"use_cache": True, "past_key_values": context.cache(len(ids))}
+            steps = steps + context.next
         with self.arithmetic():
-            logits = self.model(
-                input_ids=ids, position_ids=steps, use_cache=False, logits_to_keep=kept
-            ).logits
+            logits = self.model(input_ids=ids, position_ids=steps, logits_to_keep=kept, **past).logits
         return logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
 
     @contextmanager

@@ -53,9 +53,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def require_writable(folder: Path) -> None:
     """Find out before any work whether results can be written here."""
-    probe = folder / ".writable"
+    probe = folder / f".writable-{os.getpid()}"
     write_atomic(probe, lambda draft: draft.write_text("ok"))
-    probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def key_of(config: dict[str, Any]) -> str:

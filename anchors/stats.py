@@ -1,10 +1,161 @@
 """Intervals: never a bare mean."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, rankdata
+
+from anchors.errors import AnchorsError
 
 SUMS = ("s_wp", "s_pq", "s_ww")
+RESAMPLES = 1000
+
+
+def resampling(units: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Weights of a paired bootstrap over seeds and examples.
+
+    Each resample draws seeds with replacement, and then, within each drawn seed, as many of its examples with
+    replacement. Everything that is computed from the same row of weights is paired. With one seed only examples
+    are drawn; with few seeds the variance between them is underestimated (by (S − 1)/S for S seeds).
+
+    Args:
+        units: columns `seed` and `number`, one row per prompt.
+        resamples: how many.
+        seed: of the resampling.
+
+    Returns:
+        [1 + resamples, prompts]: how often each prompt counts. Row 0 counts each once and gives the estimate.
+    """
+    rng = np.random.default_rng(seed)
+    seeds = units["seed"].to_numpy()
+    members = [np.flatnonzero(seeds == s) for s in np.unique(seeds)]
+    weights = np.zeros((1 + resamples, len(units)))
+    weights[0] = 1
+    drawn = rng.integers(len(members), size=(resamples, len(members)))
+    for own in range(len(members)):
+        times = (drawn == own).sum(1)
+        index = members[own]
+        weights[1:, index] = rng.multinomial(times * len(index), np.full(len(index), 1 / len(index)))
+    return weights
+
+
+def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The estimate (row 0) and the percentile interval of the resamples (the other rows)."""
+    if np.isnan(samples[1:]).all() or len(samples) == 1:
+        return samples[0], np.full_like(samples[0], np.nan), np.full_like(samples[0], np.nan)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(samples[1:], [tail, 1 - tail], axis=0)
+    return samples[0], low, high
+
+
+GROUP = ["task", "shots", "control"]
+
+
+def summarise(
+    rows: pd.DataFrame,
+    metrics: Sequence[str] = ("accuracy",),
+    *,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> pd.DataFrame:
+    """Means over prompts with paired bootstrap intervals, and differences to a baseline condition with theirs.
+
+    Args:
+        rows: of `anchors.runner.measure`, of one run or several.
+        metrics: which of them.
+        baseline: condition that the others are compared with; the prompts must be the same.
+
+    Returns:
+        One row per task, shots, control, condition, metric and layer: value, low, high, difference,
+        difference_low, difference_high, examples, seeds. With a single example there are no intervals.
+    """
+    tables = []
+    kept = rows[rows["metric"].isin(metrics) & (rows["number"] >= 0)]
+    for key, group in kept.groupby(GROUP, sort=False):
+        wide = group.pivot_table(
+            index=["seed", "number"], columns=["condition", "metric", "layer"], values="value", dropna=False
+        ).dropna(axis="columns", how="all")
+        units = wide.index.to_frame(index=False)
+        weights = resampling(units, resamples)
+        data = wide.to_numpy()
+        holes = np.isnan(data)
+        if holes.any():
+            raise AnchorsError(
+                f"{int(holes.any(1).sum())} prompts of {key[0]} lack some of {sorted(set(group['metric']))}: "
+                "they cannot be compared in pairs.",
+                "Run the same command again to fill them in.",
+            )
+        samples = weights @ data / weights.sum(1, keepdims=True)
+        if len(units) == 1:
+            samples = samples[:1]
+        value, low, high = interval(samples, confidence)
+        table = wide.columns.to_frame(index=False).assign(value=value, low=low, high=high)
+        if baseline is not None:
+            places = {tuple(c): i for i, c in enumerate(_plain(table))}
+            other = [places.get((baseline, *c[1:])) for c in _plain(table)]
+            gap = np.full((3, len(table)), np.nan)
+            found = [i for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline]
+            if found:
+                gap[:, found] = interval(
+                    samples[:, found] - samples[:, [other[i] for i in found]], confidence
+                )
+            table = table.assign(difference=gap[0], difference_low=gap[1], difference_high=gap[2])
+        tables.append(
+            table.assign(
+                **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
+            )
+        )
+    if not tables:
+        raise AnchorsError(
+            f"The rows hold none of the metrics {list(metrics)}.", "Were they made by another verb?"
+        )
+    table = pd.concat(tables, ignore_index=True)
+    return table[GROUP + [c for c in table.columns if c not in GROUP]]
+
+
+def _plain(table: pd.DataFrame) -> list[tuple]:
+    """Condition, metric and layer of each row, with missing layers as None."""
+    return [
+        (c, m, None if pd.isna(layer) else int(layer))
+        for c, m, layer in zip(table["condition"], table["metric"], table["layer"], strict=True)
+    ]
+
+
+def mantel(
+    one: np.ndarray, other: np.ndarray, permutations: int = 9999, seed: int = 0
+) -> tuple[float, float]:
+    """Rank correlation of two symmetric matrices over the off-diagonal pairs, and its permutation p-value.
+
+    The labels of one matrix are permuted (Mantel's test), because its pairs are not independent: each label takes
+    part in C − 1 of them. One-sided: the share of permutations with a correlation at least as large. With C labels
+    there are C! of them, all of which are tried when they are fewer than asked for.
+    """
+    count = len(one)
+    upper = np.triu_indices(count, 1)
+    fixed = rankdata(other[upper])
+
+    def correlation(order: np.ndarray) -> float:
+        ranks = rankdata(one[np.ix_(order, order)][upper])
+        if len(upper[0]) < 2 or np.ptp(ranks) == 0 or np.ptp(fixed) == 0:
+            return np.nan
+        return float(np.corrcoef(ranks, fixed)[0, 1])
+
+    found = correlation(np.arange(count))
+    if np.isnan(found):
+        return found, np.nan
+    if math.factorial(count) <= permutations:
+        orders = [np.array(o) for o in itertools.permutations(range(count))]
+        exact = 0
+    else:
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(count) for _ in range(permutations)]
+        exact = 1
+    as_large = sum(correlation(order) >= found - 1e-12 for order in orders)
+    return found, (as_large + exact) / (len(orders) + exact)
 
 
 def flow_summary(

@@ -54,6 +54,7 @@ def make_prompts(length: int, count: int) -> list[Prompt]:
             text="",
             ids=tuple(torch.randint(100, 50000, (length,), generator=generator).tolist()),
             roles=("text",) * length,
+            demonstrations=(0,) * (length - 1) + (-1,),
             label_positions=positions,
             label_classes=tuple(range(CLASSES)),
             label_ids=tuple(range(1000, 1000 + CLASSES)),

@@ -2,7 +2,7 @@
 
 import typer
 
-from anchors.cli import check, flow, view
+from anchors.cli import check, classify, compress, diagnose, flow, isolate, readout, reweight, view
 
 app = typer.Typer(
     help="Look inside in-context learning: how label words gather and pass on information (Label Words are Anchors).",
@@ -11,6 +11,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("flow")(flow.flow)
+app.command("classify")(classify.classify)
+app.command("isolate")(isolate.isolate)
+app.command("readout")(readout.readout)
+app.command("reweight")(reweight.reweight)
+app.command("compress")(compress.compress)
+app.command("diagnose")(diagnose.diagnose)
 app.command("view")(view.view)
 app.command("check")(check.check)
 

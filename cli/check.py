@@ -37,7 +37,7 @@ def check(
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.check import check as certify
         from anchors.tasks.data import read
-        from anchors.tasks.prompts import Draw, draw
+        from anchors.tasks.drawing import Draw, draw
 
         sst2 = TASKS["sst2"]
         prompts = [d.prompt for d in draw(sst2, read(sst2), lm.tokenizer, Draw(), 3)]

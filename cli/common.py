@@ -3,12 +3,13 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -20,10 +21,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from anchors.errors import AnchorsError, CertificateError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from anchors.models import LanguageModel
     from anchors.tasks.task import Task
 
@@ -154,6 +158,49 @@ def progress_bar(name: str) -> Iterator[Any]:
     with Progress(*columns, console=err, transient=False) as bar:
         row = bar.add_task(escape(name), total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def print_notes(notes: list[str]) -> None:
+    """What a reader must know, on standard error."""
+    for note in notes:
+        err.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def print_files(files: list[Path]) -> None:
+    """What was written, on standard error."""
+    for path in files:
+        err.print(shown(path))
+
+
+def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: int = 3) -> str:
+    """`0.612 [0.570, 0.655]`; empty where there is no value."""
+    if value is None or value != value:
+        return ""
+    form = f"{'+' if signed else ''}.{digits}f"
+    bounds = "" if low is None or low != low else f" [{low:{form}}, {high:{form}}]"
+    return f"{value:{form}}{bounds}"
+
+
+def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
+    """One row per condition, one column per metric, and the difference of the first metric to the baseline."""
+    table = Table(
+        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("condition", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), no_wrap=True)
+    compared = "difference" in summary and summary["difference"].notna().any()
+    if compared:
+        table.add_column(f"{metrics[0].replace('_', ' ')}: difference", no_wrap=True)
+    order = sorted(dict.fromkeys(summary["condition"]), key=lambda c: c != "none")
+    for condition in order:
+        own = summary[summary["condition"] == condition].set_index("metric")
+        cells = [estimate(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "" for m in metrics]
+        if compared:
+            gap = ["difference", "difference_low", "difference_high"]
+            cells.append(estimate(*own.loc[metrics[0], gap], signed=True) if metrics[0] in own.index else "")
+        table.add_row(escape(condition), *cells)
+    return table
 
 
 def print_json(data: Any) -> None:

@@ -70,7 +70,8 @@ def view(
 
         require_writable(to.parent)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
-        from anchors.tasks.prompts import Drawn, from_text, within_context
+        from anchors.tasks.drawing import Drawn, within_context
+        from anchors.tasks.prompts import from_text
         from anchors.viewer import render_page
         from anchors.viewer.payload import payload, prompt_payload
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from anchors.models import LanguageModel, load
 from anchors.tasks.data import read
-from anchors.tasks.prompts import Draw, Prompt, draw
+from anchors.tasks.drawing import Draw, draw
+from anchors.tasks.prompts import Prompt
 from anchors.tasks.task import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared"

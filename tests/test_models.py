@@ -15,7 +15,7 @@ from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.models import load
 from anchors.tasks.data import read
-from anchors.tasks.prompts import Draw, draw
+from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.task import TASKS
 
 

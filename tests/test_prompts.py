@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from anchors.errors import AnchorsError
 from anchors.tasks.data import Data, Example, read
-from anchors.tasks.prompts import Draw, build, draw, from_text, label_tokens, within_context
+from anchors.tasks.drawing import Draw, draw, within_context
+from anchors.tasks.prompts import build, from_text, label_tokens
 from anchors.tasks.task import TASKS, Task, task
 
 WORDS = st.text(

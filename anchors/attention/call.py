@@ -45,6 +45,11 @@ class AttentionCall:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def past(self) -> int:
+        """Keys from a cache, before the first query: query row i stands at position i + past."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Scores, patterns and their sums are formed in float32 at least, whatever the weights are."""
         return torch.promote_types(self.q.dtype, torch.float32)
@@ -55,9 +60,8 @@ class AttentionCall:
             return self.mask[..., rows, keys]
         if not self.causal:
             return None
-        offset = self.k.shape[2] - self.q.shape[2]
         columns = torch.arange(keys.start, keys.stop, device=rows.device)
-        return columns <= (rows + offset)[:, None]
+        return columns <= (rows + self.past)[:, None]
 
     def scores(
         self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]
@@ -85,6 +89,20 @@ class AttentionCall:
         q, k = self.q.to(self.compute_dtype), self.k.to(self.compute_dtype)
         rows = torch.arange(q.shape[2], device=q.device)
         return self.softmax(self.scores(q, k), self.visible(rows, slice(0, k.shape[2])))
+
+    def pattern_at(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows key"]:
+        """The rows of the pattern A of some queries of each example, without forming the others."""
+        batch, heads, _, dim = self.q.shape
+        keys = self.k.shape[2]
+        place = rows[:, None, :, None]
+        q = self.q.to(self.compute_dtype).gather(2, place.expand(-1, heads, -1, dim))
+        visible = None
+        if self.mask is not None:
+            mask = self.mask.expand(batch, *self.mask.shape[1:])
+            visible = mask[..., :keys].gather(2, place.expand(-1, mask.shape[1], -1, keys))
+        elif self.causal:
+            visible = torch.arange(keys, device=rows.device) <= place + self.past
+        return self.softmax(self.scores(q, self.k.to(self.compute_dtype)), visible)
 
     def apply(
         self, pattern: Float[Tensor, "batch heads query key"]

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anchors.attention.call import AttentionCall
+from anchors.errors import AnchorsError
 
 Field = Callable[[AttentionCall], Float[Tensor, "*batch #heads query key"]]
 
@@ -40,13 +41,75 @@ def ban(layers: Iterable[int], query: Tensor, key: Tensor, name: str = "ban") ->
 
     Args:
         layers: where.
-        query, key: [batch, pairs] integer positions; a negative entry is no pair (for ragged batches).
+        query, key: [batch, pairs] integer positions in the prompt; a negative entry is no pair (for ragged
+            batches). Queries that stand in a cache are out of reach: an error.
     """
 
     def bias(call: AttentionCall) -> Tensor:
         field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=call.q.device)
         real = ((query >= 0) & (key >= 0)).nonzero(as_tuple=True)
-        field[real[0], 0, query[real], key[real]] = -torch.inf
+        rows = _rows(call, query[real], name)
+        field[real[0], 0, rows, key[real]] = -torch.inf
         return field
 
     return Edit(layers=frozenset(layers), bias=bias, name=name)
+
+
+def isolate(layers: Iterable[int], positions: Tensor, name: str = "isolation") -> Edit:
+    """Let some positions see nothing but themselves: A(p, i) = 0 for i < p, before the softmax (2.2).
+
+    Args:
+        layers: where.
+        positions: [batch, positions] in the prompt; a negative entry is none.
+    """
+
+    def bias(call: AttentionCall) -> Tensor:
+        field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=call.q.device)
+        example, which = (positions >= 0).nonzero(as_tuple=True)
+        p = positions[example, which]
+        before = torch.arange(call.k.shape[2], device=field.device) < p[:, None]
+        field[example, 0, _rows(call, p, name)] = torch.where(before, -torch.inf, 0.0)
+        return field
+
+    return Edit(layers=frozenset(layers), bias=bias, name=name)
+
+
+def scale(
+    layers: Iterable[int],
+    query: Tensor,
+    key: Tensor,
+    log_factor: Callable[[int], Tensor],
+    name: str = "scale",
+) -> Edit:
+    """Multiply A(query, key) by exp(log_factor) after the softmax, without renormalising (3.1).
+
+    Args:
+        layers: where.
+        query: [batch], one position of each example.
+        key: [batch, positions].
+        log_factor: from a layer to the β of its heads and positions, [heads, positions].
+    """
+
+    def weight(call: AttentionCall) -> Tensor:
+        beta = log_factor(call.layer)
+        batch, heads, rows, keys = call.q.shape[0], call.q.shape[1], call.q.shape[2], call.k.shape[2]
+        field = torch.ones(batch, heads, rows, keys, dtype=beta.dtype, device=beta.device)
+        row = _rows(call, query, name)
+        example = torch.arange(batch, device=beta.device)[:, None]
+        # Indexed as [batch, positions, heads]: the two index lists come first.
+        factors = beta.exp().T.expand(batch, -1, -1)
+        return field.permute(0, 2, 3, 1).index_put((example, row[:, None], key), factors).permute(0, 3, 1, 2)
+
+    return Edit(layers=frozenset(layers), weight=weight, name=name, neutral=True)
+
+
+def _rows(call: AttentionCall, positions: Tensor, name: str) -> Tensor:
+    """Positions in the prompt as query rows of this call."""
+    rows = positions - call.past
+    if (rows < 0).any():
+        raise AnchorsError(
+            f"{name!r} names query positions below {call.past}, which were run before: their keys and values "
+            "are in the cache.",
+            "Run the demonstrations inside the seam, with the edit.",
+        )
+    return rows

@@ -7,8 +7,8 @@ its layers arrives there exactly once; a family that routes its attention elsewh
     with seam(routed, edits=[...], taps=[...]):
         loss(model(ids)).backward()
 
-A layer without edit and tap runs torch's fused kernel. On leaving, every edit and tap must have fired in every
-layer it names.
+A layer without edit and tap runs torch's fused kernel. On leaving, every edit, tap and probe must have fired in
+every layer it names.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ from anchors.attention import gptj
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.streaming import streaming
-from anchors.attention.taps import Tap
+from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
 
 NAME = "anchors"
@@ -38,14 +38,18 @@ class _Session:
     layer_of: dict[nn.Module, int]
     edits: Sequence[Edit] = ()
     taps: Sequence[Tap] = ()
+    probes: Sequence[Probe] = ()
     reached: list[nn.Module] = field(default_factory=list)
     fired: set[tuple[int, int]] = field(default_factory=set)
 
     def run(self, call: AttentionCall) -> Tensor:
         edits = [edit for edit in self.edits if call.layer in edit.layers]
         taps = [tap for tap in self.taps if call.layer in tap.layers]
-        for actor in (*edits, *taps):
+        probes = [probe for probe in self.probes if call.layer in probe.layers]
+        for actor in (*edits, *taps, *probes):
             self.fired.add((id(actor), call.layer))
+        for probe in probes:
+            probe.see(call)
         if edits and taps:
             raise AnchorsError(
                 f"Layer {call.layer} has an edit and a tap at once.", "Run them one after the other."
@@ -57,7 +61,7 @@ class _Session:
         return call.fused()
 
     def verify(self) -> None:
-        for actor in (*self.edits, *self.taps):
+        for actor in (*self.edits, *self.taps, *self.probes):
             missed = sorted(layer for layer in actor.layers if (id(actor), layer) not in self.fired)
             if missed:
                 name = getattr(actor, "name", type(actor).__name__)
@@ -207,16 +211,20 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def seam(
-    modules: Sequence[nn.Module], *, edits: Iterable[Edit] = (), taps: Iterable[Tap] = ()
+    modules: Sequence[nn.Module],
+    *,
+    edits: Iterable[Edit] = (),
+    taps: Iterable[Tap] = (),
+    probes: Iterable[Probe] = (),
 ) -> Iterator[None]:
-    """Apply edits and taps to the attention of a routed model, as returned by `route`.
+    """Apply edits, taps and probes to the attention of a routed model, as returned by `route`.
 
     Raises:
-        RoutingError: on leaving, when an edit or a tap did not fire in a layer it names.
+        RoutingError: on leaving, when one of them did not fire in a layer it names.
         AnchorsError: when an edit changes no visible entry of a layer it names.
     """
     layer_of = {module: layer for layer, module in enumerate(modules)}
-    session = _Session(layer_of, tuple(edits), tuple(taps))
+    session = _Session(layer_of, tuple(edits), tuple(taps), tuple(probes))
     token = _active.set(session)
     try:
         yield

@@ -9,6 +9,16 @@ from anchors.attention.call import AttentionCall
 
 
 @runtime_checkable
+class Probe(Protocol):
+    """Looks at the calls of the layers it names before they are computed; changes nothing and needs no gradient."""
+
+    @property
+    def layers(self) -> frozenset[int]: ...
+
+    def see(self, call: AttentionCall) -> None: ...
+
+
+@runtime_checkable
 class Tap(Protocol):
     """Sees A ⊙ ∂L/∂A of the layers it names while a loss is differentiated; changes nothing.
 

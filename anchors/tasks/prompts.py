@@ -4,7 +4,6 @@ A prompt is joined from pieces whose roles are known; the tokenizer's character 
 Token ids are never searched.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -13,17 +12,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError
-from anchors.tasks.data import Data, Example
+from anchors.tasks.data import Example
 from anchors.tasks.task import Task
 
 Role = Literal["text", "format", "label", "target"]
 
 
+QUERY = -1
+"""Stands in for the number of a demonstration where something belongs to the query."""
+
+
 class Piece(NamedTuple):
-    """A stretch of a prompt's text, its role, and its class if it is a label word."""
+    """A stretch of a prompt's text: its role, the demonstration it belongs to, its class if it is a label word."""
 
     text: str
     role: Role
+    demonstration: int
     label: int | None = None
 
 
@@ -36,6 +40,7 @@ class Prompt:
         ids: its token ids.
         roles: one per token: `text` (of a demonstration or the query), `format` (template and special tokens),
             `label` (a label word of a demonstration), `target` (the last token, where the label is predicted).
+        demonstrations: one per token: the number of the demonstration it belongs to, or `QUERY`.
         label_positions: the label-word positions p_1 … p_C', ascending.
         label_classes: the class of each of them.
         label_ids: per class, the token that stands for it at the target.
@@ -45,6 +50,7 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     roles: tuple[Role, ...]
+    demonstrations: tuple[int, ...]
     label_positions: tuple[int, ...]
     label_classes: tuple[int, ...]
     label_ids: tuple[int, ...]
@@ -54,6 +60,11 @@ class Prompt:
     def target(self) -> int:
         """The target position q: the last token."""
         return len(self.ids) - 1
+
+    @property
+    def query(self) -> int:
+        """Where the query begins: the number of tokens of all demonstrations."""
+        return self.demonstrations.index(QUERY)
 
 
 def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
@@ -124,10 +135,14 @@ def tokenise(
     while spans and spans[-1][0] == spans[-1][1]:
         ids, spans = ids[:-1], spans[:-1]
     roles: list[Role] = []
+    demonstrations: list[int] = []
     members: dict[int, list[int]] = {}
     for token, (a, b) in enumerate(spans):
         touched = sorted({int(p) for p in owner[a:b]})
         labelled = [p for p in touched if pieces[p].role == "label"]
+        demonstrations.append(
+            pieces[touched[0]].demonstration if touched else demonstrations[-1] if demonstrations else 0
+        )
         if labelled:
             members.setdefault(labelled[0], []).append(token)
             roles.append("label")
@@ -136,7 +151,7 @@ def tokenise(
         else:
             first = a + len(text[a:b]) - len(text[a:b].lstrip())
             roles.append(pieces[int(owner[min(first, b - 1)])].role)
-    roles[-1] = "target"
+    roles[-1], demonstrations[-1] = "target", QUERY
     positions, classes = [], []
     for piece, tokens in sorted(members.items()):
         label = pieces[piece].label
@@ -159,6 +174,7 @@ def tokenise(
         text=text,
         ids=tuple(ids),
         roles=tuple(roles),
+        demonstrations=tuple(demonstrations),
         label_positions=tuple(positions),
         label_classes=tuple(classes),
         label_ids=tuple(word[0] for word in words),
@@ -170,12 +186,16 @@ def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Pi
     """The prompt as pieces: each demonstration filled in, joined by the separator, then the query without a label."""
     before, prefix, after = task.pieces
     parts: list[Piece] = []
-    for example in demonstrations:
-        parts += [Piece(before, "format"), Piece(example.text, "text"), Piece(prefix, "format")]
-        parts += [Piece(task.space + task.labels[example.label], "label", example.label)]
-        parts += [Piece(after + task.separator, "format")]
-    parts += [Piece(before, "format"), Piece(query, "text"), Piece(prefix, "format")]
+    for number, example in enumerate(demonstrations):
+        parts += _filled(before, example.text, prefix, number)
+        parts += [Piece(task.space + task.labels[example.label], "label", number, example.label)]
+        parts += [Piece(after + task.separator, "format", number)]
+    parts += _filled(before, query, prefix, QUERY)
     return [part for part in parts if part.text]
+
+
+def _filled(before: str, text: str, prefix: str, number: int) -> list[Piece]:
+    return [Piece(before, "format", number), Piece(text, "text", number), Piece(prefix, "format", number)]
 
 
 def build(
@@ -213,7 +233,7 @@ def from_text(
     if truth is not None and truth not in task.labels:
         raise AnchorsError(f"{truth!r} is not one of the labels {list(task.labels)}.")
     parts: list[Piece] = []
-    rest = text
+    rest, number = text, 0
     while (cut := rest.find(prefix)) >= 0 and rest[cut + len(prefix) :]:
         head, tail = rest[: cut + len(prefix)], rest[cut + len(prefix) :]
         found = [(i, word) for i, word in enumerate(task.labels) if tail.startswith(task.space + word)]
@@ -223,9 +243,9 @@ def from_text(
                 "Check --labels and the spelling in the prompt.",
             )
         label, word = max(found, key=lambda pair: len(pair[1]))
-        parts += [*_roles(head, task), Piece(task.space + word, "label", label)]
-        rest = tail[len(task.space + word) :]
-    parts += _roles(rest, task)
+        parts += [*_roles(head, task, number), Piece(task.space + word, "label", number, label)]
+        rest, number = tail[len(task.space + word) :], number + 1
+    parts += _roles(rest, task, number, QUERY)
     if not any(part.role == "label" for part in parts):
         raise AnchorsError(
             "The prompt holds no demonstration: no label word stands after the template's prefix.",
@@ -236,94 +256,17 @@ def from_text(
     return tokenise([part for part in parts if part.text], task, tokenizer, words, gold)
 
 
-def _roles(chunk: str, task: Task) -> list[Piece]:
-    """Cut a chunk `\\nReview: some text\\nSentiment:` into format, text, format."""
+def _roles(chunk: str, task: Task, number: int, owner: int | None = None) -> list[Piece]:
+    """Cut a chunk `\\nReview: some text\\nSentiment:` into separator, format, text, format.
+
+    The separator belongs to the demonstration before.
+    """
     before, prefix, _ = task.pieces
-    start = chunk.find(before) + len(before) if before and before in chunk else 0
+    opening = chunk.find(before) if before and before in chunk else 0
+    start = opening + len(before) if before and before in chunk else 0
     end = len(chunk) - len(prefix) if chunk.endswith(prefix) else len(chunk)
     start = min(start, end)
-    return [Piece(chunk[:start], "format"), Piece(chunk[start:end], "text"), Piece(chunk[end:], "format")]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The protocol by which prompts are drawn from data.
-
-    Attributes:
-        shots: demonstrations per class.
-        seed: of everything random.
-        fresh: draw new demonstrations for every query, with replacement (2.1), instead of one set per seed,
-            without replacement (all other analyses).
-    """
-
-    shots: int = 1
-    seed: int = 42
-    fresh: bool = True
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One drawn prompt: which test example it asks about, and the demonstrations it shows."""
-
-    example: int
-    prompt: Prompt
-
-
-def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int) -> list[Drawn]:
-    """The first `examples` prompts of a seed's endless, reproducible list.
-
-    Prompt i depends on the seed and on i alone, so that asking for more keeps the earlier ones. Queries come in a
-    seeded random order of the test set; the order of the demonstrations is random in every prompt.
-    """
-    if how.shots < 1 or examples < 1:
-        raise AnchorsError(f"shots = {how.shots} and examples = {examples}: both must be at least 1.")
-    by_class = [[e for e in data.train if e.label == c] for c in range(len(task.labels))]
-    few = [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]
-    if few and not how.fresh:
-        raise AnchorsError(f"Fewer than {how.shots} training examples for {few}.", "Ask for fewer shots.")
-    words = label_tokens(task, tokenizer)
-    order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
-    drawn = []
-    for number, index in enumerate(order[:examples]):
-        rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
-        shown = [
-            pool[int(i)] for pool in by_class for i in rng.choice(len(pool), how.shots, replace=how.fresh)
-        ]
-        shown = [shown[i] for i in rng.permutation(len(shown))]
-        query = data.test[int(index)]
-        prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
-        drawn.append(Drawn(example=int(index), prompt=prompt))
-    return drawn
-
-
-def within_context(
-    drawn: Sequence[Drawn], context: int | None, *, skip: bool = False
-) -> tuple[list[Drawn], int]:
-    """Refuse prompts longer than the model's context, or leave them out and count them.
-
-    Returns:
-        The prompts that fit, and the number left out.
-
-    Raises:
-        AnchorsError: a prompt is too long and `skip` is off.
-    """
-    if context is None:
-        return list(drawn), 0
-    fitting = [d for d in drawn if len(d.prompt.ids) <= context]
-    if len(fitting) < len(drawn) and not skip:
-        longest = max(drawn, key=lambda d: len(d.prompt.ids))
-        number, tokens = _longest_demonstration(longest.prompt)
-        raise AnchorsError(
-            f"{len(drawn) - len(fitting)} of {len(drawn)} prompts are longer than the model's context of {context} "
-            f"tokens; the longest (test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
-            f"{tokens} of them in its demonstration number {number}.",
-            "Use fewer --shots, or --skip-too-long to leave such examples out.",
-        )
-    return fitting, len(drawn) - len(fitting)
-
-
-def _longest_demonstration(prompt: Prompt) -> tuple[int, int]:
-    ends = [-1, *prompt.label_positions]
-    lengths = [b - a for a, b in itertools.pairwise(ends)]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    return longest + 1, lengths[longest]
+    opening = min(opening, start)
+    separator = Piece(chunk[:opening], "format", max(number - 1, 0))
+    own = number if owner is None else owner
+    return [separator, *_filled(chunk[opening:start], chunk[start:end], chunk[end:], own)]

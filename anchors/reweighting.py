@@ -1,0 +1,327 @@
+"""Anchor re-weighting (3.1): learn how much the target should attend to each label word."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anchors.attention.edits import Edit, scale
+from anchors.attention.seam import seam
+from anchors.context import Context, answer, encode, queries, shared_demonstrations
+from anchors.errors import AnchorsError
+from anchors.icl import joined, label_probabilities, outcomes
+from anchors.models import LanguageModel
+from anchors.results import provenance, write_atomic
+from anchors.runner import Cell, Record
+from anchors.tasks.drawing import Drawn, demonstrations
+from anchors.tasks.prompts import Prompt, build
+from anchors.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Reweighting:
+    """Fit β on a few extra examples, apply it to the test set.
+
+        Â_{lh}(q, p_i) = exp(β^i_{lh}) · A_{lh}(q, p_i)
+
+    only in the target's row, after the softmax, without renormalising; β starts at 0 (which changes nothing) and is
+    trained with Adam on the cross-entropy over the label words' logits, the model frozen (section 3.1, Table 1).
+
+    Attributes:
+        learning_rate, epochs: of Adam.
+        per_class: extra training examples of each class, none of them a demonstration.
+        batch: examples per step.
+
+    Conditions: `none` is vanilla in-context learning on the same prompts, `reweighted` with the fitted β.
+    """
+
+    kind: ClassVar[str] = "reweight"
+    version: ClassVar[int] = 1
+    fresh: ClassVar[bool] = False
+
+    learning_rate: float = 0.01
+    epochs: int = 10
+    per_class: int = 4
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.per_class < 1 or self.batch < 1 or not self.learning_rate > 0:
+            raise AnchorsError(f"{self}: every setting must be positive.")
+
+    @property
+    def passes(self) -> float:
+        return 2 + 0.1 * self.epochs
+
+    def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, "Beta"]:
+        context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
+        kept = cell.folder / f"beta-{cell.how.seed}.safetensors"
+        if kept.is_file():
+            return context, Beta.load(kept)
+        prompts = training_prompts(model, cell, self.per_class)
+        beta = fit(model, context, prompts, self.learning_rate, self.epochs, self.batch, cell.how.seed)
+        beta.save(
+            kept,
+            provenance(
+                model=model.name,
+                fingerprint=model.fingerprint,
+                precision=model.precision,
+                task=cell.task.identity(),
+                data=cell.data.fingerprint,
+                seed=cell.how.seed,
+                shots=cell.how.shots,
+                examples=len(prompts),
+            ),
+        )
+        return context, beta
+
+    def once(self, model: LanguageModel, state: tuple[Context, "Beta"], cell: Cell) -> list[Record]:
+        beta = state[1]
+        label_of = [cell.task.labels[c] for c in beta.classes]
+        values = [
+            Record(f"beta/{label_of[i]}/{head}", float(beta.beta[layer, head, i]), "reweighted", layer)
+            for layer in range(beta.beta.shape[0])
+            for head in range(beta.beta.shape[1])
+            for i in range(beta.beta.shape[2])
+        ]
+        losses = [Record("training_loss", loss, f"epoch-{e:02}") for e, loss in enumerate(beta.losses)]
+        return [*losses, *values]
+
+    def measure(
+        self, model: LanguageModel, state: tuple[Context, "Beta"], task: Task, batch: Sequence[Drawn]
+    ) -> list[list[Record]]:
+        context, beta = state
+        asked = queries([d.prompt for d in batch], len(context.ids), model.device)
+        baseline = label_probabilities(answer(model, context, asked), asked)
+        with seam(model.modules, edits=[beta.edit([d.prompt for d in batch], model.device)]):
+            changed = label_probabilities(answer(model, context, asked), asked)
+        return joined(outcomes(task, asked, baseline), outcomes(task, asked, changed, "reweighted"))
+
+
+@dataclass(frozen=True)
+class Beta:
+    """Fitted β and what it belongs to.
+
+    Attributes:
+        beta: [layers, heads, label words].
+        classes: the class of each label word, in the order of the last axis.
+        losses: mean training loss of each epoch, in nats.
+        facts: provenance, when loaded from a file.
+    """
+
+    beta: Float[Tensor, "layers heads labels"]
+    classes: tuple[int, ...]
+    losses: tuple[float, ...] = ()
+    facts: dict | None = None
+
+    def edit(self, prompts: Sequence[Prompt], device: torch.device | str) -> Edit:
+        """The edit that applies it to prompts that show the same number of label words of each class.
+
+        Raises:
+            AnchorsError: a prompt shows others.
+        """
+        columns = torch.tensor([self._columns(p) for p in prompts], device=device)
+        target = torch.tensor([p.target for p in prompts], device=device)
+        beta = self.beta.to(device)
+        return scale(range(len(beta)), target, columns, beta.__getitem__, "re-weighting")
+
+    def _columns(self, prompt: Prompt) -> list[int]:
+        """The label-word positions of a prompt in this β's order: the n-th of a class goes to the n-th of it."""
+        waiting = {
+            c: [p for p, own in zip(prompt.label_positions, prompt.label_classes, strict=True) if own == c]
+            for c in set(self.classes)
+        }
+        if sorted(self.classes) != sorted(prompt.label_classes):
+            raise AnchorsError(
+                f"β was fitted for label words of the classes {sorted(self.classes)}, "
+                f"the prompt shows {sorted(prompt.label_classes)}.",
+                "Use the shots, task and label policy it was fitted with.",
+            )
+        return [waiting[c].pop(0) for c in self.classes]
+
+    def save(self, path: Path, facts: dict) -> None:
+        """Write β as safetensors, with its provenance in the header."""
+        header = {
+            "label-anchors": json.dumps(facts),
+            "classes": json.dumps(self.classes),
+            "losses": json.dumps(self.losses),
+        }
+        write_atomic(path, lambda draft: save_file({"beta": self.beta.contiguous().cpu()}, draft, header))
+
+    @classmethod
+    def load(cls, path: Path) -> "Beta":
+        """Read what `save` wrote."""
+        try:
+            with safe_open(path, "pt") as file:
+                header, beta = file.metadata() or {}, file.get_tensor("beta")
+            classes = tuple(json.loads(header["classes"]))
+            losses, facts = tuple(json.loads(header["losses"])), json.loads(header["label-anchors"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise AnchorsError(
+                f"{str(path)!r} does not hold a fitted β: {error}", "Remove the file; it is fitted anew."
+            ) from error
+        if not torch.isfinite(beta).all():
+            raise AnchorsError(
+                f"The β in {str(path)!r} is not finite.", "Remove the file; it is fitted anew."
+            )
+        return cls(beta, classes, losses, facts)
+
+
+def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[Prompt]:
+    """Extra examples of each class, as prompts on the demonstrations of a seed; none of them a demonstration."""
+    shown = demonstrations(cell.task, cell.data, cell.how)
+    texts = {e.text for e in shown}
+    rng = np.random.default_rng([cell.how.seed, 5])
+    chosen = []
+    for c, label in enumerate(cell.task.labels):
+        pool = [e for e in cell.data.train if e.label == c and e.text not in texts]
+        if len(pool) < per_class:
+            raise AnchorsError(
+                f"Beside the demonstrations there are {len(pool)} training examples of {label!r}, not {per_class}.",
+                "Use fewer examples per class.",
+            )
+        chosen += [pool[int(i)] for i in rng.choice(len(pool), per_class, replace=False)]
+    positions = cell.prompts[0].prompt.label_positions  # a control may have moved them
+    return [
+        replace(build(cell.task, model.tokenizer, shown, e.text, e.label), label_positions=positions)
+        for e in chosen
+    ]
+
+
+def fit(
+    model: LanguageModel,
+    context: Context,
+    prompts: Sequence[Prompt],
+    learning_rate: float = 0.01,
+    epochs: int = 10,
+    batch: int = 1,
+    seed: int = 0,
+) -> Beta:
+    """Train β with steps of one token.
+
+    Only the target's row depends on β, so the keys and values of everything before the target are computed once per
+    example, and a step is the forward and backward pass of the last token. Its literal twin is `literal_step`.
+    """
+    first = prompts[0]
+    shape = (model.n_layers, _heads(model), len(first.label_positions))
+    beta = nn.Parameter(torch.zeros(shape, device=model.device))
+    with label_head(model, first.label_ids):
+        held = [encode(model, p.ids[len(context.ids) : -1], context) for p in prompts]
+        return _train(
+            beta, prompts, learning_rate, epochs, batch, seed,
+            lambda i: one_token_loss(model, held[i], prompts[i], beta),
+        )  # fmt: skip
+
+
+def _heads(model: LanguageModel) -> int:
+    return model.model.config.get_text_config().num_attention_heads
+
+
+def one_token_loss(
+    model: LanguageModel, before: Context, prompt: Prompt, beta: Float[Tensor, "layers heads labels"]
+) -> Float[Tensor, ""]:
+    """The loss of one example from the cache of all tokens but the target; differentiable in β.
+
+    Inside `label_head`, so that the logits are those of the label words.
+    """
+    last = torch.tensor([[prompt.ids[-1]]], device=model.device)
+    edit = _edit(prompt, beta)
+    with torch.enable_grad(), seam(model.modules, edits=[edit]):
+        logits = model.logits_at(last, torch.zeros(1, dtype=torch.long, device=model.device), before)
+    return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
+
+
+def literal_loss(
+    model: LanguageModel, prompt: Prompt, beta: Float[Tensor, "layers heads labels"]
+) -> Float[Tensor, ""]:
+    """The same loss from the whole prompt and the whole vocabulary, as the definition says."""
+    ids = torch.tensor([prompt.ids], device=model.device)
+    with torch.enable_grad(), seam(model.modules, edits=[_edit(prompt, beta)]):
+        logits = model.model(input_ids=ids, use_cache=False).logits[:, -1, list(prompt.label_ids)]
+    return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
+
+
+def literal_fit(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    learning_rate: float = 0.01,
+    epochs: int = 10,
+    batch: int = 1,
+    seed: int = 0,
+) -> Beta:
+    """`fit` with whole prompts in every step: the twin it is compared with."""
+    shape = (model.n_layers, _heads(model), len(prompts[0].label_positions))
+    beta = nn.Parameter(torch.zeros(shape, device=model.device))
+    step = lambda i: literal_loss(model, prompts[i], beta)  # noqa: E731
+    return _train(beta, prompts, learning_rate, epochs, batch, seed, step)
+
+
+def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"]) -> Edit:
+    target = torch.tensor([prompt.target], device=beta.device)
+    columns = torch.tensor([prompt.label_positions], device=beta.device)
+    return scale(range(len(beta)), target, columns, beta.__getitem__, "re-weighting")
+
+
+def _train(
+    beta: nn.Parameter,
+    prompts: Sequence[Prompt],
+    learning_rate: float,
+    epochs: int,
+    batch: int,
+    seed: int,
+    loss_of: Callable[[int], Tensor],
+) -> Beta:
+    """Adam over the examples in a seeded order, anew in every epoch."""
+    optimiser = torch.optim.Adam([beta], lr=learning_rate)
+    rng = np.random.default_rng([seed, 6])
+    losses = []
+    for _ in range(epochs):
+        order = rng.permutation(len(prompts))
+        seen = []
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            optimiser.zero_grad()
+            for i in part:
+                loss = loss_of(int(i))
+                (loss / len(part)).backward()
+                seen.append(float(loss.detach()))
+            optimiser.step()
+        losses.append(float(np.mean(seen)))
+    if not np.isfinite(losses).all() or not torch.isfinite(beta).all():
+        raise AnchorsError(
+            f"The training of β diverged: losses {[round(x, 3) for x in losses]}.",
+            "Lower the learning rate, or use --precision float32.",
+        )
+    return Beta(beta.detach(), tuple(prompts[0].label_classes), tuple(losses))
+
+
+@contextmanager
+def label_head(model: LanguageModel, label_ids: Sequence[int]) -> Iterator[None]:
+    """Let the model compute the logits of the label words only: the output matrix is cut to their rows.
+
+    What a family does to its logits afterwards (a factor, a soft cap) acts entry by entry and stays the same.
+    """
+    whole = model.model.get_output_embeddings()
+    rows = torch.tensor(list(label_ids), device=whole.weight.device)
+    cut = nn.Linear(
+        whole.weight.shape[1], len(rows), bias=getattr(whole, "bias", None) is not None, device="meta"
+    )
+    cut.weight = nn.Parameter(whole.weight.detach()[rows], requires_grad=False)
+    if cut.bias is not None:
+        cut.bias = nn.Parameter(whole.bias.detach()[rows], requires_grad=False)
+    for hook in whole._forward_hooks.values():
+        cut.register_forward_hook(hook)
+    model.model.set_output_embeddings(cut)
+    try:
+        yield
+    finally:
+        model.model.set_output_embeddings(whole)

@@ -1,0 +1,328 @@
+"""From an analysis to tidy rows: many prompts, in batches, resumable. Every measurement goes through here."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import pandas as pd
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.models import LanguageModel
+from anchors.results import Run
+from anchors.tasks.data import Data
+from anchors.tasks.drawing import Control, Draw, Drawn, draw, within_context
+from anchors.tasks.task import Task
+
+log = logging.getLogger(__name__)
+
+CPU_TOKENS = 512
+"""Tokens per batch on the CPU: longer batches gain nothing there and hold more memory."""
+
+SEED_LEVEL = -1
+"""Stands for the number of the example in rows that describe a seed as a whole."""
+
+Unit = tuple[int, int]
+"""Seed and number of a prompt: one unit of work."""
+
+
+class Record(NamedTuple):
+    """One measured value of one prompt (or of a seed).
+
+    Attributes:
+        metric: what was measured.
+        value: the number.
+        condition: under which of the analysis' conditions; `none` where nothing was changed.
+        layer: in which layer, or None.
+    """
+
+    metric: str
+    value: float
+    condition: str = "none"
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All prompts of one seed, and where to keep what belongs to them.
+
+    Attributes:
+        task, data, how: what they were drawn from, and how.
+        prompts: the prompts that fit into the model's context.
+        folder: of the run; for tensors that an analysis keeps.
+    """
+
+    task: Task
+    data: Data
+    how: Draw
+    prompts: tuple[Drawn, ...]
+    folder: Path
+
+
+class Analysis(Protocol):
+    """What is measured on a prompt. A frozen data class: its fields are its settings.
+
+    Attributes:
+        kind: short name; of its verb and its results, too.
+        version: raised whenever its numbers change for the same settings.
+        fresh: whether every prompt shows demonstrations of its own, see `Draw`.
+        passes: about how many forward passes a prompt costs, for foretelling the time.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    fresh: ClassVar[bool]
+
+    @property
+    def passes(self) -> float: ...
+
+    def prepare(self, model: LanguageModel, cell: Cell) -> Any:
+        """What the prompts of a seed share, computed once (the demonstrations' cache, a fitted β)."""
+
+    def once(self, model: LanguageModel, state: Any, cell: Cell) -> list[Record]:
+        """What there is to say of a seed as a whole."""
+
+    def measure(
+        self, model: LanguageModel, state: Any, task: Task, batch: Sequence[Drawn]
+    ) -> list[list[Record]]:
+        """The records of each prompt of a batch."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tidy rows, and what was left out.
+
+    Attributes:
+        rows: columns model, task, shots, control, seed, number, example, condition, layer, metric, value.
+        skipped: prompts left out because they are longer than the model's context.
+        config: what the rows depend on.
+        folder: where the run keeps its batches and tensors.
+        first: the prompts of the first seed.
+    """
+
+    rows: pd.DataFrame
+    skipped: int
+    config: dict
+    folder: Path
+    first: tuple[Drawn, ...]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the rows describe."""
+        units = self.rows.loc[self.rows["number"] >= 0, ["seed", "number"]]
+        return len(units.drop_duplicates())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many prompts are asked, and how they are drawn.
+
+    Attributes:
+        shots: demonstrations per class.
+        seeds: one set of prompts each.
+        examples: prompts per seed.
+        control: see `Draw`.
+        batch_size: prompts per batch; None chooses by memory. Out of memory halves it and goes on.
+        skip_too_long: leave prompts out that exceed the model's context, instead of an error.
+    """
+
+    shots: int = 1
+    seeds: tuple[int, ...] = (42,)
+    examples: int = 100
+    control: Control = "none"
+    batch_size: int | None = None
+    skip_too_long: bool = False
+
+
+def config_of(
+    model_fingerprint: str,
+    precision: str,
+    analysis: Analysis,
+    task: Task,
+    data: Data,
+    shots: int,
+    control: Control,
+) -> dict[str, Any]:
+    """What the rows of an analysis depend on; its hash names the run."""
+    return {
+        "kind": analysis.kind,
+        "version": analysis.version,
+        "settings": asdict(analysis),
+        "model": model_fingerprint,
+        "precision": precision,
+        "task": task.identity(),
+        "data": data.fingerprint,
+        "shots": shots,
+        "fresh": analysis.fresh,
+        "control": control,
+    }
+
+
+def measure(
+    model: LanguageModel,
+    analysis: Analysis,
+    task: Task,
+    data: Data,
+    how: Sample,
+    *,
+    out: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """Run an analysis on every prompt that the protocol draws, computing only what `out` does not hold.
+
+    Args:
+        model, analysis, task, data, how: what is measured.
+        out: results folder; finished batches are kept under its `runs`.
+        progress: called with (prompts done, prompts in all).
+
+    Raises:
+        AnchorsError: see `draw`, `within_context` and the analysis.
+    """
+    config = config_of(model.fingerprint, model.precision, analysis, task, data, how.shots, how.control)
+    run = Run.open(out, analysis.kind, config)
+    cells: dict[int, tuple[Cell, dict[Unit, Drawn]]] = {}
+    skipped = 0
+    for seed in how.seeds:
+        drawing = Draw(how.shots, seed, analysis.fresh, how.control)
+        drawn = draw(task, data, model.tokenizer, drawing, how.examples)
+        numbers = {id(d): number for number, d in enumerate(drawn)}
+        fitting, left_out = within_context(drawn, model.context, skip=how.skip_too_long)
+        skipped += left_out
+        units = {(seed, numbers[id(d)]): d for d in fitting}
+        cells[seed] = Cell(task, data, drawing, tuple(fitting), run.folder), units
+    total = sum(len(units) for _, units in cells.values())
+    if not total:
+        raise AnchorsError("Every prompt is longer than the model's context.", "Use fewer --shots.")
+    done = run.done()
+    finished = sum(unit in done for _, units in cells.values() for unit in units)
+    progress(finished, total)
+    for seed, (cell, units) in cells.items():
+        pending = [unit for unit in units if unit not in done]
+        whole = (seed, SEED_LEVEL)
+        if not units or (not pending and whole in done):
+            continue
+        state = analysis.prepare(model, cell)
+        for batch in _batches(model, analysis, units, pending, how.batch_size):
+            for part, records in _halving(model, analysis, state, task, [units[unit] for unit in batch]):
+                finished_units = [batch[i] for i in part]
+                run.append(
+                    _frame(finished_units, [units[u].example for u in finished_units], records),
+                    finished_units,
+                )
+                finished += len(finished_units)
+                progress(finished, total)
+        if whole not in done:
+            said = analysis.once(model, state, cell) or [Record("prompts", len(units))]
+            run.append(_frame([whole], [SEED_LEVEL], [said]), [whole])
+    rows = run.rows()
+    assert rows is not None  # noqa: S101 - `total` is not 0
+    wanted = [unit for _, units in cells.values() for unit in units] + [(seed, SEED_LEVEL) for seed in cells]
+    rows = rows[pd.MultiIndex.from_frame(rows[["seed", "number"]]).isin(wanted)]
+    for name, value in {
+        "control": how.control,
+        "shots": how.shots,
+        "task": task.name,
+        "model": model.name,
+    }.items():
+        rows.insert(0, name, value)
+    rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
+    return Measured(rows, skipped, config, run.folder, cells[how.seeds[0]][0].prompts)
+
+
+def _frame(
+    units: Sequence[Unit], examples: Sequence[int], records: Sequence[Sequence[Record]]
+) -> pd.DataFrame:
+    table = [
+        (seed, number, example, r.condition, r.layer, r.metric, float(r.value))
+        for (seed, number), example, own in zip(units, examples, records, strict=True)
+        for r in own
+    ]
+    columns = ["seed", "number", "example", "condition", "layer", "metric", "value"]
+    return pd.DataFrame(table, columns=columns).astype({"layer": "Int32"})
+
+
+def _width(analysis: Analysis, drawn: Drawn) -> int:
+    """Tokens that are run for a prompt: all of them, or only those after the shared demonstrations."""
+    return len(drawn.prompt.ids) - (0 if analysis.fresh else drawn.prompt.query)
+
+
+def _batches(
+    model: LanguageModel, analysis: Analysis, units: dict[Unit, Drawn], pending: list[Unit], size: int | None
+) -> Iterator[list[Unit]]:
+    """Neighbours in length share a batch, within windows, so that little is padded and progress stays even."""
+    length = {unit: _width(analysis, units[unit]) for unit in pending}
+    longest = max(length.values(), default=1)
+    context = 0 if analysis.fresh else max((units[u].prompt.query for u in pending), default=0)
+    budget = size * longest if size else tokens_per_batch(model, context / longest)
+    window = 16 * (size or max(1, budget // longest))
+    for start in range(0, len(pending), window):
+        batch: list[Unit] = []
+        for unit in sorted(pending[start : start + window], key=length.__getitem__):
+            full = len(batch) == size if size else (len(batch) + 1) * length[unit] > budget
+            if batch and full:
+                yield batch
+                batch = []
+            batch.append(unit)
+        if batch:
+            yield batch
+
+
+def tokens_per_batch(model: LanguageModel, cached: float = 0.0) -> int:
+    """How many tokens (with padding) to run at once, from the free memory and the model's width.
+
+    Args:
+        cached: keys and values held per token that is run.
+    """
+    if model.device.type != "cuda":
+        return CPU_TOKENS
+    config = model.model.config.get_text_config()
+    inner = (
+        getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size
+    )
+    per_token = (
+        model.n_layers * ((8 + 4 * cached) * config.hidden_size + 3 * inner) * model.model.dtype.itemsize
+    )
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return min(16384, max(1, int(0.5 * free / per_token)))
+
+
+def _halving(
+    model: LanguageModel, analysis: Analysis, state: Any, task: Task, batch: list[Drawn]
+) -> Iterator[tuple[range, list[list[Record]]]]:
+    """Run a batch; out of memory halves it and goes on."""
+    stack = [range(len(batch))]
+    while stack:
+        part = stack.pop()
+        try:
+            result = analysis.measure(model, state, task, [batch[i] for i in part])
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            result = None
+        if result is not None:
+            yield part, result
+            continue
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(part) == 1:
+            raise AnchorsError(
+                f"One prompt of {len(batch[part[0]].prompt.ids)} tokens does not fit into memory.",
+                "Use fewer --shots, --precision bfloat16, another --device or --device-map auto.",
+            )
+        middle = part.start + len(part) // 2
+        log.warning("out of memory with %d prompts; going on with %d", len(part), middle - part.start)
+        stack += [range(middle, part.stop), range(part.start, middle)]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; the CPU and MPS allocators only say so."""
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )

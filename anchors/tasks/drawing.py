@@ -1,0 +1,141 @@
+"""Which prompts are asked: the protocol by which demonstrations and queries are drawn, and its controls."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from anchors.errors import AnchorsError
+from anchors.tasks.data import Data, Example
+from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
+from anchors.tasks.task import Task
+
+Control = Literal["none", "random-positions", "permuted-labels"]
+CONTROLS: tuple[Control, ...] = ("none", "random-positions", "permuted-labels")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The protocol by which prompts are drawn from data.
+
+    Attributes:
+        shots: demonstrations per class.
+        seed: of everything random.
+        fresh: draw new demonstrations for every query, with replacement (2.1), instead of one set per seed,
+            without replacement (all other analyses).
+        control: `random-positions` puts random other tokens of the demonstrations in the place of the label words,
+            as many; `permuted-labels` shows every class under the label word of another one.
+    """
+
+    shots: int = 1
+    seed: int = 42
+    fresh: bool = True
+    control: Control = "none"
+
+    def __post_init__(self) -> None:
+        if self.control not in CONTROLS:
+            raise AnchorsError(f"Unknown control {self.control!r}.", f"One of {', '.join(CONTROLS)}.")
+        if self.shots < 1:
+            raise AnchorsError(f"shots = {self.shots}: it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn prompt: which test example it asks about, and the demonstrations it shows."""
+
+    example: int
+    prompt: Prompt
+
+
+def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int) -> list[Drawn]:
+    """The first `examples` prompts of a seed's endless, reproducible list.
+
+    Prompt i depends on the seed and on i alone, so that asking for more keeps the earlier ones. Queries come in a
+    seeded random order of the test set; the order of the demonstrations is random in every prompt.
+    """
+    if examples < 1:
+        raise AnchorsError(f"examples = {examples}: it must be at least 1.")
+    words = label_tokens(task, tokenizer)
+    order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
+    drawn = []
+    for number, index in enumerate(order[:examples]):
+        shown, query = demonstrations(task, data, how, number), data.test[int(index)]
+        prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
+        if how.control == "random-positions":
+            rng = np.random.default_rng([how.seed, 2, number if how.fresh else 0])
+            prompt = replace(prompt, label_positions=random_positions(prompt, rng))
+        drawn.append(Drawn(example=int(index), prompt=prompt))
+    return drawn
+
+
+def demonstrations(task: Task, data: Data, how: Draw, number: int = 0) -> list[Example]:
+    """What prompt `number` of a seed shows, in order; the same for all of them unless `how.fresh`."""
+    by_class = [[e for e in data.train if e.label == c] for c in range(len(task.labels))]
+    few = [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]
+    if few and not how.fresh:
+        raise AnchorsError(f"Fewer than {how.shots} training examples for {few}.", "Ask for fewer shots.")
+    rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
+    shown = [pool[int(i)] for pool in by_class for i in rng.choice(len(pool), how.shots, replace=how.fresh)]
+    shown = [shown[i] for i in rng.permutation(len(shown))]
+    if how.control == "permuted-labels":
+        moved = derangement(len(task.labels), rng)
+        shown = [replace(e, label=moved[e.label]) for e in shown]
+    return shown
+
+
+def derangement(count: int, rng: np.random.Generator) -> list[int]:
+    """A random permutation that leaves nothing in its place."""
+    while True:
+        order = rng.permutation(count)
+        if (order != np.arange(count)).all():
+            return [int(i) for i in order]
+
+
+def random_positions(prompt: Prompt, rng: np.random.Generator) -> tuple[int, ...]:
+    """As many random positions of the demonstrations as the prompt has label-word positions, none of them a label.
+
+    Position 0 is left out: it sees nothing but itself, so that nothing can be isolated there.
+    """
+    free = [i for i in range(1, prompt.query) if prompt.roles[i] != "label"]
+    if len(free) < len(prompt.label_positions):
+        raise AnchorsError(
+            f"The demonstrations have {len(free)} tokens beside {len(prompt.label_positions)} label-word positions.",
+            "They are too short for random positions as a control.",
+        )
+    return tuple(sorted(int(i) for i in rng.choice(free, len(prompt.label_positions), replace=False)))
+
+
+def within_context(
+    drawn: Sequence[Drawn], context: int | None, *, skip: bool = False
+) -> tuple[list[Drawn], int]:
+    """Refuse prompts longer than the model's context, or leave them out and count them.
+
+    Returns:
+        The prompts that fit, and the number left out.
+
+    Raises:
+        AnchorsError: a prompt is too long and `skip` is off.
+    """
+    if context is None:
+        return list(drawn), 0
+    fitting = [d for d in drawn if len(d.prompt.ids) <= context]
+    if len(fitting) < len(drawn) and not skip:
+        longest = max(drawn, key=lambda d: len(d.prompt.ids))
+        number, tokens = _longest_demonstration(longest.prompt)
+        raise AnchorsError(
+            f"{len(drawn) - len(fitting)} of {len(drawn)} prompts are longer than the model's context of {context} "
+            f"tokens; the longest (test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
+            f"{tokens} of them in its demonstration number {number}.",
+            "Use fewer --shots, or --skip-too-long to leave such examples out.",
+        )
+    return fitting, len(drawn) - len(fitting)
+
+
+def _longest_demonstration(prompt: Prompt) -> tuple[int, int]:
+    ends = [-1, *prompt.label_positions]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    return longest + 1, lengths[longest]

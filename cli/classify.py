@@ -1,0 +1,82 @@
+"""`anchors classify`: vanilla in-context learning, the baseline of all others."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import estimate, out, summary_table
+from anchors.cli.setting import Setting, measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from anchors.icl import Classification
+
+
+@measurement(examples=100)
+def classify(
+    setting: Setting,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Also with contextual calibration: label probabilities divided by those of queries without content.",
+        ),
+    ] = False,
+) -> None:
+    """Answer test examples by in-context learning: accuracy, per-class scores, confusion matrix.
+
+    The prediction is the label word with the largest logit at the target. Demonstrations are drawn once per seed and
+    run once; test examples share their cache.
+    """
+
+    def analysis() -> "Classification":
+        from anchors.icl import Classification
+
+        return Classification(calibrate=calibrate)
+
+    result = setting.report("classify", analysis)
+    if setting.as_json:
+        common.print_json(result.as_json())
+        return
+    tables = result.tables
+    for task, part in tables["summary"].groupby("task", sort=False):
+        title = f"{task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
+        out.print(summary_table(part, ["accuracy", "loss"], title))
+        for condition in dict.fromkeys(part["condition"]):
+            picked = [
+                t[(t["task"] == task) & (t["condition"] == condition)]
+                for t in (tables["confusion"], tables["classes"])
+            ]
+            out.print(_confusion(*picked, condition))
+    common.print_files(result.files)
+
+
+def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) -> Table:
+    labels = list(dict.fromkeys(counts["gold"]))
+    table = Table(
+        title="confusion" if condition == "none" else f"confusion, {escape(condition)}",
+        caption="rows: the true label; columns: the predicted one",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for label in labels:
+        table.add_column(escape(label), justify="right")
+    for name in ("precision", "recall"):
+        table.add_column(name)
+    for label in labels:
+        own = counts[counts["gold"] == label].set_index("predicted")["prompts"]
+        scores = classes[classes["label"] == label].set_index("metric")
+        table.add_row(
+            escape(label),
+            *(str(own[other]) for other in labels),
+            *(
+                estimate(*scores.loc[name, ["value", "low", "high"]], digits=2)
+                for name in ("precision", "recall")
+            ),
+        )
+    return table

@@ -1,0 +1,71 @@
+"""`anchors compress`: demonstrations as the keys and values of their anchors (3.2)."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchors.cli import common
+from anchors.cli.common import estimate, out, summary_table
+from anchors.cli.setting import Setting, measurement, words
+
+if TYPE_CHECKING:
+    from anchors.compression import Compression, Speed
+
+
+@measurement()
+def compress(
+    setting: Setting,
+    methods: Annotated[
+        str, typer.Option(help="hidden_anchor, text_anchor, hidden_random, with commas.")
+    ] = "hidden_anchor,text_anchor,hidden_random",
+    positions: Annotated[
+        str,
+        typer.Option(help="Where the test input stands: after-last-anchor, restart (at 0) or original."),
+    ] = "after-last-anchor",
+    draws: Annotated[int, typer.Option(min=1, help="Random choices of hidden_random.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Words that word loyalty compares.")] = 5,
+    speed: Annotated[bool, typer.Option(help="Measure the speed-up, too.")] = True,
+) -> None:
+    """Keep only label words and format tokens of the demonstrations: loyalties, accuracy, measured speed-up.
+
+    The demonstrations are run once; of their keys and values only those at the anchors stay, and the test input
+    attends to these. In Python, AnchorCache gives such a cache to model.generate.
+    """
+
+    def analysis() -> "Compression":
+        from anchors.compression import Compression
+
+        return Compression(words(methods), positions, draws, top)  # type: ignore[arg-type]
+
+    def timing() -> "Speed":
+        from anchors.compression import Speed
+
+        return Speed(rule=positions)  # type: ignore[arg-type]
+
+    result = setting.report("compress", analysis)
+    timed = setting.report("compress", timing) if speed else None
+    if setting.as_json:
+        speeds = timed.as_json()["summary"] if timed else []
+        common.print_json(result.as_json() | {"speed": speeds})
+        return
+    for task, part in result.tables["summary"].groupby("task", sort=False):
+        title = f"Compression: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
+        out.print(summary_table(part, ["accuracy", "label_loyalty", "word_loyalty"], title))
+        sizes = result.tables["sizes"]
+        memory = sizes[(sizes["task"] == task) & (sizes["metric"] == "cache_bytes")].set_index("condition")[
+            "value"
+        ]
+        if "hidden_anchor" in memory:
+            saved = 1 - memory["hidden_anchor"] / memory["none"]
+            out.print(
+                f"cache of the demonstrations: {memory['none'] / 2**20:.2f} → {memory['hidden_anchor'] / 2**20:.2f} MiB "
+                f"({100 * saved:.0f} % saved)"
+            )
+        if timed:
+            own = timed.tables["summary"].set_index("task").loc[task]
+            out.print(
+                f"speed-up {estimate(own['value'], own['low'], own['high'], digits=2)}; by tokens "
+                f"(L_demo + L_x) / (L_x + anchors) = ({own['demonstration_tokens']:.0f} + {own['input_tokens']:.0f}) / "
+                f"({own['input_tokens']:.0f} + {own['kept_tokens']:.0f}) = {own['limit']:.2f}"
+            )
+    common.print_files(result.files + (timed.files if timed else []))
