@@ -1,23 +1,20 @@
 """Patching the label words: in which layers does the prediction take what it needs from them?"""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from anchors.context import Context, Queries, answer, encode, queries, shared_demonstrations
-from anchors.errors import AnchorsError, CertificateError, RoutingError
+from anchors.errors import AnchorsError, CertificateError
 from anchors.icl import joined, outcomes
 from anchors.models import LanguageModel
+from anchors.patching import patch, streams
 from anchors.runner import Cell, Record
-from anchors.stats import GROUP, RESAMPLES, interval, resampling
 from anchors.tasks.drawing import Drawn, demonstrations, derangement, random_positions
 from anchors.tasks.prompts import Prompt, build, label_tokens
 from anchors.tasks.task import Task
@@ -89,6 +86,10 @@ class Causal:
             raise AnchorsError(
                 f"layers = {self.layers}, stride = {self.stride}: at least one layer from 0 on."
             )
+
+    @property
+    def passes(self) -> float:
+        return 2 + 20 / self.stride * len(self.positions)
 
     def prepare(self, model: LanguageModel, cell: Cell) -> Contexts:
         if cell.how.control == "random-positions":
@@ -215,86 +216,6 @@ def places(
     return found
 
 
-def patch(
-    model: LanguageModel,
-    own: Context,
-    layer: int,
-    positions: Sequence[int],
-    stream: Float[Tensor, "1 tokens width"],
-) -> Context:
-    """Run the tokens of `own` again with the residual stream before `layer` taken from `stream` at some positions.
-
-    Raises:
-        RoutingError: the patch did not take place exactly once.
-    """
-
-    def replaced(hidden: Tensor) -> Tensor:
-        index = torch.tensor(list(positions), device=hidden.device)
-        return hidden.index_copy(1, index, stream.to(hidden).index_select(1, index))
-
-    with _entering(model, layer, replaced):
-        found = encode(model, own.ids)
-    return replace(
-        found,
-        keys=own.keys[:layer] + found.keys[layer:],
-        values=own.values[:layer] + found.values[layer:],
-    )
-
-
-@contextmanager
-def streams(
-    model: LanguageModel, layers: Sequence[int]
-) -> Iterator[dict[int, Float[Tensor, "1 tokens width"]]]:
-    """Keep the residual stream entering each of some layers, in the one run inside."""
-    found: dict[int, Tensor] = {}
-
-    def kept(layer: int, hidden: Tensor) -> Tensor:
-        found[layer] = hidden
-        return hidden
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_entering(model, layer, partial(kept, layer)))
-        yield found
-
-
-@contextmanager
-def _entering(model: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put `change(stream)` in the place of the residual stream entering a layer, in the one run inside."""
-    fired = 0
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        nonlocal fired
-        fired += 1
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-    handle = block(model, layer).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if fired != 1:
-        raise RoutingError(
-            f"The residual stream entered layer {layer} {fired} times instead of once.",
-            "Run the model exactly once inside; a model that shares layers cannot be patched.",
-        )
-
-
-def block(model: LanguageModel, layer: int) -> nn.Module:
-    """The decoder layer that holds the attention of `layer`: the entry of a module list that it belongs to."""
-    name = next(n for n, module in model.model.named_modules() if module is model.modules[layer])
-    while name:
-        parent = name.rpartition(".")[0]
-        if isinstance(model.model.get_submodule(parent), nn.ModuleList):
-            return model.model.get_submodule(name)
-        name = parent
-    raise RoutingError(
-        f"The layers of {type(model.model).__name__} stand in no list: they cannot be patched."
-    )
-
-
 def _demand_equal(patched: Context, exchanged: Context) -> None:
     """All that differs was exchanged before the first layer: the keys and values must be B's."""
     pairs = zip((*patched.keys, *patched.values), (*exchanged.keys, *exchanged.values), strict=True)
@@ -328,57 +249,3 @@ def literal(
 
     logits = bridge.run_with_hooks(a, fwd_hooks=[(name, swap)])
     return logits[0, own.target, list(own.label_ids)]
-
-
-def causal_summary(
-    rows: pd.DataFrame, *, confidence: float = 0.95, resamples: int = RESAMPLES
-) -> pd.DataFrame:
-    """How far the answer follows the patch, by layer, with paired bootstrap intervals.
-
-        follow_l = Σ_n ⟨z_l − z_A, z_B − z_A⟩ / Σ_n ‖z_B − z_A‖²        n: prompts
-
-    a ratio of sums, since single prompts on which A and B hardly differ would have unstable ratios of their own.
-    `released` of a layer is the decrease of the label words' follow up to the next measured one (or the end), in the
-    same resamples. `flipped` is the share of B's predictions among the prompts on which A and B predict differently.
-
-    Args:
-        rows: of `Causal`, of one task or several.
-
-    Returns:
-        One row per task, condition, metric (`follow`, `flipped`, `released`, `differs`) and layer: value, low, high,
-        examples, seeds. Layer n of n layers is the end, where nothing is left to patch.
-    """
-    tables = []
-    for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
-        whole = group[group["metric"].isin(["follow_denominator", "differs"])]
-        whole = whole.pivot(index=["seed", "number"], columns="metric", values="value")
-        units = whole.index.to_frame(index=False)
-        weights = resampling(units, resamples)[: 1 if len(units) == 1 else None]
-        size, differs = whole["follow_denominator"].to_numpy(), whole["differs"].to_numpy()
-        found = [("none", "differs", [None], weights @ differs[:, None] / weights.sum(1, keepdims=True))]
-        patched = group[group["metric"].isin(["follow_numerator", "flipped"])]
-        for condition, own in patched.groupby("condition", sort=False):
-            wide = own.pivot(index=["seed", "number"], columns=["metric", "layer"], values="value")
-            wide = wide.loc[whole.index].sort_index(axis=1)
-            layers = wide["follow_numerator"].columns.tolist()
-            follow = _ratio(weights, wide["follow_numerator"].to_numpy(), size)
-            flipped = _ratio(weights, wide["flipped"].to_numpy() * differs[:, None], differs)
-            found += [(condition, "follow", layers, follow), (condition, "flipped", layers, flipped)]
-            if condition == "label":
-                found.append((condition, "released", layers[:-1], -np.diff(follow, axis=1)))
-        for condition, metric, layers, samples in found:
-            value, low, high = interval(samples, confidence)
-            table = pd.DataFrame({"layer": layers, "value": value, "low": low, "high": high})
-            names = dict(zip(GROUP, key, strict=True)) | {"condition": condition, "metric": metric}
-            tables.append(table.assign(**names, examples=len(units), seeds=units["seed"].nunique()))
-    if not tables:
-        raise AnchorsError("The rows hold no patched prompts.", "Were they made by another verb?")
-    columns = [*GROUP, "condition", "metric", "layer", "value", "low", "high", "examples", "seeds"]
-    return pd.concat([t.astype({"layer": "Int32"}) for t in tables], ignore_index=True)[columns]
-
-
-def _ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Ratio of weighted sums over prompts, by resample and layer; missing where there is nothing below."""
-    total = weights @ below[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, weights @ above / total, np.nan)

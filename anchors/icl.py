@@ -102,11 +102,18 @@ def outcomes(
                 for label, p in zip(task.labels, row, strict=True)
             ),
             Record("predicted", guess, condition),
-            Record("gold", truth, condition),
-            Record("accuracy", guess == truth, condition),
-            Record("loss", -math.log(row[truth]) if row[truth] else math.inf, condition),
+            *(_against(truth, guess, row, condition) if truth >= 0 else ()),
         ]
         for row, guess, truth in zip(probabilities.double().tolist(), predicted, gold, strict=True)
+    ]
+
+
+def _against(truth: int, guess: int, row: list[float], condition: str) -> list[Record]:
+    """What can only be said where the right answer is known."""
+    return [
+        Record("gold", truth, condition),
+        Record("accuracy", guess == truth, condition),
+        Record("loss", -math.log(row[truth]) if row[truth] else math.inf, condition),
     ]
 
 

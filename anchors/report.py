@@ -54,24 +54,48 @@ def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One analysis on one task: what a report is made of."""
+
+    analysis: Analysis
+    task: Task
+    data: Data
+    how: Sample
+
+
+Tables = dict[str, pd.DataFrame]
+
+
+def tables_of(rows: dict[str, pd.DataFrame]) -> Tables:
+    """The tables of the first kind of rows; of other kinds their summary, by the kind's name."""
+    (main, own), *others = rows.items()
+    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
+
+
 def report(
     model: LanguageModel,
-    analysis: Analysis,
-    tasks: Sequence[Task],
-    sets: Sequence[Data],
-    how: Sample,
+    parts: Sequence[Part],
     *,
     out: Path,
+    runs: Path | None = None,
+    name: str | None = None,
+    figure: str | None = None,
+    tables: Callable[[dict[str, pd.DataFrame]], Tables] = tables_of,
     layers: Sequence[int] | None = None,
     pages: int = 0,
     csv: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Certify the model, run an analysis on every task, and write rows, tables, figure and pages under `out`.
+    """Certify the model, measure all parts, and write rows, tables, figure and pages under `out`.
 
     Args:
-        model, analysis, tasks, sets, how: what is measured.
+        model, parts: what is measured.
         out: folder of the results.
+        runs: folder whose `runs` holds the finished batches; by default `out`.
+        name: of the files; by default the first part's kind of analysis.
+        figure: which kind of picture; by default that of the first part's analysis.
+        tables: from the rows of each kind of analysis to tables.
         layers, pages: layers shown on the pages, and prompts on them (information flow only).
         csv: write the rows as CSV, too.
         progress: called with (prompts done, prompts in all).
@@ -80,48 +104,51 @@ def report(
         CertificateError: the quick form of `anchors check` failed on this model.
         AnchorsError: see `anchors.runner.measure`.
     """
+    certify(model, parts[0].task, parts[0].data, parts[0].how)
     notes: list[str] = []
     measured: list[Measured] = []
+    rows: dict[str, list[pd.DataFrame]] = {}
     finished = 0
-    for number, (task, data) in enumerate(zip(tasks, sets, strict=True)):
-        if number == 0:
-            certify(model, task, data, how)
-        after = (len(tasks) - 1 - number) * len(how.seeds) * how.examples
+    ahead = [len(p.how.seeds) * min(p.how.examples, len(p.data.test)) for p in parts]
+    for number, part in enumerate(parts):
+        after = sum(ahead[number + 1 :])
         found = measure(
             model,
-            analysis,
-            task,
-            data,
-            how,
-            out=out,
+            part.analysis,
+            part.task,
+            part.data,
+            part.how,
+            out=runs or out,
             progress=lambda done, total, before=finished, after=after: progress(
                 before + done, before + total + after
             ),
         )
         finished += found.prompts
         measured.append(found)
-        notes += notes_on(model, task, data, how, found)
+        rows.setdefault(part.analysis.kind, []).append(found.rows)
+        notes += [n for n in notes_on(model, part, found) if n not in notes]
     facts = provenance(
         model=model.name,
         revision=model.revision,
         fingerprint=model.fingerprint,
         precision=model.precision,
         device=str(model.device),
-        shots=how.shots,
-        seeds=list(how.seeds),
-        examples=how.examples,
-        control=how.control,
-        tasks=[m.config | {"data_source": d.source} for m, d in zip(measured, sets, strict=True)],
+        parts=[
+            m.config | {"data_source": p.data.source, "seeds": list(p.how.seeds), "examples": p.how.examples}
+            for p, m in zip(parts, measured, strict=True)
+        ],
         notes=notes,
     )
-    rows = pd.concat([m.rows for m in measured], ignore_index=True)
-    tables = SUMMARIES[analysis.kind](rows)
-    files = write_report(out, analysis.kind, rows, tables, facts, csv=csv)
-    if analysis.kind == "flow" and pages:
-        for task, found in zip(tasks, measured, strict=True):
-            path = out / f"flow_{task.name}.html"
-            files += _page(model, task, found, path, pages, layers or range(model.n_layers), facts)
-    return Report(tables, files, notes, facts)
+    name, kind = name or parts[0].analysis.kind, parts[0].analysis.kind
+    whole = {k: pd.concat(frames, ignore_index=True) for k, frames in rows.items()}
+    made = tables(whole)
+    files = write_report(out, name, whole, made, facts, csv=csv)
+    files += write_figure(out, name, figure or kind, made, model.name)
+    if kind == "flow" and pages:
+        for part, found in zip(parts, measured, strict=True):
+            path = out / f"{name}_{part.task.name}.html"
+            files += _page(model, part.task, found, path, pages, layers or range(model.n_layers), facts)
+    return Report(made, files, notes, facts)
 
 
 def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
@@ -138,8 +165,9 @@ def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
         )
 
 
-def notes_on(model: LanguageModel, task: Task, data: Data, how: Sample, found: Measured) -> list[str]:
-    """What a reader must know before believing the numbers of a task."""
+def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
+    """What a reader must know before believing the numbers of a part."""
+    task, data, how = part.task, part.data, part.how
     notes = []
     if found.skipped:
         notes.append(f"{task.name}: {found.skipped} prompts longer than the context were left out.")
@@ -152,28 +180,31 @@ def notes_on(model: LanguageModel, task: Task, data: Data, how: Sample, found: M
 
 def write_report(
     out: Path,
-    stem: str,
-    rows: pd.DataFrame,
-    tables: dict[str, pd.DataFrame],
+    name: str,
+    rows: dict[str, pd.DataFrame],
+    tables: Tables,
     facts: dict[str, Any],
     *,
     csv: bool = False,
-    figure: str | None = None,
 ) -> list[Path]:
-    """Write rows and tables as parquet, the figure as PNG and PDF; returns what was written."""
-    from anchors.figures import draw as draw_figure
+    """Write rows (one file per kind of analysis) and tables as parquet; returns what was written."""
+    files = []
+    for kind, table in [*rows.items(), *((f"{name}_{key}", table) for key, table in tables.items())]:
+        files.append(out / f"{kind}.parquet")
+        write_table(files[-1], table, facts)
+        if csv and kind in rows:
+            files.append(out / f"{kind}.csv")
+            write_atomic(files[-1], lambda draft, table=table: table.to_csv(draft, index=False))
+    return files
+
+
+def write_figure(out: Path, name: str, kind: str, tables: Tables, model: str) -> list[Path]:
+    """Draw tables as PNG and PDF; nothing where a kind has no picture."""
+    from anchors.figures import draw
     from anchors.figures.style import save
 
-    files = [out / f"{stem}.parquet"]
-    write_table(files[0], rows, facts)
-    for name, table in tables.items():
-        files.append(out / f"{stem}_{name}.parquet")
-        write_table(files[-1], table, facts)
-    if csv:
-        files.append(out / f"{stem}.csv")
-        write_atomic(files[-1], lambda draft: rows.to_csv(draft, index=False))
-    drawn = draw_figure(figure or stem, tables, facts["model"])
-    return files + (save(drawn, out / stem) if drawn is not None else [])
+    drawn = draw(kind, tables, model)
+    return [] if drawn is None else save(drawn, out / name)
 
 
 def _page(

@@ -85,7 +85,7 @@ def write_table(path: Path, rows: pd.DataFrame, facts: dict[str, Any]) -> None:
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     table = pa.Table.from_pandas(rows, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: text.encode()})
-    write_atomic(path, lambda draft: pq.write_table(table, draft))
+    write_atomic(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
     write_atomic(path.with_suffix(".json"), lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
@@ -116,11 +116,16 @@ class Run:
     @classmethod
     def open(cls, out: Path, kind: str, config: dict[str, Any]) -> "Run":
         """Open or make the folder of a configuration under `out/runs`."""
-        folder = out / "runs" / f"{kind}-{key_of(config)}"
+        run = cls.at(out, kind, config)
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-        if not (folder / "config.json").is_file():
-            write_atomic(folder / "config.json", lambda draft: draft.write_text(text, encoding="utf-8"))
-        return cls(folder, config)
+        if not (run.folder / "config.json").is_file():
+            write_atomic(run.folder / "config.json", lambda draft: draft.write_text(text, encoding="utf-8"))
+        return run
+
+    @classmethod
+    def at(cls, out: Path, kind: str, config: dict[str, Any]) -> "Run":
+        """The run of a configuration, whether or not there is anything of it."""
+        return cls(out / "runs" / f"{kind}-{key_of(config)}", config)
 
     def rows(self) -> pd.DataFrame | None:
         """All rows so far, each unit of work once; None when there are none."""

@@ -86,7 +86,10 @@ class Reweighting:
 
     def once(self, model: LanguageModel, state: tuple[Context, "Beta"], cell: Cell) -> list[Record]:
         beta = state[1]
-        label_of = [cell.task.labels[c] for c in beta.classes]
+        label_of = [
+            f"{cell.task.labels[c]}#{n}" if (n := beta.classes[: i + 1].count(c)) > 1 else cell.task.labels[c]
+            for i, c in enumerate(beta.classes)
+        ]
         values = [
             Record(f"beta/{label_of[i]}/{head}", float(beta.beta[layer, head, i]), "reweighted", layer)
             for layer in range(beta.beta.shape[0])
@@ -209,7 +212,7 @@ def fit(
     """Train β with steps of one token.
 
     Only the target's row depends on β, so the keys and values of everything before the target are computed once per
-    example, and a step is the forward and backward pass of the last token. Its literal twin is `literal_step`.
+    example, and a step is the forward and backward pass of the last token. Its literal twin is `literal_fit`.
     """
     first = prompts[0]
     shape = (model.n_layers, _heads(model), len(first.label_positions))
@@ -234,7 +237,7 @@ def one_token_loss(
     Inside `label_head`, so that the logits are those of the label words.
     """
     last = torch.tensor([[prompt.ids[-1]]], device=model.device)
-    edit = _edit(prompt, beta)
+    edit = _row_edit(prompt, beta)
     with torch.enable_grad(), seam(model.modules, edits=[edit]):
         logits = model.logits_at(last, torch.zeros(1, dtype=torch.long, device=model.device), before)
     return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
@@ -269,6 +272,16 @@ def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"]) -> Edit:
     target = torch.tensor([prompt.target], device=beta.device)
     columns = torch.tensor([prompt.label_positions], device=beta.device)
     return scale(range(len(beta)), target, columns, beta.__getitem__, "re-weighting")
+
+
+def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"]) -> Edit:
+    """`_edit` where the target's row is all that is run: the rows of all layers are made at once."""
+    columns = torch.tensor(prompt.label_positions, device=beta.device)
+    ones = beta.new_ones(*beta.shape[:2], 1, len(prompt.ids))
+    rows = ones.index_copy(3, columns, beta.exp()[:, :, None]).unbind()
+    return Edit(
+        frozenset(range(len(rows))), weight=lambda call: rows[call.layer], name="re-weighting", neutral=True
+    )
 
 
 def _train(

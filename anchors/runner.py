@@ -1,7 +1,7 @@
 """From an analysis to tidy rows: many prompts, in batches, resumable. Every measurement goes through here."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -20,9 +20,6 @@ log = logging.getLogger(__name__)
 
 CPU_TOKENS = 512
 """Tokens per batch on the CPU: longer batches gain nothing there and hold more memory."""
-
-SEED_LEVEL = -1
-"""Stands for the number of the example in rows that describe a seed as a whole."""
 
 Unit = tuple[int, int]
 """Seed and number of a prompt: one unit of work."""
@@ -137,27 +134,54 @@ class Sample:
 
 
 def config_of(
-    model_fingerprint: str,
-    precision: str,
-    analysis: Analysis,
-    task: Task,
-    data: Data,
-    shots: int,
-    control: Control,
+    model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample
 ) -> dict[str, Any]:
     """What the rows of an analysis depend on; its hash names the run."""
     return {
         "kind": analysis.kind,
         "version": analysis.version,
         "settings": asdict(analysis),
-        "model": model_fingerprint,
-        "precision": precision,
+        "model": model.fingerprint,
+        "precision": model.precision,
         "task": task.identity(),
         "data": data.fingerprint,
-        "shots": shots,
+        "shots": how.shots,
         "fresh": analysis.fresh,
-        "control": control,
+        "control": how.control,
     }
+
+
+def _cells(
+    model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample, folder: Path
+) -> tuple[dict[int, tuple[Cell, dict[Unit, Drawn]]], int]:
+    """By seed: its cell and units of work; and how many prompts were left out as too long."""
+    cells: dict[int, tuple[Cell, dict[Unit, Drawn]]] = {}
+    skipped = 0
+    for seed in how.seeds:
+        drawing = Draw(how.shots, seed, analysis.fresh, how.control)
+        drawn = draw(task, data, model.tokenizer, drawing, how.examples)
+        numbers = {id(d): number for number, d in enumerate(drawn)}
+        fitting, left_out = within_context(drawn, model.context, skip=how.skip_too_long)
+        skipped += left_out
+        units = {(seed, numbers[id(d)]): d for d in fitting}
+        cells[seed] = Cell(task, data, drawing, tuple(fitting), folder), units
+    return cells, skipped
+
+
+def seed_level(units: Collection[Unit]) -> int:
+    """The number of the rows that describe a seed as a whole: negative, and other for other numbers of prompts."""
+    return -len(units)
+
+
+def outstanding(
+    model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample, *, out: Path
+) -> tuple[int, int, int]:
+    """Prompts left to measure, prompts in all, and the tokens that those left will run; writes nothing."""
+    done = Run.at(out, analysis.kind, config_of(model, analysis, task, data, how)).done()
+    cells, _ = _cells(model, analysis, task, data, how, out)
+    units = {unit: drawn for _, own in cells.values() for unit, drawn in own.items()}
+    left = [drawn for unit, drawn in units.items() if unit not in done]
+    return len(left), len(units), sum(_width(analysis, drawn) for drawn in left)
 
 
 def measure(
@@ -180,18 +204,9 @@ def measure(
     Raises:
         AnchorsError: see `draw`, `within_context` and the analysis.
     """
-    config = config_of(model.fingerprint, model.precision, analysis, task, data, how.shots, how.control)
+    config = config_of(model, analysis, task, data, how)
     run = Run.open(out, analysis.kind, config)
-    cells: dict[int, tuple[Cell, dict[Unit, Drawn]]] = {}
-    skipped = 0
-    for seed in how.seeds:
-        drawing = Draw(how.shots, seed, analysis.fresh, how.control)
-        drawn = draw(task, data, model.tokenizer, drawing, how.examples)
-        numbers = {id(d): number for number, d in enumerate(drawn)}
-        fitting, left_out = within_context(drawn, model.context, skip=how.skip_too_long)
-        skipped += left_out
-        units = {(seed, numbers[id(d)]): d for d in fitting}
-        cells[seed] = Cell(task, data, drawing, tuple(fitting), run.folder), units
+    cells, skipped = _cells(model, analysis, task, data, how, run.folder)
     total = sum(len(units) for _, units in cells.values())
     if not total:
         raise AnchorsError("Every prompt is longer than the model's context.", "Use fewer --shots.")
@@ -200,11 +215,11 @@ def measure(
     progress(finished, total)
     for seed, (cell, units) in cells.items():
         pending = [unit for unit in units if unit not in done]
-        whole = (seed, SEED_LEVEL)
+        whole = (seed, seed_level(units))
         if not units or (not pending and whole in done):
             continue
         state = analysis.prepare(model, cell)
-        for batch in _batches(model, analysis, units, pending, how.batch_size):
+        for batch in batches(model, analysis, units, pending, how.batch_size):
             for part, records in _halving(model, analysis, state, task, [units[unit] for unit in batch]):
                 finished_units = [batch[i] for i in part]
                 run.append(
@@ -215,11 +230,12 @@ def measure(
                 progress(finished, total)
         if whole not in done:
             said = analysis.once(model, state, cell) or [Record("prompts", len(units))]
-            run.append(_frame([whole], [SEED_LEVEL], [said]), [whole])
+            run.append(_frame([whole], [-1], [said]), [whole])
     rows = run.rows()
     assert rows is not None  # noqa: S101 - `total` is not 0
-    wanted = [unit for _, units in cells.values() for unit in units] + [(seed, SEED_LEVEL) for seed in cells]
-    rows = rows[pd.MultiIndex.from_frame(rows[["seed", "number"]]).isin(wanted)]
+    wanted = {unit for _, units in cells.values() for unit in units}
+    wanted |= {(seed, seed_level(units)) for seed, (_, units) in cells.items()}
+    rows = rows[pd.MultiIndex.from_frame(rows[["seed", "number"]]).isin(list(wanted))]
     for name, value in {
         "control": how.control,
         "shots": how.shots,
@@ -248,7 +264,7 @@ def _width(analysis: Analysis, drawn: Drawn) -> int:
     return len(drawn.prompt.ids) - (0 if analysis.fresh else drawn.prompt.query)
 
 
-def _batches(
+def batches(
     model: LanguageModel, analysis: Analysis, units: dict[Unit, Drawn], pending: list[Unit], size: int | None
 ) -> Iterator[list[Unit]]:
     """Neighbours in length share a batch, within windows, so that little is padded and progress stays even."""

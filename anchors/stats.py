@@ -173,11 +173,11 @@ def flow_summary(
         seed: of the resampling.
 
     Returns:
-        One row per task, layer and metric: mean, low, high, share, share_low, share_high, examples. With a single
+        One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples. With a single
         example there are no intervals: low and high are missing.
     """
     tables = []
-    for task, group in rows[rows["metric"].isin(SUMS)].groupby("task", sort=False):
+    for key, group in rows[rows["metric"].isin(SUMS)].groupby(GROUP, sort=False):
         wide = {
             metric: part.pivot_table(index=["seed", "number"], columns="layer", values="value")
             for metric, part in group.groupby("metric")
@@ -204,7 +204,7 @@ def flow_summary(
         tables += [
             pd.DataFrame(
                 {
-                    "task": task,
+                    **dict(zip(GROUP, key, strict=True)),
                     "layer": layers,
                     "metric": metric,
                     "mean": found[0, i],

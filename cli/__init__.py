@@ -2,7 +2,21 @@
 
 import typer
 
-from anchors.cli import check, classify, compress, diagnose, flow, isolate, readout, reweight, view
+from anchors.cli import (
+    causal,
+    check,
+    classify,
+    compress,
+    diagnose,
+    figures,
+    flow,
+    isolate,
+    ls,
+    readout,
+    reweight,
+    run,
+    view,
+)
 
 app = typer.Typer(
     help="Look inside in-context learning: how label words gather and pass on information (Label Words are Anchors).",
@@ -17,6 +31,10 @@ app.command("readout")(readout.readout)
 app.command("reweight")(reweight.reweight)
 app.command("compress")(compress.compress)
 app.command("diagnose")(diagnose.diagnose)
+app.command("causal")(causal.causal)
+app.command("run")(run.run)
+app.command("ls")(ls.ls)
+app.command("figures")(figures.figures)
 app.command("view")(view.view)
 app.command("check")(check.check)
 

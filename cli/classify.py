@@ -14,7 +14,7 @@ from anchors.cli.setting import Setting, measurement
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.icl import Classification
+    from anchors.runner import Analysis
 
 
 @measurement(examples=100)
@@ -34,12 +34,12 @@ def classify(
     run once; test examples share their cache.
     """
 
-    def analysis() -> "Classification":
+    def analyses() -> "list[Analysis]":
         from anchors.icl import Classification
 
-        return Classification(calibrate=calibrate)
+        return [Classification(calibrate=calibrate)]
 
-    result = setting.report("classify", analysis)
+    result = setting.report("classify", analyses)
     if setting.as_json:
         common.print_json(result.as_json())
         return
@@ -74,9 +74,6 @@ def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) 
         table.add_row(
             escape(label),
             *(str(own[other]) for other in labels),
-            *(
-                estimate(*scores.loc[name, ["value", "low", "high"]], digits=2)
-                for name in ("precision", "recall")
-            ),
+            *(estimate(*scores.loc[name, ["value", "low", "high"]]) for name in ("precision", "recall")),
         )
     return table

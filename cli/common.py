@@ -135,13 +135,18 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except AnchorsError as error:
-        err.print(f"[bold red]error:[/] {escape(error.message)}")
-        if error.remedy:
-            err.print(f"       {escape(error.remedy)}")
+        print_error(error)
         raise typer.Exit(1 if isinstance(error, CertificateError) else 2) from error
     except KeyboardInterrupt:
         err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
         raise typer.Exit(130) from None
+
+
+def print_error(error: AnchorsError, where: str = "") -> None:
+    """What happened, to what, and how to mend it."""
+    err.print(f"[bold red]error:[/] {escape(f'{where}: ' if where else '')}{escape(error.message)}")
+    if error.remedy:
+        err.print(f"       {escape(error.remedy)}")
 
 
 @contextmanager
@@ -172,13 +177,16 @@ def print_files(files: list[Path]) -> None:
         err.print(shown(path))
 
 
-def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: int = 3) -> str:
-    """`0.612 [0.570, 0.655]`; empty where there is no value."""
+def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: int = 2) -> str:
+    """`.61 [.57, .66]`, as papers print shares; empty where there is no value."""
     if value is None or value != value:
         return ""
-    form = f"{'+' if signed else ''}.{digits}f"
-    bounds = "" if low is None or low != low else f" [{low:{form}}, {high:{form}}]"
-    return f"{value:{form}}{bounds}"
+
+    def short(x: float) -> str:
+        text = f"{x:{'+' if signed else ''}.{digits}f}"
+        return text.replace("0.", ".", 1) if abs(x) < 1 and text.lstrip("+-").startswith("0.") else text
+
+    return short(value) if low is None or low != low else f"{short(value)} [{short(low)}, {short(high)}]"
 
 
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
@@ -186,12 +194,12 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
     table = Table(
         title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.add_column("condition", no_wrap=True)
+    table.add_column("condition")
     for metric in metrics:
-        table.add_column(metric.replace("_", " "), no_wrap=True)
+        table.add_column(metric.replace("_", " "))
     compared = "difference" in summary and summary["difference"].notna().any()
     if compared:
-        table.add_column(f"{metrics[0].replace('_', ' ')}: difference", no_wrap=True)
+        table.add_column(f"Δ {metrics[0].replace('_', ' ')}")
     order = sorted(dict.fromkeys(summary["condition"]), key=lambda c: c != "none")
     for condition in order:
         own = summary[summary["condition"] == condition].set_index("metric")
@@ -200,6 +208,27 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
             gap = ["difference", "difference_low", "difference_high"]
             cells.append(estimate(*own.loc[metrics[0], gap], signed=True) if metrics[0] in own.index else "")
         table.add_row(escape(condition), *cells)
+    return table
+
+
+def layer_table(summary: "pd.DataFrame", title: str) -> Table:
+    """One row per task, condition and metric; columns for five layers from the first to the last."""
+    layers = sorted(summary["layer"].dropna().unique())
+    shown = [layers[round(i * (len(layers) - 1) / 4)] for i in range(5)] if len(layers) > 5 else layers
+    keys = [c for c in ("task", "condition", "metric") if c in summary and summary[c].nunique() > 1]
+    value = "value" if "value" in summary else "share"
+    bounds = ["low", "high"] if value == "value" else ["share_low", "share_high"]
+    table = Table(
+        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in (*keys, *(f"layer {layer}" for layer in shown)):
+        table.add_column(name)
+    groups = summary.groupby(keys, sort=False) if keys else [((), summary)]
+    for key, part in groups:
+        own = part.dropna(subset=["layer"]).set_index("layer")
+        cells = [estimate(*own.loc[x, [value, *bounds]]) if x in own.index else "" for x in shown]
+        if any(cells):
+            table.add_row(*(escape(str(k)) for k in key), *cells)
     return table
 
 

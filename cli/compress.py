@@ -9,7 +9,7 @@ from anchors.cli.common import estimate, out, summary_table
 from anchors.cli.setting import Setting, measurement, words
 
 if TYPE_CHECKING:
-    from anchors.compression import Compression, Speed
+    from anchors.runner import Analysis
 
 
 @measurement()
@@ -32,21 +32,15 @@ def compress(
     attends to these. In Python, AnchorCache gives such a cache to model.generate.
     """
 
-    def analysis() -> "Compression":
-        from anchors.compression import Compression
+    def analyses() -> "list[Analysis]":
+        from anchors.compression import Compression, Speed
 
-        return Compression(words(methods), positions, draws, top)  # type: ignore[arg-type]
+        chosen: list[Analysis] = [Compression(words(methods), positions, draws, top)]  # type: ignore[arg-type]
+        return [*chosen, Speed(rule=positions)] if speed else chosen  # type: ignore[arg-type]
 
-    def timing() -> "Speed":
-        from anchors.compression import Speed
-
-        return Speed(rule=positions)  # type: ignore[arg-type]
-
-    result = setting.report("compress", analysis)
-    timed = setting.report("compress", timing) if speed else None
+    result = setting.report("compress", analyses)
     if setting.as_json:
-        speeds = timed.as_json()["summary"] if timed else []
-        common.print_json(result.as_json() | {"speed": speeds})
+        common.print_json(result.as_json())
         return
     for task, part in result.tables["summary"].groupby("task", sort=False):
         title = f"Compression: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
@@ -61,11 +55,11 @@ def compress(
                 f"cache of the demonstrations: {memory['none'] / 2**20:.2f} → {memory['hidden_anchor'] / 2**20:.2f} MiB "
                 f"({100 * saved:.0f} % saved)"
             )
-        if timed:
-            own = timed.tables["summary"].set_index("task").loc[task]
+        if speed:
+            own = result.tables["speed"].set_index("task").loc[task]
             out.print(
-                f"speed-up {estimate(own['value'], own['low'], own['high'], digits=2)}; by tokens "
+                f"speed-up {estimate(own['value'], own['low'], own['high'])}; by tokens "
                 f"(L_demo + L_x) / (L_x + anchors) = ({own['demonstration_tokens']:.0f} + {own['input_tokens']:.0f}) / "
                 f"({own['input_tokens']:.0f} + {own['kept_tokens']:.0f}) = {own['limit']:.2f}"
             )
-    common.print_files(result.files + (timed.files if timed else []))
+    common.print_files(result.files)

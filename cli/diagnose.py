@@ -12,7 +12,7 @@ from anchors.cli.common import estimate, out
 from anchors.cli.setting import Setting, measurement, numbers
 
 if TYPE_CHECKING:
-    from anchors.diagnosis import Diagnosis
+    from anchors.runner import Analysis
 
 
 @measurement(task=["trec"], examples=100)
@@ -32,12 +32,12 @@ def diagnose(
     """
     sweep = numbers(components, "--components")
 
-    def analysis() -> "Diagnosis":
+    def analyses() -> "list[Analysis]":
         from anchors.diagnosis import Diagnosis
 
-        return Diagnosis(sweep, layer)
+        return [Diagnosis(sweep, layer)]
 
-    result = setting.report("diagnose", analysis)
+    result = setting.report("diagnose", analyses)
     if setting.as_json:
         common.print_json(result.as_json())
         return
@@ -54,12 +54,12 @@ def diagnose(
             table.add_row(
                 escape(f"{row.one} / {row.other}"),
                 f"{row.predicted:.2f}",
-                estimate(row.actual, row.low, row.high, digits=2),
+                estimate(row.actual, row.low, row.high),
             )
         out.print(table)
         for row in agreement.itertuples():
             out.print(
-                f"{row.condition}: rank correlation {estimate(row.correlation, row.low, row.high, digits=2)}, "
+                f"{row.condition}: rank correlation {estimate(row.correlation, row.low, row.high)}, "
                 f"permutation p = {row.p:.3f}",
                 markup=False,
             )

@@ -14,7 +14,7 @@ from anchors.cli.setting import Setting, measurement
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.flow.analysis import InformationFlow
+    from anchors.runner import Analysis
 
 COLOURS = {"s_wp": "blue", "s_pq": "red", "s_ww": "bright_black"}
 
@@ -39,7 +39,7 @@ def flow(
     """
     result = setting.report(
         "flow",
-        _analysis,
+        _analyses,
         layers=lambda model: common.layers_from(layers, model.n_layers),
         pages=pages,
     )
@@ -53,10 +53,10 @@ def flow(
     common.print_files(result.files)
 
 
-def _analysis() -> "InformationFlow":
+def _analyses() -> "list[Analysis]":
     from anchors.flow.analysis import InformationFlow
 
-    return InformationFlow()
+    return [InformationFlow()]
 
 
 def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:

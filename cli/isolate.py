@@ -9,7 +9,7 @@ from anchors.cli.common import out, summary_table
 from anchors.cli.setting import Setting, measurement, numbers, words
 
 if TYPE_CHECKING:
-    from anchors.isolation import Isolation
+    from anchors.runner import Analysis
 
 
 @measurement()
@@ -33,12 +33,12 @@ def isolate(
     """
     layers = numbers(k, "--layers")
 
-    def analysis() -> "Isolation":
+    def analyses() -> "list[Analysis]":
         from anchors.isolation import Isolation
 
-        return Isolation(layers, words(sides), words(positions), top)
+        return [Isolation(layers, words(sides), words(positions), top)]
 
-    result = setting.report("isolate", analysis)
+    result = setting.report("isolate", analyses)
     if setting.as_json:
         common.print_json(result.as_json())
         return

@@ -11,7 +11,7 @@ from anchors.cli.common import estimate, out
 from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
-    from anchors.readout import Readout
+    from anchors.runner import Analysis
 
 
 @measurement(examples=100)
@@ -22,12 +22,12 @@ def readout(setting: Setting) -> None:
     R_l is the share of Σ (AUCROC − 0.5) that the layers up to l contribute.
     """
 
-    def analysis() -> "Readout":
+    def analyses() -> "list[Analysis]":
         from anchors.readout import Readout
 
-        return Readout()
+        return [Readout()]
 
-    result = setting.report("readout", analysis)
+    result = setting.report("readout", analyses)
     if setting.as_json:
         common.print_json(result.as_json())
         return
@@ -44,7 +44,7 @@ def readout(setting: Setting) -> None:
             table.add_column(name, no_wrap=True)
         for layer, own in part.groupby("layer"):
             cells = own.set_index("metric")
-            shown = [estimate(*cells.loc[m, ["value", "low", "high"]], digits=2) for m in ("aucroc", "r")]
+            shown = [estimate(*cells.loc[m, ["value", "low", "high"]]) for m in ("aucroc", "r")]
             table.add_row(str(layer), *shown)
         out.print(table)
         if part["value"].isna().all():

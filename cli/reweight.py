@@ -9,7 +9,7 @@ from anchors.cli.common import out, summary_table
 from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
-    from anchors.reweighting import Reweighting
+    from anchors.runner import Analysis
 
 
 @measurement(examples=100)
@@ -25,12 +25,12 @@ def reweight(
     the results' runs as safetensors with its provenance, drawn by layer, head and label, and used again.
     """
 
-    def analysis() -> "Reweighting":
+    def analyses() -> "list[Analysis]":
         from anchors.reweighting import Reweighting
 
-        return Reweighting(learning_rate, epochs, per_class)
+        return [Reweighting(learning_rate, epochs, per_class)]
 
-    result = setting.report("reweight", analysis)
+    result = setting.report("reweight", analyses)
     if setting.as_json:
         common.print_json(result.as_json())
         return

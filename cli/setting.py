@@ -115,46 +115,48 @@ class Setting:
             skip_too_long=self.skip_too_long,
         )
 
-    def folder(self, verb: str) -> Path:
-        return Path("results") / verb if self.out is None else self.out
-
-    def report(self, verb: str, analysis_of: "Callable[[], Analysis]", **options: Any) -> "Report":
+    def report(self, verb: str, analyses: "Callable[[], list[Analysis]]", **options: Any) -> "Report":
         """Measure and write; returns the report. All that can be checked is checked before anything is loaded.
 
         Args:
             verb: names the folder of the results.
-            analysis_of: makes the analysis; importing it loads torch.
+            analyses: makes the analyses; importing them loads torch.
             options: of `anchors.report.report`; those that depend on the model as functions of it.
         """
         from anchors.results import require_writable
-        from anchors.tasks.drawing import CONTROLS
 
-        if self.control not in CONTROLS:
-            raise AnchorsError(f"--control {self.control!r} is not one of {', '.join(CONTROLS)}.")
-        numbers(self.seeds, "--seeds", least=0)
-        batch(self.batch_size)
+        check_protocol(self.seeds, self.control, self.batch_size)
         tasks = self.tasks()
         sets = self.sets(tasks)
-        require_writable(self.folder(verb))
+        out = Path("results") / verb if self.out is None else self.out
+        require_writable(out)
         with common.err.status("loading torch and transformers"):
-            from anchors.report import report
+            from anchors.report import Part, report
 
-            analysis = analysis_of()
+            chosen = analyses()
         model = self.load()
+        how = self.sample()
+        parts = [Part(a, task, data, how) for a in chosen for task, data in zip(tasks, sets, strict=True)]
         with common.progress_bar("prompts") as progress:
             result = report(
                 model,
-                analysis,
-                tasks,
-                sets,
-                self.sample(),
-                out=self.folder(verb),
+                parts,
+                out=out,
                 csv=self.csv,
                 progress=progress,
                 **{name: value(model) if callable(value) else value for name, value in options.items()},
             )
         common.print_notes(result.notes)
         return result
+
+
+def check_protocol(seeds: str, control: str, batch_size: str) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    numbers(seeds, "--seeds", least=0)
+    batch(batch_size)
+    controls = ("none", "random-positions", "permuted-labels")
+    if control not in controls:
+        raise AnchorsError(f"--control {control!r} is not one of {', '.join(controls)}.")
 
 
 def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:

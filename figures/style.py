@@ -1,5 +1,6 @@
 """One look for all figures."""
 
+import warnings
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,6 +17,10 @@ LABELS = {
 }
 MARKERS = {"s_wp": "o", "s_pq": "s", "s_ww": "^"}
 
+BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
+GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#7A7A7A"
+"""More of Okabe and Ito's colours."""
+
 mpl.rcParams.update(
     {
         "figure.dpi": 120,
@@ -30,10 +35,34 @@ mpl.rcParams.update(
     }
 )
 
+_VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
+
+
+def plain(text: object, most: int = 40) -> str:
+    """Text from data as it can be drawn: no formula, no line break, nothing unprintable, not too long."""
+    shown = "".join(
+        c if c.isprintable() else _VISIBLE.get(c) or c.encode("unicode_escape").decode() for c in str(text)
+    )
+    if len(shown) > most:
+        shown = shown[: most - 1] + "…"
+    return shown.replace("$", r"\$")
+
+
+def token(text: object, most: int = 24) -> str:
+    """A token as it can be drawn, with its leading and trailing spaces as ␣."""
+    text = str(text)
+    bare = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    after = len(text) - len(bare) - before if bare else 0
+    return plain("␣" * before + bare + "␣" * after, most)
+
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and PDF; returns the two paths."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
     for path in paths:
-        write_atomic(path, lambda draft: figure.savefig(draft, format=draft.suffix[1:]))
+        with warnings.catch_warnings():
+            # A character that no font has is drawn as a box; that is all there is to say.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+            write_atomic(path, lambda draft: figure.savefig(draft, format=draft.suffix[1:]))
     return paths

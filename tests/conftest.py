@@ -1,6 +1,8 @@
 """What all tests share. Shapes in signatures are checked while tests run."""
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
@@ -8,7 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["anchors.attention", "anchors.flow", "anchors.models"], "beartype.beartype")
+HOOKED = (
+    "attention", "compression", "context", "diagnosis", "flow", "icl", "isolation", "models", "readout", "reweighting"
+)  # fmt: skip
+install_import_hook([f"anchors.{name}" for name in HOOKED], "beartype.beartype")
 
 import pytest
 import torch
@@ -16,13 +21,18 @@ from families import CONFIGS, make
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from anchors.attention.seam import own_attention
 from anchors.models import LanguageModel, load
+from anchors.runner import Cell
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.prompts import Prompt
 from anchors.tasks.task import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+Masks = dict[int, Sequence[tuple[int, int]] | torch.Tensor]
+"""By layer: pairs (query, key) that are masked out beside the model's own mask, or all that is seen, as booleans."""
 
 
 def pytest_configure() -> None:
@@ -77,6 +87,65 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """‖one − other‖ / ‖other‖."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+@contextmanager
+def masked(lm: LanguageModel, masks: Masks) -> Iterator[None]:
+    """The model on transformers' own eager attention, with an additive mask per layer: no seam, no edit of ours."""
+
+    def hook(chosen: Sequence[tuple[int, int]] | torch.Tensor) -> Callable:
+        def change(module, args, options):
+            mask = options["attention_mask"].clone()
+            if isinstance(chosen, torch.Tensor):
+                mask[:] = torch.where(chosen, 0.0, torch.finfo(mask.dtype).min)
+            else:
+                for query, key in chosen:
+                    mask[:, :, query, key] = torch.finfo(mask.dtype).min
+            return args, options | {"attention_mask": mask}
+
+        return change
+
+    with ExitStack() as stack:
+        stack.enter_context(own_attention(lm.model))
+        for layer, chosen in masks.items():
+            handle = lm.modules[layer].register_forward_pre_hook(hook(chosen), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def plainly(
+    lm: LanguageModel,
+    ids: Sequence[int],
+    masks: Masks | None = None,
+    positions: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One whole prompt through transformers' own eager attention: its last logits, and every attention matrix."""
+    tokens = torch.tensor([list(ids)])
+    steps = torch.tensor([list(range(len(ids)) if positions is None else positions)])
+    with masked(lm, masks or {}):
+        output = lm.model(
+            input_ids=tokens, position_ids=steps, attention_mask=torch.ones_like(tokens), use_cache=False,
+            output_attentions=True,
+        )  # fmt: skip
+    return output.logits[0, -1], [a[0] for a in output.attentions]
+
+
+@pytest.fixture
+def make_cell(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., Cell]:
+    """Prompts of a seed on one set of demonstrations: `make_cell("trec", 4, shots=2)`."""
+
+    def made(name: str = "sst2", examples: int = 3, **options: object) -> Cell:
+        spec = TASKS[name]
+        data, how = read(spec), Draw(**({"fresh": False} | options))
+        return Cell(spec, data, how, tuple(draw(spec, data, tokenizer, how, examples)), tmp_path)
+
+    return made
 
 
 @pytest.fixture(scope="session")

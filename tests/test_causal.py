@@ -12,12 +12,14 @@ import torch
 from families import make
 
 from anchors import causal
-from anchors.causal import Causal, block, causal_summary, centred, exchange, literal, patch, places, streams
+from anchors.causal import Causal, centred, exchange, literal, places
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.figures.causal import draw as draw_figure
 from anchors.models import load
+from anchors.patching import block, patch, streams
 from anchors.runner import Cell, Sample, measure
+from anchors.summaries import causal_summary
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, demonstrations, draw
 from anchors.tasks.prompts import build

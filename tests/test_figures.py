@@ -6,11 +6,28 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 
-from anchors.experiments.figure3 import accuracy, pattern
-from anchors.figures.flow import draw
-from anchors.figures.style import save
+from anchors.figures import KINDS, draw
+from anchors.figures.isolate import named
+from anchors.figures.style import COLOURS, plain, save, token
+from anchors.runner import Sample, measure
 from anchors.stats import SUMS
+from anchors.summaries import SUMMARIES, flow_pattern
+from anchors.tasks.data import read
+from anchors.tasks.task import TASKS
+
+AWKWARD = ("$a$ $", r"un_der^{\$", "\U000e0fff漢\x00\n")
+"""Labels and tokens that a formula, a font or a line could stumble over."""
+
+
+def rows(records, task="a", shots=1, seed=1):
+    """Tidy rows from (number, condition, layer, metric, value)."""
+    table = pd.DataFrame(records, columns=["number", "condition", "layer", "metric", "value"])
+    facts = {"model": "m", "task": task, "shots": shots, "control": "none", "seed": seed}
+    types = {"value": float, "layer": "Int64"}
+    return table.astype(types).assign(**facts, example=table["number"])
 
 
 def summary(tasks=("a", "b"), layers=6):
@@ -26,6 +43,7 @@ def summary(tasks=("a", "b"), layers=6):
             {
                 "task": task, "layer": range(layers), "metric": name, "share": share[name],
                 "share_low": share[name] - 0.05, "share_high": share[name] + 0.05, "examples": 9,
+                "shots": 1, "control": "none",
             }
         )
         for task in tasks
@@ -33,9 +51,137 @@ def summary(tasks=("a", "b"), layers=6):
     ).reset_index(drop=True)  # fmt: skip
 
 
-def test_the_figure_draws_every_curve_with_its_values(tmp_path):
+def classified(labels, conditions=("none", "calibrated"), prompts=12):
+    rng = np.random.default_rng(0)
+    found = []
+    for n in range(prompts):
+        for condition in conditions:
+            gold, said = n % len(labels), rng.integers(len(labels))
+            found += [(n, condition, None, f"probability/{label}", 1 / len(labels)) for label in labels]
+            found += [(n, condition, None, "gold", gold), (n, condition, None, "predicted", said)]
+            found += [(n, condition, None, "accuracy", gold == said), (n, condition, None, "loss", 1)]
+    return found
+
+
+def isolated(numbers=(5,), prompts=8):
+    rng = np.random.default_rng(1)
+    sides = [
+        f"{side}-{k}/{what}" for k in numbers for side in ("first", "last") for what in ("label", "random")
+    ]
+    found = [(n, "none", None, "accuracy", 1) for n in range(prompts)]
+    for condition in sides:
+        for metric in ("accuracy", "label_loyalty", "word_loyalty"):
+            found += [(n, condition, None, metric, rng.integers(2)) for n in range(prompts)]
+    return found
+
+
+def attended(predicted, layers=4):
+    rng = np.random.default_rng(2)
+    found = []
+    for n, said in enumerate(predicted):
+        found.append((n, "none", None, "predicted", said))
+        for layer in range(layers):
+            found += [(n, "none", layer, f"attention/{c}", rng.random() + (said == c)) for c in range(2)]
+    return found
+
+
+def reweighted(labels, layers=3, heads=2):
+    accuracy = [
+        (n, c, None, "accuracy", (n + (c != "none")) % 3 > 0)
+        for n in range(8)
+        for c in ("none", "reweighted")
+    ]
+    beta = [
+        (-1, "reweighted", layer, f"beta/{label}/{head}", 0.1 * (layer - head) + i)
+        for i, label in enumerate(labels)
+        for layer in range(layers)
+        for head in range(heads)
+    ]
+    return accuracy + [(n, c, None, "loss", v) for n, c, _, _, v in accuracy] + beta
+
+
+def compressed(prompts=8):
+    rng = np.random.default_rng(3)
+    found = [(n, "none", None, "accuracy", 1) for n in range(prompts)]
+    found.append((-1, "none", None, "demonstration_tokens", 100))
+    for method in ("text_anchor", "hidden_anchor", "hidden_random/00", "hidden_random/01"):
+        for metric in ("accuracy", "label_loyalty", "word_loyalty"):
+            found += [(n, method, None, metric, rng.integers(2)) for n in range(prompts)]
+    return found
+
+
+def timed(prompts=6):
+    found = [
+        (n, c, None, "seconds", s + n / 9)
+        for n in range(prompts)
+        for c, s in (("none", 2), ("hidden_anchor", 1))
+    ]
+    counts = {"demonstration_tokens": 90, "input_tokens": 10, "kept_tokens": 15}
+    return found + [(-1, "none", None, name, value) for name, value in counts.items()]
+
+
+def diagnosed(labels, components=(10,)):
+    rng = np.random.default_rng(4)
+    found = []
+    for n in range(24):
+        p = rng.dirichlet(np.ones(len(labels)))
+        found += [(n, "none", None, f"probability/{label}", v) for label, v in zip(labels, p, strict=True)]
+        found += [(n, "none", None, "gold", n % len(labels)), (n, "none", None, "predicted", p.argmax())]
+    pairs = [(i, j) for i in range(len(labels)) for j in range(i)]
+    for m in components:
+        name = "predicted_confusion/{}/{}"
+        found += [
+            (-1, f"components-{m}", 2, name.format(labels[j], labels[i]), rng.random()) for i, j in pairs
+        ]
+    return found
+
+
+def mapped(texts, roles, layers=(1, 5)):
+    found = [
+        (0, "none", None, f"token/{r}/{t}", i) for i, (t, r) in enumerate(zip(texts, roles, strict=True))
+    ]
+    count = len(texts)
+    for layer in layers:
+        found += [
+            (0, "none", layer, f"flow/{i}/{j}", 1 / (1 + i + j + layer))
+            for i in range(count)
+            for j in range(i)
+        ]
+    return found
+
+
+def worded(words):
+    return [
+        (n, condition, None, f"word/{rank}/{word}", 1 / (rank + n + 1))
+        for n in range(2)
+        for condition in ("none", "first-5/label")
+        for rank, word in enumerate(words, start=1)
+    ]
+
+
+def picture(kind, *parts):
+    """The tables of a kind and its figure, drawn to the last glyph."""
+    tables = SUMMARIES[kind](pd.concat(parts, ignore_index=True))
+    figure = draw(kind, tables, "a_model $x$")
+    figure.draw_without_rendering()
+    return tables, figure
+
+
+def texts(axes):
+    return [t.get_text() for t in axes.texts]
+
+
+def heights(axes):
+    return [p.get_height() for p in axes.patches]
+
+
+def names_of(figure):
+    return [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def test_the_flow_draws_every_curve_with_its_values(tmp_path):
     table = summary()
-    figure = draw(table, "a model")
+    figure = draw("flow", {"summary": table}, "a model")
     assert len(figure.axes) == 2
     for axes in figure.axes:
         assert len(axes.lines) == 3
@@ -46,26 +192,268 @@ def test_the_figure_draws_every_curve_with_its_values(tmp_path):
         assert path.stat().st_size > 5000
 
 
-def test_drawing_loads_no_torch():
-    code = "import sys, anchors.figures.flow, anchors.stats, anchors.experiments.figure3; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_the_papers_pattern_in_numbers():
-    found = pattern(summary(tasks=("a",))).iloc[0]
+    found = flow_pattern(summary(tasks=("a",))).iloc[0]
     assert found["s_pq_leads_from"] == 3
     assert found["s_wp_first_third"] == pytest.approx(0.7)
     assert found["s_pq_last_third"] == pytest.approx(0.8)
     flipped = summary(tasks=("a",)).replace({"metric": {"s_wp": "s_pq", "s_pq": "s_wp"}})
-    assert pd.isna(pattern(flipped).iloc[0]["s_pq_leads_from"])
+    assert pd.isna(flow_pattern(flipped).iloc[0]["s_pq_leads_from"])
 
 
-def test_accuracy_by_hand():
-    rows = pd.DataFrame(
-        [
-            {"task": "a", "seed": 1, "number": n, "metric": metric, "value": value}
-            for n, pair in enumerate([(0, 0), (1, 0), (1, 1), (0, 0)])
-            for metric, value in zip(("gold", "predicted"), pair, strict=True)
-        ]
-    )
-    assert accuracy(rows)["a"] == 0.75
+def test_more_tasks_than_fit_beside_each_other_go_below():
+    figure = draw("flow", {"summary": summary(tasks="abcdef")}, "a model")
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert [(p.rowspan.start, p.colspan.start) for p in places] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 0),
+        (1, 1),
+    ]
+
+
+def test_shots_have_panels_of_their_own():
+    _, figure = picture("isolate", rows(isolated()), rows(isolated(), "b"), rows(isolated(), shots=2))
+    titles = [axes.get_title() for axes in figure.axes[:3]]
+    assert titles == ["a, 8 examples\n1 shot", "a, 8 examples\n2 shots", "b, 8 examples"]
+    _, figure = picture("isolate", rows(isolated()), rows(isolated(), seed=2))
+    assert figure.axes[0].get_title() == "a, 8 examples × 2 seeds"
+
+
+def test_confusion_matrices_hold_shares_and_counts():
+    tables, figure = picture("classify", rows(classified(AWKWARD)))
+    *panels, bar = figure.axes
+    assert len(panels) == 2
+    assert bar.get_ylabel() == "share of the true label"
+    confusion, accuracy = tables["confusion"], tables["summary"].query("metric == 'accuracy'")
+    for panel, condition in zip(panels, ("none", "calibrated"), strict=True):
+        counts = confusion[confusion["condition"] == condition]["prompts"].to_numpy().reshape(3, 3)
+        assert texts(panel) == [str(n) for n in counts.ravel()]
+        assert np.allclose(panel.images[0].get_array(), counts / counts.sum(1, keepdims=True))
+        value = accuracy[accuracy["condition"] == condition].iloc[0]
+        assert f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" in panel.get_title()
+        assert [t.get_text() for t in panel.get_yticklabels()] == [plain(label, 14) for label in AWKWARD]
+
+
+def test_isolation_draws_bars_for_one_number_of_layers():
+    tables, figure = picture("isolate", rows(isolated()), rows(isolated(), "b"))
+    table = tables["summary"].set_index(["task", "condition", "metric"])["value"]
+    assert len(figure.axes) == 4
+    assert len(names_of(figure)) == 4
+    order = ("first-5/label", "first-5/random", "last-5/label", "last-5/random")
+    for axes, task, metric in zip(
+        figure.axes, "abab", ["label_loyalty"] * 2 + ["word_loyalty"] * 2, strict=True
+    ):
+        assert heights(axes) == pytest.approx([table[task, c, metric] for c in order])
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["first 5 layers", "last 5 layers"]
+
+
+def test_isolation_draws_curves_over_several_numbers_of_layers():
+    tables, figure = picture("isolate", rows(isolated((1, 3, 10))))
+    table = tables["summary"].set_index(["condition", "metric"])["value"]
+    above, below = figure.axes
+    for axes, metric in ((above, "label_loyalty"), (below, "word_loyalty")):
+        assert len(axes.lines) == 4
+        assert list(axes.lines[0].get_xdata()) == [1, 3, 10]
+        expected = [table[f"last-{k}/random", metric] for k in (1, 3, 10)]
+        assert list(axes.lines[3].get_ydata()) == expected
+
+
+def test_conditions_in_words():
+    assert named("none") == "untouched"
+    assert named("first-5/label") == "first 5 layers: label words isolated"
+    assert named("last-1/random") == "last layer: random positions isolated"
+
+
+def test_readout_has_two_axes_a_mean_and_a_word_for_one_label_only():
+    tables, figure = picture("readout", rows(attended([0, 1] * 6)), rows(attended([0, 1] * 6), "b"))
+    table = tables["summary"]
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
+        "a, 12 examples", "b, 12 examples", "mean, 24 examples",
+    ]  # fmt: skip
+    left, right = (a for a in figure.axes if a.bbox.bounds == figure.axes[2].bbox.bounds)
+    drawn = {line.get_label(): line.get_ydata() for axes in (left, right) for line in axes.lines}
+    mean = table[table["task"] == "mean"]
+    assert np.allclose(drawn["AUCROC$_l$ (left axis)"], mean[mean["metric"] == "aucroc"]["value"])
+    assert np.allclose(drawn["$R_l$ (right axis)"], mean[mean["metric"] == "r"]["value"])
+    assert list(drawn["chance"]) == [0.5, 0.5]
+    _, figure = picture("readout", rows(attended([1] * 5)))
+    assert texts(figure.axes[0]) == ["the model predicts\none label only"]
+
+
+def test_reweighting_draws_accuracy_and_every_beta_on_one_scale():
+    tables, figure = picture("reweight", rows(reweighted(AWKWARD)), rows(reweighted("xy"), "b"))
+    accuracy = tables["summary"].query("metric == 'accuracy'").set_index(["task", "condition"])["value"]
+    bars = [axes for axes in figure.axes if axes.get_ylabel() == "accuracy"]
+    for axes, task in zip(bars, "ab", strict=True):
+        assert heights(axes) == pytest.approx([accuracy[task, "none"], accuracy[task, "reweighted"]])
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == [plain(label, 14) for label in AWKWARD] + ["x", "y"]
+    assert np.allclose(maps[1].images[0].get_array(), 0.1 * np.subtract.outer(range(3), range(2)) + 1)
+    assert {axes.images[0].get_clim() for axes in maps} == {(-2.2, 2.2)}
+
+
+def test_compression_has_bars_in_the_papers_order_and_no_loyalty_of_the_baseline():
+    tables, figure = picture("compress", rows(compressed()))
+    table = tables["summary"].set_index(["condition", "metric"])["value"]
+    metrics = ("accuracy", "label_loyalty", "word_loyalty")
+    order = ("hidden_anchor", "text_anchor", "hidden_random", "hidden_random_top")
+    expected = [1.0] + [table[method, metric] for method in order for metric in metrics]
+    assert heights(figure.axes[0]) == pytest.approx(expected)
+    assert names_of(figure)[0] == "whole demonstrations"
+    assert len(names_of(figure)) == 5
+
+
+def test_speed_stands_beside_its_limit():
+    tables, figure = picture("speed", rows(timed()), rows(timed(), "b$"))
+    table = tables["summary"]
+    axes = figure.axes[0]
+    assert heights(axes) == pytest.approx(list(table["value"]))
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([4, 4])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a\n6 examples", "b\\$\n6 examples"]
+    whiskers = next(c for c in axes.collections if isinstance(c, LineCollection))
+    assert [list(s[:, 1]) for s in whiskers.get_segments()] == table[["low", "high"]].to_numpy().tolist()
+
+
+def test_diagnosis_draws_both_confusions_and_their_agreement():
+    labels = [*AWKWARD, "d"]
+    tables, figure = picture("diagnose", rows(diagnosed(labels)))
+    predicted, actual = (axes for axes in figure.axes if axes.get_title())
+    pairs = tables["pairs"]
+    for axes, column in ((predicted, "predicted"), (actual, "actual")):
+        matrix = axes.images[0].get_array()
+        assert np.allclose(matrix[np.triu_indices(4, 1)], pairs[column])
+        assert matrix.mask[np.diag_indices(4)].all()
+        assert sum(f"{pairs[column][0]:.2f}" in text for text in texts(axes)) >= 2
+    found = tables["summary"].iloc[0]
+    assert f"rank correlation {found['correlation']:.2f} [" in figure.subfigs[0].get_suptitle()
+    assert f"p = {found['p']:.3f}" in figure.subfigs[0].get_suptitle()
+
+
+def test_diagnosis_draws_the_agreement_over_components():
+    tables, figure = picture("diagnose", rows(diagnosed("wxyz", (2, 10))))
+    assert figure.axes[0].get_title() == "predicted (10 components)"
+    line = next(axes for axes in figure.axes if axes.get_xlabel() == "components").lines[0]
+    assert list(line.get_xdata()) == [2, 10]
+    assert list(line.get_ydata()) == list(tables["summary"]["correlation"])
+    _, figure = picture("diagnose", rows(diagnosed("xy")))
+    assert "not defined (1 pair)" in figure.subfigs[0].get_suptitle()
+
+
+def test_the_map_draws_arcs_in_the_colour_of_their_sum():
+    words = ["<s>", " $x", "_", " Pos^{", "\n", *AWKWARD, ":"]
+    roles = ["format", "text", "text", "label", "format", "text", "text", "text", "target"]
+    tables, figure = picture("map", rows(mapped(words, roles)), rows(mapped("abc", ["text"] * 3), "b"))
+    assert [axes.get_title() for axes in figure.axes] == ["layer 1", "layer 5"]
+    axes = figure.axes[0]
+    shown = {t.get_text(): t for t in axes.texts}
+    assert len(axes.texts) == len(words)
+    assert to_hex(shown["Pos^{"].get_color()) == COLOURS["s_wp"].lower()
+    assert shown["target  :"].get_fontweight() == "bold"
+    arcs = {c.get_label(): c for c in axes.collections if isinstance(c, LineCollection)}
+    # 9 tokens make 36 pairs: 3 flow into the label word at 3, one from there to the target.
+    assert {name: len(c.get_segments()) for name, c in arcs.items()} == {"s_wp": 3, "s_pq": 1, "s_ww": 32}
+    ends = arcs["s_pq"].get_segments()[0][[0, -1], 1]
+    assert sorted(ends) == pytest.approx([3, 8])
+    widest = max(float(w) for c in arcs.values() for w in c.get_linewidths())
+    assert float(arcs["s_ww"].get_linewidths()[0]) == pytest.approx(widest)
+    assert len(tables["tokens"]) == 12
+
+
+def test_long_prompts_write_out_only_what_matters():
+    words, roles = ["w"] * 120, ["text"] * 120
+    words[40:44], roles[40:44] = ["\n", "Label", ":", " Yes"], ["format"] * 3 + ["label"]
+    words[-1], roles[-1] = ":", "target"
+    _, figure = picture("map", rows(mapped(words, roles, layers=(0,))))
+    assert texts(figure.axes[0]) == ["↵Label:", "Yes", "target  :"]
+    arcs = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    assert sum(len(c.get_segments()) for c in arcs) == 60
+
+
+def test_words_are_a_table_of_the_first_example():
+    _, figure = picture("words", rows(worded([" one", *AWKWARD])))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "untouched",
+        "first 5 layers:\nlabel words isolated",
+    ]
+    axes = figure.axes[0]
+    assert texts(axes)[:4] == ["␣one", "0.500", r"\$a\$␣\$".replace("␣", " "), "0.333"]
+    assert [p.get_width() for p in axes.patches] == pytest.approx([1, 2 / 3, 1 / 2, 2 / 5])
+
+
+def test_text_from_data_is_drawn_as_it_is():
+    assert plain("$x$ a_b^c") == r"\$x\$ a_b^c"
+    assert plain("a\n\tb\x00") == "a↵⇥b\\x00"
+    assert plain("x" * 50, 5) == "xxxx…"
+    assert [token(t) for t in (" a ", "a b", "  ", "", "$")] == ["␣a␣", "a b", "␣␣", "", r"\$"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["classify", "isolate", "readout", "words", "map", "diagnose", "flow", "compress"]
+)
+def test_real_rows_are_drawn(kind, gpt2, tmp_path):
+    from anchors.compression import Compression
+    from anchors.diagnosis import Diagnosis
+    from anchors.flow.analysis import FlowMap, InformationFlow
+    from anchors.icl import Classification
+    from anchors.isolation import Isolation, TopWords
+    from anchors.readout import Readout
+
+    short = Isolation(layers=(1,))
+    analyses = [
+        Classification(calibrate=True), short, Readout(), TopWords(short), FlowMap(layers=(0, 1)),
+        Diagnosis(components=(2, 3)), InformationFlow(), Compression(draws=2),
+    ]  # fmt: skip
+    analysis = next(a for a in analyses if a.kind == kind)
+    task, how = TASKS["sst2" if kind == "map" else "agnews"], Sample(examples=1 if kind == "map" else 5)
+    found = measure(gpt2, analysis, task, read(task), how, out=tmp_path)
+    _, figure = picture(kind, found.rows)
+    assert r"a_model \$x\$" in figure.get_suptitle()
+    assert figure.axes
+
+
+def test_a_kind_without_a_picture_has_none():
+    assert draw("scaling", {}, "m") is None
+
+
+def test_the_causal_check_is_drawn_with_and_without_the_flow(monkeypatch):
+    calls = []
+    monkeypatch.setattr("anchors.figures.causal.draw", lambda *given: calls.append(given))
+    draw("causal", {"summary": 1}, "m")
+    draw("causal", {"summary": 1, "flow": 2}, "m")
+    assert calls == [(1, None, "m"), (1, 2, "m")]
+
+
+def test_drawing_loads_no_torch(tmp_path):
+    """Every kind is drawn in a fresh process from tables alone."""
+    parts = {
+        "flow": {"summary": summary()},
+        "causal": {
+            "summary": pd.DataFrame(
+                {"task": "a", "condition": "label", "metric": "follow", "layer": [0, 1], "value": [1.0, 0.0]}
+            ).assign(low=0.0, high=1.0, examples=3)
+        },
+        "classify": classified("xy"),
+        "isolate": isolated(),
+        "readout": attended([0, 1] * 4),
+        "reweight": reweighted("xy"),
+        "compress": compressed(),
+        "speed": timed(),
+        "diagnose": diagnosed("xyz"),
+        "map": mapped("ab:", ["text", "label", "target"]),
+        "words": worded("ab"),
+    }
+    tables = {k: p if isinstance(p, dict) else SUMMARIES[k](rows(p)) for k, p in parts.items()}
+    assert set(tables) == set(KINDS)
+    pd.to_pickle(tables, tmp_path / "tables.pickle")
+    code = f"""
+import sys, pandas
+from anchors.figures import draw
+assert 'matplotlib' not in sys.modules
+for kind, tables in pandas.read_pickle({str(tmp_path / "tables.pickle")!r}).items():
+    assert draw(kind, tables, 'm').axes
+assert not {{'torch', 'transformers', 'matplotlib.pyplot'}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

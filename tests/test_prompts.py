@@ -11,8 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from anchors.errors import AnchorsError
 from anchors.tasks.data import Data, Example, read
-from anchors.tasks.drawing import Draw, draw, within_context
-from anchors.tasks.prompts import build, from_text, label_tokens
+from anchors.tasks.drawing import (
+    CONTROLS,
+    Draw,
+    demonstrations,
+    derangement,
+    draw,
+    random_positions,
+    within_context,
+)
+from anchors.tasks.prompts import QUERY, build, from_text, label_tokens, pieces
 from anchors.tasks.task import TASKS, Task, task
 
 WORDS = st.text(
@@ -90,6 +98,126 @@ def test_one_demonstration_set_per_seed_unless_fresh(tokenizer):
     only = next(iter(demonstrations(False)))
     texts = only.split("Review: ")[1:]
     assert len(set(texts)) == len(texts) == 6
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("policy", ["first", "all"])
+def test_the_tokens_of_each_demonstration_spell_it(name, policy, tokenizer):
+    spec = task(name, policy=policy)
+    data, how = read(spec), Draw(shots=2, fresh=False)
+    shown = demonstrations(spec, data, how)
+    opening, prefix, after = spec.pieces
+    for drawn in draw(spec, data, tokenizer, how, 10):
+        prompt = drawn.prompt
+        own = {
+            d: tokenizer.decode([i for i, k in zip(prompt.ids, prompt.demonstrations, strict=True) if k == d])
+            for d in set(prompt.demonstrations)
+        }
+        assert own.pop(QUERY) == opening + data.test[drawn.example].text + prefix
+        assert own == {
+            d: f"{opening}{e.text}{prefix} {spec.labels[e.label]}{after}\n" for d, e in enumerate(shown)
+        }
+        assert prompt.demonstrations[prompt.query :] == (QUERY,) * (len(prompt.ids) - prompt.query)
+        assert QUERY not in prompt.demonstrations[: prompt.query]
+        assert [prompt.demonstrations[p] for p in prompt.label_positions] == sorted(
+            prompt.demonstrations[p] for p in prompt.label_positions
+        )
+        again = from_text(prompt.text, spec, tokenizer, truth=spec.labels[prompt.gold])
+        for what in ("ids", "roles", "demonstrations", "label_positions", "label_classes", "label_ids"):
+            assert getattr(again, what) == getattr(prompt, what), what
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_roles_are_those_of_the_pieces(name, tokenizer):
+    """Letter by letter: a token has the role of the piece in which its first visible character stands."""
+    spec = TASKS[name]
+    data = read(spec)
+    shown = demonstrations(spec, data, Draw())
+    prompt = build(spec, tokenizer, shown, data.test[0].text, 0)
+    owner = [piece for piece in pieces(spec, shown, data.test[0].text) for _ in piece.text]
+    end = 0
+    for i, token in enumerate(prompt.ids[:-1]):
+        text = tokenizer.decode([token])
+        visible = end + len(text) - len(text.lstrip()) if text.strip() else end
+        assert prompt.text[end : end + len(text)] == text
+        assert prompt.roles[i] == owner[visible].role, (i, text)
+        end += len(text)
+
+
+def test_the_control_with_random_positions(tokenizer):
+    """As many positions, in the demonstrations, none of them a label word nor the first token."""
+    for name, spec in TASKS.items():
+        data = read(spec)
+        for fresh in (False, True):
+            moved = set()
+            for seed in (1, 2, 3):
+                plain, control = (
+                    draw(spec, data, tokenizer, Draw(2, seed, fresh, kind), 6)
+                    for kind in ("none", "random-positions")
+                )
+                per_seed = {d.prompt.label_positions for d in control}
+                assert len(per_seed) == (6 if fresh else 1), name
+                moved |= per_seed
+                for one, other in zip(plain, control, strict=True):
+                    assert replace(other.prompt, label_positions=one.prompt.label_positions) == one.prompt
+                    found = other.prompt.label_positions
+                    assert len(set(found)) == len(one.prompt.label_positions)
+                    assert list(found) == sorted(found)
+                    assert min(found) > 0
+                    assert max(found) < other.prompt.query
+                    assert all(other.prompt.roles[i] != "label" for i in found)
+            assert len(moved) >= 3
+
+
+def test_random_positions_in_demonstrations_that_are_too_short(tokenizer):
+    spec = Task("own", "{text}{label}", ("Negative", "Positive"))
+    prompt = build(spec, tokenizer, [Example("a", 0)] * 3, "b", 0)
+    shortest = replace(
+        prompt, roles=tuple("label" if i < prompt.query else "target" for i in range(len(prompt.ids)))
+    )
+    with pytest.raises(AnchorsError, match="too short for random positions"):
+        random_positions(shortest, np.random.default_rng(0))
+
+
+def test_the_control_with_permuted_labels(tokenizer):
+    """Every class is shown under the word of another one, each word once; the query's right answer stays."""
+    for spec in TASKS.values():
+        data = read(spec)
+        truth = {e.text: e.label for e in data.train}
+        for seed in (1, 2, 3):
+            how = Draw(2, seed, False, "permuted-labels")
+            shown = demonstrations(spec, data, how)
+            assert [e.text for e in shown] == [
+                e.text for e in demonstrations(spec, data, replace(how, control="none"))
+            ]
+            pairs = {(truth[e.text], e.label) for e in shown}
+            classes = list(range(len(spec.labels)))
+            assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs) == classes
+            assert all(a != b for a, b in pairs)
+            for drawn in draw(spec, data, tokenizer, how, 4):
+                assert drawn.prompt.label_classes == tuple(e.label for e in shown)
+                assert drawn.prompt.gold == data.test[drawn.example].label
+
+
+def test_a_derangement_leaves_nothing_in_its_place():
+    rng = np.random.default_rng(0)
+    found = {tuple(derangement(4, rng)) for _ in range(300)}
+    assert len(found) == 9
+    assert all(sorted(d) == [0, 1, 2, 3] and all(i != c for i, c in enumerate(d)) for d in found)
+
+
+def test_draws_that_cannot_work(tokenizer):
+    assert set(CONTROLS) == {"none", "random-positions", "permuted-labels"}
+    with pytest.raises(AnchorsError, match="Unknown control"):
+        Draw(control="chaos")
+    with pytest.raises(AnchorsError, match="at least 1"):
+        Draw(shots=0)
+    data = Data((Example("fine", 1), Example("dull", 0), Example("grey", 0)), (Example("so so", 0),), "here")
+    with pytest.raises(AnchorsError, match=r"Fewer than 2 training examples for \['Positive'\]"):
+        draw(TASKS["sst2"], data, tokenizer, Draw(shots=2, fresh=False), 1)
+    assert draw(TASKS["sst2"], data, tokenizer, Draw(shots=2, fresh=True), 1)
+    with pytest.raises(AnchorsError, match="examples = 0"):
+        draw(TASKS["sst2"], data, tokenizer, Draw(), 0)
 
 
 def test_labels_that_begin_alike_are_refused_by_name(tokenizer):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from anchors.errors import AnchorsError
-from anchors.flow import run as flow_run
+from anchors.flow import analysis as flow_analysis
+from anchors.flow.analysis import InformationFlow
 from anchors.results import Run, key_of, provenance, read_table, write_atomic, write_table
+from anchors.runner import Sample, measure
 from anchors.stats import SUMS, flow_summary, shares
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
@@ -24,31 +26,34 @@ def data():
 
 def measured(lm, data, out, **options):
     """Rows of a small run; the certificate's error is left out, because it belongs to a batch, not to an example."""
-    rows = flow_run.measure(lm, TASK, data, out=out, **({"examples": 6} | options)).rows
+    sample = Sample(**({"examples": 6} | options))
+    rows = measure(lm, InformationFlow(), TASK, data, sample, out=out).rows
     return rows[rows["metric"] != "identity_error"].reset_index(drop=True)
 
 
 def test_running_again_computes_nothing(gpt2, data, tmp_path, monkeypatch):
     first = measured(gpt2, data, tmp_path)
-    monkeypatch.setattr(flow_run, "flow", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(flow_analysis, "flow", lambda *_: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(measured(gpt2, data, tmp_path), first)
 
 
 def test_asking_for_more_computes_only_the_rest(gpt2, data, tmp_path, monkeypatch):
     measured(gpt2, data, tmp_path, examples=4)
     calls = []
-    original = flow_run.flow
+    original = flow_analysis.flow
     monkeypatch.setattr(
-        flow_run, "flow", lambda lm, prompts: calls.append(len(prompts)) or original(lm, prompts)
+        flow_analysis, "flow", lambda lm, prompts: calls.append(len(prompts)) or original(lm, prompts)
     )
     more = measured(gpt2, data, tmp_path, examples=6)
     assert sum(calls) == 2
     pd.testing.assert_frame_equal(more, measured(gpt2, data, tmp_path / "afresh", examples=6), rtol=1e-4)
+    fewer = measured(gpt2, data, tmp_path, examples=4)
+    pd.testing.assert_frame_equal(fewer, measured(gpt2, data, tmp_path / "few", examples=4), rtol=1e-4)
 
 
 def test_an_interrupted_run_keeps_its_batches(gpt2, data, tmp_path, monkeypatch):
     whole = measured(gpt2, data, tmp_path / "whole", batch_size=2)
-    original, calls = flow_run.flow, []
+    original, calls = flow_analysis.flow, []
 
     def interrupted(lm, prompts):
         if len(calls) == 2:
@@ -56,11 +61,11 @@ def test_an_interrupted_run_keeps_its_batches(gpt2, data, tmp_path, monkeypatch)
         calls.append(len(prompts))
         return original(lm, prompts)
 
-    monkeypatch.setattr(flow_run, "flow", interrupted)
+    monkeypatch.setattr(flow_analysis, "flow", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measured(gpt2, data, tmp_path / "cut", batch_size=2)
     monkeypatch.setattr(
-        flow_run, "flow", lambda lm, prompts: calls.append(len(prompts)) or original(lm, prompts)
+        flow_analysis, "flow", lambda lm, prompts: calls.append(len(prompts)) or original(lm, prompts)
     )
     rows = measured(gpt2, data, tmp_path / "cut", batch_size=2)
     assert sum(calls) == 6
@@ -69,7 +74,7 @@ def test_an_interrupted_run_keeps_its_batches(gpt2, data, tmp_path, monkeypatch)
 
 def test_out_of_memory_halves_the_batch_and_goes_on(gpt2, data, tmp_path, monkeypatch):
     whole = measured(gpt2, data, tmp_path / "whole")
-    original, sizes = flow_run.flow, []
+    original, sizes = flow_analysis.flow, []
 
     def small_memory(lm, prompts):
         sizes.append(len(prompts))
@@ -77,7 +82,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(gpt2, data, tmp_path, monkey
             raise torch.OutOfMemoryError("out of memory")
         return original(lm, prompts)
 
-    monkeypatch.setattr(flow_run, "flow", small_memory)
+    monkeypatch.setattr(flow_analysis, "flow", small_memory)
     rows = measured(gpt2, data, tmp_path / "small", batch_size=6)
     assert sizes[0] == 6
     assert max(sizes[2:]) <= 3
@@ -88,7 +93,7 @@ def test_a_prompt_that_never_fits_is_an_error(gpt2, data, tmp_path, monkeypatch)
     def no_memory(lm, prompts):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(flow_run, "flow", no_memory)
+    monkeypatch.setattr(flow_analysis, "flow", no_memory)
     with pytest.raises(AnchorsError, match="does not fit into memory"):
         measured(gpt2, data, tmp_path)
 
@@ -97,7 +102,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(gpt2, data, tmp_path, m
     def broken(lm, prompts):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(flow_run, "flow", broken)
+    monkeypatch.setattr(flow_analysis, "flow", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         measured(gpt2, data, tmp_path)
 
@@ -111,7 +116,8 @@ def test_what_changes_the_numbers_changes_the_key(gpt2, data, tmp_path, change):
         "policy": replace(TASK, policy="all"),
         "template": replace(TASK, template="Film: {text}\nSentiment:{label}"),
     }.get(change, TASK)
-    flow_run.measure(gpt2, other, data, out=tmp_path, examples=1, shots=2 if change == "shots" else 1)
+    sample = Sample(examples=1, shots=2 if change == "shots" else 1)
+    measure(gpt2, InformationFlow(), other, data, sample, out=tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -159,6 +165,8 @@ def rows_of(values: np.ndarray) -> pd.DataFrame:
         [
             {
                 "task": "t",
+                "shots": 1,
+                "control": "none",
                 "seed": 1,
                 "number": n,
                 "layer": layer,

@@ -1,12 +1,14 @@
 """The seam: what is edited is edited, nothing else is, and what cannot be edited is refused."""
 
+import itertools
+
 import pytest
 import torch
 from families import make
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from anchors.attention.call import AttentionCall
-from anchors.attention.edits import Edit, ban
+from anchors.attention.edits import Edit, ban, isolate, scale
 from anchors.attention.seam import own_attention, route, seam
 from anchors.attention.streaming import streaming
 from anchors.errors import AnchorsError, RoutingError
@@ -83,6 +85,88 @@ def test_a_ban_zeroes_exactly_the_named_entries_and_renormalises(kind):
     assert torch.equal(after[~touched], before[~touched])
     if kind != "sinks":
         torch.testing.assert_close(after.sum(-1), torch.ones_like(after.sum(-1)))
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+def test_an_isolated_position_sees_itself_only(kind):
+    call = random_call(**CALLS[kind])
+    bias = isolate([0], torch.tensor([[3, 7], [5, -1]])).bias(call)
+    before = call.pattern()
+    after = call.softmax(call.scores(call.q, call.k) + bias, call.visible(torch.arange(9), slice(0, 9)))
+    for example, row in itertools.product(range(2), range(9)):
+        if row in ((3, 7), (5,))[example]:
+            assert (after[example, :, row, :row] == 0).all()
+            assert (after[example, :, row, row] > before[example, :, row, row]).all()
+            if kind != "sinks":
+                torch.testing.assert_close(after[example, :, row, row], torch.ones(4))
+        else:
+            assert torch.equal(after[example, :, row], before[example, :, row])
+
+
+@pytest.mark.parametrize("past", [0, 4])
+def test_a_scale_multiplies_exactly_the_named_entries(past):
+    """exp(β) at A(q, p_i) of each head, 1 elsewhere; positions count from the start of the cache."""
+    generator = torch.Generator().manual_seed(1)
+    beta = torch.randn(3, 4, 2, generator=generator)
+    call = random_call(layer=2, q=random_call().q[:, :, past:])
+    query, key = torch.tensor([8, 6]), torch.tensor([[1, 5], [4, 0]])
+    field = scale([2], query, key, beta.__getitem__).weight(call)
+    expected = torch.ones(2, 4, 9 - past, 9)
+    for example, head, i in itertools.product(range(2), range(4), range(2)):
+        expected[example, head, query[example] - past, key[example, i]] = beta[2, head, i].exp()
+    torch.testing.assert_close(field.expand_as(expected), expected)
+
+
+def test_edits_of_positions_in_the_cache_are_an_error():
+    call = random_call(q=random_call().q[:, :, 4:])
+    low, key = torch.tensor([[3], [8]]), torch.tensor([[1], [1]])
+    for field in (
+        ban([0], low, key).bias,
+        isolate([0], low).bias,
+        scale([0], low[:, 0], key, lambda _: torch.zeros(4, 1)).weight,
+    ):
+        with pytest.raises(AnchorsError, match="below 4"):
+            field(call)
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+@pytest.mark.parametrize("past", [0, 3])
+def test_some_rows_of_the_pattern_are_those_of_the_whole(kind, past):
+    changes = dict(CALLS[kind])
+    if "mask" in changes:
+        changes["mask"] = changes["mask"][..., past:, :]
+    call = random_call(**changes, q=random_call().q[:, :, past:])
+    whole = call.pattern()
+    rows = torch.tensor([[5, 0, 2], [1, 5, 4]])
+    found = call.pattern_at(rows)
+    for example, i in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(found[example, :, i], whole[example, :, rows[example, i]])
+
+
+class Layers:
+    """A probe that keeps the layers of the calls it sees."""
+
+    def __init__(self, *layers):
+        self.layers, self.seen = frozenset(layers), []
+
+    def see(self, call):
+        self.seen.append(call.layer)
+
+
+def test_a_probe_sees_its_layers_and_changes_nothing(lm, prompts):
+    batch, probe = collate(prompts), Layers(0, 2)
+    before = run(lm, batch)
+    with seam(lm.modules, probes=[probe]):
+        assert torch.equal(run(lm, batch), before)
+    assert probe.seen == [0, 2]
+
+
+def test_a_probe_that_sees_nothing_is_an_error(gpt2, prompts):
+    with (
+        pytest.raises(RoutingError, match=r"'Layers' did not fire in layer \[3\]"),
+        seam(gpt2.modules, probes=[Layers(1, 3)]),
+    ):
+        run(gpt2, collate(prompts))
 
 
 @pytest.mark.parametrize("kind", sorted(CALLS))

@@ -58,7 +58,7 @@ class AttentionCall:
         """The mask of some query rows over a range of keys, broadcastable to [batch, heads, rows, keys]."""
         if self.mask is not None:
             return self.mask[..., rows, keys]
-        if not self.causal:
+        if not self.causal or self.q.shape[2] == 1:
             return None
         columns = torch.arange(keys.start, keys.stop, device=rows.device)
         return columns <= (rows + self.past)[:, None]

@@ -11,7 +11,7 @@ A layer without edit and tap runs torch's fused kernel. On leaving, every edit, 
 every layer it names.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -77,29 +77,31 @@ def _edited(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     visible = call.visible(rows, slice(0, call.k.shape[2]))
     scores = call.scores(call.q.to(dtype), call.k.to(dtype))
-    seen = (
-        torch.ones_like(scores[:1, :1], dtype=torch.bool)
-        if visible is None
-        else visible
-        if visible.dtype == torch.bool
-        else visible > torch.finfo(visible.dtype).min / 2
-    )
     for edit in edits:
         if edit.bias is not None:
             bias = edit.bias(call).to(scores)
-            _demand_effect(edit, call, (bias != 0) & seen)
+            _demand_effect(edit, call, lambda b=bias: b != 0, visible)
             scores = scores + bias
     pattern = call.softmax(scores, visible)
     for edit in edits:
         if edit.weight is not None:
             weight = edit.weight(call).to(pattern)
-            _demand_effect(edit, call, (weight != 1) & seen)
+            _demand_effect(edit, call, lambda w=weight: w != 1, visible)
             pattern = pattern * weight
     return call.apply(pattern)
 
 
-def _demand_effect(edit: Edit, call: AttentionCall, touched: Tensor) -> None:
-    if not edit.neutral and not touched.any():
+def _demand_effect(
+    edit: Edit, call: AttentionCall, touched: Callable[[], Tensor], visible: Tensor | None
+) -> None:
+    if edit.neutral:
+        return
+    entries = touched()
+    if visible is not None:
+        entries = entries & (
+            visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        )
+    if not entries.any():
         raise AnchorsError(
             f"{edit.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
             "Check its positions (a sliding window may hide them), or declare the edit neutral.",

@@ -1,0 +1,67 @@
+"""What the rows of each analysis come to, with intervals. Nothing here imports torch: tables and figures need rows alone."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from anchors.stats import flow_summary, summarise
+from anchors.summaries.causal import causal_summary
+from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
+from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
+from anchors.summaries.tables import (
+    LOYALTIES,
+    classification_summary,
+    compression_summary,
+    flow_pattern,
+    map_tables,
+    reduced,
+    reweighting_summary,
+    speed_summary,
+    word_tables,
+)
+
+__all__ = [
+    "LOYALTIES",
+    "SUMMARIES",
+    "actual_confusion",
+    "aucroc",
+    "causal_summary",
+    "classification_summary",
+    "compression_summary",
+    "diagnosis_summary",
+    "flow_pattern",
+    "map_tables",
+    "readout_summary",
+    "reduced",
+    "reweighting_summary",
+    "sentence",
+    "speed_summary",
+    "weighted_auc",
+    "word_tables",
+]
+
+
+def _pairs(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    pairs, agreement = diagnosis_summary(rows)
+    return {"summary": agreement, "pairs": pairs}
+
+
+def _flow(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    summary = flow_summary(rows)
+    return {"summary": summary, "pattern": flow_pattern(summary)}
+
+
+SUMMARIES: dict[str, Callable[[pd.DataFrame], dict[str, pd.DataFrame]]] = {
+    "flow": _flow,
+    "classify": classification_summary,
+    "isolate": lambda rows: {"summary": summarise(rows, LOYALTIES, baseline="none")},
+    "readout": lambda rows: {"summary": readout_summary(rows)},
+    "reweight": reweighting_summary,
+    "compress": compression_summary,
+    "speed": speed_summary,
+    "diagnose": _pairs,
+    "causal": lambda rows: {"summary": causal_summary(rows)},
+    "map": map_tables,
+    "words": word_tables,
+}
+"""By kind of analysis: from its rows to tables; the first is always `summary`."""

@@ -1,0 +1,128 @@
+"""AUCROC_l and R_l (2.3) from the rows of `anchors.readout`."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from anchors.stats import GROUP, interval, resampling
+
+
+def readout_summary(
+    rows: pd.DataFrame,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 500,
+) -> pd.DataFrame:
+    """AUCROC_l and R_l by layer, per task and averaged over tasks, with paired bootstrap intervals.
+
+        R_l = Σ_{i≤l} (AUCROC_i − 0.5) / Σ_{i≤N} (AUCROC_i − 0.5)
+
+    Args:
+        rows: of `Readout`, of one task or several.
+
+    Returns:
+        One row per task (and `mean`), metric (`aucroc`, `r`) and layer: value, low, high, examples, seeds.
+    """
+    tables, curves = [], []
+    for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
+        scores, predicted, units = _scores(group)
+        weights = resampling(units, resamples)
+        if len(units) == 1:
+            weights = weights[:1]
+        auc = aucroc(scores, predicted, weights)
+        curves.append(auc)
+        tables.append(
+            _curves(auc, confidence).assign(
+                **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
+            )
+        )
+    if len(curves) > 1 and len({c.shape for c in curves}) == 1:
+        total = sum(t["examples"].iloc[0] for t in tables)
+        tables.append(
+            _curves(np.mean(curves, 0), confidence).assign(
+                task="mean",
+                shots=tables[0]["shots"].iloc[0],
+                control=tables[0]["control"].iloc[0],
+                examples=total,
+                seeds=tables[0]["seeds"].iloc[0],
+            )
+        )
+    return pd.concat(tables, ignore_index=True)[
+        [*GROUP, "metric", "layer", "value", "low", "high", "examples", "seeds"]
+    ]
+
+
+def _scores(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+    """Attention by prompt, layer and class; the predicted class; the prompts."""
+    attention = group[group["metric"].str.startswith("attention/")]
+    labels = list(dict.fromkeys(attention["metric"]))
+    wide = attention.pivot_table(index=["seed", "number"], columns=["layer", "metric"], values="value")
+    layers = sorted(set(attention["layer"]))
+    scores = np.stack([wide[layer][labels].to_numpy() for layer in layers], axis=1)
+    predicted = group[group["metric"] == "predicted"].set_index(["seed", "number"])["value"]
+    return scores, predicted.loc[wide.index].to_numpy().astype(int), wide.index.to_frame(index=False)
+
+
+def aucroc(
+    scores: Float[np.ndarray, "prompts layers classes"],
+    predicted: Int[np.ndarray, " prompts"],
+    weights: Float[np.ndarray, "resamples prompts"],
+) -> Float[np.ndarray, "resamples layers"]:
+    """One-versus-one ROC AUC of the scores against the model's own prediction, by layer.
+
+    Classes never predicted are left out. Of two classes, the AUC of the second one's raw score; of more, the scores
+    of a prompt are divided by their sum and the AUC is the mean over all ordered pairs (Hand and Till 2001).
+    Missing where fewer than two classes are predicted.
+    """
+    present = np.unique(predicted)
+    layers = range(scores.shape[1])
+    found = np.full((len(weights), len(layers)), np.nan)
+    if len(present) < 2:
+        return found
+    if len(present) == 2:
+        second = scores[:, :, present[1]]
+        positive = predicted == present[1]
+        return np.stack([weighted_auc(second[:, layer], positive, weights) for layer in layers], 1)
+    kept = scores[:, :, present]
+    share = kept / kept.sum(-1, keepdims=True)
+    for layer in layers:
+        pairs = []
+        for i, j in itertools.permutations(range(len(present)), 2):
+            pair = np.isin(predicted, present[[i, j]])
+            pairs.append(weighted_auc(share[pair, layer, i], predicted[pair] == present[i], weights[:, pair]))
+        stack = np.stack(pairs)
+        # A resample may lack a class; its pairs are left out there.
+        filled = ~np.isnan(stack)
+        found[:, layer] = np.where(filled, stack, 0).sum(0) / np.maximum(filled.sum(0), 1)
+    return found
+
+
+def weighted_auc(
+    score: Float[np.ndarray, " prompts"],
+    positive: np.ndarray,
+    weights: Float[np.ndarray, "resamples prompts"],
+) -> Float[np.ndarray, " resamples"]:
+    """P(score of a positive > score of a negative) + ½ P(equal), each prompt counted by its weight."""
+    above = score[positive][:, None] - score[~positive][None]
+    wins = (above > 0) + 0.5 * (above == 0)
+    plus, minus = weights[:, positive], weights[:, ~positive]
+    pairs = plus.sum(1) * minus.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, ((plus @ wins) * minus).sum(1) / pairs, np.nan)
+
+
+def _curves(auc: np.ndarray, confidence: float) -> pd.DataFrame:
+    gain = np.cumsum(auc - 0.5, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.where(gain[:, -1:] == 0, np.nan, gain / gain[:, -1:])
+    return pd.concat(
+        [
+            pd.DataFrame(
+                dict(zip(("value", "low", "high"), interval(samples, confidence), strict=True))
+            ).assign(metric=name, layer=np.arange(auc.shape[1]))
+            for name, samples in (("aucroc", auc), ("r", r))
+        ],
+        ignore_index=True,
+    )

@@ -1,0 +1,166 @@
+"""Tables of classification, compression, speed, re-weighting, single prompts and single words."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+from anchors.stats import GROUP, SUMS, interval, resampling, summarise
+
+LOYALTIES = ("accuracy", "label_loyalty", "word_loyalty")
+
+
+def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Accuracy and loss by condition, per-class scores, and the confusion matrix in counts.
+
+    `classes`: precision, recall and F1 of every label with intervals. `confusion`: task, condition, gold, predicted,
+    prompts.
+    """
+    classes, confusion = [], []
+    for key, group in rows[rows["number"] >= 0].groupby([*GROUP, "condition"], sort=False):
+        facts = dict(zip([*GROUP, "condition"], key, strict=True))
+        labels = [m.split("/", 1)[1] for m in dict.fromkeys(group["metric"]) if m.startswith("probability/")]
+        wide = group.pivot_table(index=["seed", "number"], columns="metric", values="value")
+        gold, predicted = (wide[name].to_numpy().astype(int) for name in ("gold", "predicted"))
+        weights = resampling(wide.index.to_frame(index=False))
+        true_one_hot, said_one_hot = (np.eye(len(labels))[own] for own in (gold, predicted))
+        hit = weights @ (true_one_hot * said_one_hot)
+        true, said = weights @ true_one_hot, weights @ said_one_hot
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = {"precision": hit / said, "recall": hit / true, "f1": 2 * hit / (said + true)}
+        for name, samples in scores.items():
+            for label, value, low, high in zip(labels, *interval(samples), strict=True):
+                classes.append(
+                    facts | {"label": label, "metric": name, "value": value, "low": low, "high": high}
+                )
+        confusion += [
+            facts
+            | {
+                "gold": labels[i],
+                "predicted": labels[j],
+                "prompts": int(((gold == i) & (predicted == j)).sum()),
+            }
+            for i, j in itertools.product(range(len(labels)), repeat=2)
+        ]
+    return {
+        "summary": summarise(rows, ("accuracy", "loss"), baseline="none"),
+        "classes": pd.DataFrame(classes),
+        "confusion": pd.DataFrame(confusion),
+    }
+
+
+def reduced(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of compression with the draws of random tokens reduced to two conditions.
+
+    `hidden_random` is the mean over draws, `hidden_random_top` the draw of each task and seed with the best label
+    loyalty (draws of different seeds have nothing to do with each other).
+    """
+    draws = rows["condition"].str.startswith("hidden_random/")
+    if not draws.any():
+        return rows
+    own = rows[draws & rows["metric"].isin([*LOYALTIES, "loss"])]
+    names = [*GROUP, "model", "seed", "number", "example", "metric"]
+    mean = own.groupby(names, as_index=False, sort=False)["value"].mean()
+    loyal = own[own["metric"] == "label_loyalty"].groupby([*GROUP, "seed", "condition"])["value"].mean()
+    best = loyal.groupby([*GROUP, "seed"]).idxmax()
+    top = own[pd.MultiIndex.from_frame(own[[*GROUP, "seed", "condition"]]).isin(list(best))]
+    parts = [rows[~draws], mean.assign(condition="hidden_random"), top.assign(condition="hidden_random_top")]
+    return pd.concat(parts, ignore_index=True)
+
+
+def compression_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Loyalties and accuracy by method, see `reduced`.
+
+    `sizes`: L_demo, L_x, kept tokens and bytes, by task and method, means over seeds.
+    """
+    seed_level = rows[(rows["number"] < 0) & (rows["metric"] != "prompts")]
+    sizes = seed_level.groupby([*GROUP, "condition", "metric"], as_index=False)["value"].mean()
+    return {"summary": summarise(reduced(rows), LOYALTIES, baseline="none"), "sizes": sizes}
+
+
+def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Speed-up of compressed over vanilla in-context learning, beside the limit set by the number of tokens.
+
+    limit = (L_demo + L_x) / (L_x + anchors)
+    """
+    found = []
+    for key, group in rows.groupby(GROUP, sort=False):
+        timed = group[group["metric"] == "seconds"]
+        wide = timed.pivot_table(index=["seed", "number"], columns="condition", values="value")
+        weights = resampling(wide.index.to_frame(index=False))
+        total = weights @ wide.to_numpy()
+        vanilla = total[:, list(wide.columns).index("none")]
+        tokens = group[group["number"] < 0].groupby("metric")["value"].mean()
+        for condition in wide.columns.drop("none"):
+            samples = vanilla / total[:, list(wide.columns).index(condition)]
+            value, low, high = interval(samples[:, None])
+            demo, own, kept = (tokens[n] for n in ("demonstration_tokens", "input_tokens", "kept_tokens"))
+            found.append(
+                dict(zip(GROUP, key, strict=True))
+                | {"condition": condition, "metric": "speed_up", "layer": None}
+                | {"value": value[0], "low": low[0], "high": high[0], "limit": (demo + own) / (own + kept)}
+                | {"demonstration_tokens": demo, "input_tokens": own, "kept_tokens": kept}
+                | {"seconds": timed[timed["condition"] == condition]["value"].mean()}
+                | {"examples": len(wide), "seeds": wide.index.get_level_values("seed").nunique()}
+            )
+    return {"summary": pd.DataFrame(found)}
+
+
+def reweighting_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Accuracy and loss with and without β, and β itself: mean over seeds by layer, head and label word."""
+    beta = rows[rows["metric"].str.startswith("beta/")]
+    parts = beta["metric"].str.split("/", expand=True)
+    table = (
+        beta.assign(label=parts[1], head=parts[2].astype(int)) if len(beta) else beta.assign(label="", head=0)
+    )
+    means = table.groupby([*GROUP, "label", "layer", "head"], as_index=False, sort=False)["value"].mean()
+    return {"summary": summarise(rows, ("accuracy", "loss"), baseline="none"), "beta": means}
+
+
+def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tokens of single prompts and the flows between them (Figure 1).
+
+    `tokens`: position, role, text. `flows`: layer, from_, to, value.
+    """
+    tokens = rows[rows["metric"].str.startswith("token/")]
+    parts = tokens["metric"].str.split("/", n=2, expand=True)
+    flows = rows[rows["metric"].str.startswith("flow/")]
+    ends = flows["metric"].str.split("/", expand=True)
+    return {
+        "tokens": tokens[["task", "seed", "example"]].assign(
+            position=tokens["value"].astype(int), role=parts[1], text=parts[2]
+        ),
+        "flows": flows[["task", "seed", "example", "layer", "value"]].assign(
+            to=ends[1].astype(int), from_=ends[2].astype(int)
+        ),
+    }
+
+
+def word_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The most probable next words of single prompts under each condition (Table 5)."""
+    own = rows[rows["metric"].str.startswith("word/")]
+    parts = own["metric"].str.split("/", n=2, expand=True)
+    kept = own[["task", "seed", "number", "example", "condition"]]
+    return {"words": kept.assign(rank=parts[1].astype(int), word=parts[2], probability=own["value"])}
+
+
+def flow_pattern(summary: pd.DataFrame) -> pd.DataFrame:
+    """The paper's finding about the flow in numbers (Figure 3), from `flow_summary`.
+
+    Returns:
+        Per task: the mean share of each sum over the first and the last third of the layers, and the first layer
+        from which S_pq stays the largest of the three up to the end (missing when it never does).
+    """
+    found = []
+    for key, part in summary.groupby(GROUP, sort=False):
+        share = part.pivot_table(index="layer", columns="metric", values="share").sort_index()
+        third = len(share) // 3
+        led = share["s_pq"] > share[["s_wp", "s_ww"]].max(axis=1)
+        tail = led[::-1].cumprod()[::-1].astype(bool)
+        found.append(
+            dict(zip(GROUP, key, strict=True))
+            | {"s_pq_leads_from": int(tail.idxmax()) if tail.any() else None}
+            | {f"{name}_first_third": share[name].head(third).mean() for name in SUMS}
+            | {f"{name}_last_third": share[name].tail(third).mean() for name in SUMS}
+        )
+    return pd.DataFrame(found)

@@ -1,0 +1,298 @@
+"""`anchors run`: the paper's figures and tables, and a few of ours, each by one command."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import err, estimate, out
+from anchors.cli.setting import BatchSize, DataSource, TooLong, batch, check_protocol, numbers
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from anchors.experiments import Experiment
+    from anchors.models import LanguageModel
+    from anchors.report import Part, Report
+
+Names = Annotated[list[str], typer.Argument(help="Experiments, see `anchors ls`; `all` for every one.")]
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Folder of the results: one folder for each experiment, and the runs.",
+        rich_help_panel="Output",
+    ),
+]
+
+
+def run(
+    names: Names,
+    model: common.Model = None,
+    data: DataSource = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--task", "-t", help="Only these of the grid's tasks, with commas.", rich_help_panel="Protocol"
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Instead of the paper's 42,43,44,45,46.", rich_help_panel="Protocol")
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--examples",
+            "-n",
+            min=1,
+            help="At most so many per seed (the paper: 1000).",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    skip_too_long: TooLong = False,
+    batch_size: BatchSize = "auto",
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    device_map: common.DeviceMap = None,
+    revision: common.Revision = None,
+    trust_remote_code: common.Remote = False,
+    to: Folder = Path("results"),
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only show what is left to do and about how long it takes.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Print ours beside the paper's numbers.", rich_help_panel="Output"),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Run experiments: measure what is missing, write rows, tables and figure, print the result.
+
+    Each is a frozen grid of model × task × shots × seed. A run can be stopped at any point and goes on where it was;
+    cells that experiments share are computed once.
+    """
+    with common.reporting():
+        from anchors.results import require_writable
+
+        chosen = experiments(names)
+        check_protocol(seeds or "42", "none", batch_size)
+        only = None if tasks is None else tuple(t.strip() for t in tasks.split(",") if t.strip())
+        require_writable(to)
+        plan = {e.name: _grid(e, data, only) for e in chosen}
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
+        printed: dict[str, Any] = {}
+        failed = []
+        for experiment in chosen:
+            try:
+                parts = _parts(
+                    plan[experiment.name],
+                    experiment,
+                    experiment.seeds if seeds is None else numbers(seeds, "--seeds", least=0),
+                    examples,
+                    batch(batch_size),
+                    skip_too_long,
+                )
+                if dry_run:
+                    printed[experiment.name] = _left(lm, parts, to)
+                    continue
+                result = _measure(lm, experiment, parts, to)
+            except AnchorsError as error:
+                if len(chosen) == 1:
+                    raise
+                common.print_error(error, experiment.name)
+                failed.append(experiment.name)
+                continue
+            printed[experiment.name] = result.as_json()
+            if not as_json:
+                _show(experiment, result, compare=compare)
+        if as_json:
+            common.print_json(printed)
+        elif dry_run:
+            out.print(_plan_table(printed))
+        if failed:
+            raise AnchorsError(
+                f"{len(failed)} of {len(chosen)} experiments could not be run: {', '.join(failed)}.",
+                "The others are done; run the same command again after mending.",
+            )
+
+
+def experiments(names: list[str]) -> "list[Experiment]":
+    """The experiments of these names."""
+    from anchors.experiments import CATALOGUE
+
+    unknown = [name for name in names if name not in CATALOGUE and name != "all"]
+    if unknown:
+        raise AnchorsError(
+            f"No experiment is called {unknown}.", f"There are: {', '.join(CATALOGUE)}; or `all`."
+        )
+    return list(CATALOGUE.values()) if "all" in names else [CATALOGUE[name] for name in dict.fromkeys(names)]
+
+
+def _grid(experiment: "Experiment", source: str | None, only: tuple[str, ...] | None) -> list[tuple]:
+    """Cells, task and data of each part; the data is read before any model is loaded."""
+    from anchors.tasks.data import read
+    from anchors.tasks.task import task
+
+    chosen = [
+        (cells, cells.task(name), read(task(name), source))
+        for cells in experiment.cells
+        for name in cells.tasks
+        if only is None or name in only
+    ]
+    if not chosen:
+        known = sorted({name for cells in experiment.cells for name in cells.tasks})
+        raise AnchorsError(
+            f"{experiment.name} has none of the tasks {list(only or ())}.", f"It has {', '.join(known)}."
+        )
+    return chosen
+
+
+def _parts(
+    grid: list[tuple],
+    experiment: "Experiment",
+    seeds: tuple[int, ...],
+    examples: int | None,
+    size: int | None,
+    skip: bool,
+) -> "list[Part]":
+    from anchors.report import Part
+    from anchors.runner import Sample
+
+    parts = []
+    for cells, task, data in grid:
+        bounds = [n for n in (experiment.examples, cells.examples, examples, len(data.test)) if n is not None]
+        sample = Sample(cells.shots_of(task.name), seeds, min(bounds), cells.control, size, skip)
+        parts.append(Part(cells.make(), task, data, sample))
+    return parts
+
+
+def _measure(lm: "LanguageModel", experiment: "Experiment", parts: "list[Part]", to: Path) -> "Report":
+    from anchors.report import report
+
+    with common.progress_bar(experiment.name) as progress:
+        result = report(
+            lm,
+            parts,
+            out=to / experiment.name,
+            runs=to,
+            name=experiment.name,
+            figure=experiment.figure or "none",
+            tables=experiment.tables,
+            progress=progress,
+        )
+    common.print_notes(result.notes)
+    return result
+
+
+def _left(lm: "LanguageModel", parts: "list[Part]", to: Path) -> list[dict]:
+    """Prompts left by part, and the seconds they may take: tokens to run, times the time of one here."""
+    from anchors.runner import outstanding
+
+    rate = None
+    found = []
+    for part in parts:
+        left, total, tokens = outstanding(lm, part.analysis, part.task, part.data, part.how, out=to)
+        if left and rate is None:
+            rate = _seconds_per_token(lm)
+        seconds = tokens * part.analysis.passes * (rate or 0)
+        found.append(
+            {
+                "analysis": part.analysis.kind,
+                "task": part.task.name,
+                "shots": part.how.shots,
+                "control": part.how.control,
+            }
+            | {"prompts": total, "left": left, "seconds": round(seconds, 1)}
+        )
+    return found
+
+
+def _seconds_per_token(lm: "LanguageModel") -> float:
+    import torch
+
+    from anchors.compression import seconds
+
+    ids = torch.randint(lm.model.config.get_text_config().vocab_size, (8, 48), device=lm.device)
+    last = torch.full((8,), 47, device=lm.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            lm.logits_at(ids, last)
+
+    forward()
+    return min(seconds(forward, lm) for _ in range(3)) / ids.numel()
+
+
+def _plan_table(plans: dict[str, list[dict]]) -> Table:
+    table = Table(title="What is left to do", box=SIMPLE_HEAD)
+    for name in ("experiment", "analysis", "task", "shots", "control", "prompts", "left", "about"):
+        table.add_column(name, justify="right" if name in ("prompts", "left", "about") else "left")
+    total = 0.0
+    for experiment, parts in plans.items():
+        for part in parts:
+            total += part["seconds"]
+            cells = [part[name] for name in ("analysis", "task", "shots", "control", "prompts", "left")]
+            table.add_row(experiment, *map(str, cells), _clock(part["seconds"]))
+    table.caption = f"about {_clock(total)} in all; cells that experiments share count more than once"
+    return table
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:
+    out.print(f"[bold]{experiment.name}[/]: {escape(experiment.title)}")
+    out.print(
+        f"the paper: {escape(experiment.finding)}"
+        if not experiment.finding.startswith("Ours")
+        else escape(experiment.finding)
+    )
+    table = next(iter(result.tables.values()))
+    model = result.facts["model"]
+    if "layer" in table and table["layer"].notna().any():
+        out.print(common.layer_table(table[table["layer"].notna()], f"{experiment.name}, {model}"))
+    elif {"condition", "metric"} <= set(table.columns):
+        for task, part in table.groupby("task", sort=False):
+            metrics = [m for m in experiment.metrics if m in set(part["metric"])]
+            out.print(common.summary_table(part, metrics, f"{task}, {model}"))
+    elif "correlation" in table:
+        for row in table.itertuples():
+            rho = estimate(row.correlation, row.low, row.high)
+            out.print(f"{row.condition}: rank correlation {rho}, permutation p = {row.p:.3f}", markup=False)
+    if compare and experiment.paper:
+        out.print(_compared(experiment, experiment.compare(result.tables)))
+    elif compare:
+        err.print("[yellow]note:[/] the paper prints no numbers here, only the finding above.")
+    common.print_files(result.files)
+
+
+def _compared(experiment: "Experiment", both: "pd.DataFrame") -> Table:
+    models = [c for c in both.columns if c not in ("task", "condition", "metric", "value", "low", "high")]
+    table = Table(title=f"{experiment.name}: ours beside the paper's", box=SIMPLE_HEAD)
+    for name in ("task", "condition", "metric", *models, "ours"):
+        table.add_column(name)
+    for row in both.to_dict(orient="records"):
+        paper = [estimate(row[m], None, None) for m in models]
+        table.add_row(
+            escape(row["task"]),
+            escape(row["condition"]),
+            row["metric"],
+            *paper,
+            estimate(row["value"], row["low"], row["high"]),
+        )
+    return table

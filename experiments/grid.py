@@ -1,0 +1,137 @@
+"""What an experiment is: a frozen grid, and what its rows come to. Nothing here imports torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from anchors.errors import AnchorsError
+from anchors.summaries import SUMMARIES
+from anchors.tasks.task import Task, task
+
+if TYPE_CHECKING:
+    from anchors.runner import Analysis
+
+TASKS = ("sst2", "trec", "agnews", "emo")
+"""The paper's, in its order."""
+
+Rows = dict[str, pd.DataFrame]
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A block of a grid: one analysis over some tasks.
+
+    Attributes:
+        analysis: where its class is, `module:Class`.
+        settings: of the analysis.
+        tasks: names.
+        shots: demonstrations per class, or by task.
+        control: see `anchors.tasks.drawing.Draw`.
+        labels: other label words than the task's.
+        examples: a bound on the experiment's number of examples.
+    """
+
+    analysis: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = TASKS
+    shots: int | dict[str, int] = 1
+    control: str = "none"
+    labels: tuple[str, ...] | None = None
+    examples: int | None = None
+
+    def make(self) -> "Analysis":
+        """The analysis; imports torch."""
+        module, name = self.analysis.split(":")
+        return getattr(import_module(module), name)(**self.settings)
+
+    def shots_of(self, name: str) -> int:
+        return self.shots if isinstance(self.shots, int) else self.shots[name]
+
+    def task(self, name: str) -> Task:
+        """The task, with other label words if so; the built-in numbers of its classes stay."""
+        plain = task(name)
+        return plain if self.labels is None else replace(plain, labels=self.labels)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One number that the paper prints."""
+
+    model: str
+    task: str
+    condition: str
+    metric: str
+    value: float
+
+
+def by_kind(rows: Rows) -> Tables:
+    """The tables of the first kind of rows, and the summary of each other kind by its name."""
+    (main, own), *others = rows.items()
+    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One figure or table of a paper, or a question of ours.
+
+    Attributes:
+        name: what `anchors run` calls it.
+        title: what it shows.
+        finding: what the paper found, in words; for ours, the question.
+        cells: the grid.
+        seeds, examples: the paper's protocol.
+        figure: kind of picture, or None.
+        tables: from rows to tables; the first one is printed.
+        metrics: what is printed of it.
+        paper: the numbers the paper prints.
+    """
+
+    name: str
+    title: str
+    finding: str
+    cells: tuple[Cells, ...]
+    seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
+    examples: int = 1000
+    figure: str | None = None
+    tables: Callable[[Rows], Tables] = by_kind
+    metrics: tuple[str, ...] = ("accuracy",)
+    paper: tuple[Reported, ...] = ()
+
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of rows, in order; known without importing the analyses."""
+        return tuple(dict.fromkeys(KINDS[c.analysis] for c in self.cells))
+
+    def compare(self, tables: Tables) -> pd.DataFrame:
+        """Our numbers beside the paper's: task, condition, metric, ours with low and high, and each model of the paper.
+
+        Raises:
+            AnchorsError: the paper prints no number here.
+        """
+        if not self.paper:
+            raise AnchorsError(f"The paper prints no number for {self.name}.", f"It found: {self.finding}")
+        said = pd.DataFrame([vars(r) for r in self.paper])
+        said = said.pivot(
+            index=["task", "condition", "metric"], columns="model", values="value"
+        ).reset_index()
+        ours = next(iter(tables.values()))[["task", "condition", "metric", "value", "low", "high"]]
+        return said.merge(ours, on=["task", "condition", "metric"], how="left")
+
+
+KINDS = {
+    "anchors.flow.analysis:InformationFlow": "flow",
+    "anchors.flow.analysis:FlowMap": "map",
+    "anchors.icl:Classification": "classify",
+    "anchors.isolation:Isolation": "isolate",
+    "anchors.isolation:TopWords": "words",
+    "anchors.readout:Readout": "readout",
+    "anchors.reweighting:Reweighting": "reweight",
+    "anchors.compression:Compression": "compress",
+    "anchors.compression:Speed": "speed",
+    "anchors.diagnosis:Diagnosis": "diagnose",
+    "anchors.causal:Causal": "causal",
+}
+"""The kind of each analysis, so that listing experiments needs none of them."""

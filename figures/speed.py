@@ -1,0 +1,37 @@
+"""Table 3 of the paper: speed-up by compressed demonstrations, beside the limit set by the number of tokens."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from anchors.figures.pieces import bars, groups, legend
+from anchors.figures.style import BLUE, VERMILION, plain
+
+
+def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
+    """A bar per task with its interval, the limit as a diamond, and a line where nothing is gained."""
+    shown = groups(tables["summary"])
+    entries = pd.concat(
+        group.part.assign(name=group.title.replace(", ", "\n", 1)) for group in shown
+    ).reset_index(drop=True)
+    figure = Figure(figsize=(max(4.2, 1.2 + 1.25 * len(entries)), 3.2), layout="constrained")
+    panel = figure.subplots()
+    x = np.arange(len(entries))
+    bars(panel, x, entries, BLUE, "measured", width=0.6)
+    panel.plot(
+        x, entries["limit"].astype(float), "D", color=VERMILION, markersize=6, markeredgecolor="white",
+        label="limit by the number of tokens",
+    )  # fmt: skip
+    highest = float(np.nanmax(entries[["value", "high", "limit"]].astype(float)))
+    for place, (value, low, high, limit) in enumerate(
+        entries[["value", "low", "high", "limit"]].astype(float).itertuples(index=False)
+    ):
+        inside = f"{value:.2f}×" + ("" if np.isnan(low) else f"\n{low:.2f}–{high:.2f}")
+        panel.text(place, 0.03 * highest, inside, ha="center", va="bottom", fontsize=7.5, color="white")
+        panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=VERMILION)
+    panel.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
+    panel.set_xticks(x, entries["name"], fontsize=8)
+    panel.set(ylabel="times faster than whole prompts", ylim=(0, 1.08 * highest), xlim=(-0.6, len(x) - 0.4))
+    figure.suptitle(f"Speed-up by compressed demonstrations in {plain(model)}", fontsize=10)
+    legend(figure)
+    return figure
