@@ -44,11 +44,12 @@ def resampling(units: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -
 
 def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The estimate (row 0) and the percentile interval of the resamples (the other rows)."""
-    if np.isnan(samples[1:]).all() or len(samples) == 1:
-        return samples[0], np.full_like(samples[0], np.nan), np.full_like(samples[0], np.nan)
     tail = (1 - confidence) / 2
-    low, high = np.nanquantile(samples[1:], [tail, 1 - tail], axis=0)
-    return samples[0], low, high
+    bounds = np.full((2, *samples.shape[1:]), np.nan)
+    if len(samples) > 1:
+        known = ~np.isnan(samples[1:]).all(0)
+        bounds[:, known] = np.nanquantile(samples[1:, known], [tail, 1 - tail], axis=0)
+    return samples[0], bounds[0], bounds[1]
 
 
 GROUP = ["task", "shots", "control"]

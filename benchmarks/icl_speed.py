@@ -65,7 +65,7 @@ def make_cell(model: LanguageModel, task_name: str, arguments: argparse.Namespac
     return Cell(task, data, how, tuple(drawn), Path(tempfile.gettempdir()))
 
 
-def batches(model: LanguageModel, analysis: object, cell: Cell) -> list[list[Drawn]]:
+def runner_batches(model: LanguageModel, analysis: object, cell: Cell) -> list[list[Drawn]]:
     """The prompts in the batches in which the runner would measure them."""
     units = {(cell.how.seed, i): d for i, d in enumerate(cell.prompts)}
     return [[units[u] for u in part] for part in batches(model, analysis, units, list(units), None)]
@@ -87,7 +87,7 @@ def shared(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     once = statistics.median(
         timed(lambda: analysis.prepare(model, cell), model)[0] for _ in range(arguments.repeats)
     )
-    parts = batches(model, analysis, cell)
+    parts = runner_batches(model, analysis, cell)
     ours = plain = error = 0.0
     for part in parts:
         prompts = [d.prompt for d in part]
@@ -186,7 +186,7 @@ def compress(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
         of_seed = {r.metric: r.value for r in analysis.once(model, state, cell)}
         taken: dict[str, list[float]] = {"none": [], "hidden_anchor": []}
         loyal = error = 0.0
-        for part in batches(model, analysis, cell):
+        for part in runner_batches(model, analysis, cell):
             for own in analysis.measure(model, state, cell.task, part):
                 for record in own:
                     taken[record.condition].append(record.value)

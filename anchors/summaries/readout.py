@@ -25,30 +25,32 @@ def readout_summary(
     Returns:
         One row per task (and `mean`), metric (`aucroc`, `r`) and layer: value, low, high, examples, seeds.
     """
-    tables, curves = [], []
+    tables: list[pd.DataFrame] = []
+    curves: dict[tuple, list[np.ndarray]] = {}
     for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
         scores, predicted, units = _scores(group)
         weights = resampling(units, resamples)
         if len(units) == 1:
             weights = weights[:1]
         auc = aucroc(scores, predicted, weights)
-        curves.append(auc)
+        curves.setdefault(tuple(key[1:]), []).append(auc)
         tables.append(
             _curves(auc, confidence).assign(
                 **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
             )
         )
-    if len(curves) > 1 and len({c.shape for c in curves}) == 1:
-        total = sum(t["examples"].iloc[0] for t in tables)
-        tables.append(
-            _curves(np.mean(curves, 0), confidence).assign(
-                task="mean",
-                shots=tables[0]["shots"].iloc[0],
-                control=tables[0]["control"].iloc[0],
-                examples=total,
-                seeds=tables[0]["seeds"].iloc[0],
+    for (shots, control), own in curves.items():
+        alike = [t for t in tables if t["shots"].iloc[0] == shots and t["control"].iloc[0] == control]
+        if len(own) > 1 and len({c.shape for c in own}) == 1:
+            tables.append(
+                _curves(np.mean(own, 0), confidence).assign(
+                    task="mean",
+                    shots=shots,
+                    control=control,
+                    examples=sum(t["examples"].iloc[0] for t in alike),
+                    seeds=alike[0]["seeds"].iloc[0],
+                )
             )
-        )
     return pd.concat(tables, ignore_index=True)[
         [*GROUP, "metric", "layer", "value", "low", "high", "examples", "seeds"]
     ]

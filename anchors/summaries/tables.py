@@ -109,10 +109,8 @@ def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def reweighting_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Accuracy and loss with and without β, and β itself: mean over seeds by layer, head and label word."""
     beta = rows[rows["metric"].str.startswith("beta/")]
-    parts = beta["metric"].str.split("/", expand=True)
-    table = (
-        beta.assign(label=parts[1], head=parts[2].astype(int)) if len(beta) else beta.assign(label="", head=0)
-    )
+    parts = beta["metric"].str.removeprefix("beta/").str.rsplit("/", n=1, expand=True)
+    table = beta.assign(label=parts[0], head=parts[1].astype(int))
     means = table.groupby([*GROUP, "label", "layer", "head"], as_index=False, sort=False)["value"].mean()
     return {"summary": summarise(rows, ("accuracy", "loss"), baseline="none"), "beta": means}
 
