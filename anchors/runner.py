@@ -1,6 +1,7 @@
 """From an analysis to tidy rows: many prompts, in batches, resumable. Every measurement goes through here."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from anchors.errors import AnchorsError
 from anchors.models import LanguageModel
 from anchors.results import Run
+from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Control, Draw, Drawn, draw, within_context
 from anchors.tasks.task import Task
@@ -105,6 +107,10 @@ class Measured:
     folder: Path
     first: tuple[Drawn, ...]
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What the rows come to, with intervals; the main table is `summary`. See `anchors.summaries`."""
+        return SUMMARIES[self.config["kind"]](self.rows)
+
     @property
     def prompts(self) -> int:
         """How many prompts the rows describe."""
@@ -191,21 +197,21 @@ def measure(
     data: Data,
     how: Sample,
     *,
-    out: Path,
+    out: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
     """Run an analysis on every prompt that the protocol draws, computing only what `out` does not hold.
 
     Args:
         model, analysis, task, data, how: what is measured.
-        out: results folder; finished batches are kept under its `runs`.
+        out: results folder; finished batches are kept under its `runs`. None takes a new temporary folder.
         progress: called with (prompts done, prompts in all).
 
     Raises:
         AnchorsError: see `draw`, `within_context` and the analysis.
     """
     config = config_of(model, analysis, task, data, how)
-    run = Run.open(out, analysis.kind, config)
+    run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), analysis.kind, config)
     cells, skipped = _cells(model, analysis, task, data, how, run.folder)
     total = sum(len(units) for _, units in cells.values())
     if not total:

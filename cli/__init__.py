@@ -1,5 +1,7 @@
 """The command `anchors`: parses, draws, and leaves the thinking to the library."""
 
+import os
+
 import typer
 
 from anchors.cli import (
@@ -17,6 +19,9 @@ from anchors.cli import (
     run,
     view,
 )
+
+# Before torch is loaded: on busy cores, threads that spin at every barrier make short operations ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     help="Look inside in-context learning: how label words gather and pass on information (Label Words are Anchors).",

@@ -88,8 +88,9 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> float:
     return float(pd.Series(one[both]).corr(pd.Series(other[both]), method="spearman"))
 
 
-def sentence(pairs: pd.DataFrame, agreement: pd.DataFrame, condition: str) -> str:
+def sentence(pairs: pd.DataFrame, agreement: pd.DataFrame, condition: str | None = None) -> str:
     """In plain words: which labels the model confuses most, by how much, and whether the keys foretell it."""
+    condition = condition or agreement["condition"].iloc[0]
     own = pairs[pairs["condition"] == condition].dropna(subset=["actual"])
     worst, foretold = own.loc[own["actual"].idxmin()], own.loc[own["predicted"].idxmin()]
     found = agreement[agreement["condition"] == condition].iloc[0]
