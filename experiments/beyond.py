@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from anchors.experiments.grid import Cells, Experiment, Rows, Tables
+from anchors.experiments.grid import Cells, Experiment, Rows, Tables, by_kind
 from anchors.stats import summarise
-from anchors.summaries import readout_summary
+from anchors.summaries import agreement, readout_summary
 
 UNRELATED = {"tasks": ("sst2",), "shots": 8, "labels": ("A", "B")}
 
@@ -23,6 +23,14 @@ FIGURE_13 = Experiment(
     cells=(Cells("anchors.readout:Readout", **UNRELATED),),
     figure="readout",
 )
+
+
+def beside_flow(rows: Rows) -> Tables:
+    """How far the answer follows the patch, the flow, and how alike both are over the layers."""
+    tables = by_kind(rows)
+    return tables | {"agreement": agreement(tables["summary"], tables["flow"])}
+
+
 CAUSAL = Experiment(
     name="causal",
     title="Patching the label words' residual stream between prompts with exchanged labels, beside S_pq",
@@ -32,6 +40,7 @@ CAUSAL = Experiment(
         Cells("anchors.flow.analysis:InformationFlow", examples=200),
     ),
     figure="causal",
+    tables=beside_flow,
     metrics=("follow", "released"),
 )
 

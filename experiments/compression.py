@@ -1,8 +1,6 @@
 """Tables 2, 3 and 6: compressing demonstrations into their anchors."""
 
-import pandas as pd
-
-from anchors.experiments.grid import TASKS, Cells, Experiment, Reported, Rows, Tables
+from anchors.experiments.grid import TASKS, Cells, Experiment, Reported, Rows, Tables, with_mean
 from anchors.stats import summarise
 from anchors.summaries import LOYALTIES, compression_summary, reduced, speed_summary
 
@@ -13,14 +11,8 @@ METRICS = ("accuracy", "label_loyalty", "word_loyalty")
 def averaged(rows: Rows) -> Tables:
     """Table 6 by task, and the mean over tasks (Table 2) where every task has as many prompts."""
     own = rows["compress"]
-    every = reduced(own)
-    tasks = {name: i for i, name in enumerate(dict.fromkeys(own["task"]))}
-    each = every[every["number"] >= 0]
-    if len(tasks) > 1 and each.groupby("task")["number"].nunique().nunique() == 1:
-        # Prompts of different tasks are different units, so their numbers are kept apart.
-        mean = each.assign(task="mean", number=each["number"] + each["task"].map(tasks) * 10**6)
-        every = pd.concat([every, mean], ignore_index=True)
-    return compression_summary(own) | {"summary": summarise(every, LOYALTIES, baseline="none")}
+    mean = summarise(with_mean(reduced(own)), LOYALTIES, baseline="none")
+    return compression_summary(own) | {"summary": mean}
 
 
 def _reported(model: str, condition: str, *values: float) -> tuple[Reported, ...]:

@@ -74,6 +74,19 @@ def by_kind(rows: Rows) -> Tables:
     return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
 
 
+def with_mean(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of prompts with all tasks once more as the task `mean`; as they are unless tasks have as many prompts each.
+
+    Prompts of different tasks are different units, so their numbers are kept apart.
+    """
+    each = rows[rows["number"] >= 0]
+    tasks = {name: i for i, name in enumerate(dict.fromkeys(each["task"]))}
+    if len(tasks) < 2 or each.groupby("task")["number"].nunique().nunique() > 1:
+        return rows
+    number = each["number"] + each["task"].map(tasks) * 10**6
+    return pd.concat([rows, each.assign(task="mean", number=number)], ignore_index=True)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One figure or table of a paper, or a question of ours.

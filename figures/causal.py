@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from anchors.figures.style import COLOURS, LABELS, MARKERS
+from anchors.figures.pieces import groups
+from anchors.figures.style import BLUE, COLOURS, LABELS, MARKERS, plain
 
 CONDITIONS = {
     "label": ("#009E73", "o", "label words exchanged"),
@@ -25,31 +26,30 @@ def draw(summary: pd.DataFrame, flows: pd.DataFrame | None, model: str) -> Figur
             as `released` adds up to 1 over them, and added up between the patched layers when some were left out.
         model: its name, for the title.
     """
-    tasks = list(dict.fromkeys(summary["task"]))
-    figure = Figure(figsize=(0.6 + 3.1 * len(tasks), 4.6), layout="constrained")
-    grid = figure.subplots(2, len(tasks), sharex="col", sharey="row", squeeze=False)
-    for (above, below), task in zip(grid.T, tasks, strict=True):
-        part = summary[summary["task"] == task]
+    shown_groups = groups(summary)
+    figure = Figure(figsize=(0.6 + 3.1 * len(shown_groups), 4.6), layout="constrained")
+    grid = figure.subplots(2, len(shown_groups), sharex="col", sharey="row", squeeze=False)
+    for (above, below), group in zip(grid.T, shown_groups, strict=True):
+        part = group.part
         for condition, (colour, marker, name) in CONDITIONS.items():
             follow = part[(part["condition"] == condition) & (part["metric"] == "follow")]
             if len(follow):
                 _curve(above, follow, colour, marker, name)
         released = part[part["metric"] == "released"]
         if len(released):
-            _curve(
-                below, released, CONDITIONS["label"][0], CONDITIONS["label"][1], "released by the label words"
-            )
-        s_pq = None if flows is None else flows[(flows["task"] == task) & (flows["metric"] == "s_pq")]
+            _curve(below, released, BLUE, "D", "released by the label words")
+        flow = None if flows is None else group.of(flows)
+        s_pq = None if flow is None else flow[flow["metric"] == "s_pq"]
         if s_pq is not None and len(s_pq):
             share = _shares(s_pq, sorted(released["layer"].astype(int)))
             _curve(below, share, COLOURS["s_pq"], MARKERS["s_pq"], LABELS["s_pq"])
-        above.set(title=f"{task}, {part['examples'].iloc[0]} examples")
+        above.set(title=group.title)
         below.set(xlabel="layer")
         below.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0][0].set_ylabel("answer follows the patch")
     grid[1][0].set_ylabel("share over layers")
-    figure.suptitle(f"What the label words pass on in {model}", fontsize=10)
+    figure.suptitle(f"What the label words pass on in {plain(model)}", fontsize=10)
     shown = {}
     for axes in grid.flat:
         shown |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -79,7 +79,9 @@ def _over_components(panel: Axes, summary: pd.DataFrame) -> None:
     panel.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
     panel.set(ylim=(-1.05, 1.05), xlabel="components", ylabel="rank correlation")
     if len(numbers) <= 8:
-        panel.set_xticks(sorted(numbers))
+        panel.set_xscale("log")
+        panel.set_xticks(sorted(numbers), [str(n) for n in sorted(numbers)], fontsize=8)
+        panel.minorticks_off()
     else:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -6,9 +6,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from anchors.figures.pieces import Group, bars, groups, heat
-from anchors.figures.style import BLUE, GREY, plain
+from anchors.figures.style import BLUE, GREY, SKY, plain
 
-SERIES = {"none": (GREY, "as it is"), "reweighted": (BLUE, "re-weighted")}
+NAMES = {"none": "as it is", "reweighted": "re-weighted", "re-weighted, 1-shot": "re-weighted,\n1-shot"}
+COLOURS = (GREY, SKY, BLUE)
 
 
 def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
@@ -44,12 +45,14 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
 def _accuracy(panel: Axes, group: Group) -> None:
     own = group.part[group.part["metric"] == "accuracy"]
     names = []
-    for x, (condition, (colour, name)) in enumerate(SERIES.items()):
+    order = sorted(dict.fromkeys(own["condition"]), key=lambda c: "weighted" in c)
+    for x, condition in enumerate(order):
         one = own[own["condition"] == condition]
-        bars(panel, [x] * len(one), one, colour, name, width=0.7)
-        names.append("".join(f"{name}\n{value:.2f}" for value in one["value"]))
-    panel.set_xticks(range(len(SERIES)), names, fontsize=8)
-    panel.set(ylim=(0, 1.02), ylabel="accuracy", xlim=(-0.6, len(SERIES) - 0.4))
+        colour = BLUE if "weighted" in condition else COLOURS[min(x, 1)]
+        bars(panel, [x] * len(one), one, colour, condition, width=0.7)
+        names.append(f"{NAMES.get(condition, plain(condition))}\n{one['value'].iloc[0]:.2f}")
+    panel.set_xticks(range(len(order)), names, fontsize=7)
+    panel.set(ylim=(0, 1.02), ylabel="accuracy", xlim=(-0.6, len(order) - 0.4))
     panel.set_title(group.title, fontsize=9)
 
 

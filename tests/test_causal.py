@@ -267,7 +267,16 @@ def test_the_figure_draws_every_curve_with_its_values():
     rows = made_rows(rng.random((5, 4)), np.ones(5), np.ones(5), np.ones((5, 4)))
     table = causal_summary(rows)
     flows = pd.DataFrame(
-        {"task": "a", "layer": range(3), "metric": "s_pq", "mean": [1, 2, 5], "low": 0.5, "high": 6.0}
+        {
+            "task": "a",
+            "shots": 1,
+            "control": "none",
+            "layer": range(3),
+            "metric": "s_pq",
+            "mean": [1, 2, 5],
+            "low": 0.5,
+            "high": 6.0,
+        }
     )
     above, below = draw_figure(table, flows, "a model").axes
     follow = table[table["metric"] == "follow"].groupby("condition")["value"].apply(list)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from anchors.stats import flow_summary, summarise
-from anchors.summaries.causal import causal_summary
+from anchors.summaries.causal import agreement, causal_summary
 from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
 from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
 from anchors.summaries.tables import (
@@ -24,6 +24,7 @@ __all__ = [
     "LOYALTIES",
     "SUMMARIES",
     "actual_confusion",
+    "agreement",
     "aucroc",
     "causal_summary",
     "classification_summary",

@@ -59,3 +59,28 @@ def _ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndar
     total = weights @ below[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(total > 0, weights @ above / total, np.nan)
+
+
+def agreement(summary: pd.DataFrame, flows: pd.DataFrame) -> pd.DataFrame:
+    """How alike `released` and the saliency's S_pq are over the layers: their correlations, by task.
+
+    Args:
+        summary: of `causal_summary`, every layer patched.
+        flows: of `anchors.stats.flow_summary` on the same tasks.
+
+    Returns:
+        One row per task: Pearson's and Spearman's correlation over the layers. The layers of one model are no sample
+        of anything, so there is no interval.
+    """
+    found = []
+    for key, own in summary[summary["metric"] == "released"].groupby(GROUP, sort=False):
+        match = (flows[GROUP] == list(key)).all(axis=1) & (flows["metric"] == "s_pq")
+        both = (
+            own.set_index("layer")["value"].to_frame("released").join(flows[match].set_index("layer")["mean"])
+        )
+        found.append(
+            dict(zip(GROUP, key, strict=True))
+            | {name: both["released"].corr(both["mean"], method=name) for name in ("pearson", "spearman")}
+            | {"layers": len(both.dropna())}
+        )
+    return pd.DataFrame(found)
