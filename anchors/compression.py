@@ -23,7 +23,19 @@ from anchors.tasks.task import Task
 Rule = Literal["after-last-anchor", "restart", "original"]
 RULES: tuple[Rule, ...] = ("after-last-anchor", "restart", "original")
 """Where the test input stands: after the last kept position (the reference for GPT-J), at 0 (the reference for
-GPT2-XL), or where it stood in the whole prompt."""
+GPT2-XL), or where it stood in the whole prompt. `reference` is the reference's choice for a family like this one."""
+
+
+def resolve(rule: str, model: LanguageModel) -> Rule:
+    """The reference implementation's rule: `restart` with learned absolute positions, else `after-last-anchor`."""
+    if rule != "reference":
+        return rule  # type: ignore[return-value]
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions")
+        for name, module in model.model.named_modules()
+    )
+    return "restart" if learned else "after-last-anchor"
+
 
 METHODS = ("hidden_anchor", "text_anchor", "hidden_random")
 
@@ -155,16 +167,22 @@ class Compression:
     fresh: ClassVar[bool] = False
 
     methods: tuple[str, ...] = METHODS
-    rule: Rule = "after-last-anchor"
+    rule: Rule | Literal["reference"] = "after-last-anchor"
     draws: int = 20
     top: int = 5
 
     def __post_init__(self) -> None:
         unknown = set(self.methods) - set(METHODS)
-        if unknown or not self.methods or self.draws < 1 or self.top < 1 or self.rule not in RULES:
+        if (
+            unknown
+            or not self.methods
+            or self.draws < 1
+            or self.top < 1
+            or self.rule not in (*RULES, "reference")
+        ):
             raise AnchorsError(
                 f"Methods {self.methods}, rule {self.rule!r}, draws {self.draws}, top {self.top} cannot be used.",
-                f"Methods are {', '.join(METHODS)}; rules {', '.join(RULES)}; numbers at least 1.",
+                f"Methods are {', '.join(METHODS)}; rules {', '.join((*RULES, 'reference'))}; numbers at least 1.",
             )
 
     @property
@@ -174,15 +192,16 @@ class Compression:
     def prepare(self, model: LanguageModel, cell: Cell) -> dict[str, Context]:
         prompt = cell.prompts[0].prompt
         whole = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
+        rule = resolve(self.rule, model)
         contexts = {"none": whole}
         if "hidden_anchor" in self.methods:
-            contexts["hidden_anchor"] = compress(whole, anchor_tokens(prompt), self.rule)
+            contexts["hidden_anchor"] = compress(whole, anchor_tokens(prompt), rule)
         if "text_anchor" in self.methods:
             contexts["text_anchor"] = encode(model, text_anchor(model, cell))
         if "hidden_random" in self.methods:
             for draw in range(self.draws):
                 rng = np.random.default_rng([cell.how.seed, 4, draw])
-                contexts[f"hidden_random/{draw:02}"] = compress(whole, random_tokens(prompt, rng), self.rule)
+                contexts[f"hidden_random/{draw:02}"] = compress(whole, random_tokens(prompt, rng), rule)
         return contexts
 
     def once(self, model: LanguageModel, state: dict[str, Context], cell: Cell) -> list[Record]:
@@ -227,11 +246,12 @@ class Speed:
     """
 
     kind: ClassVar[str] = "speed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     fresh: ClassVar[bool] = False
+    timed: ClassVar[bool] = True
 
     repeats: int = 3
-    rule: Rule = "after-last-anchor"
+    rule: Rule | Literal["reference"] = "after-last-anchor"
 
     @property
     def passes(self) -> float:
@@ -239,7 +259,7 @@ class Speed:
 
     def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, Context]:
         whole = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        kept = compress(whole, anchor_tokens(cell.prompts[0].prompt), self.rule)
+        kept = compress(whole, anchor_tokens(cell.prompts[0].prompt), resolve(self.rule, model))
         for run in self._sides((whole, kept), cell.prompts[:2], model):
             run()
         return whole, kept
@@ -259,7 +279,11 @@ class Speed:
         sides = self._sides(state, batch, model)
         taken = np.array([[seconds(run, model) for run in sides] for _ in range(self.repeats)])
         vanilla, compressed = np.median(taken, 0) / len(batch)
-        return [[Record("seconds", vanilla), Record("seconds", compressed, "hidden_anchor")] for _ in batch]
+        # Prompts of a batch share one measurement: the summary draws batches, not prompts.
+        name = Record("batch", batch[0].example)
+        return [
+            [Record("seconds", vanilla), Record("seconds", compressed, "hidden_anchor"), name] for _ in batch
+        ]
 
     def _sides(
         self, state: tuple[Context, Context], batch: Sequence[Drawn], model: LanguageModel

@@ -60,12 +60,12 @@ class Context:
             raise AnchorsError(
                 "No token of the demonstrations is to be kept.", "Keep the label words at least."
             )
-        index = torch.tensor(list(tokens), device=self.keys[0].device)
+        index = torch.tensor(list(tokens))
         return Context(
             ids=tuple(self.ids[i] for i in tokens),
             positions=tuple(self.positions[i] for i in tokens),
-            keys=tuple(k.index_select(2, index) for k in self.keys),
-            values=tuple(v.index_select(2, index) for v in self.values),
+            keys=tuple(k.index_select(2, index.to(k.device)) for k in self.keys),
+            values=tuple(v.index_select(2, index.to(v.device)) for v in self.values),
             next=next,
         )
 

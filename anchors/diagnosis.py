@@ -37,7 +37,7 @@ class TargetQueries:
 
     def see(self, call: AttentionCall) -> None:
         batch, heads, _, dim = call.q.shape
-        place = self.target[:, None, None, None].expand(-1, heads, -1, dim)
+        place = self.target.to(call.q.device)[:, None, None, None].expand(-1, heads, -1, dim)
         self.found = call.q.gather(2, place).reshape(batch, heads * dim)
 
 

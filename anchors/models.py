@@ -241,7 +241,7 @@ def prepare(
         tokenizer=tokenizer,
         name=name,
         revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=fingerprint(model),
+        fingerprint=fingerprint(model, tokenizer),
         precision=precision,
         modules=modules,
     )
@@ -270,9 +270,12 @@ def fuse_gelu(model: nn.Module) -> None:
                 setattr(parent, child, ACT2FN["gelu_pytorch_tanh"])
 
 
-def fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """Sixteen hex digits over the names and shapes of all weights and about `samples` evenly spaced entries of each."""
+def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, samples: int = 64) -> str:
+    """Sixteen hex digits over the names and shapes of all weights, about `samples` evenly spaced entries of each, and
+    the tokenizer."""
     digest = hashlib.sha256()
+    if tokenizer is not None:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         digest.update(f"{name}{tuple(weight.shape)}".encode())

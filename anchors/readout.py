@@ -37,8 +37,9 @@ class TargetAttention:
         self.found: dict[int, Float[Tensor, "batch positions"]] = {}
 
     def see(self, call: AttentionCall) -> None:
-        row = call.pattern_at(self.target[:, None])[:, :, 0].sum(1)
-        self.found[call.layer] = row.gather(1, self.positions)
+        home = call.q.device
+        row = call.pattern_at(self.target.to(home)[:, None])[:, :, 0].sum(1)
+        self.found[call.layer] = row.gather(1, self.positions.to(home))
 
 
 @dataclass(frozen=True)

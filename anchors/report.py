@@ -13,7 +13,7 @@ from anchors.errors import CertificateError
 from anchors.models import LanguageModel
 from anchors.results import provenance, write_atomic, write_table
 from anchors.runner import Analysis, Measured, Sample, measure
-from anchors.summaries import SUMMARIES
+from anchors.summaries import Rows, Tables, tables_of
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, draw, within_context
 from anchors.tasks.task import Task
@@ -39,11 +39,12 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The tables as plain data; missing values are null."""
-        plain = {name: _plain(table) for name, table in self.tables.items()}
+        plain = {name: plain(table) for name, table in self.tables.items()}
         return plain | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
 
 
-def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as plain data; missing values are null."""
     rows = table.astype(object).to_dict(orient="records")
     return [
         {
@@ -64,15 +65,6 @@ class Part:
     how: Sample
 
 
-Tables = dict[str, pd.DataFrame]
-
-
-def tables_of(rows: dict[str, pd.DataFrame]) -> Tables:
-    """The tables of the first kind of rows; of other kinds their summary, by the kind's name."""
-    (main, own), *others = rows.items()
-    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
-
-
 def report(
     model: LanguageModel,
     parts: Sequence[Part],
@@ -81,7 +73,7 @@ def report(
     runs: Path | None = None,
     name: str | None = None,
     figure: str | None = None,
-    tables: Callable[[dict[str, pd.DataFrame]], Tables] = tables_of,
+    tables: Callable[[Rows], Tables] = tables_of,
     layers: Sequence[int] | None = None,
     pages: int = 0,
     csv: bool = False,
@@ -141,8 +133,9 @@ def report(
     )
     name, kind = name or parts[0].analysis.kind, parts[0].analysis.kind
     whole = {k: pd.concat(frames, ignore_index=True) for k, frames in rows.items()}
+    files = write_rows(out, whole, facts, csv=csv)
     made = tables(whole)
-    files = write_report(out, name, whole, made, facts, csv=csv)
+    files += write_tables(out, name, made, facts)
     files += write_figure(out, name, figure or kind, made, model.name)
     if kind == "flow" and pages:
         for part, found in zip(parts, measured, strict=True):
@@ -178,24 +171,23 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
     return notes
 
 
-def write_report(
-    out: Path,
-    name: str,
-    rows: dict[str, pd.DataFrame],
-    tables: Tables,
-    facts: dict[str, Any],
-    *,
-    csv: bool = False,
-) -> list[Path]:
-    """Write rows (one file per kind of analysis) and tables as parquet; returns what was written."""
+def write_rows(out: Path, rows: Rows, facts: dict[str, Any], *, csv: bool = False) -> list[Path]:
+    """Write rows as parquet, one file per kind of analysis; returns what was written."""
     files = []
-    for kind, table in [*rows.items(), *((f"{name}_{key}", table) for key, table in tables.items())]:
+    for kind, table in rows.items():
         files.append(out / f"{kind}.parquet")
         write_table(files[-1], table, facts)
-        if csv and kind in rows:
+        if csv:
             files.append(out / f"{kind}.csv")
             write_atomic(files[-1], lambda draft, table=table: table.to_csv(draft, index=False))
     return files
+
+
+def write_tables(out: Path, name: str, tables: Tables, facts: dict[str, Any]) -> list[Path]:
+    """Write tables as parquet; returns what was written."""
+    for key, table in tables.items():
+        write_table(out / f"{name}_{key}.parquet", table, facts)
+    return [out / f"{name}_{key}.parquet" for key in tables]
 
 
 def write_figure(out: Path, name: str, kind: str, tables: Tables, model: str) -> list[Path]:

@@ -41,6 +41,7 @@ class Reweighting:
         learning_rate, epochs: of Adam.
         per_class: extra training examples of each class, none of them a demonstration.
         batch: examples per step.
+        beta: a file with a fitted β to apply to every seed, instead of fitting.
 
     Conditions: `none` is vanilla in-context learning on the same prompts, `reweighted` with the fitted β.
     """
@@ -53,6 +54,7 @@ class Reweighting:
     epochs: int = 10
     per_class: int = 4
     batch: int = 1
+    beta: str | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.per_class < 1 or self.batch < 1 or not self.learning_rate > 0:
@@ -64,9 +66,11 @@ class Reweighting:
 
     def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, "Beta"]:
         context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        kept = cell.folder / f"beta-{cell.how.seed}.safetensors"
-        if kept.is_file():
-            return context, Beta.load(kept)
+        kept = cell.folder / f"beta-{cell.how.seed}.safetensors" if self.beta is None else Path(self.beta)
+        if kept.is_file() or self.beta is not None:
+            beta = Beta.load(kept)
+            beta.demand(model)
+            return context, beta
         prompts = training_prompts(model, cell, self.per_class)
         beta = fit(model, context, prompts, self.learning_rate, self.epochs, self.batch, cell.how.seed)
         beta.save(
@@ -125,6 +129,20 @@ class Beta:
     classes: tuple[int, ...]
     losses: tuple[float, ...] = ()
     facts: dict | None = None
+
+    def demand(self, model: LanguageModel) -> None:
+        """Refuse a model that it was not fitted on.
+
+        Raises:
+            AnchorsError: other layers or heads, or other weights or tokenizer.
+        """
+        shape, fitted = (model.n_layers, _heads(model)), (self.facts or {}).get("fingerprint")
+        if tuple(self.beta.shape[:2]) != shape or (fitted and fitted != model.fingerprint):
+            raise AnchorsError(
+                f"This β has {self.beta.shape[0]} layers of {self.beta.shape[1]} heads and was fitted on "
+                f"{(self.facts or {}).get('model', 'an unknown model')}; {model.name} has {shape[0]} of {shape[1]}.",
+                "Fit it on the model it is to be applied to.",
+            )
 
     def edit(self, prompts: Sequence[Prompt], device: torch.device | str) -> Edit:
         """The edit that applies it to prompts that show the same number of label words of each class.
@@ -186,7 +204,7 @@ def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[P
     rng = np.random.default_rng([cell.how.seed, 5])
     chosen = []
     for c, label in enumerate(cell.task.labels):
-        pool = [e for e in cell.data.train if e.label == c and e.text not in texts]
+        pool = [e for e in cell.data.train_by_class.get(c, []) if e.text not in texts]
         if len(pool) < per_class:
             raise AnchorsError(
                 f"Beside the demonstrations there are {len(pool)} training examples of {label!r}, not {per_class}.",

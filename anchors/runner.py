@@ -1,6 +1,7 @@
 """From an analysis to tidy rows: many prompts, in batches, resumable. Every measurement goes through here."""
 
 import logging
+import platform
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -143,7 +144,7 @@ def config_of(
     model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample
 ) -> dict[str, Any]:
     """What the rows of an analysis depend on; its hash names the run."""
-    return {
+    config = {
         "kind": analysis.kind,
         "version": analysis.version,
         "settings": asdict(analysis),
@@ -155,6 +156,14 @@ def config_of(
         "fresh": analysis.fresh,
         "control": how.control,
     }
+    # Seconds depend on more than the numbers do.
+    machine = {
+        "device": str(model.device),
+        "batch_size": how.batch_size,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    return config | ({"machine": machine} if getattr(analysis, "timed", False) else {})
 
 
 def _cells(
@@ -224,7 +233,7 @@ def measure(
         whole = (seed, seed_level(units))
         if not units or (not pending and whole in done):
             continue
-        state = analysis.prepare(model, cell)
+        state = _prepared(model, analysis, cell)
         for batch in batches(model, analysis, units, pending, how.batch_size):
             for part, records in _halving(model, analysis, state, task, [units[unit] for unit in batch]):
                 finished_units = [batch[i] for i in part]
@@ -338,6 +347,19 @@ def _halving(
         middle = part.start + len(part) // 2
         log.warning("out of memory with %d prompts; going on with %d", len(part), middle - part.start)
         stack += [range(middle, part.stop), range(part.start, middle)]
+
+
+def _prepared(model: LanguageModel, analysis: Analysis, cell: Cell) -> Any:
+    try:
+        return analysis.prepare(model, cell)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise AnchorsError(
+            f"What the prompts of seed {cell.how.seed} share does not fit into memory "
+            f"({analysis.kind}, {cell.prompts[0].prompt.query} tokens of demonstrations).",
+            "Use fewer --shots, fewer conditions or layers, --precision bfloat16 or another --device.",
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,34 @@ def resampling(units: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -
     return weights
 
 
+def within_seeds(
+    units: pd.DataFrame, weights: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The mean over seeds of a statistic that may only compare prompts with the same demonstrations.
+
+    A rank statistic over prompts of several seeds would mostly measure the seeds: another order of the demonstrations
+    shifts all scores and all predictions at once.
+
+    Args:
+        units: columns `seed` and `number`.
+        weights: of `resampling`; a seed weighs as often as it was drawn.
+        statistic: from the places of a seed's prompts and their weights to [resamples, ...]; missing values of a seed
+            are left out.
+    """
+    seeds = units["seed"].to_numpy()
+    total: np.ndarray | float = 0.0
+    count: np.ndarray | float = 0.0
+    for seed in np.unique(seeds):
+        own = np.flatnonzero(seeds == seed)
+        found = statistic(own, weights[:, own])
+        times = (weights[:, own].sum(1) / len(own)).reshape(-1, *[1] * (found.ndim - 1))
+        known = ~np.isnan(found)
+        total = total + np.where(known, found, 0) * times
+        count = count + known * times
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(count > 0, total / count, np.nan)
+
+
 def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The estimate (row 0) and the percentile interval of the resamples (the other rows)."""
     tail = (1 - confidence) / 2
@@ -55,11 +84,30 @@ def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray,
 GROUP = ["task", "shots", "control"]
 
 
+def refuse_doubles(rows: pd.DataFrame) -> None:
+    """Every value must be there once: rows of two models, or of two label sets under one name, must not be averaged.
+
+    Raises:
+        AnchorsError: some values are there several times.
+    """
+    identity = [*GROUP, "seed", "number", "condition", "metric", "layer"]
+    doubles = rows.duplicated(identity)
+    if doubles.any():
+        models = sorted(set(rows["model"])) if "model" in rows else []
+        raise AnchorsError(
+            f"{int(doubles.sum())} values stand there more than once for the same prompt, condition and metric"
+            + (f": the rows are of {models}." if len(models) > 1 else "."),
+            "Summarise one model and one set of label words at a time.",
+        )
+
+
 def summarise(
     rows: pd.DataFrame,
     metrics: Sequence[str] = ("accuracy",),
     *,
     baseline: str | None = None,
+    mean: bool = False,
+    missing: Literal["error", "leave out"] = "error",
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> pd.DataFrame:
@@ -69,53 +117,83 @@ def summarise(
         rows: of `anchors.runner.measure`, of one run or several.
         metrics: which of them.
         baseline: condition that the others are compared with; the prompts must be the same.
+        mean: also the mean over tasks, as the task `mean`; each task weighs alike, and in each resample the same
+            seeds are drawn in all of them.
+        missing: what to do with prompts that lack a condition (too long with more shots, say).
 
     Returns:
         One row per task, shots, control, condition, metric and layer: value, low, high, difference,
         difference_low, difference_high, examples, seeds. With a single example there are no intervals.
+
+    Raises:
+        AnchorsError: rows of two models; prompts that lack a condition; no rows of these metrics.
     """
-    tables = []
     kept = rows[rows["metric"].isin(metrics) & (rows["number"] >= 0)]
+    refuse_doubles(kept)
+    tables, drawn = [], []
     for key, group in kept.groupby(GROUP, sort=False):
         wide = group.pivot_table(
             index=["seed", "number"], columns=["condition", "metric", "layer"], values="value", dropna=False
         ).dropna(axis="columns", how="all")
-        units = wide.index.to_frame(index=False)
-        weights = resampling(units, resamples)
-        data = wide.to_numpy()
-        holes = np.isnan(data)
-        if holes.any():
+        holes = wide.isna().any(axis=1)
+        if holes.any() and (missing == "error" or holes.all()):
             raise AnchorsError(
-                f"{int(holes.any(1).sum())} prompts of {key[0]} lack some of {sorted(set(group['metric']))}: "
+                f"{int(holes.sum())} of {len(holes)} prompts of {key[0]} lack some of {sorted(set(group['metric']))}: "
                 "they cannot be compared in pairs.",
-                "Run the same command again to fill them in.",
+                "Measure every condition on the same prompts.",
             )
-        samples = weights @ data / weights.sum(1, keepdims=True)
-        if len(units) == 1:
-            samples = samples[:1]
-        value, low, high = interval(samples, confidence)
-        table = wide.columns.to_frame(index=False).assign(value=value, low=low, high=high)
-        if baseline is not None:
-            places = {tuple(c): i for i, c in enumerate(_plain(table))}
-            other = [places.get((baseline, *c[1:])) for c in _plain(table)]
-            gap = np.full((3, len(table)), np.nan)
-            found = [i for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline]
-            if found:
-                gap[:, found] = interval(
-                    samples[:, found] - samples[:, [other[i] for i in found]], confidence
-                )
-            table = table.assign(difference=gap[0], difference_low=gap[1], difference_high=gap[2])
+        wide = wide[~holes]
+        units = wide.index.to_frame(index=False)
+        weights = resampling(units, resamples)[: 1 if len(units) == 1 else None]
+        samples = weights @ wide.to_numpy() / weights.sum(1, keepdims=True)
+        facts = dict(zip(GROUP, key, strict=True))
+        facts |= {"examples": len(units), "seeds": units["seed"].nunique()}
         tables.append(
-            table.assign(
-                **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
-            )
+            _estimates(wide.columns.to_frame(index=False), samples, baseline, confidence).assign(**facts)
         )
+        drawn.append((facts, wide.columns, samples))
     if not tables:
         raise AnchorsError(
             f"The rows hold none of the metrics {list(metrics)}.", "Were they made by another verb?"
         )
+    if mean:
+        tables += _means(drawn, baseline, confidence)
     table = pd.concat(tables, ignore_index=True)
     return table[GROUP + [c for c in table.columns if c not in GROUP]]
+
+
+def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[pd.DataFrame]:
+    """The mean over tasks for each number of shots and control that several tasks have."""
+    tables = []
+    for shots, control in dict.fromkeys((f["shots"], f["control"]) for f, _, _ in drawn):
+        own = [d for d in drawn if (d[0]["shots"], d[0]["control"]) == (shots, control)]
+        if len(own) < 2 or len({samples.shape[0] for _, _, samples in own}) > 1:
+            continue
+        common = own[0][1]
+        for _, columns, _ in own[1:]:
+            common = common[common.isin(columns)]
+        each = np.mean([s[:, [columns.get_loc(c) for c in common]] for _, columns, s in own], axis=0)
+        facts = {"task": "mean", "shots": shots, "control": control, "seeds": own[0][0]["seeds"]}
+        facts["examples"] = sum(f["examples"] for f, _, _ in own)
+        tables.append(_estimates(common.to_frame(index=False), each, baseline, confidence).assign(**facts))
+    return tables
+
+
+def _estimates(
+    table: pd.DataFrame, samples: np.ndarray, baseline: str | None, confidence: float
+) -> pd.DataFrame:
+    """Estimates and intervals of the columns of `samples`, which `table` names, and differences to the baseline."""
+    value, low, high = interval(samples, confidence)
+    table = table.assign(value=value, low=low, high=high)
+    if baseline is None:
+        return table
+    places = {tuple(c): i for i, c in enumerate(_plain(table))}
+    other = [places.get((baseline, *c[1:])) for c in _plain(table)]
+    gap = np.full((3, len(table)), np.nan)
+    found = [i for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline]
+    if found:
+        gap[:, found] = interval(samples[:, found] - samples[:, [other[i] for i in found]], confidence)
+    return table.assign(difference=gap[0], difference_low=gap[1], difference_high=gap[2])
 
 
 def _plain(table: pd.DataFrame) -> list[tuple]:

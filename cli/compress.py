@@ -20,7 +20,9 @@ def compress(
     ] = "hidden_anchor,text_anchor,hidden_random",
     positions: Annotated[
         str,
-        typer.Option(help="Where the test input stands: after-last-anchor, restart (at 0) or original."),
+        typer.Option(
+            help="Where the test input stands: after-last-anchor, restart (at 0), original, or reference (the authors' choice for a family like this)."
+        ),
     ] = "after-last-anchor",
     draws: Annotated[int, typer.Option(min=1, help="Random choices of hidden_random.")] = 20,
     top: Annotated[int, typer.Option(min=1, help="Words that word loyalty compares.")] = 5,

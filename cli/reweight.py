@@ -1,5 +1,6 @@
 """`anchors reweight`: learn how much the target attends to each label word (3.1)."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,12 @@ def reweight(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training examples.")] = 10,
     learning_rate: Annotated[float, typer.Option("--lr", min=1e-6, help="Of Adam.")] = 0.01,
     per_class: Annotated[int, typer.Option(min=1, help="Training examples per class.")] = 4,
+    beta: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Apply this fitted β (safetensors) instead of fitting."
+        ),
+    ] = None,
 ) -> None:
     """Fit β on a few extra examples and apply it: accuracy against vanilla in-context learning.
 
@@ -28,7 +35,7 @@ def reweight(
     def analyses() -> "list[Analysis]":
         from anchors.reweighting import Reweighting
 
-        return [Reweighting(learning_rate, epochs, per_class)]
+        return [Reweighting(learning_rate, epochs, per_class, beta=None if beta is None else str(beta))]
 
     result = setting.report("reweight", analyses)
     if setting.as_json:

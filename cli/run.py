@@ -1,6 +1,6 @@
 """`anchors run`: the paper's figures and tables, and a few of ours, each by one command."""
 
-import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,14 +86,24 @@ def run(
     cells that experiments share are computed once.
     """
     with common.reporting():
+        from anchors.experiments import CATALOGUE
         from anchors.results import require_writable
 
         chosen = experiments(names)
         check_protocol(seeds or "42", "none", batch_size)
         only = None if tasks is None else tuple(t.strip() for t in tasks.split(",") if t.strip())
         require_writable(to)
+        known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
+        if only is not None and (strangers := [name for name in only if name not in known]):
+            raise AnchorsError(
+                f"No experiment has the tasks {strangers}.", f"There are: {', '.join(sorted(known))}."
+            )
+        if only is not None and len(chosen) > 1:
+            chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]
         plan = {e.name: _grid(e, data, only) for e in chosen}
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
+        from anchors.report import plain
+
         printed: dict[str, Any] = {}
         failed = []
         for experiment in chosen:
@@ -117,6 +127,9 @@ def run(
                 failed.append(experiment.name)
                 continue
             printed[experiment.name] = result.as_json()
+            if compare and experiment.paper:
+                beside = experiment.compare(result.tables)
+                printed[experiment.name]["paper"] = plain(beside)
             if not as_json:
                 _show(experiment, result, compare=compare)
         if as_json:
@@ -252,7 +265,7 @@ def _plan_table(plans: dict[str, list[dict]]) -> Table:
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from anchors.experiments.grid import Cells, Experiment, Rows, Tables, by_kind
+from anchors.experiments.grid import Cells, Experiment, Rows, Tables
 from anchors.stats import summarise
-from anchors.summaries import agreement, readout_summary
+from anchors.summaries import agreement, readout_summary, tables_of
 
 UNRELATED = {"tasks": ("sst2",), "shots": 8, "labels": ("A", "B")}
 
@@ -27,12 +27,12 @@ FIGURE_13 = Experiment(
 
 def beside_flow(rows: Rows) -> Tables:
     """How far the answer follows the patch, the flow, and how alike both are over the layers."""
-    tables = by_kind(rows)
+    tables = tables_of(rows)
     return tables | {"agreement": agreement(tables["summary"], tables["flow"])}
 
 
 CAUSAL = Experiment(
-    name="causal",
+    name="patching",
     title="Patching the label words' residual stream between prompts with exchanged labels, beside S_pq",
     finding="Ours: do the layers in which the answer is really taken from the label words agree with the saliency?",
     cells=(
@@ -49,7 +49,7 @@ def by_shots(rows: Rows) -> Tables:
     """Accuracy by number of shots, compared with one shot on the same test examples."""
     own = rows["classify"]
     named = own.assign(condition=own["shots"].map("{}-shot".format), shots=0)
-    return {"summary": summarise(named, ("accuracy", "loss"), baseline="1-shot")}
+    return {"summary": summarise(named, ("accuracy", "loss"), baseline="1-shot", missing="leave out")}
 
 
 MANY_SHOT = Experiment(

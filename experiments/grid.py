@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from anchors.errors import AnchorsError
-from anchors.summaries import SUMMARIES
+from anchors.summaries import Rows, Tables, tables_of
 from anchors.tasks.task import Task, task
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 TASKS = ("sst2", "trec", "agnews", "emo")
 """The paper's, in its order."""
-
-Rows = dict[str, pd.DataFrame]
-Tables = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -68,25 +65,6 @@ class Reported:
     value: float
 
 
-def by_kind(rows: Rows) -> Tables:
-    """The tables of the first kind of rows, and the summary of each other kind by its name."""
-    (main, own), *others = rows.items()
-    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
-
-
-def with_mean(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of prompts with all tasks once more as the task `mean`; as they are unless tasks have as many prompts each.
-
-    Prompts of different tasks are different units, so their numbers are kept apart.
-    """
-    each = rows[rows["number"] >= 0]
-    tasks = {name: i for i, name in enumerate(dict.fromkeys(each["task"]))}
-    if len(tasks) < 2 or each.groupby("task")["number"].nunique().nunique() > 1:
-        return rows
-    number = each["number"] + each["task"].map(tasks) * 10**6
-    return pd.concat([rows, each.assign(task="mean", number=number)], ignore_index=True)
-
-
 @dataclass(frozen=True)
 class Experiment:
     """One figure or table of a paper, or a question of ours.
@@ -110,7 +88,7 @@ class Experiment:
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
     examples: int = 1000
     figure: str | None = None
-    tables: Callable[[Rows], Tables] = by_kind
+    tables: Callable[[Rows], Tables] = tables_of
     metrics: tuple[str, ...] = ("accuracy",)
     paper: tuple[Reported, ...] = ()
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from anchors.experiments.grid import TASKS, Cells, Experiment, Reported, Rows, Tables, with_mean
+from anchors.experiments.grid import TASKS, Cells, Experiment, Reported, Rows, Tables
 from anchors.stats import summarise
 from anchors.summaries import reweighting_summary
 
@@ -17,9 +17,9 @@ def tables(rows: Rows) -> Tables:
     more = shown[shown["shots"] > 1].assign(condition="more-shot", shots=1)
     own = fitted[(fitted["condition"] == "reweighted") & (fitted["number"] >= 0)]
     every = pd.concat([one, more, own.assign(condition="re-weighted, 1-shot")], ignore_index=True)
-    return {"summary": summarise(with_mean(every), ("accuracy", "loss"), baseline="1-shot")} | {
-        "beta": reweighting_summary(fitted)["beta"]
-    }
+    return {
+        "summary": summarise(every, ("accuracy", "loss"), baseline="1-shot", mean=True, missing="leave out")
+    } | {"beta": reweighting_summary(fitted)["beta"]}
 
 
 def _reported(condition: str, *values: float) -> tuple[Reported, ...]:

@@ -42,7 +42,7 @@ VERBS = {
         ("Isolation: sst2", *(f"{s}-{k}/{p}" for s in ("first", "last") for k in (1, 2) for p in ("label", "random"))),
         ("accuracy", "label_loyalty", "word_loyalty"),
     ),
-    "readout": Verb(("-n", 8, "-t", "trec"), ("summary",), ("Reading out: trec", "AUCROC", "R"), ("aucroc", "r")),
+    "readout": Verb(("-n", 6, "-t", "trec", "--seeds", "1,2"), ("summary",), ("Reading out: trec", "AUCROC", "R"), ("aucroc", "r")),
     "reweight": Verb(
         ("-n", 4, "--epochs", 2, "--per-class", 2), ("summary", "beta"), ("Re-weighting: sst2", "reweighted"), ("accuracy", "loss"),
     ),
@@ -52,8 +52,8 @@ VERBS = {
         ("accuracy", "label_loyalty", "word_loyalty"), ("speed",),
     ),
     "diagnose": Verb(
-        ("-n", 8, "--components", "2,4", "-t", "emo"), ("summary", "pairs"),
-        ("Pairs of labels: emo, components-2", "Others / Happy", "components-4: rank correlation", "are confused most"),
+        ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs"),
+        ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most"),
     ),
     "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("flow",)),
 }  # fmt: skip
@@ -163,7 +163,7 @@ def test_flow_prints_every_layer_in_thousandths(ran):
     lines = [line.split() for line in ran("flow").stdout.splitlines()]
     for layer in range(3):
         line = next(own for own in lines if own and own[0] == str(layer))
-        assert float(line[1]) == pytest.approx(1e3 * table.loc[(layer, "s_wp"), "mean"], rel=0.01, abs=1e-9)
+        assert float(line[1]) == pytest.approx(1e3 * table.loc[(layer, "s_wp"), "mean"], rel=0.05, abs=1e-9)
         shares = [round(100 * table.loc[(layer, name), "share"]) for name in ("s_wp", "s_pq", "s_ww")]
         assert [int(word) for word in line[-3:]] == shares
 
@@ -178,6 +178,14 @@ def test_classify_prints_the_confusion_matrix(ran):
         line = next(own for own in printed if own.strip().startswith(label) and own.split()[1].isdigit())
         counts = [((each["gold"] == gold) & (each["predicted"] == other)).sum() for other in (0, 1)]
         assert [int(word) for word in line.split()[1:3]] == counts
+
+
+def test_readout_says_when_there_is_no_auc(tiny, tmp_path):
+    """A single prompt has a single prediction."""
+    result = invoke("readout", *tiny, "-n", 1, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "sst2: the model predicts one label only; there is no AUC." in result.stderr
+    assert pd.read_parquet(tmp_path / "readout_summary.parquet")["value"].isna().all()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -207,7 +215,8 @@ UNCHANGED = r"probability/.*|predicted|gold|accuracy|loss"
 
 @pytest.mark.parametrize("control", ["permuted-labels", "random-positions"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_control_changes_what_it_must(verb, control, ran, tiny, tmp_path):
+def test_a_control_changes_what_it_must(verb, control, ran, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("anchors.report.write_figure", lambda *_: [])  # takes most of the time
     extra = {"compress": ["--no-speed"], "causal": ["--no-flow"]}.get(verb, [])
     result = invoke(verb, *tiny, *VERBS[verb].options, *extra, "-o", tmp_path, "--control", control, "--json")
     if (verb, control) == ("causal", "random-positions"):
@@ -257,8 +266,7 @@ BAD = {
     "no batch": ("readout", ["--batch-size", 0], "--batch-size '0'"),
     "the same seed twice": ("readout", ["--seeds", "1,1"], "--seeds '1,1'"),
     "no examples": ("classify", ["-n", 0], "--examples"),
-    "more shots than training examples": ("classify", ["--shots", 5000], "shots"),
-    "shots that exceed the context": ("classify", ["--shots", 30], "--shots"),
+    "more shots than training examples": ("classify", ["--shots", 30], "shots"),
     "more training examples than there are": ("reweight", ["--per-class", 5000], "per class"),
     "no learning rate": ("reweight", ["--lr", 0], "--lr"),
 }  # fmt: skip

@@ -46,10 +46,11 @@ def ban(layers: Iterable[int], query: Tensor, key: Tensor, name: str = "ban") ->
     """
 
     def bias(call: AttentionCall) -> Tensor:
-        field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=call.q.device)
-        real = ((query >= 0) & (key >= 0)).nonzero(as_tuple=True)
-        rows = _rows(call, query[real], name)
-        field[real[0], 0, rows, key[real]] = -torch.inf
+        home = call.q.device
+        field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=home)
+        q, k = query.to(home), key.to(home)
+        real = ((q >= 0) & (k >= 0)).nonzero(as_tuple=True)
+        field[real[0], 0, _rows(call, q[real], name), k[real]] = -torch.inf
         return field
 
     return Edit(layers=frozenset(layers), bias=bias, name=name)
@@ -64,9 +65,10 @@ def isolate(layers: Iterable[int], positions: Tensor, name: str = "isolation") -
     """
 
     def bias(call: AttentionCall) -> Tensor:
-        field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=call.q.device)
-        example, which = (positions >= 0).nonzero(as_tuple=True)
-        p = positions[example, which]
+        home = call.q.device
+        field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=home)
+        example, which = (positions.to(home) >= 0).nonzero(as_tuple=True)
+        p = positions.to(home)[example, which]
         before = torch.arange(call.k.shape[2], device=field.device) < p[:, None]
         field[example, 0, _rows(call, p, name)] = torch.where(before, -torch.inf, 0.0)
         return field
@@ -91,14 +93,19 @@ def scale(
     """
 
     def weight(call: AttentionCall) -> Tensor:
-        beta = log_factor(call.layer)
+        home = call.q.device
+        beta = log_factor(call.layer).to(home)
         batch, heads, rows, keys = call.q.shape[0], call.q.shape[1], call.q.shape[2], call.k.shape[2]
         field = torch.ones(batch, heads, rows, keys, dtype=beta.dtype, device=beta.device)
-        row = _rows(call, query, name)
+        row = _rows(call, query.to(home), name)
         example = torch.arange(batch, device=beta.device)[:, None]
         # Indexed as [batch, positions, heads]: the two index lists come first.
         factors = beta.exp().T.expand(batch, -1, -1)
-        return field.permute(0, 2, 3, 1).index_put((example, row[:, None], key), factors).permute(0, 3, 1, 2)
+        return (
+            field.permute(0, 2, 3, 1)
+            .index_put((example, row[:, None], key.to(home)), factors)
+            .permute(0, 3, 1, 2)
+        )
 
     return Edit(layers=frozenset(layers), weight=weight, name=name, neutral=True)
 

@@ -11,6 +11,7 @@ from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
 from anchors.summaries.tables import (
     LOYALTIES,
     classification_summary,
+    compression_sizes,
     compression_summary,
     flow_pattern,
     map_tables,
@@ -23,11 +24,14 @@ from anchors.summaries.tables import (
 __all__ = [
     "LOYALTIES",
     "SUMMARIES",
+    "Rows",
+    "Tables",
     "actual_confusion",
     "agreement",
     "aucroc",
     "causal_summary",
     "classification_summary",
+    "compression_sizes",
     "compression_summary",
     "diagnosis_summary",
     "flow_pattern",
@@ -37,9 +41,22 @@ __all__ = [
     "reweighting_summary",
     "sentence",
     "speed_summary",
+    "tables_of",
     "weighted_auc",
     "word_tables",
 ]
+
+
+Rows = dict[str, pd.DataFrame]
+"""Rows by kind of analysis."""
+Tables = dict[str, pd.DataFrame]
+"""Tables by name."""
+
+
+def tables_of(rows: Rows) -> Tables:
+    """The tables of the first kind of rows; of other kinds their summary, by the kind's name."""
+    (main, own), *others = rows.items()
+    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
 
 
 def _pairs(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -65,4 +82,4 @@ SUMMARIES: dict[str, Callable[[pd.DataFrame], dict[str, pd.DataFrame]]] = {
     "map": map_tables,
     "words": word_tables,
 }
-"""By kind of analysis: from its rows to tables; the first is always `summary`."""
+"""By kind of analysis: from its rows to tables. The main one is `summary`, save for single prompts (`map`, `words`)."""

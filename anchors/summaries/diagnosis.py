@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from anchors.stats import GROUP, interval, mantel, resampling
+from anchors.stats import GROUP, interval, mantel, refuse_doubles, resampling, within_seeds
 from anchors.summaries.readout import weighted_auc
 
 
@@ -41,6 +41,7 @@ def diagnosis_summary(
         confusion, over seeds and examples) and Mantel's one-sided permutation p-value.
     """
     pairs, agreement = [], []
+    refuse_doubles(rows)
     for key, group in rows.groupby(GROUP, sort=False):
         each = group[(group["number"] >= 0) & (group["condition"] == "none")]
         wide = each.pivot_table(index=["seed", "number"], columns="metric", values="value")
@@ -48,7 +49,12 @@ def diagnosis_summary(
         units = wide.index.to_frame(index=False)
         weights = resampling(units, resamples)
         probabilities = wide[[f"probability/{label}" for label in labels]].to_numpy()
-        actual = actual_confusion(probabilities, wide["gold"].to_numpy().astype(int), weights)
+        gold = wide["gold"].to_numpy().astype(int)
+        actual = within_seeds(
+            units, weights, lambda own, w, p=probabilities, g=gold: actual_confusion(p[own], g[own], w)
+        )
+        # Labels that no test example has are confused with nothing.
+        have = np.ix_(*[np.unique(gold)] * 2)
         mean, low, high = interval(actual, confidence)
         upper = np.triu_indices(len(labels), 1)
         said = group[group["metric"].str.startswith("predicted_confusion/")]
@@ -71,7 +77,7 @@ def diagnosis_summary(
                     }
                     | {"actual": mean[i, j], "low": low[i, j], "high": high[i, j]}
                 )
-            rho, p = mantel(predicted, mean)
+            rho, p = mantel(predicted[have], mean[have])
             samples = np.array([_spearman(predicted[upper], a[upper]) for a in actual])
             _, rho_low, rho_high = interval(samples[:, None], confidence)
             agreement.append(
@@ -95,14 +101,19 @@ def sentence(pairs: pd.DataFrame, agreement: pd.DataFrame, condition: str | None
     worst, foretold = own.loc[own["actual"].idxmin()], own.loc[own["predicted"].idxmin()]
     found = agreement[agreement["condition"] == condition].iloc[0]
     same = (worst["one"], worst["other"]) == (foretold["one"], foretold["other"])
-    keys = (
-        "the keys foretell the same pair"
-        if same
-        else f"the keys foretell {foretold['one']} and {foretold['other']}"
-    )
+    if pd.isna(found["correlation"]):
+        told = "; with so few pairs of labels there is no saying whether the keys foretell it"
+    else:
+        told = (
+            "; the keys foretell the same pair"
+            if same
+            else f"; the keys foretell {foretold['one']} and {foretold['other']}"
+        ) + (
+            f". Over all {len(own)} pairs the rank correlation of foretold and actual confusion is "
+            f"{found['correlation']:.2f} (p = {found['p']:.3f})"
+        )
     return (
         f"{worst['one']} and {worst['other']} are confused most: given one text of each, the model prefers the right "
         f"label for the right text with probability {worst['actual']:.2f} [{worst['low']:.2f}, {worst['high']:.2f}] "
-        f"(0.5 is guessing); {keys}. Over all {len(own)} pairs the rank correlation of foretold and actual confusion is "
-        f"{found['correlation']:.2f} (p = {found['p']:.3f})."
+        f"(0.5 is guessing){told}."
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from anchors.stats import GROUP, interval, resampling
+from anchors.stats import GROUP, interval, refuse_doubles, resampling, within_seeds
 
 
 def readout_summary(
@@ -19,6 +19,9 @@ def readout_summary(
 
         R_l = Σ_{i≤l} (AUCROC_i − 0.5) / Σ_{i≤N} (AUCROC_i − 0.5)
 
+    AUCROC_l is the mean over seeds: prompts are only compared with prompts on the same demonstrations. Seeds in which
+    the model predicts one label only are left out.
+
     Args:
         rows: of `Readout`, of one task or several.
 
@@ -27,12 +30,13 @@ def readout_summary(
     """
     tables: list[pd.DataFrame] = []
     curves: dict[tuple, list[np.ndarray]] = {}
+    refuse_doubles(rows)
     for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
         scores, predicted, units = _scores(group)
         weights = resampling(units, resamples)
         if len(units) == 1:
             weights = weights[:1]
-        auc = aucroc(scores, predicted, weights)
+        auc = within_seeds(units, weights, lambda own, w, s=scores, p=predicted: aucroc(s[own], p[own], w))
         curves.setdefault(tuple(key[1:]), []).append(auc)
         tables.append(
             _curves(auc, confidence).assign(
@@ -88,7 +92,9 @@ def aucroc(
         positive = predicted == present[1]
         return np.stack([weighted_auc(second[:, layer], positive, weights) for layer in layers], 1)
     kept = scores[:, :, present]
-    share = kept / kept.sum(-1, keepdims=True)
+    total = kept.sum(-1, keepdims=True)
+    # A layer whose window hides all label words says nothing: every class alike.
+    share = np.where(total > 0, kept / np.where(total > 0, total, 1), 1 / len(present))
     for layer in layers:
         pairs = []
         for i, j in itertools.permutations(range(len(present)), 2):
@@ -97,7 +103,9 @@ def aucroc(
         stack = np.stack(pairs)
         # A resample may lack a class; its pairs are left out there.
         filled = ~np.isnan(stack)
-        found[:, layer] = np.where(filled, stack, 0).sum(0) / np.maximum(filled.sum(0), 1)
+        found[:, layer] = np.where(
+            filled.any(0), np.where(filled, stack, 0).sum(0) / np.maximum(filled.sum(0), 1), np.nan
+        )
     return found
 
 
@@ -106,7 +114,12 @@ def weighted_auc(
     positive: np.ndarray,
     weights: Float[np.ndarray, "resamples prompts"],
 ) -> Float[np.ndarray, " resamples"]:
-    """P(score of a positive > score of a negative) + ½ P(equal), each prompt counted by its weight."""
+    """P(score of a positive > score of a negative) + ½ P(equal), each prompt counted by its weight.
+
+    Missing where there is no positive or no negative, or a score is not a number.
+    """
+    if np.isnan(score).any():
+        return np.full(len(weights), np.nan)
     above = score[positive][:, None] - score[~positive][None]
     wins = (above > 0) + 0.5 * (above == 0)
     plus, minus = weights[:, positive], weights[:, ~positive]

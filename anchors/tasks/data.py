@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,20 @@ class Data:
     test: tuple[Example, ...]
     source: str
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for part in (self.train, self.test):
             digest.update(json.dumps([(e.text, e.label) for e in part]).encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def train_by_class(self) -> dict[int, list[Example]]:
+        """Training examples of each class, in order."""
+        found: dict[int, list[Example]] = {}
+        for example in self.train:
+            found.setdefault(example.label, []).append(example)
+        return found
 
 
 def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> Data:

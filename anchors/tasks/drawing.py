@@ -60,9 +60,12 @@ def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, 
         raise AnchorsError(f"examples = {examples}: it must be at least 1.")
     words = label_tokens(task, tokenizer)
     order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
-    drawn = []
+    drawn: list[Drawn] = []
+    shown: list[Example] = []
     for number, index in enumerate(order[:examples]):
-        shown, query = demonstrations(task, data, how, number), data.test[int(index)]
+        if how.fresh or not drawn:
+            shown = demonstrations(task, data, how, number)
+        query = data.test[int(index)]
         prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
         if how.control == "random-positions":
             rng = np.random.default_rng([how.seed, 2, number if how.fresh else 0])
@@ -73,7 +76,7 @@ def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, 
 
 def demonstrations(task: Task, data: Data, how: Draw, number: int = 0) -> list[Example]:
     """What prompt `number` of a seed shows, in order; the same for all of them unless `how.fresh`."""
-    by_class = [[e for e in data.train if e.label == c] for c in range(len(task.labels))]
+    by_class = [data.train_by_class.get(c, []) for c in range(len(task.labels))]
     few = [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]
     if few and not how.fresh:
         raise AnchorsError(f"Fewer than {how.shots} training examples for {few}.", "Ask for fewer shots.")
