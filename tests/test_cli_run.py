@@ -105,7 +105,8 @@ def test_compare_prints_the_papers_numbers_beside_ours(results):
             assert not own
 
 
-def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, wide):
+def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, wide, monkeypatch):
+    monkeypatch.setattr("anchors.report.write_figure", lambda *_: [])  # takes much of the time
     folder = results[0]
     before = contents(folder / "runs")
     assert sum(name.startswith("reweight") and name.endswith(".safetensors") for name in before) == 4
@@ -122,13 +123,19 @@ def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, 
     assert [part["seeds"] for part in found["table1"]["parts"]] == [[1, 2]] * 6
 
 
-def test_dry_run_tells_what_is_left_and_writes_nothing(results, wide, tmp_path):
+def test_dry_run_tells_what_is_left_and_writes_nothing(results, wide, tmp_path, monkeypatch):
+    monkeypatch.setattr("anchors.cli.run._seconds_per_token", lambda _: 1.0)
     result = invoke("run", *GRID, *wide, "-o", tmp_path, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert {(e, c["analysis"], c["task"], c["shots"]) for e, own in plan.items() for c in own} == CELLS
     assert {(c["left"], c["prompts"]) for own in plan.values() for c in own} == {(12, 12)}
-    assert sum(c["seconds"] for own in plan.values() for c in own) > 0
+    seconds = {(c["analysis"], c["task"], c["shots"]): c["seconds"] for own in plan.values() for c in own}
+    assert seconds["classify", "trec", 1] > 12  # a token at least of every prompt
+    assert (
+        seconds["classify", "trec", 5] == seconds["classify", "trec", 1]
+    )  # which share their demonstrations
+    assert seconds["reweight", "trec", 1] == pytest.approx(3 * seconds["classify", "trec", 1], rel=0.5)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
     before = contents(results[0])

@@ -116,6 +116,7 @@ def timed(prompts=6):
         for n in range(prompts)
         for c, s in (("none", 2), ("hidden_anchor", 1))
     ]
+    found += [(n, "none", None, "batch", n // 2) for n in range(prompts)]
     counts = {"demonstration_tokens": 90, "input_tokens": 10, "kept_tokens": 15}
     return found + [(-1, "none", None, name, value) for name, value in counts.items()]
 

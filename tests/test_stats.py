@@ -8,8 +8,14 @@ import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from anchors.errors import AnchorsError
-from anchors.stats import interval, resampling, summarise
-from anchors.summaries import classification_summary, compression_summary, reweighting_summary, speed_summary
+from anchors.stats import interval, resampling, summarise, within_seeds
+from anchors.summaries import (
+    classification_summary,
+    compression_summary,
+    reweighting_summary,
+    speed_summary,
+    weighted_auc,
+)
 
 
 def units(*sizes):
@@ -118,8 +124,11 @@ def test_one_prompt_has_no_interval():
 
 def test_prompts_that_lack_a_condition_are_an_error():
     rows = pd.concat([rows_of({1: [1, 0, 1]}), rows_of({1: [1, 0]}, "c")])
-    with pytest.raises(AnchorsError, match="1 prompts of t lack"):
+    with pytest.raises(AnchorsError, match="1 of 3 prompts of t lack"):
         summarise(rows, baseline="none")
+    kept = summarise(rows, baseline="none", missing="leave out")
+    assert kept["examples"].tolist() == [2, 2]
+    assert kept["value"].tolist() == [0.5, 0.5]
     with pytest.raises(AnchorsError, match="none of the metrics"):
         summarise(rows, ("loss",))
 
@@ -201,6 +210,7 @@ def test_random_draws_are_averaged_and_the_best_of_each_seed_kept():
 def test_speed_up_is_the_ratio_of_total_times():
     vanilla, fast = {1: [4.0, 2.0, 6.0]}, {1: [1.0, 1.0, 1.0]}
     parts = [rows_of(vanilla, "none", "seconds"), rows_of(fast, "hidden_anchor", "seconds")]
+    parts.append(rows_of({1: [0.0, 1.0, 2.0]}, "none", "batch"))
     for name, value in (("demonstration_tokens", 90.0), ("input_tokens", 10.0), ("kept_tokens", 15.0)):
         parts.append(rows_of({1: [value]}, "none", name).assign(number=-1))
     (row,) = speed_summary(pd.concat(parts))["summary"].itertuples()
@@ -208,7 +218,45 @@ def test_speed_up_is_the_ratio_of_total_times():
     assert row.limit == pytest.approx(100 / 25)
     assert 2 <= row.low <= 4 <= row.high <= 6
     assert row.seconds == 1
+    assert row.bound == pytest.approx(10)
     assert (row.examples, row.seeds) == (3, 1)
+
+
+def test_prompts_of_a_batch_count_as_one_timing():
+    """Forty prompts timed in two batches are two timings: the interval reaches from one to the other."""
+    vanilla, batch = {1: [2.0] * 20 + [6.0] * 20}, {1: [0.0] * 20 + [20.0] * 20}
+    parts = [rows_of(vanilla, "none", "seconds"), rows_of({1: [1.0] * 40}, "hidden_anchor", "seconds")]
+    parts.append(rows_of(batch, "none", "batch"))
+    for name, value in (("demonstration_tokens", 90.0), ("input_tokens", 10.0), ("kept_tokens", 15.0)):
+        parts.append(rows_of({1: [value]}, "none", name).assign(number=-1))
+    (row,) = speed_summary(pd.concat(parts))["summary"].itertuples()
+    assert (row.value, row.low, row.high) == (4, 2, 6)
+
+
+def test_rows_of_two_models_are_refused():
+    both = pd.concat([rows_of({1: [1, 0]}).assign(model="one"), rows_of({1: [0, 0]}).assign(model="other")])
+    with pytest.raises(AnchorsError, match=r"more than once.*one.*other"):
+        summarise(both)
+
+
+def test_the_mean_over_tasks_weighs_each_alike_whatever_their_sizes():
+    parts = [rows_of({1: [1, 1, 1, 1], 2: [1, 0, 1, 1]}), rows_of({1: [0, 0], 2: [0, 1]}).assign(task="u")]
+    table = summarise(pd.concat(parts), mean=True).set_index("task")
+    assert table.loc["mean", "value"] == pytest.approx((7 / 8 + 1 / 4) / 2)
+    assert table.loc["mean", "examples"] == 12
+    assert table.loc["mean", "low"] < table.loc["mean", "value"] < table.loc["mean", "high"]
+
+
+def test_a_statistic_within_seeds_never_compares_prompts_of_two_seeds():
+    """Two seeds, perfect each, with shifted scores: pooled, their AUC would be far from 1."""
+    score = np.concatenate([np.linspace(0, 1, 10), 5 + np.linspace(0, 1, 10)])
+    positive = np.concatenate([np.arange(10) >= 8, np.arange(10) >= 8])
+    units = pd.DataFrame({"seed": np.repeat([1, 2], 10), "number": np.tile(np.arange(10), 2)})
+    weights = resampling(units, 50)
+    found = within_seeds(units, weights, lambda own, w: weighted_auc(score[own], positive[own], w))
+    assert (found[~np.isnan(found)] == 1).all()
+    assert found[0] == 1
+    assert weighted_auc(score, positive, weights)[0] < 0.8
 
 
 def test_beta_is_averaged_over_seeds():
