@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from anchors.context import Context, answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.icl import joined, label_probabilities, loyalties, outcomes
+from anchors.icl import compared
 from anchors.models import LanguageModel
 from anchors.runner import Cell, Record
 from anchors.tasks.drawing import Drawn, demonstrations
@@ -222,15 +222,7 @@ class Compression:
     def measure(
         self, model: LanguageModel, state: dict[str, Context], task: Task, batch: Sequence[Drawn]
     ) -> list[list[Record]]:
-        asked = queries([d.prompt for d in batch], len(state["none"].ids), model.device)
-        baseline = answer(model, state["none"], asked)
-        parts = [outcomes(task, asked, label_probabilities(baseline, asked))]
-        for name, context in state.items():
-            if name != "none":
-                logits = answer(model, context, asked)
-                parts.append(outcomes(task, asked, label_probabilities(logits, asked), name))
-                parts.append(loyalties(logits, baseline, asked, self.top, name))
-        return joined(*parts)
+        return compared(model, state, task, batch, self.top)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,21 @@ def loyalties(
     ]
 
 
+def compared(
+    model: LanguageModel, contexts: dict[str, Context], task: Task, batch: Sequence[Drawn], top: int
+) -> list[list[Record]]:
+    """Outcomes of each prompt on several contexts, and the loyalties of each to the one called `none`."""
+    asked = queries([d.prompt for d in batch], len(contexts["none"].ids), model.device)
+    baseline = answer(model, contexts["none"], asked)
+    parts = [outcomes(task, asked, label_probabilities(baseline, asked))]
+    for name, context in contexts.items():
+        if name != "none":
+            logits = answer(model, context, asked)
+            parts.append(outcomes(task, asked, label_probabilities(logits, asked), name))
+            parts.append(loyalties(logits, baseline, asked, top, name))
+    return joined(*parts)
+
+
 def jaccard(one: Int[Tensor, "batch top"], other: Int[Tensor, "batch top"]) -> Float[Tensor, " batch"]:
     """|A ∩ B| / |A ∪ B| of two sets of as many different entries, by row."""
     common = (one[:, :, None] == other[:, None, :]).sum((1, 2)).float()
