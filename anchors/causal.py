@@ -89,7 +89,7 @@ class Causal:
 
     @property
     def passes(self) -> float:
-        return 2 + 20 / self.stride * len(self.positions)
+        return 2.0 + 20 / self.stride * len(self.positions)
 
     def prepare(self, model: LanguageModel, cell: Cell) -> Contexts:
         if cell.how.control == "random-positions":

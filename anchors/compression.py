@@ -187,7 +187,7 @@ class Compression:
 
     @property
     def passes(self) -> float:
-        return 1 + len(self.methods) + ("hidden_random" in self.methods) * (self.draws - 1)
+        return 1.0 + len(self.methods) + ("hidden_random" in self.methods) * (self.draws - 1)
 
     def prepare(self, model: LanguageModel, cell: Cell) -> dict[str, Context]:
         prompt = cell.prompts[0].prompt
@@ -247,7 +247,7 @@ class Speed:
 
     @property
     def passes(self) -> float:
-        return 5 * self.repeats
+        return 5.0 * self.repeats
 
     def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, Context]:
         whole = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))

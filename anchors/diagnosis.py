@@ -73,7 +73,7 @@ class Diagnosis:
 
     @property
     def passes(self) -> float:
-        return 1
+        return 1.0
 
     def depth(self, model: LanguageModel) -> int:
         layer = round(model.n_layers * 2 / 3) if self.layer is None else self.layer

@@ -45,7 +45,7 @@ class Classification:
 
     @property
     def passes(self) -> float:
-        return 1
+        return 1.0
 
     def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, Tensor | None]:
         context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))

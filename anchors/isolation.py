@@ -51,12 +51,17 @@ class Isolation:
     def __post_init__(self) -> None:
         if not set(self.sides) <= set(SIDES) or not set(self.positions) <= set(TARGETS):
             raise AnchorsError(f"Sides are {SIDES}, positions {TARGETS}; got {self.sides}, {self.positions}.")
+        if not self.sides or not self.positions:
+            raise AnchorsError(
+                f"No sides or no positions are to be isolated: {self.sides}, {self.positions}.",
+                f"Sides are {', '.join(SIDES)}; positions {', '.join(TARGETS)}.",
+            )
         if not self.layers or min(self.layers) < 1 or self.top < 1:
             raise AnchorsError(f"layers = {self.layers}, top = {self.top}: each must be at least 1.")
 
     @property
     def passes(self) -> float:
-        return 1 + len(self.layers) * len(self.sides) * len(self.positions)
+        return 1.0 + len(self.layers) * len(self.sides) * len(self.positions)
 
     def prepare(self, model: LanguageModel, cell: Cell) -> dict[str, Context]:
         return isolated_contexts(model, cell, self)

@@ -39,8 +39,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The tables as plain data; missing values are null."""
-        plain = {name: plain(table) for name, table in self.tables.items()}
-        return plain | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
+        tables = {name: plain(table) for name, table in self.tables.items()}
+        return tables | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
 
 
 def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def report(
     Args:
         model, parts: what is measured.
         out: folder of the results.
-        runs: folder whose `runs` holds the finished batches; by default `out`.
+        runs: folder whose `runs` holds the finished batches, when `out` is this experiment's own; by default `out`.
         name: of the files; by default the first part's kind of analysis.
         figure: which kind of picture; by default that of the first part's analysis.
         tables: from the rows of each kind of analysis to tables.
@@ -133,7 +133,7 @@ def report(
     )
     name, kind = name or parts[0].analysis.kind, parts[0].analysis.kind
     whole = {k: pd.concat(frames, ignore_index=True) for k, frames in rows.items()}
-    files = write_rows(out, whole, facts, csv=csv)
+    files = write_rows(out, whole if runs else _own(whole, name), facts, csv=csv)
     made = tables(whole)
     files += write_tables(out, name, made, facts)
     files += write_figure(out, name, figure or kind, made, model.name)
@@ -169,6 +169,12 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
     if hidden := hidden_labels(model, [d.prompt for d in found.first]):
         notes.append(f"{task.name}: {hidden}")
     return notes
+
+
+def _own(rows: Rows, name: str) -> Rows:
+    """Rows beside the main ones under names of their own, since verbs share a folder."""
+    (main, own), *others = rows.items()
+    return {main: own} | {f"{name}_{kind}_rows": more for kind, more in others}
 
 
 def write_rows(out: Path, rows: Rows, facts: dict[str, Any], *, csv: bool = False) -> list[Path]:

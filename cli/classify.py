@@ -47,7 +47,7 @@ def classify(
     for task, part in tables["summary"].groupby("task", sort=False):
         title = f"{task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
         out.print(summary_table(part, ["accuracy", "loss"], title))
-        for condition in dict.fromkeys(part["condition"]):
+        for condition in sorted(dict.fromkeys(part["condition"]), key=lambda c: c != "none"):
             picked = [
                 t[(t["task"] == task) & (t["condition"] == condition)]
                 for t in (tables["confusion"], tables["classes"])

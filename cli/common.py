@@ -194,7 +194,7 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
     table = Table(
         title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.add_column("condition")
+    table.add_column("condition", overflow="fold")
     for metric in metrics:
         table.add_column(metric.replace("_", " "))
     compared = "difference" in summary and summary["difference"].notna().any()

@@ -7,6 +7,7 @@ import typer
 from anchors.cli import common
 from anchors.cli.common import estimate, out, summary_table
 from anchors.cli.setting import Setting, measurement, words
+from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
     from anchors.runner import Analysis
@@ -35,7 +36,10 @@ def compress(
     """
 
     def analyses() -> "list[Analysis]":
-        from anchors.compression import Compression, Speed
+        from anchors.compression import RULES, Compression, Speed
+
+        if positions not in (*RULES, "reference"):
+            raise AnchorsError(f"--positions {positions!r} is not one of {', '.join((*RULES, 'reference'))}.")
 
         chosen: list[Analysis] = [Compression(words(methods), positions, draws, top)]  # type: ignore[arg-type]
         return [*chosen, Speed(rule=positions)] if speed else chosen  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def diagnose(
                 estimate(row.actual, row.low, row.high),
             )
         out.print(table)
-        for row in agreement.itertuples():
+        for row in agreement.dropna(subset=["correlation"]).itertuples():
             out.print(
                 f"{row.condition}: rank correlation {estimate(row.correlation, row.low, row.high)}, "
                 f"permutation p = {row.p:.3f}",

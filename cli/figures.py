@@ -15,6 +15,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
         from anchors.figures.style import save
         from anchors.results import read_table, write_table
 
+        drawn_any = False
         for experiment in experiments(names):
             folder = to / experiment.name
             missing = [k for k in experiment.kinds() if not (folder / f"{k}.parquet").is_file()]
@@ -35,5 +36,10 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
             drawn = draw(experiment.figure or "none", tables, facts["model"])
             files += [] if drawn is None else save(drawn, folder / experiment.name)
             common.print_files(files)
+            drawn_any = True
             if drawn is None:
                 err.print(f"{experiment.name} has no picture; its tables are written.")
+        if not drawn_any:
+            raise AnchorsError(
+                f"{str(to)!r} holds no rows of any experiment.", "Run `anchors run NAME` first."
+            )

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from anchors.models import LanguageModel
     from anchors.report import Part, Report
 
-Names = Annotated[list[str], typer.Argument(help="Experiments, see `anchors ls`; `all` for every one.")]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAMES...", help="Experiments, see `anchors ls`; `all` for every one.")
+]
 Folder = Annotated[
     Path,
     typer.Option(

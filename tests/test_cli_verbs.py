@@ -49,13 +49,13 @@ VERBS = {
     "compress": Verb(
         ("-n", 4, "--draws", 3), ("summary", "sizes", "speed"),
         ("Compression: sst2", "hidden_anchor", "text_anchor", "hidden_random_top", "MiB", "% saved", "speed-up", "L_demo"),
-        ("accuracy", "label_loyalty", "word_loyalty"), ("speed",),
+        ("accuracy", "label_loyalty", "word_loyalty"), ("compress_speed_rows",),
     ),
     "diagnose": Verb(
         ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs"),
         ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most"),
     ),
-    "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("flow",)),
+    "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("causal_flow_rows",)),
 }  # fmt: skip
 
 

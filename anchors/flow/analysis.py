@@ -25,7 +25,7 @@ class InformationFlow:
 
     @property
     def passes(self) -> float:
-        return 3
+        return 3.0
 
     def prepare(self, model: LanguageModel, cell: Cell) -> None:
         return None
@@ -73,7 +73,7 @@ class FlowMap:
 
     @property
     def passes(self) -> float:
-        return 4
+        return 4.0
 
     def prepare(self, model: LanguageModel, cell: Cell) -> Any:
         return model.tokenizer

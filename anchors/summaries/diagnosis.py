@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 
 from anchors.stats import GROUP, interval, mantel, refuse_doubles, resampling, within_seeds
 from anchors.summaries.readout import weighted_auc
@@ -91,7 +92,7 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> float:
     both = ~np.isnan(other)
     if both.sum() < 2 or np.ptp(one[both]) == 0 or np.ptp(other[both]) == 0:
         return np.nan
-    return float(pd.Series(one[both]).corr(pd.Series(other[both]), method="spearman"))
+    return float(np.corrcoef(rankdata(one[both]), rankdata(other[both]))[0, 1])
 
 
 def sentence(pairs: pd.DataFrame, agreement: pd.DataFrame, condition: str | None = None) -> str:
