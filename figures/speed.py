@@ -1,15 +1,15 @@
-"""Table 3 of the paper: speed-up by compressed demonstrations, beside the limit set by the number of tokens."""
+"""Table 3 of the paper: speed-up by compressed demonstrations, beside the ratio of the numbers of tokens."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from anchors.figures.pieces import bars, groups, legend
-from anchors.figures.style import BLUE, VERMILION, plain
+from anchors.figures.style import BLUE, ORANGE, VERMILION, plain
 
 
 def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
-    """A bar per task with its interval, the limit as a diamond, and a line where nothing is gained."""
+    """A bar per task with its interval, the ratio of tokens as a diamond, and a line where nothing is gained."""
     shown = groups(tables["summary"])
     entries = pd.concat(
         group.part.assign(name=group.title.replace(", ", "\n", 1)) for group in shown
@@ -20,7 +20,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
     bars(panel, x, entries, BLUE, "measured", width=0.6)
     panel.plot(
         x, entries["limit"].astype(float), "D", color=VERMILION, markersize=6, markeredgecolor="white",
-        label="limit by the number of tokens",
+        label="tokens: $(L_{demo} + L_x)/(L_x + anchors)$",
     )  # fmt: skip
     highest = float(np.nanmax(entries[["value", "high", "limit"]].astype(float)))
     for place, (value, low, high, limit) in enumerate(
@@ -28,7 +28,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
     ):
         inside = f"{value:.2f}×" + ("" if np.isnan(low) else f"\n{low:.2f}–{high:.2f}")
         panel.text(place, 0.03 * highest, inside, ha="center", va="bottom", fontsize=7.5, color="white")
-        panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=VERMILION)
+        panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=ORANGE)
     panel.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
     panel.set_xticks(x, entries["name"], fontsize=8)
     panel.set(ylabel="times faster than whole prompts", ylim=(0, 1.08 * highest), xlim=(-0.6, len(x) - 0.4))
