@@ -16,8 +16,8 @@ from anchors.models import LanguageModel
 from anchors.results import Run
 from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
-from anchors.tasks.drawing import Control, Draw, Drawn, draw, within_context
-from anchors.tasks.task import Task
+from anchors.tasks.drawing import Draw, Drawn, draw, within_context
+from anchors.tasks.task import Control, Task
 
 log = logging.getLogger(__name__)
 

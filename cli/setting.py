@@ -152,11 +152,12 @@ class Setting:
 
 def check_protocol(seeds: str, control: str, batch_size: str) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
+    from anchors.tasks.task import CONTROLS
+
     numbers(seeds, "--seeds", least=0)
     batch(batch_size)
-    controls = ("none", "random-positions", "permuted-labels")
-    if control not in controls:
-        raise AnchorsError(f"--control {control!r} is not one of {', '.join(controls)}.")
+    if control not in CONTROLS:
+        raise AnchorsError(f"--control {control!r} is not one of {', '.join(CONTROLS)}.")
 
 
 def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:

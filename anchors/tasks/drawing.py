@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,10 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from anchors.errors import AnchorsError
 from anchors.tasks.data import Data, Example
 from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
-from anchors.tasks.task import Task
-
-Control = Literal["none", "random-positions", "permuted-labels"]
-CONTROLS: tuple[Control, ...] = ("none", "random-positions", "permuted-labels")
+from anchors.tasks.task import CONTROLS, Control, Task
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ Policy = Literal["first", "last", "all"]
 
 POLICIES: tuple[Policy, ...] = ("first", "last", "all")
 
+Control = Literal["none", "random-positions", "permuted-labels"]
+"""What a prompt may show instead, see `anchors.tasks.drawing.Draw`."""
+
+CONTROLS: tuple[Control, ...] = ("none", "random-positions", "permuted-labels")
+
 
 @dataclass(frozen=True)
 class Hub:
