@@ -232,15 +232,19 @@ def fit(
     Only the target's row depends on β, so the keys and values of everything before the target are computed once per
     example, and a step is the forward and backward pass of the last token. Its literal twin is `literal_fit`.
     """
-    first = prompts[0]
-    shape = (model.n_layers, _heads(model), len(first.label_positions))
-    beta = nn.Parameter(torch.zeros(shape, device=model.device))
-    with label_head(model, first.label_ids):
+    beta = new_beta(model, prompts[0])
+    with label_head(model, prompts[0].label_ids):
         held = [encode(model, p.ids[len(context.ids) : -1], context) for p in prompts]
         return _train(
             beta, prompts, learning_rate, epochs, batch, seed,
             lambda i: one_token_loss(model, held[i], prompts[i], beta),
         )  # fmt: skip
+
+
+def new_beta(model: LanguageModel, prompt: Prompt) -> nn.Parameter:
+    """β = 0 for the label words of a prompt, [layers, heads, labels]: it changes nothing."""
+    shape = (model.n_layers, _heads(model), len(prompt.label_positions))
+    return nn.Parameter(torch.zeros(shape, device=model.device))
 
 
 def _heads(model: LanguageModel) -> int:
@@ -280,8 +284,7 @@ def literal_fit(
     seed: int = 0,
 ) -> Beta:
     """`fit` with whole prompts in every step: the twin it is compared with."""
-    shape = (model.n_layers, _heads(model), len(prompts[0].label_positions))
-    beta = nn.Parameter(torch.zeros(shape, device=model.device))
+    beta = new_beta(model, prompts[0])
     step = lambda i: literal_loss(model, prompts[i], beta)  # noqa: E731
     return _train(beta, prompts, learning_rate, epochs, batch, seed, step)
 

@@ -40,7 +40,7 @@ from anchors.compression import Speed, seconds
 from anchors.context import answer, encode, queries
 from anchors.icl import Classification, label_probabilities
 from anchors.models import LanguageModel
-from anchors.reweighting import label_head, literal_loss, one_token_loss, training_prompts
+from anchors.reweighting import label_head, literal_loss, new_beta, one_token_loss, training_prompts
 from anchors.runner import Cell, batches
 from anchors.tasks.drawing import Draw, Drawn, draw
 from anchors.tasks.prompts import Prompt
@@ -117,9 +117,8 @@ def shared(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
-def new_beta(model: LanguageModel, prompt: Prompt) -> tuple[nn.Parameter, torch.optim.Adam]:
-    heads = model.model.config.get_text_config().num_attention_heads
-    beta = nn.Parameter(torch.zeros(model.n_layers, heads, len(prompt.label_positions), device=model.device))
+def trainable(model: LanguageModel, prompt: Prompt) -> tuple[nn.Parameter, torch.optim.Adam]:
+    beta = new_beta(model, prompt)
     return beta, torch.optim.Adam([beta], lr=0.01)
 
 
@@ -144,12 +143,12 @@ def reweight(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     def ours_of(number: int, beta: Tensor) -> Tensor:
         return one_token_loss(model, encoded[number][1], prompts[number], beta)
 
-    warm, warm_optimiser = new_beta(model, prompts[0])
+    warm, warm_optimiser = trainable(model, prompts[0])
     with label_head(model, label_ids):
         step(lambda: ours_of(0, warm), warm_optimiser)
     step(lambda: literal_loss(model, prompts[0], warm), warm_optimiser)
-    ours, our_optimiser = new_beta(model, prompts[0])
-    plain, plain_optimiser = new_beta(model, prompts[0])
+    ours, our_optimiser = trainable(model, prompts[0])
+    plain, plain_optimiser = trainable(model, prompts[0])
     taken: list[tuple[float, float]] = []
     for i in range(arguments.steps):
         n = i % len(encoded)
