@@ -51,6 +51,7 @@ class Context:
             layer.lazy_initialization(keys, values)
             layer.keys = keys.expand(batch, -1, -1, -1)
             layer.values = values.expand(batch, -1, -1, -1)
+            layer.positions = torch.tensor([self.positions], device=keys.device)
             cache.layers.append(layer)
         return cache
 

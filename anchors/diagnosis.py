@@ -123,7 +123,12 @@ def label_keys(
     positions: Sequence[int],
     classes: Sequence[int],
 ) -> Float[Tensor, "classes width"]:
-    """The key of each class in one layer: mean over its label-word positions, as wide as the queries."""
+    """The key of each class in one layer: mean over its label-word positions, as wide as the queries.
+
+    Of a layer of sparse attention it is the key of the selected branch.
+    """
+    module = model.modules[0]
+    keys = module.keys_read(keys) if hasattr(module, "keys_read") else keys
     heads = model.model.config.get_text_config().num_attention_heads
     wide = keys[0].repeat_interleave(heads // keys.shape[1], dim=0)
     flat = wide[:, list(positions)].transpose(0, 1).flatten(1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN, NewGELUActivation
 
+import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
 from anchors.attention.seam import route
 from anchors.attention.streaming import triton_runs
 from anchors.context import Context

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from anchors.nsa.config import NSAConfig
+
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = WIDE | {"num_key_value_heads": 2}
 POSITIONS = {"max_position_embeddings": 512}
@@ -48,7 +50,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "nsa": NSAConfig(**GROUPED, **POSITIONS, l=8, d=4, lp=16, n=4, w=12),
 }  # fmt: skip
+
+
+DENSE = sorted(set(CONFIGS) - {"nsa"})
+"""Families whose attention is one matrix of transformers' own; NSA is held to its equations in test_nsa_model.py."""
 
 
 def make(family: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

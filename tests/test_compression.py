@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import apart, plainly
-from families import make
+from families import DENSE, make
 
 from anchors.compression import (
     RULES,
@@ -57,6 +57,7 @@ def seen_when_compressed(lm, layer, kept, start, length):
     return sees
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 @pytest.mark.parametrize("rule", RULES)
 def test_compression_equals_a_mask_in_the_models_own_attention(lm, make_cell, rule):
     """The whole prompt, in which rows of the test input cannot see the dropped tokens, at the rule's positions."""

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import plainly
+from families import DENSE
 from sklearn.metrics import roc_auc_score
 
 from anchors.attention.seam import seam
@@ -104,6 +105,7 @@ def test_mantel_of_matrices_that_do_not_vary():
     assert np.isnan(mantel(np.ones((2, 2)), np.ones((2, 2)))).all()
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_label_keys_are_as_wide_as_the_queries(lm, make_cell):
     """Each query head finds, at its own place, the key that it reads: the mean over the label words of a class."""
     prompt = make_cell(shots=2).prompts[0].prompt
@@ -118,6 +120,7 @@ def test_label_keys_are_as_wide_as_the_queries(lm, make_cell):
         torch.testing.assert_close(found[c, head * dim : (head + 1) * dim], mean)
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_queries_and_keys_are_those_of_the_models_attention(lm, family, make_cell):
     """log A(q, i) is ⟨q, k_i⟩ times the scale, up to a constant of the row, in transformers' own attention."""
     prompts = [d.prompt for d in make_cell(shots=2).prompts]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make
+from families import DENSE, make
 
 from anchors.attention import streaming
 from anchors.errors import AnchorsError, CertificateError
@@ -35,6 +35,7 @@ def test_streamed_maps_equal_the_definition(lm, prompts):
         assert maps[i, :, n:].abs().max() == 0 if n < maps.shape[-1] else True
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_literal_flow_equals_the_gradient_of_transformers_own_attention(family, tokenizer, prompts):
     """An oracle that shares no code with the seam: eager attention, matrices returned by the model."""
     plain = make(family, len(tokenizer)).requires_grad_(False)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import apart, plainly
+from families import DENSE
 
 from anchors import isolation
 from anchors.attention.edits import isolate
@@ -22,6 +23,7 @@ def before(positions):
     return [(p, i) for p in positions for i in range(p)]
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_isolation_equals_a_mask_in_the_models_own_attention(lm, make_cell):
     """Every condition against transformers' eager attention, in which A(p, i) for i < p is masked out by hand."""
     cell = make_cell(examples=2)
@@ -56,6 +58,7 @@ class Pattern(Probe):
         self.call = call
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_exactly_the_named_entries_are_zero(lm, make_cell):
     prompt = make_cell().prompts[0].prompt
     ids = prompt.ids[: prompt.query]

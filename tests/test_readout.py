@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import plainly
+from families import DENSE
 from sklearn.metrics import roc_auc_score
 
 from anchors.context import answer, queries
@@ -21,6 +22,7 @@ def attention(records, labels, layers):
     return torch.tensor([[own[layer, f"attention/{label}"] for label in labels] for layer in range(layers)])
 
 
+@pytest.mark.parametrize("family", DENSE, indirect=True)
 def test_the_probe_reads_the_models_own_attention(lm, make_cell):
     cell = make_cell(shots=2)
     # Short enough for the last label word to stand inside every family's window.

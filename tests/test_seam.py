@@ -55,7 +55,7 @@ def test_weights_of_one_change_nothing(lm, prompts):
     identity = Edit(every_layer(lm), weight=lambda call: torch.ones(1, 1, 1, 1), neutral=True)
     with seam(lm.modules, edits=[identity]):
         edited = run(lm, batch)
-    torch.testing.assert_close(edited, run(lm, batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(edited, run(lm, batch), rtol=1e-4, atol=5e-5)
 
 
 def test_a_ban_in_any_single_layer_changes_the_logits(lm, prompts):

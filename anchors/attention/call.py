@@ -7,12 +7,18 @@
 Grouped queries: `heads` counts query heads; query head h reads key-value head h // (heads / kv_heads).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from anchors.attention.edits import Edit
+    from anchors.attention.taps import Tap
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,27 @@ class AttentionCall:
     ) -> Float[Tensor, "batch heads query dim_v"]:
         """z = A v."""
         return grouped(pattern, self.v.to(pattern.dtype), self.groups).to(self.v.dtype)
+
+    def edited(self, edits: Sequence["Edit"]) -> Float[Tensor, "batch heads query dim_v"]:
+        """The output under some edits; literal: the pattern is formed whole, so that any derivative is possible."""
+        dtype = self.compute_dtype
+        rows = torch.arange(self.q.shape[2], device=self.q.device)
+        visible = self.visible(rows, slice(0, self.k.shape[2]))
+        scores = self.scores(self.q.to(dtype), self.k.to(dtype))
+        for edit in edits:
+            bias = edit.bias_of(self, visible)
+            scores = scores if bias is None else scores + bias
+        pattern = self.softmax(scores, visible)
+        for edit in edits:
+            weight = edit.weight_of(self, visible)
+            pattern = pattern if weight is None else pattern * weight
+        return self.apply(pattern)
+
+    def streamed(self, taps: Sequence["Tap"]) -> Float[Tensor, "batch heads query dim_v"]:
+        """The output, with taps shown A ⊙ ∂L/∂A when the loss is differentiated (`anchors.attention.streaming`)."""
+        from anchors.attention.streaming import streaming
+
+        return streaming(self, taps)
 
     @property
     def fusable(self) -> bool:

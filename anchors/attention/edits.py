@@ -35,6 +35,42 @@ class Edit:
     name: str = "edit"
     neutral: bool = False
 
+    def bias_of(
+        self, call: AttentionCall, visible: Tensor | None
+    ) -> Float[Tensor, "*all #query #key"] | None:
+        """The bias, having made sure that it touches an entry that can be seen.
+
+        Raises:
+            AnchorsError: it changes nothing, and the edit is not `neutral`.
+        """
+        if self.bias is None:
+            return None
+        bias = self.bias(call).to(call.q.device, call.compute_dtype)
+        self._demand_effect(call, bias != 0, visible)
+        return bias
+
+    def weight_of(
+        self, call: AttentionCall, visible: Tensor | None
+    ) -> Float[Tensor, "*all #query #key"] | None:
+        """The weight; the same check."""
+        if self.weight is None:
+            return None
+        weight = self.weight(call).to(call.q.device, call.compute_dtype)
+        self._demand_effect(call, weight != 1, visible)
+        return weight
+
+    def _demand_effect(self, call: AttentionCall, entries: Tensor, visible: Tensor | None) -> None:
+        if self.neutral:
+            return
+        if visible is not None:
+            seen = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+            entries = entries & seen
+        if not entries.any():
+            raise AnchorsError(
+                f"{self.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
+                "Check its positions (a sliding window may hide them), or declare the edit neutral.",
+            )
+
 
 def ban(layers: Iterable[int], query: Tensor, key: Tensor, name: str = "ban") -> Edit:
     """Set A(query, key) to zero before the softmax, for pairs of positions given per example.

@@ -24,7 +24,6 @@ from transformers.masking_utils import sdpa_mask
 from anchors.attention import gptj
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
-from anchors.attention.streaming import streaming
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
 
@@ -55,9 +54,9 @@ class _Session:
                 f"Layer {call.layer} has an edit and a tap at once.", "Run them one after the other."
             )
         if edits:
-            return _edited(call, edits)
+            return call.edited(edits)
         if taps or not call.fusable:
-            return streaming(call, taps)
+            return call.streamed(taps)
         return call.fused()
 
     def verify(self) -> None:
@@ -69,43 +68,6 @@ class _Session:
                     f"{name!r} did not fire in layer{'s' * (len(missed) > 1)} {missed}: nothing was changed or seen there.",
                     f"The model has layers 0 to {len(self.layer_of) - 1}, and the model must be run inside the seam.",
                 )
-
-
-def _edited(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
-    """Literal: the whole pattern is formed, so that any edit and any derivative is possible."""
-    dtype = call.compute_dtype
-    rows = torch.arange(call.q.shape[2], device=call.q.device)
-    visible = call.visible(rows, slice(0, call.k.shape[2]))
-    scores = call.scores(call.q.to(dtype), call.k.to(dtype))
-    for edit in edits:
-        if edit.bias is not None:
-            bias = edit.bias(call).to(scores)
-            _demand_effect(edit, call, lambda b=bias: b != 0, visible)
-            scores = scores + bias
-    pattern = call.softmax(scores, visible)
-    for edit in edits:
-        if edit.weight is not None:
-            weight = edit.weight(call).to(pattern)
-            _demand_effect(edit, call, lambda w=weight: w != 1, visible)
-            pattern = pattern * weight
-    return call.apply(pattern)
-
-
-def _demand_effect(
-    edit: Edit, call: AttentionCall, touched: Callable[[], Tensor], visible: Tensor | None
-) -> None:
-    if edit.neutral:
-        return
-    entries = touched()
-    if visible is not None:
-        entries = entries & (
-            visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
-        )
-    if not entries.any():
-        raise AnchorsError(
-            f"{edit.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
-            "Check its positions (a sliding window may hide them), or declare the edit neutral.",
-        )
 
 
 _active: ContextVar[_Session | None] = ContextVar("anchors_seam", default=None)
@@ -122,9 +84,13 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    form: Callable[..., AttentionCall] = AttentionCall,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`."""
+    """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`.
+
+    A layer whose attention is of another kind passes its own `form` of the call.
+    """
     unknown = [
         n for n, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and n not in IGNORED
     ]
@@ -139,7 +105,7 @@ def attend(
         )
     session = _active.get()
     known = session is not None and module in session.layer_of
-    call = AttentionCall(
+    call = form(
         layer=session.layer_of[module] if session is not None and known else -1,
         # Rotary embedding widens queries and keys where the residual stream is wider than the weights.
         q=query.to(value.dtype),
@@ -157,7 +123,7 @@ def attend(
         if session is not None and known:
             z = session.run(call)
         else:
-            z = call.fused() if call.fusable else streaming(call, ())
+            z = call.fused() if call.fusable else call.streamed(())
     return z.transpose(1, 2).contiguous(), None
 
 

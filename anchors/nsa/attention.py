@@ -1,0 +1,241 @@
+"""NSA as one function with two backends: the equations of `reference`, and Triton kernels.
+
+    o_t = Σ_{c ∈ {cmp, slc, win}} g_t^c · Attn(q_t, K_t^c, V_t^c)                                     (Eq. 5)
+
+Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anchors.attention.streaming import triton_runs
+from anchors.errors import AnchorsError
+from anchors.nsa import reference
+from anchors.nsa.geometry import Geometry
+
+BACKENDS = ("auto", "reference", "triton")
+CMP, SLC, WIN = range(3)
+BRANCHES = ("cmp", "slc", "win")
+"""The branches, in the order of the gates."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The keys and values of the three branches; the compressed ones are φ of blocks of their own raw ones."""
+
+    kc: Float[Tensor, "batch compressed groups dim"]
+    vc: Float[Tensor, "batch compressed groups dim_v"]
+    k_slc: Float[Tensor, "batch tokens groups dim"]
+    v_slc: Float[Tensor, "batch tokens groups dim_v"]
+    k_win: Float[Tensor, "batch tokens groups dim"]
+    v_win: Float[Tensor, "batch tokens groups dim_v"]
+
+    @property
+    def tokens(self) -> int:
+        return self.k_slc.shape[1]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything between the inputs of NSA and its output.
+
+    Attributes:
+        o: the output.
+        branch_o: the outputs of the branches, before the gates.
+        lse: log Σ exp of each branch's scores.
+        patterns: P^c of each branch; its keys are compressed tokens in the first, tokens in the others.
+        importance: p^slc (Eq. 10).
+        idx: the chosen blocks I_t.
+        gates: g^c.
+    """
+
+    o: Float[Tensor, "batch query heads dim_v"]
+    branch_o: tuple[Tensor, Tensor, Tensor]
+    lse: tuple[Tensor, Tensor, Tensor]
+    patterns: tuple[Tensor, Tensor, Tensor]
+    importance: Float[Tensor, "batch query groups blocks"]
+    idx: Int[Tensor, "batch query groups n"]
+    gates: Float[Tensor, "batch query heads 3"]
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that `auto` means on a device.
+
+    Raises:
+        AnchorsError: an unknown backend; Triton where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise AnchorsError(f"There is no backend called {backend!r}.", f"One of: {', '.join(BACKENDS)}.")
+    if backend == "auto":
+        return "triton" if triton_runs(device) else "reference"
+    if backend == "triton" and not triton_runs(device) and not _interpreted():
+        raise AnchorsError(
+            f"backend='triton' was asked for tensors on {device}.",
+            "The kernels need an NVIDIA GPU (compute capability 8.0 or later); move the tensors there or use "
+            "backend='reference'.",
+        )
+    return backend
+
+
+def nsa_attention(
+    q: Float[Tensor, "batch query heads dim"],
+    kv: Branches,
+    gates: Float[Tensor, "batch query heads 3"],
+    geometry: Geometry,
+    *,
+    scale: float | None = None,
+    q_cmp: Float[Tensor, "batch query heads dim"] | None = None,
+    past: int | None = None,
+    idx: Int[Tensor, "batch query groups n"] | None = None,
+    force: Tensor | None = None,
+    ban: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch query heads dim_v"]:
+    """Native sparse attention, differentiable by everything but the choice of blocks.
+
+    Args:
+        q: queries; head h reads group h // G.
+        kv: keys and values of the three branches.
+        gates: g^cmp, g^slc, g^win of every query and head.
+        geometry: l, d, l', n, w.
+        scale: factor on the scores; 1/√d_k unless given.
+        q_cmp: queries of the compressed branch where they differ (no rotary embedding there).
+        past: tokens before the first query; all that `kv` holds beyond the queries, unless given.
+        idx: the chosen blocks, where they are known.
+        force, ban, bias: blocks always or never to choose, and what is added to their importance; broadcastable to
+            [batch, query, groups, blocks].
+        backend: auto, reference or triton.
+
+    Raises:
+        AnchorsError: shapes that do not fit, entries that are not numbers (reference backend), or a backend that
+            cannot run here.
+
+    Example:
+        >>> kv = Branches(compress(k, phi, l=32, d=16), compress(v, phi, l=32, d=16), k, v, k, v)
+        >>> nsa_attention(q, kv, gates, Geometry()).shape        # batch × tokens × heads × d_v
+    """
+    past, scale = _checked(q, kv, gates, geometry, past, scale)
+    if resolve(backend, q.device) == "reference":
+        return trace(
+            q,
+            kv,
+            gates,
+            geometry,
+            scale=scale,
+            q_cmp=q_cmp,
+            past=past,
+            idx=idx,
+            force=force,
+            ban=ban,
+            bias=bias,
+        ).o
+    from anchors.nsa.kernels.gradients import sparse_attention
+
+    return sparse_attention(
+        q, q_cmp, kv.kc, kv.vc, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, idx,
+        geometry=geometry, scale=scale, past=past, force=force, ban=ban, bias=bias,
+    )  # fmt: skip
+
+
+def trace(
+    q: Float[Tensor, "batch query heads dim"],
+    kv: Branches,
+    gates: Float[Tensor, "batch query heads 3"],
+    geometry: Geometry,
+    *,
+    scale: float | None = None,
+    q_cmp: Float[Tensor, "batch query heads dim"] | None = None,
+    past: int | None = None,
+    idx: Int[Tensor, "batch query groups n"] | None = None,
+    force: Tensor | None = None,
+    ban: Tensor | None = None,
+    bias: Tensor | None = None,
+    token_bias: Float[Tensor, "batch #heads query tokens"] | None = None,
+) -> Trace:
+    """The same by the equations, with all that lies between; memory O(T²).
+
+    Args:
+        token_bias: added to the scores of the selected and the window branch; a compressed token gets the mean over
+            its block, so that −∞ at one token hides every block it is in.
+    """
+    past, scale = _checked(q, kv, gates, geometry, past, scale)
+    _numbers(q=q, gates=gates, **vars(kv))
+    g, groups, queries = geometry, kv.k_slc.shape[2], q.shape[1]
+    q_cmp = q if q_cmp is None else q_cmp
+    cmp_bias = slc_bias = None
+    if token_bias is not None:
+        slc_bias = token_bias.transpose(1, 2)
+        cmp_bias = slc_bias.unfold(-1, g.l, g.d).mean(-1) if kv.kc.shape[1] else slc_bias[..., :0]
+    seen = reference.compressed_visible(queries, kv.kc.shape[1], l=g.l, d=g.d, past=past, device=q.device)
+    o_cmp, lse_cmp, p_cmp = reference.attention(q_cmp, kv.kc, kv.vc, seen[None, :, None], scale, cmp_bias)
+    importance = reference.importance_of(p_cmp.detach(), groups, g.blocks(kv.tokens), l=g.l, d=g.d, lp=g.lp)
+    if idx is None:
+        idx = reference.select(
+            importance, geometry=g, tokens=kv.tokens, past=past, force=force, ban=ban, bias=bias
+        )
+    seen = reference.selected_visible(idx, kv.tokens, lp=g.lp, past=past)
+    o_slc, lse_slc, p_slc = reference.attention(q, kv.k_slc, kv.v_slc, seen, scale, slc_bias)
+    seen = reference.window_visible(queries, kv.tokens, w=g.w, past=past, device=q.device)
+    o_win, lse_win, p_win = reference.attention(q, kv.k_win, kv.v_win, seen[None, :, None], scale, slc_bias)
+    return Trace(
+        o=reference.combine(o_cmp, o_slc, o_win, gates),
+        branch_o=(o_cmp, o_slc, o_win),
+        lse=(lse_cmp, lse_slc, lse_win),
+        patterns=(p_cmp, p_slc, p_win),
+        importance=importance,
+        idx=idx,
+        gates=gates,
+    )
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale) -> tuple[int, float]:
+    batch, queries, heads, dim = q.shape
+    if not batch or not queries:
+        raise AnchorsError(
+            f"The batch is empty: q has the shape {tuple(q.shape)}.", "Give at least one token."
+        )
+    reference.demand_groups(heads, kv.k_slc.shape[2])
+    tokens = kv.tokens
+    wanted = {
+        "kc": (batch, geometry.compressed(tokens)), "vc": (batch, geometry.compressed(tokens)),
+        "k_slc": (batch, tokens), "v_slc": (batch, tokens), "k_win": (batch, tokens), "v_win": (batch, tokens),
+    }  # fmt: skip
+    for name, shape in wanted.items():
+        found = getattr(kv, name).shape
+        size = dim if name.startswith("k") else kv.v_slc.shape[-1]
+        if tuple(found) != (*shape, kv.k_slc.shape[2], size):
+            raise AnchorsError(
+                f"{name} has the shape {tuple(found)}, not {(*shape, kv.k_slc.shape[2], size)}.",
+                f"The queries are {tuple(q.shape)}, the geometry is {geometry}.",
+            )
+    if tuple(gates.shape) != (batch, queries, heads, 3):
+        raise AnchorsError(
+            f"The gates have the shape {tuple(gates.shape)}, not {(batch, queries, heads, 3)}.",
+            "One gate for each of cmp, slc and win, per query and head.",
+        )
+    past = tokens - queries if past is None else past
+    if past + queries > tokens:
+        raise AnchorsError(
+            f"{queries} queries after {past} tokens need {past + queries} keys, but there are {tokens}.",
+            "Append the keys of the queries first.",
+        )
+    return past, dim**-0.5 if scale is None else float(scale)
+
+
+def _numbers(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AnchorsError(
+                f"{name} holds entries that are not numbers.",
+                "Look for overflow before this layer; float16 overflows easily.",
+            )

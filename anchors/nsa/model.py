@@ -1,0 +1,241 @@
+"""`NativeSparseAttention` as a module, and a causal language model around it.
+
+The model is transformers' Llama with another attention, so that saving, loading, generating with a cache, and every
+analysis of this toolkit work as on any other. Keys and values of the three branches are independent (section 3.3.3,
+"to prevent shortcut learning") and share one query. In a cache they lie side by side as 3 · groups heads; compressed
+keys are made from them when needed.
+
+Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRotaryEmbedding,
+    rotate_half,
+)
+
+from anchors.attention import seam
+from anchors.errors import AnchorsError
+from anchors.nsa import phi
+from anchors.nsa.attention import Branches, nsa_attention
+from anchors.nsa.call import NSACall, Sparse
+from anchors.nsa.config import NSAConfig
+from anchors.nsa.reference import compress
+
+NATIVE = "nsa"
+"""The attention implementation of an NSA model that is not on the seam."""
+
+
+def native(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
+):
+    """The attention function of `NATIVE`: heads first in, tokens first out, as transformers calls it."""
+    sparse: Sparse = kwargs["sparse"]
+    o = nsa_attention(
+        query.transpose(1, 2), sparse.kv, sparse.gates, sparse.geometry,
+        scale=kwargs["scaling"], q_cmp=sparse.q_cmp, past=sparse.past, backend=sparse.backend,
+    )  # fmt: skip
+    return o, None
+
+
+def no_mask(*args: object, attention_mask: Tensor | None = None, **kwargs: object) -> None:
+    """NSA is causal by itself and has no use for a mask; padding it cannot leave out."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        _refuse_padding()
+
+
+def _refuse_padding() -> None:
+    raise AnchorsError(
+        "NSA was given a mask that hides tokens: its blocks would be filled with padding.",
+        "Pad on the right and pass no attention mask (nothing sees what follows it), or use a batch of one.",
+    )
+
+
+AttentionInterface.register(NATIVE, native)
+AttentionMaskInterface.register(NATIVE, no_mask)
+
+
+class NativeSparseAttention(nn.Module):
+    """NSA with its projections: x ↦ W_o Σ_c g^c ⊙ Attn(q, K^c, V^c).
+
+    One query and three pairs of keys and values are projected from x; the gates are σ(W_g x + b), one per branch and
+    head. It stands alone (`layer(x)`), or in the place of a Llama's attention.
+
+    Args:
+        config: sizes, geometry and φ.
+        layer_idx: which entry of a cache is this layer's.
+    """
+
+    def __init__(self, config: NSAConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.geometry, self.head_dim = config.geometry, config.head_dim
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, 3 * self.groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, 3 * self.groups * config.value_head_dim, bias=bias)
+        self.gate_proj = nn.Linear(size, 3 * self.heads)
+        self.o_proj = nn.Linear(self.heads * config.value_head_dim, size, bias=bias)
+        self.phi_k = phi.make(config.phi, self.geometry.l, self.head_dim)
+        self.phi_v = phi.make(config.phi, self.geometry.l, config.value_head_dim)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gate_proj.begin = config.gate_bias
+        nn.init.constant_(self.gate_proj.bias, config.gate_bias)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens hidden"],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Int[Tensor, "#batch tokens"] | None = None,
+        cu_seqlens: Int[Tensor, " sequences_and_one"] | None = None,
+        **kwargs: object,
+    ) -> tuple[Float[Tensor, "batch tokens hidden"], None]:
+        """The layer's output; in a cache it continues the tokens there.
+
+        Args:
+            position_ids: where the tokens stand; after those of the cache unless given.
+            cu_seqlens: bounds of sequences packed into one row, which do not see each other; no cache then.
+        """
+        if cu_seqlens is not None:
+            if len(hidden_states) != 1 or past_key_values is not None:
+                raise AnchorsError(
+                    "Packed sequences come as one row, without a cache.", "Reshape to [1, tokens, …]."
+                )
+            parts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
+            return torch.cat([self(part)[0] for part in parts if part.shape[1]], dim=1), None
+        batch, tokens, _ = hidden_states.shape
+        cached = None if past_key_values is None else _cached_positions(past_key_values, self.layer_idx)
+        past = 0 if cached is None else cached.shape[-1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=hidden_states.device)[None]
+        if attention_mask is not None:
+            _demand_causal(attention_mask, tokens, past)
+        q = self.q_proj(hidden_states).view(batch, tokens, self.heads, -1)
+        keys = self.k_proj(hidden_states).view(batch, tokens, 3, self.groups, -1)
+        values = self.v_proj(hidden_states).view(batch, tokens, 3, self.groups, -1)
+        gates = self.gate_proj(hidden_states).view(batch, tokens, self.heads, 3).sigmoid()
+
+        rope = self.config.compressed_rope
+        cos, sin = self.rotary_emb(hidden_states, position_ids)
+        raw, q_cmp = keys[:, :, 0], q if rope == "none" else None
+        q = _rotate(q, cos, sin)
+        if rope == "inner":
+            raw = _rotate(raw, cos, sin)
+        keys = torch.stack([raw, *(_rotate(keys[:, :, c], cos, sin) for c in (1, 2))], dim=2)
+        positions = position_ids
+        if past_key_values is not None:
+            keys, values = past_key_values.update(
+                keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
+            )
+            keys, values = (x.transpose(1, 2).unflatten(2, (3, self.groups)) for x in (keys, values))
+            positions = torch.cat([cached.expand(len(position_ids), -1), position_ids], dim=-1)
+            past_key_values.layers[self.layer_idx].positions = positions
+        sparse = Sparse(
+            kv=self._branches(keys, values, positions, hidden_states),
+            v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
+            geometry=self.geometry, past=past, backend=self.config.backend,
+        )  # fmt: skip
+        # Any other implementation would compute dense attention of one branch, and say nothing.
+        name = seam.NAME if self.config._attn_implementation == seam.NAME else NATIVE
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, native)
+        o, _ = interface(
+            self, q.transpose(1, 2), sparse.kv.k_slc.transpose(1, 2), sparse.kv.v_slc.transpose(1, 2), None,
+            scaling=self.scaling, form=partial(NSACall, sparse=sparse), sparse=sparse,
+        )  # fmt: skip
+        return self.o_proj(o.reshape(batch, tokens, -1)), None
+
+    def keys_read(
+        self, cached: Float[Tensor, "batch cached tokens dim"]
+    ) -> Float[Tensor, "batch groups tokens dim"]:
+        """Of a cache's keys, those of the selected branch."""
+        return cached[:, self.groups : 2 * self.groups]
+
+    def _branches(self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor) -> Branches:
+        l, d = self.geometry.l, self.geometry.d
+        kc = compress(keys[:, :, 0], self.phi_k, l=l, d=d)
+        vc = compress(values[:, :, 0], self.phi_v, l=l, d=d)
+        rope = self.config.compressed_rope
+        if rope in ("block_centre", "block_start") and kc.shape[1]:
+            block = positions.float().unfold(-1, l, d)
+            cos, sin = self.rotary_emb(like, block.mean(-1) if rope == "block_centre" else block[..., 0])
+            kc = _rotate(kc, cos, sin)
+        return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
+
+
+def _rotate(x: Float[Tensor, "batch tokens heads dim"], cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]
+
+
+def _cached_positions(cache: Cache, layer: int) -> Int[Tensor, "#batch past"]:
+    """Where the tokens of a cache stand: 0, 1, … unless some were left out."""
+    past = cache.get_seq_length(layer)
+    found = getattr(cache.layers[layer], "positions", None) if layer < len(cache.layers) else None
+    return torch.arange(past)[None] if found is None else found[:, :past]
+
+
+def _demand_causal(mask: Tensor, queries: int, past: int) -> None:
+    """NSA needs no mask, but transformers may pass the causal one."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    rows = torch.arange(queries, device=mask.device)[:, None] + past
+    causal = torch.arange(seen.shape[-1], device=mask.device) <= rows
+    if not torch.equal(seen, causal.expand_as(seen)):
+        _refuse_padding()
+
+
+class NSAPreTrainedModel(LlamaPreTrainedModel):
+    config: NSAConfig
+    config_class = NSAConfig
+    _supports_flash_attn = _supports_flex_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, phi.LinearPool | phi.MLP):
+            module.reset_parameters()
+        elif hasattr(module, "begin"):
+            module.bias.fill_(module.begin)
+
+
+class NSAModel(NSAPreTrainedModel, LlamaModel):
+    """A Llama whose layers attend natively sparse."""
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__(config)
+        if config.attention == "nsa":
+            for index, layer in enumerate(self.layers):
+                layer.self_attn = NativeSparseAttention(config, index)
+            self.post_init()
+
+
+class NSAForCausalLM(NSAPreTrainedModel, LlamaForCausalLM):
+    """A causal language model with Native Sparse Attention, or with full attention to compare with.
+
+    Example:
+        >>> model = NSAForCausalLM(NSAConfig(hidden_size=256, num_hidden_layers=6, …))
+        >>> model.save_pretrained("here"); AutoModelForCausalLM.from_pretrained("here")
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__(config)
+        self.model = NSAModel(config)
+        if config.attention == "nsa" and config._attn_implementation != seam.NAME:
+            self.set_attn_implementation(NATIVE)
+        self.post_init()
+
+
+AutoConfig.register("nsa", NSAConfig)
+AutoModelForCausalLM.register(NSAConfig, NSAForCausalLM)
