@@ -173,11 +173,13 @@ class NativeSparseAttention(nn.Module):
             block = positions.float().unfold(-1, l, d)
             cos, sin = self.rotary_emb(like, block.mean(-1) if rope == "block_centre" else block[..., 0])
             kc = _rotate(kc, cos, sin)
+        kc, vc = kc.to(keys.dtype), vc.to(values.dtype)
         return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
 
 
 def _rotate(x: Float[Tensor, "batch tokens heads dim"], cos: Tensor, sin: Tensor) -> Tensor:
-    return x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]
+    # Where the residual stream is wider than the products (autocast), the angles are too.
+    return (x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]).to(x.dtype)
 
 
 def _cached_positions(cache: Cache, layer: int) -> Int[Tensor, "#batch past"]:

@@ -1,0 +1,296 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+"""Attention of NSA's three branches as one Triton kernel, and Eq. 5's sum of them.
+
+    o_t = Σ_j P_tj v_j,  P_tj = exp(scale · ⟨q_t, k_j⟩ − lse_t),  j over the keys that the branch shows to t
+
+The branches differ in the key tiles that a query tile walks and in the mask of the first and last of them: the
+compressed branch sees the tokens i with i·d + l − 1 ≤ t, the window the last w tokens, the selected branch the
+chosen blocks. There a query tile walks the union of the blocks of its positions, and a row that did not choose a block
+is left out of it by its own peak, without a mask on the scores.
+
+Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3; the literal twin is `anchors.nsa.reference`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anchors.errors import AnchorsError
+from anchors.nsa.kernels import lists
+from anchors.nsa.kernels.tiles import (
+    LN2,
+    LOG2E,
+    NEVER,
+    UNION,
+    demand,
+    dense,
+    key_offsets,
+    key_tile,
+    load_rows,
+    precision,
+    query_rows,
+    save_rows,
+    strides,
+    tile_bounds,
+    times,
+    tuned,
+    visible,
+    widths,
+)
+
+Tuning = dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Which keys a query sees.
+
+    Attributes:
+        name: compressed, selected or window; a compile-time constant of the kernels.
+        l, d: size and stride of the compression blocks.
+        lp: size of the selection blocks.
+        w: tokens of the window.
+    """
+
+    name: str
+    l: int = 1
+    d: int = 1
+    lp: int = 16
+    w: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lp % 16:
+            raise AnchorsError(
+                f"Selection blocks of {self.lp} tokens do not fit the tensor cores.",
+                "Choose a multiple of 16, or backend='reference'.",
+            )
+
+    def tile(self, groups: int, rows: int) -> tuple[int, int]:
+        """Positions of a query tile of about `rows` rows, and its heads per position with padding."""
+        group = triton.next_power_of_2(groups)
+        tile = max(1, rows // group)
+        return (min(tile, UNION) if self.name == "selected" else tile), group
+
+    def keys(self, wanted: int) -> int:
+        """Keys of a tile: of the selected branch a power of two that divides the block."""
+        return min(wanted, self.lp & -self.lp) if self.name == "selected" else wanted
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.l, self.d, self.w
+
+
+@triton.jit
+@no_type_check
+def _step(
+    q_tile, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
+    BRANCH: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k_tile = load_rows(k, key_offsets(start, k_stride, keys, KEYS, MASKED), DIM, WIDTH, PRECISION)
+    v_tile = load_rows(v, key_offsets(start, v_stride, keys, KEYS, MASKED), DIM_V, WIDTH_V, PRECISION)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    if MASKED:
+        columns = start + tl.arange(0, KEYS)
+        seen = columns[None, :] < high[:, None]
+        if BRANCH == "window":
+            seen &= columns[None, :] >= low[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+    peak = tl.max(scores, 1) * factor
+    if BRANCH == "selected":
+        higher = tl.where(member, tl.maximum(top, peak), top)
+        base = tl.where(member, higher, NEVER)
+    else:
+        higher = tl.maximum(top, peak)
+        base = higher
+    pattern = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - higher)
+    mass = mass * shrink + tl.sum(pattern, 1)
+    total = times(pattern, v_tile, total * shrink[:, None], PRECISION, True)
+    return higher, mass, total
+
+
+@triton.jit
+@no_type_check
+def _attend(
+    q, k, v, o, lse, blocks, members, counts, q_strides, k_strides, v_strides,
+    length, keys, past, factor, heads, groups, size, stride, reach, entries,
+    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    ENTRIES: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.program_id(0), tl.program_id(1) % heads
+    example = (tl.program_id(1) // heads).to(tl.int64)
+    if BRANCH == "compressed":
+        # The longest loops first: short ones fill the gaps at the end.
+        tile = tl.num_programs(0) - 1 - tile
+    inner, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
+    q += example * q_strides[0]
+    k += example * k_strides[0] + group * k_strides[2]
+    v += example * v_strides[0] + group * v_strides[2]
+    count = 0
+    if BRANCH == "selected":
+        listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
+        count = tl.load(counts + listed)
+        blocks += listed * entries
+        members += listed * entries
+    q_tile = load_rows(q, query.to(tl.int64) * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+    low, high = visible(query + past, keys, size, stride, reach, BRANCH)
+    bounds = tile_bounds(
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, keys, size, stride, reach,
+        blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
+    )  # fmt: skip
+    top = tl.full([TILE * GROUP], -NEVER, tl.float32)
+    mass = tl.zeros([TILE * GROUP], tl.float32)
+    total = tl.zeros([TILE * GROUP, WIDTH_V], tl.float32)
+    for part in tl.static_range(3):
+        if part > 0 or BRANCH == "window":
+            for index in range(bounds[part], bounds[part + 1]):
+                start, member = key_tile(index, inner, blocks, members, BRANCH, KEYS, PARTS)
+                top, mass, total = _step(
+                    q_tile, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
+                    BRANCH, KEYS, part != 1, DIM, DIM_V, WIDTH, WIDTH_V, PRECISION,
+                )  # fmt: skip
+    some = mass > 0
+    mass = tl.where(some, mass, 1.0)
+    line = (example * length + query) * (heads * groups) + head
+    save_rows(o, line * DIM_V, inside, total / mass[:, None], DIM_V, WIDTH_V)
+    tl.store(lse + line, tl.where(some, (top + tl.log2(mass)) * LN2, float("-inf")), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _combine(o_cmp, o_slc, o_win, g, o, rows, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH_V)
+    inside = row < rows
+    kept = inside[:, None] & (columns < DIM_V)[None, :]
+    places = row[:, None] * DIM_V + columns[None, :]
+    total = tl.load(o_cmp + places, mask=kept).to(tl.float32) * tl.load(g + row * 3, mask=inside)[:, None]
+    total += (
+        tl.load(o_slc + places, mask=kept).to(tl.float32) * tl.load(g + row * 3 + 1, mask=inside)[:, None]
+    )
+    total += (
+        tl.load(o_win + places, mask=kept).to(tl.float32) * tl.load(g + row * 3 + 2, mask=inside)[:, None]
+    )
+    tl.store(o + places, total.to(o.dtype.element_ty), mask=kept)
+
+
+def walked(branch: Branch, idx: Tensor | None, tile: int, union: Any = None) -> tuple[Any, ...]:
+    """The lists of blocks of all query tiles, their length, and that as a power of two; nothing for other branches."""
+    if branch.name != "selected":
+        return (None, None, None), 1, 1
+    union = lists.union(idx, tile) if union is None else union
+    entries = union.blocks.shape[-1]
+    return (union.blocks, union.members, union.counts), entries, triton.next_power_of_2(entries)
+
+
+def attend(
+    branch: Branch,
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    *,
+    scale: float,
+    past: int = 0,
+    idx: Int[Tensor, "batch query groups n"] | None = None,
+    union: Any = None,
+    tuning: Tuning = None,
+) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
+    """Output and natural log-sum-exp of one branch; a row that sees nothing has o = 0 and lse = −∞.
+
+    Args:
+        idx: the chosen blocks, of the selected branch.
+        union: `lists.union(idx, tile)` where it is known; `tile` must be `branch.tile(...)[0]`.
+        tuning: settings put over those of `TUNING`, by kernel.
+    """
+    groups = demand(q, k, v, scale)
+    q, k, v = map(dense, (q, k, v))
+    batch, length, heads, _ = q.shape
+    o = q.new_empty(batch, length, heads, v.shape[-1])
+    lse = q.new_empty(batch, length, heads, dtype=torch.float32)
+    shape = widths(q.shape[-1], v.shape[-1])
+    settings = tuned(f"forward.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    tile, group = branch.tile(groups, settings["rows"])
+    columns = branch.keys(settings["keys"])
+    listed, entries, padded = walked(branch, idx, tile, union)
+    with torch.cuda.device_of(q):
+        _attend[triton.cdiv(length, tile), batch * k.shape[2]](
+            q, k, v, o, lse, *listed, *map(strides, (q, k, v)),
+            length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
+            BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
+            ENTRIES=padded, PEEL=bool(settings["peel"]), **shape, PRECISION=precision(q.dtype),
+            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+        )  # fmt: skip
+    return o, lse
+
+
+def compressed_attention(
+    q: Float[Tensor, "batch query heads dim"],
+    kc: Float[Tensor, "batch compressed groups dim"],
+    vc: Float[Tensor, "batch compressed groups dim_v"],
+    *,
+    l: int,
+    d: int,
+    scale: float,
+    past: int = 0,
+    tuning: Tuning = None,
+) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
+    """Attn(q_t, K^cmp, V^cmp): output and log-sum-exp. Before the first block is complete (t < l − 1) the output is 0."""
+    return attend(Branch("compressed", l=l, d=d), q, kc, vc, scale=scale, past=past, tuning=tuning)
+
+
+def selected_attention(
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    idx: Int[Tensor, "batch query groups n"],
+    *,
+    lp: int,
+    scale: float,
+    past: int = 0,
+    tuning: Tuning = None,
+    union: Any = None,
+) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
+    """Attn over the tokens of the chosen blocks (Eq. 12): output and log-sum-exp."""
+    return attend(
+        Branch("selected", lp=lp), q, k, v, scale=scale, past=past, idx=idx, union=union, tuning=tuning
+    )
+
+
+def window_attention(
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    *,
+    w: int,
+    scale: float,
+    past: int = 0,
+    tuning: Tuning = None,
+) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
+    """Attn over the last w tokens: output and log-sum-exp."""
+    return attend(Branch("window", w=w), q, k, v, scale=scale, past=past, tuning=tuning)
+
+
+def combine(
+    o_cmp: Float[Tensor, "batch query heads dim_v"],
+    o_slc: Float[Tensor, "batch query heads dim_v"],
+    o_win: Float[Tensor, "batch query heads dim_v"],
+    g: Float[Tensor, "batch query heads 3"],
+) -> Float[Tensor, "batch query heads dim_v"]:
+    """Σ_c g^c o^c (Eq. 5), summed in float32."""
+    o_cmp, o_slc, o_win, g = (x.contiguous() for x in (o_cmp, o_slc, o_win, g))
+    o = torch.empty_like(o_cmp)
+    rows, dim = o.numel() // max(1, o.shape[-1]), o.shape[-1]
+    width = max(16, triton.next_power_of_2(dim))
+    tall = max(1, 4096 // width)
+    with torch.cuda.device_of(o):
+        _combine[(triton.cdiv(rows, tall),)](
+            o_cmp, o_slc, o_win, g, o, rows, DIM_V=dim, WIDTH_V=width, ROWS=tall
+        )
+    return o

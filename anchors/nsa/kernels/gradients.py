@@ -1,0 +1,236 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+"""Gradients of NSA's three branches and of its gates, as Triton kernels.
+
+With P = exp(scale · q kᵀ − lse) and o = Σ_c g_c o_c, for each branch c
+
+    ∂L/∂g_c = ⟨dO, o_c⟩ = inner_c,      dS = g_c · P ⊙ (dO vᵀ − inner_c),
+    dq = scale · dS k,      dk = scale · dSᵀ q,      dv = (g_c · P)ᵀ dO.
+
+The gate is a factor per row, so that g_c · dO is never formed. `query_gradient` walks the tiles of the forward pass;
+`key_gradients` stays at a tile of keys and walks the queries that see it: a range of positions, or, in the selected
+branch, a list of those that chose the block. Long walks are cut into parts, whose sums are added in a fixed order: no
+atomics, two runs agree bit for bit.
+
+Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.4 for the forward pass; its gradients are not
+published.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anchors.nsa.geometry import Geometry
+from anchors.nsa.kernels import lists, selection
+from anchors.nsa.kernels.attention import Branch, Tuning, attend, combine, walked
+from anchors.nsa.kernels.backward import inner_kernel, key_kernel, query_kernel, sum_kernel
+from anchors.nsa.kernels.tiles import LOG2E, NEVER, demand, dense, precision, strides, tuned, widths
+
+
+def inner(
+    dz: Float[Tensor, "batch query heads dim_v"],
+    o_cmp: Float[Tensor, "batch query heads dim_v"],
+    o_slc: Float[Tensor, "batch query heads dim_v"],
+    o_win: Float[Tensor, "batch query heads dim_v"],
+) -> Float[Tensor, "batch query heads 3"]:
+    """⟨dO, o_c⟩ of the three branches, in float32: the gradient of the gates, and the mean of dO vᵀ under P."""
+    dz, o_cmp, o_slc, o_win = (x.contiguous() for x in (dz, o_cmp, o_slc, o_win))
+    sums = dz.new_empty(*dz.shape[:3], 3, dtype=torch.float32)
+    rows, dim = sums.numel() // 3, dz.shape[-1]
+    width = max(16, triton.next_power_of_2(dim))
+    tall = max(1, 4096 // width)
+    with torch.cuda.device_of(dz):
+        inner_kernel[(triton.cdiv(rows, tall),)](
+            o_cmp, o_slc, o_win, dz, sums, rows, DIM_V=dim, WIDTH_V=width, ROWS=tall
+        )
+    return sums
+
+
+def _masses(lse: Float[Tensor, "batch query heads"]) -> Float[Tensor, "batch query heads"]:
+    """log₂ Σ exp; of rows that see nothing, one that makes their pattern 0."""
+    return torch.where(lse == -torch.inf, NEVER.value, lse * LOG2E.value)
+
+
+def query_gradient(
+    branch: Branch,
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    dz: Float[Tensor, "batch query heads dim_v"],
+    lse: Float[Tensor, "batch query heads"],
+    inner: Float[Tensor, "batch query heads"],
+    gate: Float[Tensor, "batch query heads"],
+    *,
+    scale: float,
+    past: int = 0,
+    idx: Int[Tensor, "batch query groups n"] | None = None,
+    union: Any = None,
+    onto: Float[Tensor, "batch query heads dim"] | None = None,
+    tuning: Tuning = None,
+) -> Float[Tensor, "batch query heads dim"]:
+    """dq of one branch, in q's dtype.
+
+    Args:
+        dz: ∂L/∂o, before the gates.
+        lse: contiguous, of `attend`.
+        inner, gate: ⟨dO, o_c⟩ and g_c in float32: contiguous, or a slice [..., c] of contiguous tensors.
+        onto: a contiguous dq of other branches, which is added to in place and returned.
+    """
+    groups = demand(q, k, v, scale)
+    q, k, v, dz = map(dense, (q, k, v, dz))
+    shape = widths(q.shape[-1], v.shape[-1])
+    settings = tuned(f"query.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    tile, group = branch.tile(groups, settings["rows"])
+    columns = branch.keys(settings["keys"])
+    listed, entries, padded = walked(branch, idx, tile, union)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if onto is None else onto
+    with torch.cuda.device_of(q):
+        query_kernel[triton.cdiv(q.shape[1], tile), q.shape[0] * k.shape[2]](
+            q, k, v, dz, dq, _masses(lse), inner, gate, *listed, *map(strides, (q, k, v, dz)),
+            q.shape[1], k.shape[1], past, scale, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
+            inner.stride(-1), gate.stride(-1), BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns,
+            PARTS=max(1, branch.lp // columns), ENTRIES=padded, PEEL=bool(settings["peel"]),
+            ACCUMULATE=onto is not None, **shape, PRECISION=precision(q.dtype),
+            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+        )  # fmt: skip
+    return dq
+
+
+def key_gradients(
+    branch: Branch,
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    dz: Float[Tensor, "batch query heads dim_v"],
+    lse: Float[Tensor, "batch query heads"],
+    inner: Float[Tensor, "batch query heads"],
+    gate: Float[Tensor, "batch query heads"],
+    *,
+    scale: float,
+    past: int = 0,
+    idx: Int[Tensor, "batch query groups n"] | None = None,
+    tuning: Tuning = None,
+) -> tuple[Float[Tensor, "batch key groups dim"], Float[Tensor, "batch key groups dim_v"]]:
+    """dk and dv of one branch, in k's dtype; 0 for keys that nobody sees. Arguments as of `query_gradient`."""
+    groups = demand(q, k, v, scale)
+    q, k, v, dz = map(dense, (q, k, v, dz))
+    batch, keys, heads, dim = k.shape
+    shape = widths(dim, v.shape[-1])
+    settings = tuned(f"keys.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    _, group = branch.tile(groups, settings["rows"])
+    tile, columns = max(1, settings["rows"] // group), branch.keys(settings["keys"])
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    if not dk.numel():
+        return dk, dv
+    # The queries of a block are cut by their list.
+    splits = 1 if branch.name == "selected" else settings["splits"]
+    if branch.name == "selected":
+        inverse = lists.inverse(idx, -(-keys // branch.lp), settings["split"])
+        parts = [k.new_empty(len(inverse.items), branch.lp, x.shape[-1], dtype=torch.float32) for x in (k, v)]
+        grid, listed = (len(inverse.items), branch.lp // columns), (inverse.queries, inverse.items)
+    else:
+        parts = (
+            [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k, v)] if splits > 1 else [dk, dv]
+        )
+        grid, listed = (triton.cdiv(keys, columns) * splits, batch * heads), (None, None)
+    with torch.cuda.device_of(q):
+        key_kernel[grid](
+            q, k, v, dz, *parts, _masses(lse), inner, gate, *listed, *map(strides, (q, k, v, dz)),
+            q.shape[1], keys, past, scale, scale * LOG2E.value, heads, groups, *branch.sizes,
+            inner.stride(-1), gate.stride(-1), BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns,
+            PARTS=max(1, branch.lp // columns), SPLITS=splits, SPLIT=triton.next_power_of_2(settings.get("split", 1)),
+            PEEL=bool(settings["peel"]), **shape, PRECISION=precision(q.dtype),
+            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+        )  # fmt: skip
+        if branch.name == "selected":
+            for part, total in zip(parts, (dk, dv), strict=True):
+                width = max(16, triton.next_power_of_2(total.shape[-1]))
+                sum_kernel[-(-keys // branch.lp), batch * heads, triton.cdiv(branch.lp, 16)](
+                    part, total, inverse.first, inverse.number, heads, keys, branch.lp,
+                    DIM=total.shape[-1], WIDTH=width, ROWS=16,
+                )  # fmt: skip
+    if splits > 1:
+        dk, dv = (part.sum(0).to(x.dtype) for part, x in zip(parts, (k, v), strict=True))
+    return dk, dv
+
+
+class _SparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, geometry, scale, past, change, tuning):
+        branches = (
+            Branch("compressed", l=geometry.l, d=geometry.d), Branch("selected", lp=geometry.lp), Branch("window", w=geometry.w)
+        )  # fmt: skip
+        first = q if q_cmp is None else q_cmp
+        common = {"scale": scale, "past": past, "tuning": tuning}
+        o_cmp, lse_cmp = attend(branches[0], first, kc, vc, **common)
+        if idx is None:
+            idx = selection.select_blocks(
+                first, kc, lse_cmp, geometry=geometry, tokens=ks.shape[1], scale=scale, past=past, **change
+            )
+        o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, **common)
+        o_win, lse_win = attend(branches[2], q, kw, vw, **common)
+        ctx.save_for_backward(
+            q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, lse_cmp, lse_slc, lse_win, o_cmp, o_slc, o_win
+        )
+        ctx.branches, ctx.common = branches, common
+        return combine(o_cmp, o_slc, o_win, g)
+
+    @staticmethod
+    def backward(ctx, dz):
+        q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, *rest = ctx.saved_tensors
+        dz, lse, gates = dz.contiguous(), rest[:3], g.float().contiguous()
+        sums = inner(dz, *rest[3:])
+        queries = (q if q_cmp is None else q_cmp, q, q)
+        pairs = ((kc, vc), (ks, vs), (kw, vw))
+        dq, dq_cmp, slopes = None, None, []
+        for c in (1, 2, 0):
+            rows = (queries[c], *pairs[c], dz, lse[c], sums[..., c], gates[..., c])
+            chosen = {"idx": idx} if c == 1 else {}
+            onto = dq if c or q_cmp is None else None
+            found = query_gradient(ctx.branches[c], *rows, onto=onto, **chosen, **ctx.common)
+            if c or q_cmp is None:
+                dq = found
+            else:
+                dq_cmp = found
+            slopes.append(key_gradients(ctx.branches[c], *rows, **chosen, **ctx.common))
+        slc, win, cmp = slopes
+        return dq, dq_cmp, *cmp, *slc, *win, sums.to(g.dtype), *(None,) * 6
+
+
+def sparse_attention(
+    q: Float[Tensor, "batch query heads dim"],
+    q_cmp: Float[Tensor, "batch query heads dim"] | None,
+    kc: Float[Tensor, "batch compressed groups dim"],
+    vc: Float[Tensor, "batch compressed groups dim_v"],
+    ks: Float[Tensor, "batch key groups dim"],
+    vs: Float[Tensor, "batch key groups dim_v"],
+    kw: Float[Tensor, "batch key groups dim"],
+    vw: Float[Tensor, "batch key groups dim_v"],
+    g: Float[Tensor, "batch query heads 3"],
+    idx: Int[Tensor, "batch query groups n"] | None,
+    *,
+    geometry: Geometry,
+    scale: float,
+    past: int = 0,
+    force: Tensor | None = None,
+    ban: Tensor | None = None,
+    bias: Tensor | None = None,
+    tuning: Tuning = None,
+) -> Float[Tensor, "batch query heads dim_v"]:
+    """Σ_c g_c Attn(q, K^c, V^c), differentiable by everything but the choice of blocks.
+
+    Args:
+        q_cmp: queries of the compressed branch where they differ from q.
+        idx: the chosen blocks; without them, they are chosen by `selection.select_blocks`.
+        force, ban, bias: its arguments.
+        tuning: settings put over those of `TUNING`, by kernel.
+
+    Raises:
+        AnchorsError: a dtype, a number of heads, a scale or blocks that the kernels cannot take.
+    """
+    change = {"force": force, "ban": ban, "bias": bias}
+    return _SparseAttention.apply(
+        q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, geometry, scale, past, change, tuning
+    )

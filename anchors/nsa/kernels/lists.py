@@ -1,0 +1,166 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+"""The chosen blocks of Native Sparse Attention from two other sides: what a tile of queries reads, who reads a block.
+
+Neighbouring queries choose much the same blocks, so the forward pass loads the union of a tile's blocks once; the
+gradients of keys and values gather, for a block, the queries that chose it. No atomics: two runs agree bit for bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from anchors.errors import AnchorsError
+from anchors.nsa.kernels.tiles import UNION
+
+CHUNK = 16
+"""Entries of a tile that all of its entries are compared with at a time."""
+
+
+@dataclass(frozen=True)
+class Union:
+    """What a tile of neighbouring query rows has chosen.
+
+    Attributes:
+        blocks: distinct blocks of each tile, ascending, then −1.
+        members: for each of them, the rows of the tile that chose it, as bits; 0 behind the last.
+        counts: how many there are.
+    """
+
+    blocks: Int[Tensor, "batch groups tiles slots"]
+    members: Int[Tensor, "batch groups tiles slots"]
+    counts: Int[Tensor, "batch groups tiles"]
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Who has chosen a block.
+
+    Attributes:
+        queries: query rows by batch × group, then by block, ascending; behind the last list, rows of no list.
+        items: work items (batch · groups + group, block, start, stop) into `queries`, lists in order, the pieces of a
+            list in order; −1 where unused.
+        first: the first item of each list.
+        number: how many items it is cut into.
+    """
+
+    queries: Int[Tensor, " entries"]
+    items: Int[Tensor, "items 4"]
+    first: Int[Tensor, "lists blocks"]
+    number: Int[Tensor, "lists blocks"]
+
+
+@triton.jit
+@no_type_check
+def _union(
+    idx, blocks, members, counts, idx_strides, queries, groups, tiles,
+    N: tl.constexpr, TILE: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    tile, group, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    idx += example * idx_strides[0] + group * idx_strides[2]
+    entry = tl.arange(0, ENTRIES)
+    query = (tile * TILE + entry // N).to(tl.int64)
+    inside = (entry < TILE * N) & (query < queries)
+    block = tl.load(idx + query * idx_strides[1] + entry % N * idx_strides[3], mask=inside, other=-1)
+    below = tl.zeros([ENTRIES], tl.int32)
+    earlier = tl.zeros([ENTRIES], tl.int32)
+    rows = tl.zeros([ENTRIES], tl.int32)
+    for start in range(0, ENTRIES, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        row = (tile * TILE + other // N).to(tl.int64)
+        there = (other < TILE * N) & (row < queries)
+        theirs = tl.load(idx + row * idx_strides[1] + other % N * idx_strides[3], mask=there, other=-1)
+        same = (block[:, None] == theirs[None, :]) & (theirs >= 0)[None, :]
+        # An entry counts in the ranks of larger ones once: where it stands first.
+        new = (tl.sum((same & (entry[:, None] < other[None, :])).to(tl.int32), 0) == 0) & (theirs >= 0)
+        below += tl.sum(((theirs[None, :] < block[:, None]) & new[None, :]).to(tl.int32), 1)
+        earlier += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), 1)
+        bits = tl.full([CHUNK], 1, tl.int32) << (other // N)
+        # A row chooses a block once, so that no two of the bits are the same and their sum is their union.
+        rows += tl.sum(tl.where(same, bits[None, :], 0), 1)
+    first = (earlier == 0) & (block >= 0)
+    count = tl.sum(first.to(tl.int32), 0)
+    line = (example * groups + group) * tiles + tile
+    tl.store(counts + line, count)
+    tl.store(blocks + line * TILE * N + below, block, mask=first)
+    tl.store(members + line * TILE * N + below, rows, mask=first)
+    rest = (entry >= count) & (entry < TILE * N)
+    tl.store(blocks + line * TILE * N + entry, tl.full([ENTRIES], -1, tl.int32), mask=rest)
+    tl.store(members + line * TILE * N + entry, tl.zeros([ENTRIES], tl.int32), mask=rest)
+
+
+def union(
+    idx: Int[Tensor, "batch query groups n"], tile: int, tuning: Mapping[str, Any] | None = None
+) -> Union:
+    """The distinct blocks that each `tile` of neighbouring query rows has chosen, and which row chose which.
+
+    Args:
+        idx: chosen blocks, each at most once in a row; −1 is no block.
+        tuning: CHUNK and num_warps of the kernel, under the name union.
+    """
+    if not 1 <= tile <= UNION:
+        raise AnchorsError(
+            f"A tile of {tile} query rows was asked for.", f"Use 1 to {UNION}: a row is a bit."
+        )
+    batch, queries, groups, n = idx.shape
+    tiles = triton.cdiv(queries, tile)
+    blocks = idx.new_empty(batch, groups, tiles, tile * n, dtype=torch.int32)
+    members = torch.empty_like(blocks)
+    counts = idx.new_empty(batch, groups, tiles, dtype=torch.int32)
+    entries = triton.next_power_of_2(tile * n)
+    table = {"CHUNK": CHUNK, "num_warps": min(8, max(1, entries // 64))} | dict(
+        (tuning or {}).get("union", {})
+    )
+    with torch.cuda.device_of(idx):
+        _union[tiles, groups, batch](
+            idx, blocks, members, counts, idx.stride(), queries, groups, tiles,
+            N=n, TILE=tile, ENTRIES=entries, CHUNK=min(entries, table.pop("CHUNK")), **table,
+        )  # fmt: skip
+    return Union(blocks, members, counts)
+
+
+def rho(union: Union) -> float:
+    """|U| / (tile · n), averaged over the tiles: 1 where neighbours share nothing, 1 / tile where they share all."""
+    return float(union.counts.float().mean()) / union.blocks.shape[-1]
+
+
+def inverse(idx: Int[Tensor, "batch query groups n"], blocks: int, split: int = 1024) -> Inverse:
+    """The query rows that chose each block, in pieces of at most `split`; nothing waits for the device.
+
+    Block 0 is chosen by everybody: unsplit, its list would be as long as the text. There are at most
+    batch · groups · blocks + ⌊batch · query · groups · n / split⌋ pieces.
+
+    Args:
+        idx: chosen blocks, each at most once in a row; −1 is no block.
+        blocks: how many blocks there are.
+    """
+    batch, queries, groups, n = idx.shape
+    lists, entries = batch * groups * blocks, idx.numel()
+    if max(lists, entries) >= 2**31:
+        raise AnchorsError(
+            f"{entries} chosen blocks in {lists} lists do not fit 32-bit indices.", "Use smaller batches."
+        )
+    offset = (
+        torch.arange(batch * groups, dtype=torch.int32, device=idx.device).view(batch, groups, 1, 1) * blocks
+    )
+    chosen = idx.permute(0, 2, 1, 3).int()
+    keys, order = (chosen + offset).where(chosen >= 0, lists).flatten().sort(stable=True)
+    every = torch.arange(lists + 1, dtype=torch.int32, device=idx.device)
+    edges = torch.searchsorted(keys, every, out_int32=True)
+    number = (edges.diff() + (split - 1)) // split
+    ends = number.cumsum(0, dtype=torch.int32)
+    first = ends - number
+    item = torch.arange(lists + entries // split, dtype=torch.int32, device=idx.device)
+    owner = torch.searchsorted(ends, item, right=True)
+    used = owner < lists
+    owner = owner.clamp(max=lists - 1)
+    start = edges[owner] + (item - first[owner]) * split
+    stop = torch.minimum(start + split, edges[owner + 1])
+    items = torch.stack([owner // blocks, owner % blocks, start, stop], 1).int().where(used[:, None], -1)
+    shape = batch * groups, blocks
+    return Inverse((order // n % queries).int(), items, first.view(shape), number.view(shape))

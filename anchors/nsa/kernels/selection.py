@@ -1,0 +1,396 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+"""Triton kernels for the choice of blocks in Native Sparse Attention, on CUDA.
+
+    p_i  = Σ_{h in group} exp(scale · ⟨q_h, k^cmp_i⟩ − lse_h)                                    (Eqs. 8 and 10)
+    P_j  = Σ_i W_ij p_i,  W_ij = |[i·d, i·d + l) ∩ [j·l', (j + 1)·l')| / d                             (Eq. 9)
+    I_t  = the n first of {j ≤ ⌊t / l'⌋}: forced ones, then larger P_j, then smaller j                (Eq. 11)
+
+With r = l' / d and m = l / d ≤ r, compressed token i = a·r + u counts min(m, r − u) times in block a and the rest
+of m times in block a + 1: two weighted sums over u and a shift by one block, no matrix product. Importance lives
+for a chunk of queries at a time. The n-th largest score is found by bisection over the bits of its
+order-preserving integer, so nothing is sorted and ties go to the lower index. No atomics: two runs agree bit
+for bit. The literal twin is `anchors.nsa.reference`.
+
+Source: Yuan et al., "Native Sparse Attention" (ACL 2025), sections 3.3 and 3.4.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anchors.errors import AnchorsError
+from anchors.nsa.geometry import Geometry
+from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
+from anchors.nsa.kernels.tiles import LOG2E, dense, load_rows, precision, query_rows
+
+__all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
+
+LOWEST = tl.constexpr(-(2**31))
+Tuning = Mapping[str, Mapping[str, Any]]
+TUNING: Tuning = {
+    # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product.
+    "score": {"rows": 64, "keys": 64, "flip": False, "num_warps": 4, "num_stages": 3},
+    "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
+    # Scores that a program (one row at least) and a warp hold in registers.
+    "topn": {"scores": 1024, "per_warp": 1024},
+}
+"""Sizes by kernel; those of `tuning[kernel]` go over them."""
+
+
+@triton.jit
+@no_type_check
+def _products(
+    q_main, q_tail, k, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    FLIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k_main = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
+    if FLIP:
+        scores = tl.dot(k_main, tl.trans(q_main), input_precision=PRECISION)
+    else:
+        scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
+    if TAIL > 0:
+        k_tail = load_rows(k + WIDTH, places, DIM - WIDTH, TAIL, PRECISION)
+        if FLIP:
+            scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
+        else:
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+@no_type_check
+def _shares(
+    q_main, q_tail, mass, seen, kc, k_stride, block, compressed, scale, PER: tl.constexpr, REACH: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the compressed tokens that start in each block give to it, and to the block behind it."""
+    row = tl.arange(0, BLOCKS * SLOTS)
+    slot = row % SLOTS
+    tokens = (block + row // SLOTS) * PER + slot
+    places = tl.minimum(tokens, compressed - 1).to(tl.int64) * k_stride
+    scores = _products(q_main, q_tail, kc, places, DIM, WIDTH, TAIL, FLIP, PRECISION)
+    if FLIP:
+        heads = tl.exp2(scores * scale - mass[None, :])
+        pattern = tl.trans(tl.sum(tl.reshape(heads, [BLOCKS * SLOTS, TILE, GROUP]), 2))
+    else:
+        heads = tl.exp2(scores * scale - mass[:, None])
+        pattern = tl.sum(tl.reshape(heads, [TILE, GROUP, BLOCKS * SLOTS]), 1)
+    if MASKED or SLOTS != PER:
+        pattern = tl.where((tokens[None, :] < seen[:, None]) & (slot < PER)[None, :], pattern, 0.0)
+    pattern = tl.reshape(pattern, [TILE, BLOCKS, SLOTS])
+    here = tl.minimum(REACH, PER - tl.arange(0, SLOTS)).to(tl.float32)[None, None, :]
+    return tl.sum(pattern * here, 2), tl.sum(pattern * (REACH - here), 2)
+
+
+@triton.jit
+@no_type_check
+def _score(
+    q, kc, lse, scores, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
+    l, d, lp, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The last queries see most and start first.
+    start = tl.num_programs(0) - 1 - tl.program_id(0)
+    group, example = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    _, query, head, real = query_rows(start, rows, heads, group, TILE, GROUP)
+    places = (first + query).to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q += example * q_strides[0]
+    q_main = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
+    q_tail = q_main
+    if TAIL > 0:
+        q_tail = load_rows(q + WIDTH, places, DIM - WIDTH, TAIL, PRECISION)
+    lse += example * lse_strides[0]
+    mass = tl.load(lse + (first + query).to(tl.int64) * lse_strides[1] + head * lse_strides[2])
+    mass = tl.where(real & (mass != float("-inf")), mass * LOG2E, float("inf"))
+    kc += example * k_strides[0] + group * k_strides[2]
+    query = start * TILE + tl.arange(0, TILE)
+    earliest = past + first + start * TILE
+    latest = past + first + tl.minimum(start * TILE + TILE, rows) - 1
+    seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
+    full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
+    stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
+    scores += ((example * rows + query) * tl.num_programs(1) + group) * columns
+    order = tl.arange(0, BLOCKS)
+    turn = tl.zeros([TILE, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
+    before = tl.zeros([TILE, BLOCKS], tl.float32)
+    for tile in range(full):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=(query < rows)[:, None])
+    for tile in range(full, stop):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        block = tile * BLOCKS + order
+        inside = (query < rows)[:, None] & (block < columns)[None, :]
+        tl.store(scores[:, None] + block[None, :], here, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _topn(
+    scores, idx, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
+    past, columns, lp, n_init, n_local, N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group, query = line % groups, first + line // groups % rows
+    example = (line // groups // rows).to(tl.int64)
+    j = tl.arange(0, WIDTH)
+    own = (past + query) // lp
+    candidate = (line < lines)[:, None] & (j < columns)[None, :] & (j[None, :] <= own[:, None])
+    forced = (j < n_init)[None, :] | (j[None, :] > own[:, None] - n_local)
+    if force is not None:
+        place = example * force_strides[0] + query * force_strides[1] + group * force_strides[2]
+        asked = tl.load(force + place[:, None] + j[None, :] * force_strides[3], mask=candidate, other=0)
+        forced = forced | (asked != 0)
+    if ban is not None:
+        place = example * ban_strides[0] + query * ban_strides[1] + group * ban_strides[2]
+        asked = tl.load(ban + place[:, None] + j[None, :] * ban_strides[3], mask=candidate, other=0)
+        candidate = candidate & (asked == 0)
+    forced = forced & candidate
+    # Where the forced ones fill all n places, the choice is among them; else among the others, for what is left.
+    given = tl.sum(forced.to(tl.int32), 1)
+    few = given < N
+    need = tl.where(few, N - given, N)
+    pool = candidate & (forced != few[:, None])
+    key = pool.to(tl.int32)
+    if scores is not None:
+        score = tl.load(scores + line.to(tl.int64)[:, None] * columns + j[None, :], mask=pool, other=0.0)
+        if bias is not None:
+            place = example * bias_strides[0] + query * bias_strides[1] + group * bias_strides[2]
+            score += tl.load(bias + place[:, None] + j[None, :] * bias_strides[3], mask=pool, other=0.0)
+        score = tl.where(score == 0.0, 0.0, score)
+        key = score.to(tl.int32, bitcast=True)
+        key = key ^ ((key >> 31) & 0x7FFFFFFF)
+        key = tl.where(score == score, key, LOWEST + 1)
+    key = tl.where(pool, key, LOWEST)
+    # The largest threshold that `need` keys reach, bit by bit; a row is done once exactly `need` reach it.
+    threshold = tl.full([ROWS], LOWEST, tl.int32)
+    reach = tl.sum(pool.to(tl.int32), 1)
+    held = tl.sum((key >= 0).to(tl.int32), 1)
+    threshold = tl.where((held >= need) & (reach > need), 0, threshold)
+    reach = tl.where((held >= need) & (reach > need), held, reach)
+    step = tl.max(tl.where(reach > need, 1 << 30, 0), 0)
+    while step > 0:
+        trial = threshold + step
+        held = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
+        better = (held >= need) & (reach > need)
+        threshold = tl.where(better, trial, threshold)
+        reach = tl.where(better, held, reach)
+        step = tl.max(tl.where(reach > need, step // 2, 0), 0)
+    above = key > threshold[:, None]
+    level = (key == threshold[:, None]) & pool
+    spare = need - tl.sum(above.to(tl.int32), 1)
+    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= spare[:, None]))
+    chosen = chosen | (forced & few[:, None])
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    idx += ((example * queries + query) * groups + group) * N
+    tl.store(idx[:, None] + place, tl.zeros([ROWS, WIDTH], tl.int32) + j[None, :], mask=chosen)
+    places = tl.arange(0, PLACES)[None, :]
+    empty = (places >= tl.sum(chosen.to(tl.int32), 1)[:, None]) & (places < N) & (line < lines)[:, None]
+    tl.store(idx[:, None] + places, tl.full([ROWS, PLACES], -1, tl.int32), mask=empty)
+
+
+def block_importance(
+    q: Float[Tensor, "batch query heads dim"],
+    kc: Float[Tensor, "batch compressed groups dim"],
+    lse: Float[Tensor, "batch query heads"],
+    *,
+    l: int,
+    d: int,
+    lp: int,
+    tokens: int,
+    scale: float,
+    past: int = 0,
+    tuning: Tuning | None = None,
+) -> Float[Tensor, "batch query groups blocks"]:
+    """P of every query, group and block, whole: `select_blocks` never keeps it.
+
+    Args:
+        lse: natural log Σ exp of the scaled scores of the compressed branch; −∞ where a query sees nothing.
+    """
+    geometry = Geometry(l, d, lp, n=1, n_init=0, n_local=0)
+    batch, queries, _, _ = q.shape
+    scores = torch.zeros(
+        batch, queries, kc.shape[2], geometry.blocks(tokens), dtype=torch.float32, device=q.device
+    )
+    _launch_score(q, kc, lse, scores, 0, geometry, scale, past, tuning)
+    return scores
+
+
+def select(
+    importance: Float[Tensor, "batch query groups blocks"],
+    *,
+    geometry: Geometry,
+    tokens: int,
+    past: int = 0,
+    force: Tensor | None = None,
+    ban: Tensor | None = None,
+    bias: Tensor | None = None,
+    tuning: Tuning | None = None,
+) -> Int[Tensor, "batch query groups n"]:
+    """I_t: the top-n blocks of each query and group (Eq. 11), ascending, −1 at the end where there are fewer.
+
+    Args:
+        importance: P; not-a-number counts as the lowest score of all.
+        force, ban: blocks always or never to choose; `ban` wins.
+        bias: added to the importance. All three broadcast to [batch, query, groups, blocks].
+    """
+    if importance.shape[-1] != geometry.blocks(tokens):
+        raise AnchorsError(
+            f"The importance has {importance.shape[-1]} blocks, but {tokens} tokens begin {geometry.blocks(tokens)}.",
+            "Compute it with the same geometry and tokens.",
+        )
+    wishes = _wishes(importance.shape, force, ban, bias)
+    idx = _empty_choice(importance, importance.shape[1], importance.shape[2], geometry.n)
+    scores = importance.float().contiguous()
+    _launch_topn(scores, idx, wishes, 0, importance.shape[1], importance.shape[-1], geometry, past, tuning)
+    return idx
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Float[Tensor, "batch query heads dim"],
+    kc: Float[Tensor, "batch compressed groups dim"],
+    lse: Float[Tensor, "batch query heads"],
+    *,
+    geometry: Geometry,
+    tokens: int,
+    scale: float,
+    past: int = 0,
+    force: Tensor | None = None,
+    ban: Tensor | None = None,
+    bias: Tensor | None = None,
+    chunk_bytes: int = 256 << 20,
+    tuning: Tuning | None = None,
+) -> Int[Tensor, "batch query groups n"]:
+    """I_t from the queries and the compressed keys (Eqs. 8 to 11); no gradient flows through the choice.
+
+    Args:
+        lse: natural log Σ exp of the scaled scores of the compressed branch; −∞ where a query sees nothing.
+        tokens, past: keys there are, and how many of them come before the first query.
+        force, ban, bias: as in `select`.
+        chunk_bytes: importance that exists at a time.
+        tuning: overrides of `TUNING`.
+    """
+    batch, queries, _, _ = q.shape
+    groups, blocks = kc.shape[2], geometry.blocks(tokens)
+    wishes = _wishes((batch, queries, groups, blocks), force, ban, bias)
+    idx = _empty_choice(q, queries, groups, geometry.n)
+    # Queries that see n blocks or fewer choose them all.
+    early = min(queries, max(0, geometry.n * geometry.lp - past))
+    if early:
+        columns = min(blocks, geometry.n)
+        _launch_topn(None, idx, wishes, 0, early, columns, geometry, past, tuning)
+    buffer = None
+    for start, stop, columns in _chunks(early, queries, batch * groups, past, geometry.lp, chunk_bytes):
+        size = batch * (stop - start) * groups * columns
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.float32, device=q.device)
+        scores = buffer[:size].view(batch, stop - start, groups, columns)
+        _launch_score(q, kc, lse, scores, start, geometry, scale, past, tuning)
+        _launch_topn(scores, idx, wishes, start, stop, columns, geometry, past, tuning)
+    return idx
+
+
+def _launch_score(
+    q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, first: int, geometry: Geometry,
+    scale: float, past: int, tuning: Tuning | None,
+) -> None:  # fmt: skip
+    """Fills scores [batch, rows, groups, columns] for the query rows from `first` on."""
+    batch, rows, groups, columns = scores.shape
+    if not kc.shape[1]:
+        scores.zero_()
+        return
+    q, kc = dense(q), dense(kc)
+    heads, dim = q.shape[2] // groups, q.shape[3]
+    table = _table("score.float32" if q.dtype == torch.float32 else "score", tuning)
+    group = triton.next_power_of_2(heads)
+    tile = max(1, table.pop("rows") // group)
+    per = geometry.lp // geometry.d
+    slots = triton.next_power_of_2(per)
+    width, tail = _widths(dim)
+    with torch.cuda.device_of(q):
+        _score[triton.cdiv(rows, tile), groups, batch](
+            q, kc, lse, scores, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
+            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp,
+            PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
+            BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
+            PRECISION=precision(q.dtype), **table,
+        )  # fmt: skip
+
+
+def _launch_topn(
+    scores: Tensor | None, idx: Tensor, wishes: tuple[Tensor | None, ...], start: int, stop: int, columns: int,
+    geometry: Geometry, past: int, tuning: Tuning | None,
+) -> None:  # fmt: skip
+    batch, queries, groups, n = idx.shape
+    lines = batch * (stop - start) * groups
+    table = _table("topn", tuning)
+    width = triton.next_power_of_2(columns)
+    rows = max(1, table.pop("scores") // width)
+    warps = min(16, max(1, rows * width // table.pop("per_warp")))
+    strides = (wish.stride() if wish is not None else (0, 0, 0, 0) for wish in wishes)
+    with torch.cuda.device_of(idx):
+        _topn[(triton.cdiv(lines, rows),)](
+            scores, idx, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
+            geometry.lp, geometry.n_init, geometry.n_local,
+            N=n, PLACES=triton.next_power_of_2(n), ROWS=rows, WIDTH=width, num_warps=warps, **table,
+        )  # fmt: skip
+
+
+def _chunks(
+    start: int, queries: int, lines: int, past: int, lp: int, chunk_bytes: int
+) -> Iterator[tuple[int, int, int]]:
+    """Ranges of queries, each with the blocks that its last query sees, in a multiple of 16."""
+    while start < queries:
+        rows = queries - start
+        while rows > 1 and 4 * lines * rows * _seen(start + rows + past, lp) > chunk_bytes:
+            rows = max(1, min(rows - 1, chunk_bytes // (4 * lines * _seen(start + rows + past, lp))))
+        yield start, start + rows, _seen(start + rows + past, lp)
+        start += rows
+
+
+def _seen(tokens: int, lp: int) -> int:
+    return triton.cdiv(triton.cdiv(tokens, lp), 16) * 16
+
+
+def _wishes(shape: tuple[int, ...], *wishes: Tensor | None) -> tuple[Tensor | None, ...]:
+    """force, ban and bias as the kernel reads them, spread over a shape by strides of 0."""
+    *flags, bias = wishes
+    spread = [flag.bool().view(torch.uint8).expand(shape) if flag is not None else None for flag in flags]
+    return *spread, bias.float().expand(shape) if bias is not None else None
+
+
+def _empty_choice(like: Tensor, queries: int, groups: int, n: int) -> Tensor:
+    return torch.empty(like.shape[0], queries, groups, n, dtype=torch.int32, device=like.device)
+
+
+def _widths(dim: int) -> tuple[int, int]:
+    """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
+    whole = max(16, triton.next_power_of_2(dim))
+    half = whole // 2
+    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
+    return (half, tail) if half + tail < whole else (whole, 0)
+
+
+def _table(kernel: str, tuning: Tuning | None) -> dict[str, Any]:
+    return {**TUNING[kernel], **(tuning or {}).get(kernel, {})}
