@@ -29,11 +29,13 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the proc
 TINY = [
     pytest.param(shape, dtype, id="-".join(map(str, (*shape, str(dtype).removeprefix("torch.")))))
     for shape, dtype in [
-        # batch, heads, kv_heads, length, dim, dim_v
+        # batch, heads, kv_heads, length, dim, dim_v, and the window of keys
         ((2, 4, 2, 70, 16, 16), torch.float32),
         ((1, 3, 3, 130, 24, 24), torch.float32),
         ((2, 2, 1, 33, 64, 40), torch.float32),
         ((2, 2, 1, 70, 16, 16), torch.float16),
+        ((1, 2, 1, 140, 16, 16, 37), torch.float32),
+        ((1, 2, 1, 40, 256, 136), torch.float32),
     ]
 ]
 LARGE = [
@@ -42,6 +44,9 @@ LARGE = [
         (3, 25, 25, 256, 64, 64),
         (2, 8, 2, 333, 128, 128),
         (2, 6, 3, 200, 24, 24),
+        (2, 4, 2, 900, 64, 64, 130),
+        (1, 8, 4, 700, 256, 256),
+        (1, 4, 4, 300, 256, 256, 64),
     ]
     for dtype, mode in [
         (torch.float32, "ieee"),
@@ -60,7 +65,7 @@ ALLOWED = {
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, device: str):
     """A call in the layouts that models have, the slope of its output with dead rows, and ragged wanted rows."""
-    batch, heads, kv_heads, length, dim, dim_v = shape
+    batch, heads, kv_heads, length, dim, dim_v, *window = shape
     generator = torch.Generator().manual_seed(length + dim)
 
     def draw(*size: int) -> torch.Tensor:
@@ -72,7 +77,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, device: str):
     dz[0, :, length // 2 - 3 :] = 0
     dz[-1, :, 5:7] = 0
     wanted = torch.tensor([[0, 5, length // 3, length - 1], [-1, length - 2, 1, -1], [-1, -1, -1, -1]])
-    return AttentionCall(3, q, k, v, dim**-0.5), dz, wanted[:batch].to(device)
+    mask = band(length, *window).to(device) if window else None
+    return AttentionCall(3, q, k, v, dim**-0.5, mask), dz, wanted[:batch].to(device)
+
+
+def band(length: int, window: int) -> torch.Tensor:
+    """The mask that transformers hands to a layer with a sliding window."""
+    ones = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return ones.tril() & ones.triu(1 - window)
 
 
 def run(
@@ -81,7 +93,7 @@ def run(
     """Everything that differentiating a tapped call yields, through `streaming`, in some arithmetic."""
     tap = FlowTap(frozenset([3]), wanted, frozenset([3]))
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-    z = streaming.streaming(AttentionCall(3, q, k, v, call.scale), [tap])
+    z = streaming.streaming(AttentionCall(3, q, k, v, call.scale, call.mask), [tap])
     z.backward(dz.to(dtype))
     off, largest = tap.error[3]
     named = {
@@ -136,8 +148,9 @@ def test_against_the_tile_loop(shape, dtype, monkeypatch):
 )
 def test_interpreted():
     """Runs the tests above in Triton's interpreter."""
+    chosen = "tile_loop or declined or recognised or interpreted"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "tile_loop or declined or interpreted", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-k", chosen, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
@@ -145,7 +158,7 @@ def test_interpreted():
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(TINY) + 2} passed" in run.stdout
+    assert f"{len(TINY) + 3} passed" in run.stdout
 
 
 @needs_triton
@@ -167,6 +180,29 @@ def test_declined():
         AttentionCall(0, q.double(), k.double(), k.double(), 1.0),
     ]:
         assert not kernels.supports(call)
+
+
+@needs_triton
+def test_bands_are_recognised():
+    from anchors.attention import kernels
+
+    q = torch.zeros(2, 2, 8, 16)
+    window = lambda mask: kernels.window_of(AttentionCall(0, q, q, q, 1.0, mask=mask))  # noqa: E731
+    assert window(None) == window(band(8, 8)) == window(band(8, 20)) == 8
+    for width in (1, 3, 7):
+        mask = band(8, width)
+        assert window(mask) == window(mask.expand(2, 2, 8, 8)) == width
+        with torch.inference_mode():
+            assert window(mask.clone()) == width
+        assert kernels.supports(AttentionCall(0, q, q, q, 1.0, mask=mask))
+        # The same tensor after a write is looked at again.
+        mask[0, 0, 5, 5] = False
+        assert window(mask) is None
+    packed = band(8, 8).expand(2, 1, 8, 8).clone()
+    packed[1, 0, 4:, :4] = False
+    assert window(packed) is None
+    assert window(torch.zeros(1, 1, 8, 8, dtype=torch.bool)) is None
+    assert window(band(8, 3).float()) is None
 
 
 @needs_triton

@@ -1,15 +1,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""Triton kernels for causal attention and for its saliency, on CUDA.
+"""Triton kernels for causal attention, with or without a sliding window, and for its gradients, on CUDA.
 
 The tile loop of `streaming` writes every tile of scores, patterns and products to memory and reads it back;
 here a tile lives and dies inside one program. With P = exp(scale · q kᵀ − lse) and dP = dz vᵀ,
 
-    I  = |Σ_h P ⊙ dP|                  (`saliency`: one program per tile, all query heads inside)
     dq = scale · (P ⊙ (dP − inner)) k, dv = Pᵀ dz, dk = scale · (P ⊙ (dP − inner))ᵀ q,  inner = ⟨z, dz⟩.
 
 No sum is left to chance: no atomics, so two runs agree bit for bit. Float32 operands are multiplied in TF32
 where torch's own products are, else as three TF32 products of their halves, which is float32-accurate. The
-literal twin is the tile loop.
+literal twin is the tile loop. What the taps read, |Σ_h P ⊙ dP|, is formed in `saliency_kernel`.
 
 `no_type_check` keeps run-time checkers of shapes off what Triton compiles: they wrap functions.
 """
@@ -19,14 +18,36 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anchors.attention.call import AttentionCall
 from anchors.attention.taps import Slopes
 
 LOG2E = tl.constexpr(1.4426950408889634)
-HEAD_DIM = 128
+HEAD_DIM = 256
 """The widest head whose sums of gradients fit the registers."""
+H100_MEMORY = 232_448
+
+
+@triton.jit
+@no_type_check
+def _seen(rows, columns, window, WINDOWED: tl.constexpr):
+    if WINDOWED:
+        return (columns <= rows) & (columns > rows - window)
+    else:
+        return columns <= rows
+
+
+@triton.jit
+@no_type_check
+def _oldest(block, window, BLOCK: tl.constexpr, WINDOWED: tl.constexpr):
+    """Where the first tile of keys that a block of rows sees begins."""
+    if WINDOWED:
+        return tl.maximum(block * BLOCK - window + 1, 0) // BLOCK * BLOCK
+    else:
+        return 0
 
 
 @triton.jit
@@ -40,7 +61,7 @@ def _nearest(tile, PRECISION: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _rows(pointer, stride, rows, length, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def load_rows(pointer, stride, rows, length, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     inside = (rows < length)[:, None] & (columns < DIM)[None, :]
     tile = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -70,9 +91,9 @@ def _times(left, right, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def _forward(
-    q, k, v, z, lse, q_strides, k_strides, v_strides, z_strides, length, scale, heads, groups,
+    q, k, v, z, lse, q_strides, k_strides, v_strides, z_strides, length, window, scale, heads, groups,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -80,16 +101,16 @@ def _forward(
     k += example * k_strides[0] + head // groups * k_strides[1]
     v += example * v_strides[0] + head // groups * v_strides[1]
     z += example * z_strides[0] + head * z_strides[1]
-    q_tile = _rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+    q_tile = load_rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
     top = tl.full([BLOCK], -1e30, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK, WIDTH_V], tl.float32)
-    for start in range(0, (block + 1) * BLOCK, BLOCK):
+    for start in range(_oldest(block, window, BLOCK, WINDOWED), (block + 1) * BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
-        v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
+        k_tile = load_rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+        v_tile = load_rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where(columns[None, :] <= rows[:, None], scores, -1e30)
+        scores = tl.where(_seen(rows[:, None], columns[None, :], window, WINDOWED), scores, -1e30)
         higher = tl.maximum(top, tl.max(scores, 1))
         pattern = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -112,9 +133,9 @@ def _inner(
     largest = 0.0
     for head in range(heads):
         z_head = z + example * z_strides[0] + head * z_strides[1]
-        z_tile = _rows(z_head, z_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
+        z_tile = load_rows(z_head, z_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
         dz_head = dz + example * dz_strides[0] + head * dz_strides[1]
-        dz_tile = _rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
+        dz_tile = load_rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, "ieee").to(tl.float32)
         sums = tl.sum(z_tile * dz_tile, 1)
         tl.store(inner + (example * heads + head) * length + rows, sums, mask=rows < length)
         # Not `max`, which may pass over a NaN: a slope that is not a number is no dead row.
@@ -124,61 +145,11 @@ def _inner(
 
 @triton.jit
 @no_type_check
-def _saliency(
-    q, k, v, dz, lse, live, wanted, picked, total, sums, full,
-    q_strides, k_strides, v_strides, dz_strides, length, scale, heads, groups, count,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    row, column, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks = tl.num_programs(0)
-    rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-    seen = columns[None, :] <= rows[:, None]
-    q += example * q_strides[0]
-    k += example * k_strides[0]
-    v += example * v_strides[0]
-    dz += example * dz_strides[0]
-    lse += example * heads * length
-    sums += (example * blocks + column) * heads * length
-    if column > row or tl.load(live + example * blocks + row) == 0:
-        heads = 0
-    flow = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for head in range(heads):
-        q_tile = _rows(q + head * q_strides[1], q_strides[2], rows, length, DIM, WIDTH, PRECISION)
-        k_tile = _rows(
-            k + head // groups * k_strides[1], k_strides[2], columns, length, DIM, WIDTH, PRECISION
-        )
-        v_tile = _rows(
-            v + head // groups * v_strides[1], v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION
-        )
-        dz_tile = _rows(dz + head * dz_strides[1], dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
-        mass = tl.load(lse + head * length + rows, mask=rows < length, other=float("inf"))
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        pattern = tl.where(seen, tl.exp2(scores - mass[:, None]), 0.0)
-        product = pattern * tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
-        flow += product
-        tl.store(sums + head * length + rows, tl.sum(product, 1), mask=rows < length)
-    flow = tl.where(columns[None, :] < rows[:, None], tl.abs(flow), 0.0)
-    tl.store(total + (example * blocks + row) * blocks + column, tl.sum(flow))
-    if heads > 0:
-        for index in range(count):
-            place = tl.load(wanted + example * count + index)
-            if place >= row * BLOCK and place < (row + 1) * BLOCK:
-                one = tl.sum(tl.where(rows[:, None] == place, flow, 0.0), 0)
-                tl.store(picked + (example * count + index) * length + columns, one, mask=columns < length)
-        if FULL:
-            inside = (rows < length)[:, None] & (columns < length)[None, :]
-            full += example * length * length
-            tl.store(full + rows[:, None] * length + columns[None, :], flow, mask=inside)
-
-
-@triton.jit
-@no_type_check
 def _dq(
     q, k, v, dz, dq, lse, inner, live, q_strides, k_strides, v_strides, dz_strides, dq_strides,
-    length, scale, heads, groups,
+    length, window, scale, heads, groups,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -188,18 +159,19 @@ def _dq(
     dz += example * dz_strides[0] + head * dz_strides[1]
     dq += example * dq_strides[0] + head * dq_strides[1]
     line = (example * heads + head) * length + rows
-    q_tile = _rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
-    dz_tile = _rows(dz, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
+    q_tile = load_rows(q, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+    dz_tile = load_rows(dz, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
     mass = tl.load(lse + line, mask=rows < length, other=float("inf"))
     mean = tl.load(inner + line, mask=rows < length, other=0.0)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     stop = tl.load(live + example * tl.num_programs(0) + block) * (block + 1) * BLOCK
-    for start in range(0, stop, BLOCK):
+    for start in range(_oldest(block, window, BLOCK, WINDOWED), stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
-        v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
+        k_tile = load_rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+        v_tile = load_rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        pattern = tl.where(columns[None, :] <= rows[:, None], tl.exp2(scores - mass[:, None]), 0.0)
+        seen = _seen(rows[:, None], columns[None, :], window, WINDOWED)
+        pattern = tl.where(seen, tl.exp2(scores - mass[:, None]), 0.0)
         slope = pattern * (tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None])
         total += _times(slope, k_tile, PRECISION)
     _save(dq, dq_strides[2], rows, length, total * scale, DIM, WIDTH)
@@ -209,17 +181,17 @@ def _dq(
 @no_type_check
 def _dkv(
     q, k, v, dz, dk, dv, lse, inner, live,
-    q_strides, k_strides, v_strides, dz_strides, dk_strides, dv_strides, length, scale, heads, groups,
+    q_strides, k_strides, v_strides, dz_strides, dk_strides, dv_strides, length, window, scale, heads, groups,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks = tl.num_programs(0)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     k += example * k_strides[0] + kv_head * k_strides[1]
-    k_tile = _rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
+    k_tile = load_rows(k, k_strides[2], columns, length, DIM, WIDTH, PRECISION)
     v += example * v_strides[0] + kv_head * v_strides[1]
-    v_tile = _rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
+    v_tile = load_rows(v, v_strides[2], columns, length, DIM_V, WIDTH_V, PRECISION)
     dk_total = tl.zeros([BLOCK, WIDTH], tl.float32)
     dv_total = tl.zeros([BLOCK, WIDTH_V], tl.float32)
     # Padding is on the right and the last layer has one live row: a range holds what is live well enough.
@@ -227,18 +199,21 @@ def _dkv(
     alive = tl.load(live + example * blocks + order, mask=order < blocks, other=0) > 0
     first = tl.maximum(tl.min(tl.where(alive, order, BLOCKS)), block)
     last = tl.max(tl.where(alive, order + 1, 0))
+    if WINDOWED:
+        last = tl.minimum(last, ((block + 1) * BLOCK + window - 2) // BLOCK + 1)
     for head in range(kv_head * groups, (kv_head + 1) * groups):
         q_head = q + example * q_strides[0] + head * q_strides[1]
         dz_head = dz + example * dz_strides[0] + head * dz_strides[1]
         line = (example * heads + head) * length
         for start in range(first * BLOCK, last * BLOCK, BLOCK):
             rows = start + tl.arange(0, BLOCK)
-            q_tile = _rows(q_head, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
-            dz_tile = _rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
+            q_tile = load_rows(q_head, q_strides[2], rows, length, DIM, WIDTH, PRECISION)
+            dz_tile = load_rows(dz_head, dz_strides[2], rows, length, DIM_V, WIDTH_V, PRECISION)
             mass = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
             mean = tl.load(inner + line + rows, mask=rows < length, other=0.0)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
-            pattern = tl.where(columns[:, None] <= rows[None, :], tl.exp2(scores - mass[None, :]), 0.0)
+            seen = _seen(rows[None, :], columns[:, None], window, WINDOWED)
+            pattern = tl.where(seen, tl.exp2(scores - mass[None, :]), 0.0)
             dv_total += _times(pattern, dz_tile, PRECISION)
             slope = pattern * (tl.dot(v_tile, tl.trans(dz_tile), input_precision=PRECISION) - mean[None, :])
             dk_total += _times(slope, q_tile, PRECISION)
@@ -249,47 +224,66 @@ def _dkv(
 
 
 def supports(call: AttentionCall) -> bool:
-    """Whether these kernels compute exactly this call."""
+    """Whether these kernels compute exactly this call. The first look at a boolean mask waits for the GPU."""
     q, k, v = call.q, call.k, call.v
     return (
         call.fusable
-        and call.mask is None
         and call.causal
         and q.shape[2] == k.shape[2]
         and max(q.shape[-1], v.shape[-1]) <= HEAD_DIM
         and q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and _fits(call)
+        and _shape(call)["BLOCK"] > 0
+        and window_of(call) is not None
     )
 
 
-def _fits(call: AttentionCall) -> bool:
-    """Whether the tiles that a kernel holds at once (as compiled for an H100) fit the GPU's shared memory."""
-    if not call.q.is_cuda:
-        return True
-    shape, held = _shape(call), 7 if call.q.dtype == torch.float16 else 6
-    tile = shape["BLOCK"] * max(shape["WIDTH"], shape["WIDTH_V"]) * call.q.dtype.itemsize
-    return held * tile <= torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin
+def window_of(call: AttentionCall) -> int | None:
+    """The w for which a row sees its last w keys, itself included; None where its mask is no such band."""
+    length, mask = call.k.shape[2], call.mask
+    if mask is None:
+        return length
+    if mask.dtype != torch.bool or mask.shape[-2] != length or mask.shape[-1] < length:
+        return None
+    # The layers of a model share one mask, and each asks a few times; the version tells of writes to it.
+    if mask.is_inference():
+        return _band(mask[..., :length])
+    known = _BANDS.get(mask)
+    if known is None or known[:2] != (mask._version, length):
+        known = _BANDS[mask] = (mask._version, length, _band(mask[..., :length]))
+    return known[2]
+
+
+_BANDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _band(mask: Bool[Tensor, "batch heads query key"]) -> int | None:
+    place = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    window = mask[0, 0, -1].sum(dtype=torch.int32)
+    band = (place <= place[:, None]) & (place > place[:, None] - window)
+    found = int(torch.where((mask == band).all(), window, 0))
+    return found or None
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """z, laid out so that joining the heads copies nothing, and log₂ Σ_j exp(scores_ij)."""
-    q, k, v = map(_dense, (call.q, call.k, call.v))
+    q, k, v = map(dense, (call.q, call.k, call.v))
     batch, heads, length, _ = q.shape
+    window = window_of(call) or length
     z = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     shape = _shape(call)
     with torch.cuda.device_of(q):
         _forward[triton.cdiv(length, shape["BLOCK"]), heads, batch](
-            q, k, v, z, lse, *map(_strides, (q, k, v, z)), length, call.scale, heads, call.groups,
-            **shape, **_tuning("forward", call), PRECISION=_precision(call),
+            q, k, v, z, lse, *map(_strides, (q, k, v, z)), length, window, call.scale, heads, call.groups,
+            **shape, **_tuning("forward", call), WINDOWED=window < length, PRECISION=precision_of(q.dtype),
         )  # fmt: skip
     return z, lse
 
 
 def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
-    """Reads z and dz once, for `saliency` and `gradients`."""
-    dz = _dense(dz)
+    """Reads z and dz once, for the saliency and for `gradients`."""
+    dz = dense(dz)
     batch, heads, length, _ = z.shape
     shape = _shape(call)
     blocks = triton.cdiv(length, shape["BLOCK"])
@@ -300,38 +294,12 @@ def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
             z, dz, inner, live, _strides(z), _strides(dz), length, heads,
             DIM_V=shape["DIM_V"], WIDTH_V=shape["WIDTH_V"], BLOCK=shape["BLOCK"],
         )  # fmt: skip
-    return Slopes(dz, lse, inner, live, _precision(call))
-
-
-def saliency(
-    call: AttentionCall, slopes: Slopes, wanted: Tensor, full: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of I = |Σ_h P ⊙ dP| below the diagonal, its total, and Σ_j P ⊙ dP by head and row.
-
-    Args:
-        wanted: [batch, rows] query positions, -1 for none.
-        full: [batch, query, key], zeros, filled with I where given.
-    """
-    q, k, v = map(_dense, (call.q, call.k, call.v))
-    batch, heads, length, _ = q.shape
-    shape = _shape(call)
-    blocks = triton.cdiv(length, shape["BLOCK"])
-    wanted = wanted.to(q.device).contiguous()
-    picked = slopes.inner.new_zeros(*wanted.shape, length)
-    total = slopes.inner.new_empty(batch, blocks * blocks)
-    sums = slopes.inner.new_zeros(batch, blocks, heads, length)
-    with torch.cuda.device_of(q):
-        _saliency[blocks, blocks, batch](
-            q, k, v, slopes.dz, slopes.lse, slopes.live, wanted, picked, total, sums, full,
-            *map(_strides, (q, k, v, slopes.dz)), length, call.scale, heads, call.groups, wanted.shape[1],
-            **shape, **_tuning("saliency", call), PRECISION=slopes.precision, FULL=full is not None,
-        )  # fmt: skip
-    return picked, total.sum(1), sums.sum(1)
+    return Slopes(dz, lse, inner, live, shape["BLOCK"], window_of(call) or length, precision_of(z.dtype))
 
 
 def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
-    q, k, v = map(_dense, (call.q, call.k, call.v))
+    q, k, v = map(dense, (call.q, call.k, call.v))
     batch, heads, length, _ = q.shape
     dq, dk, dv = (
         torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v)
@@ -343,13 +311,13 @@ def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tens
     with torch.cuda.device_of(q):
         _dq[blocks, heads, batch](
             q, k, v, slopes.dz, dq, slopes.lse, slopes.inner, slopes.live, *common, _strides(dq),
-            length, call.scale, heads, call.groups,
-            **shape, **_tuning("dq", call), PRECISION=slopes.precision,
+            length, slopes.window, call.scale, heads, call.groups,
+            **shape, **_tuning("dq", call), WINDOWED=slopes.window < length, PRECISION=slopes.precision,
         )  # fmt: skip
         _dkv[blocks, k.shape[1], batch](
             q, k, v, slopes.dz, dk, dv, slopes.lse, slopes.inner, slopes.live,
-            *common, _strides(dk), _strides(dv), length, call.scale, heads, call.groups,
-            **shape, **_tuning("dkv", call), PRECISION=slopes.precision,
+            *common, _strides(dk), _strides(dv), length, slopes.window, call.scale, heads, call.groups,
+            **shape, **_tuning("dkv", call), WINDOWED=slopes.window < length, PRECISION=slopes.precision,
             BLOCKS=triton.next_power_of_2(blocks),
         )  # fmt: skip
     return dq, dk, dv
@@ -359,22 +327,46 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
+    """With neighbours in the last dimension, which the kernels take for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def width_of(dim: int) -> int:
+    """Columns of the tile that holds rows of so many numbers."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program's tiles may take; where nothing is compiled, those of an H100."""
+    if device.type != "cuda":
+        return H100_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _shape(call: AttentionCall) -> dict[str, int]:
     dim, dim_v = call.q.shape[-1], call.v.shape[-1]
-    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
-    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v, "BLOCK": 64}
+    width, width_v = width_of(dim), width_of(dim_v)
+    block = _block(max(width, width_v), call.q.dtype, shared_memory(call.q.device))
+    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v, "BLOCK": block}
+
+
+def _block(width: int, dtype: torch.dtype, memory: int) -> int:
+    """Rows of a tile: the most of which as many as a kernel holds at once (as compiled for an H100) fit; 0 for none."""
+    held = 7 if dtype == torch.float16 else 6
+    # Wider tiles of float32 and their halves overflow the registers by far.
+    blocks = (16,) if width > 128 and dtype.itemsize == 4 else (64, 32)
+    return next((rows for rows in blocks if held * rows * width * dtype.itemsize <= memory), 0)
 
 
 def _tuning(kernel: str, call: AttentionCall) -> dict[str, int]:
     # Measured on an H100. Tiles of float32 leave no room for a second set, and gain nothing by one.
-    ahead = kernel != "saliency" and call.q.dtype.itemsize == 2
-    return {"num_warps": 4, "num_stages": 2 if ahead else 1}
+    half = call.q.dtype.itemsize == 2
+    wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
+    return {"num_warps": 8 if half and wide else 4, "num_stages": 2 if half else 1}
 
 
-def _precision(call: AttentionCall) -> str:
-    exact = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, in Triton's words: in TF32 where torch's own products are."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if exact else "tf32"

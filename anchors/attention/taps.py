@@ -53,6 +53,8 @@ class Slopes(NamedTuple):
         lse: log₂ Σ_j exp(scores_ij), from the forward kernel.
         inner: ⟨z_i, ∂L/∂z_i⟩.
         live: which blocks of rows have a gradient at all.
+        block: rows of such a block.
+        window: how many last keys a row sees, itself included.
         precision: how float32 tiles are multiplied, in Triton's words.
     """
 
@@ -60,6 +62,8 @@ class Slopes(NamedTuple):
     lse: Float[Tensor, "batch heads query"]
     inner: Float[Tensor, "batch heads query"]
     live: Int[Tensor, "batch blocks"]
+    block: int
+    window: int
     precision: str
 
 

@@ -118,13 +118,23 @@ class FlowTap:
         self.rows[layer][..., keys] += picked * present[..., None]
 
     def fused(self, call: AttentionCall, slopes: Slopes) -> None:
-        from anchors.attention.kernels import saliency
+        from anchors.attention.saliency_kernel import Band, saliency
 
         layer, length = call.layer, call.k.shape[2]
-        if layer in self.maps:
-            self.full[layer] = slopes.inner.new_zeros(len(slopes.inner), length, length)
-        self.rows[layer], self.total[layer], sums = saliency(call, slopes, self.wanted, self.full.get(layer))
-        self.error[layer] = ((sums - slopes.inner).abs().amax(), slopes.inner.abs().amax())
+        found = saliency(
+            Band(slopes.window if slopes.window < length else None),
+            *(x.transpose(1, 2) for x in (call.q, call.k, call.v, slopes.dz, slopes.lse)),
+            scale=call.scale,
+            wanted=self.wanted,
+            full=layer in self.maps,
+            live=(slopes.live, slopes.block),
+            base2=True,
+            precision=slopes.precision,
+        )
+        if found.full is not None:
+            self.full[layer] = found.full
+        self.rows[layer], self.total[layer] = found.rows, found.abs_sums.sum((1, 2))
+        self.error[layer] = ((found.head_sums - slopes.inner).abs().amax(), slopes.inner.abs().amax())
 
 
 @dataclass(frozen=True)
