@@ -118,11 +118,11 @@ def _step(
 @triton.jit
 @no_type_check
 def _attend(
-    q, k, v, o, lse, blocks, members, counts, q_strides, k_strides, v_strides,
+    q, k, v, o, lse, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
     BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -159,26 +159,18 @@ def _attend(
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
     line = (example * length + query) * (heads * groups) + head
-    save_rows(o, line * DIM_V, inside, total / mass[:, None], DIM_V, WIDTH_V)
-    tl.store(lse + line, tl.where(some, (top + tl.log2(mass)) * LN2, float("-inf")), mask=inside)
-
-
-@triton.jit
-@no_type_check
-def _combine(o_cmp, o_slc, o_win, g, o, rows, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH_V)
-    inside = row < rows
-    kept = inside[:, None] & (columns < DIM_V)[None, :]
-    places = row[:, None] * DIM_V + columns[None, :]
-    total = tl.load(o_cmp + places, mask=kept).to(tl.float32) * tl.load(g + row * 3, mask=inside)[:, None]
-    total += (
-        tl.load(o_slc + places, mask=kept).to(tl.float32) * tl.load(g + row * 3 + 1, mask=inside)[:, None]
-    )
-    total += (
-        tl.load(o_win + places, mask=kept).to(tl.float32) * tl.load(g + row * 3 + 2, mask=inside)[:, None]
-    )
-    tl.store(o + places, total.to(o.dtype.element_ty), mask=kept)
+    total = total / mass[:, None]
+    if KEEP:
+        save_rows(o, line * DIM_V, inside, total, DIM_V, WIDTH_V)
+        tl.store(lse + line, tl.where(some, (top + tl.log2(mass)) * LN2, float("-inf")), mask=inside)
+    if z is not None:
+        # Rounded as the others are, so that the sum is that of the outputs that are kept.
+        total = total.to(z.dtype.element_ty).to(tl.float32) * tl.load(gates + line * 3 + 2)[:, None]
+        total += load_rows(o_cmp, line * DIM_V, DIM_V, WIDTH_V, "ieee") * tl.load(gates + line * 3)[:, None]
+        total += (
+            load_rows(o_slc, line * DIM_V, DIM_V, WIDTH_V, "ieee") * tl.load(gates + line * 3 + 1)[:, None]
+        )
+        save_rows(z, line * DIM_V, inside, total, DIM_V, WIDTH_V)
 
 
 def walked(branch: Branch, idx: Tensor | None, tile: int, union: Any = None) -> tuple[Any, ...]:
@@ -206,14 +198,53 @@ def attend(
 
     Args:
         idx: the chosen blocks, of the selected branch.
-        union: `lists.union(idx, tile)` where it is known; `tile` must be `branch.tile(...)[0]`.
+        union: `lists.union(idx, tile)` where it is known; `tile` must be `tile_of(...)`.
         tuning: settings put over those of `TUNING`, by kernel.
     """
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch(branch, q, k, v, o, lse, None, None, scale, past, idx, union, tuning)
+    return o, lse
+
+
+def attend_last(
+    branch: Branch,
+    q: Float[Tensor, "batch query heads dim"],
+    k: Float[Tensor, "batch key groups dim"],
+    v: Float[Tensor, "batch key groups dim_v"],
+    others: tuple[Tensor, Tensor],
+    g: Float[Tensor, "batch query heads 3"],
+    *,
+    scale: float,
+    past: int = 0,
+    keep: bool = True,
+    tuning: Tuning = None,
+) -> tuple[Float[Tensor, "batch query heads dim_v"], Tensor | None, Tensor | None]:
+    """Σ_c g^c o^c (Eq. 5) with this branch as the last; and its own output and log-sum-exp, if they are to be kept.
+
+    Args:
+        others: the outputs of the other two, contiguous.
+        g: the gates, this branch's as the third.
+    """
+    z = q.new_empty(*q.shape[:3], v.shape[-1])
+    o = torch.empty_like(z) if keep else None
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if keep else None
+    _launch(branch, q, k, v, o, lse, z, (*others, g.contiguous()), scale, past, None, None, tuning)
+    return z, o, lse
+
+
+def tile_of(branch: Branch, kernel: str, q: Tensor, v: Tensor, groups: int, tuning: Tuning) -> int:
+    """Positions of a query tile of a kernel."""
+    settings = tuned(
+        kernel, q, max(widths(q.shape[-1], v.shape[-1])[x] for x in ("WIDTH", "WIDTH_V")), tuning
+    )
+    return branch.tile(groups, settings["rows"])[0]
+
+
+def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, tuning) -> None:
     groups = demand(q, k, v, scale)
     q, k, v = map(dense, (q, k, v))
-    batch, length, heads, _ = q.shape
-    o = q.new_empty(batch, length, heads, v.shape[-1])
-    lse = q.new_empty(batch, length, heads, dtype=torch.float32)
+    batch, length, _, _ = q.shape
     shape = widths(q.shape[-1], v.shape[-1])
     settings = tuned(f"forward.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
     tile, group = branch.tile(groups, settings["rows"])
@@ -221,13 +252,12 @@ def attend(
     listed, entries, padded = walked(branch, idx, tile, union)
     with torch.cuda.device_of(q):
         _attend[triton.cdiv(length, tile), batch * k.shape[2]](
-            q, k, v, o, lse, *listed, *map(strides, (q, k, v)),
+            q, k, v, o, lse, *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
-            ENTRIES=padded, PEEL=bool(settings["peel"]), **shape, PRECISION=precision(q.dtype),
+            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
-    return o, lse
 
 
 def compressed_attention(
@@ -275,22 +305,3 @@ def window_attention(
 ) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
     """Attn over the last w tokens: output and log-sum-exp."""
     return attend(Branch("window", w=w), q, k, v, scale=scale, past=past, tuning=tuning)
-
-
-def combine(
-    o_cmp: Float[Tensor, "batch query heads dim_v"],
-    o_slc: Float[Tensor, "batch query heads dim_v"],
-    o_win: Float[Tensor, "batch query heads dim_v"],
-    g: Float[Tensor, "batch query heads 3"],
-) -> Float[Tensor, "batch query heads dim_v"]:
-    """Σ_c g^c o^c (Eq. 5), summed in float32."""
-    o_cmp, o_slc, o_win, g = (x.contiguous() for x in (o_cmp, o_slc, o_win, g))
-    o = torch.empty_like(o_cmp)
-    rows, dim = o.numel() // max(1, o.shape[-1]), o.shape[-1]
-    width = max(16, triton.next_power_of_2(dim))
-    tall = max(1, 4096 // width)
-    with torch.cuda.device_of(o):
-        _combine[(triton.cdiv(rows, tall),)](
-            o_cmp, o_slc, o_win, g, o, rows, DIM_V=dim, WIDTH_V=width, ROWS=tall
-        )
-    return o

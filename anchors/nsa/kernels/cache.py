@@ -66,12 +66,12 @@ class Tuning:
         tile = 64 if row_bytes <= 512 else 32
         return cls(
             chunk_cmp=chunk(compressed, 256, 128, 64),
-            chunk=chunk(slots, 128, 64),
+            chunk=chunk(slots, 256, 128, 64),
             tile_cmp=tile,
             tile=tile,
             bits=4 if blocks <= 1024 else 2,
             fused=compressed <= FUSED,
-            warps_select=8 if blocks <= 4096 else 16,
+            warps_select=16,
             stages=2 if row_bytes <= 512 else 1,
         )
 
@@ -272,7 +272,7 @@ def captured(step: Callable[..., Tensor], cache: NSACache, *inputs: Tensor) -> C
             output = step(*held)
 
     def replay(*inputs: Tensor) -> Tensor:
-        for target, x in zip(held, inputs, strict=False):
+        for target, x in zip(held, inputs or held, strict=True):
             target.copy_(x)
         graph.replay()
         return output

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import lists, selection
-from anchors.nsa.kernels.attention import Branch, Tuning, attend, combine, walked
+from anchors.nsa.kernels.attention import Branch, Tuning, attend, attend_last, tile_of, walked
 from anchors.nsa.kernels.backward import inner_kernel, key_kernel, query_kernel, sum_kernel
 from anchors.nsa.kernels.tiles import LOG2E, NEVER, demand, dense, precision, strides, tuned, widths
 
@@ -169,13 +169,23 @@ class _SparseAttention(torch.autograd.Function):
             idx = selection.select_blocks(
                 first, kc, lse_cmp, geometry=geometry, tokens=ks.shape[1], scale=scale, past=past, **change
             )
-        o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, **common)
-        o_win, lse_win = attend(branches[2], q, kw, vw, **common)
+        groups = q.shape[2] // ks.shape[2]
+        sizes = [
+            tile_of(branches[1], kernel, q, vs, groups, tuning)
+            for kernel in ("forward.selected", "query.selected")
+        ]
+        union = lists.union(idx, sizes[0])
+        o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, union=union, **common)
+        keep = any(ctx.needs_input_grad)
+        z, o_win, lse_win = attend_last(branches[2], q, kw, vw, (o_cmp, o_slc), g, keep=keep, **common)
+        if not keep:
+            return z
+        ctx.union = union if sizes[0] == sizes[1] else None
         ctx.save_for_backward(
             q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, lse_cmp, lse_slc, lse_win, o_cmp, o_slc, o_win
         )
         ctx.branches, ctx.common = branches, common
-        return combine(o_cmp, o_slc, o_win, g)
+        return z
 
     @staticmethod
     def backward(ctx, dz):
@@ -189,7 +199,8 @@ class _SparseAttention(torch.autograd.Function):
             rows = (queries[c], *pairs[c], dz, lse[c], sums[..., c], gates[..., c])
             chosen = {"idx": idx} if c == 1 else {}
             onto = dq if c or q_cmp is None else None
-            found = query_gradient(ctx.branches[c], *rows, onto=onto, **chosen, **ctx.common)
+            union = ctx.union if c == 1 else None
+            found = query_gradient(ctx.branches[c], *rows, onto=onto, union=union, **chosen, **ctx.common)
             if c or q_cmp is None:
                 dq = found
             else:

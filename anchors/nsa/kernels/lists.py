@@ -18,7 +18,7 @@ from torch import Tensor
 from anchors.errors import AnchorsError
 from anchors.nsa.kernels.tiles import UNION
 
-CHUNK = 16
+CHUNK = 64
 """Entries of a tile that all of its entries are compared with at a time."""
 
 
@@ -113,7 +113,7 @@ def union(
     members = torch.empty_like(blocks)
     counts = idx.new_empty(batch, groups, tiles, dtype=torch.int32)
     entries = triton.next_power_of_2(tile * n)
-    table = {"CHUNK": CHUNK, "num_warps": min(8, max(1, entries // 64))} | dict(
+    table = {"CHUNK": CHUNK, "num_warps": min(8, max(1, entries // 128))} | dict(
         (tuning or {}).get("union", {})
     )
     with torch.cuda.device_of(idx):

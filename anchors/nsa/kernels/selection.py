@@ -34,7 +34,7 @@ LOWEST = tl.constexpr(-(2**31))
 Tuning = Mapping[str, Mapping[str, Any]]
 TUNING: Tuning = {
     # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product.
-    "score": {"rows": 64, "keys": 64, "flip": False, "num_warps": 4, "num_stages": 3},
+    "score": {"rows": 128, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
     "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
     # Scores that a program (one row at least) and a warp hold in registers.
     "topn": {"scores": 1024, "per_warp": 1024},
