@@ -14,6 +14,7 @@ from anchors.cli import (
     flow,
     isolate,
     ls,
+    nsa,
     readout,
     reweight,
     run,
@@ -42,6 +43,7 @@ app.command("ls")(ls.ls)
 app.command("figures")(figures.figures)
 app.command("view")(view.view)
 app.command("check")(check.check)
+app.add_typer(nsa.app, name="nsa")
 
 
 @app.callback(invoke_without_command=True)

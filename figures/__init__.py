@@ -19,6 +19,7 @@ KINDS = (
     "compress",
     "speed",
     "diagnose",
+    "nsa_probe",
 )
 """Kinds of analysis that have a picture; each is drawn by the module of its name."""
 

@@ -145,3 +145,37 @@ def worded(words):
         for condition in ("none", "first-5/label")
         for rank, word in enumerate(words, start=1)
     ]
+
+
+def probed(prompts=4, layers=2, groups=2, heads=2):
+    """Rows of `anchors nsa probe`; label words stand in every third block and are chosen more and more."""
+    rng, table = np.random.default_rng(0), []
+
+    for number in range(prompts):
+
+        def add(
+            metric, value, condition="none", layer=None, group=None, head=None, place=None, number=number
+        ):
+            table.append((1, number, condition, layer, group, head, place, metric, float(value)))
+
+        add("chance", 0.25)
+        for which in ("label", "answer"):
+            for place in range(1, 13):
+                add("label_words", place % 3 == 0, which, place=place)
+        for condition in ("none", "ban-label", "ban-label-control", "isolate-control"):
+            for metric in ("accuracy", "probability", "margin", "logit"):
+                add(metric, rng.random(), condition)
+        for layer in range(layers):
+            for pair in ("wp", "pq", "ww"):
+                for branch in ("cmp", "slc", "win", "all"):
+                    add(f"s_{pair}", 1 + rng.random(), branch, layer)
+            for group in range(groups):
+                add("recall", rng.random(), layer=layer, group=group)
+                for place in rng.choice(12, 3, replace=False) if layer == 0 else (3, 6, 9):
+                    add("chosen", 1, layer=layer, group=group, place=int(place) + (layer == 0))
+            for head in range(heads):
+                for branch in ("cmp", "slc", "win"):
+                    for where in ("label", "last", "other", "sd"):
+                        add(f"gate_{where}", rng.random(), branch, layer, head=head)
+    columns = ["seed", "number", "condition", "layer", "group", "head", "place", "metric", "value"]
+    return pd.DataFrame(table, columns=columns).astype(dict.fromkeys(columns[3:7], "Int32"))

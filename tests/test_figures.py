@@ -14,6 +14,7 @@ from made_rows import (
     diagnosed,
     isolated,
     mapped,
+    probed,
     reweighted,
     rows,
     summary,
@@ -318,6 +319,7 @@ def test_drawing_loads_no_torch(tmp_path):
         "diagnose": diagnosed("xyz"),
         "map": mapped("ab:", ["text", "label", "target"]),
         "words": worded("ab"),
+        "nsa_probe": SUMMARIES["nsa_probe"](probed()),
     }
     tables = {k: p if isinstance(p, dict) else SUMMARIES[k](rows(p)) for k, p in parts.items()}
     assert set(tables) == set(KINDS)
@@ -327,7 +329,8 @@ import sys, pandas
 from anchors.figures import draw
 assert 'matplotlib' not in sys.modules
 for kind, tables in pandas.read_pickle({str(tmp_path / "tables.pickle")!r}).items():
-    assert draw(kind, tables, 'm').axes
+    figure = draw(kind, tables, 'm')
+    assert figure.axes or figure.subfigs
 assert not {{'torch', 'transformers', 'matplotlib.pyplot'}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

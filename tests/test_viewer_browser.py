@@ -141,6 +141,26 @@ def test_hostile_text_is_shown_and_never_run(viewer):
     assert viewer.each(".ctl", "e.dataset.shown") == ["U+2028", "U+2029", "U+202E", "U+000D"]
 
 
+def test_blocks_of_sparse_attention_follow_the_layer(viewer):
+    data = payload()
+    data["prompts"][0]["tokens"][: len(HOSTILE)] = HOSTILE
+    chosen = [[[0, 1, 5], [0, 2, 5]], [[0, 3, 5], [0, 4, 5]], [[0, 5], [0, 5]], [[0, 1, 5], [0, 1, 5]]]
+    data["prompts"][0]["blocks"] = {"size": 4, "count": 6, "forced": [0, 5], "chosen": chosen}
+    viewer.open(data, "#prompt=1&layer=0")
+    assert viewer.each("#groups p") == ["Group 0: chose 1", "Group 1: chose 2"]
+    assert viewer.each("#groups .strip:nth-of-type(1) .chosen", "+e.dataset.j") == [1, 2]
+    assert viewer.each("#groups > :first-child .always", "+e.dataset.j") == [0, 5]
+    assert viewer.each("#groups > :first-child .anchor", "+e.dataset.j") == [1, 3]
+    assert HOSTILE[0] in viewer.each("#groups .strip span", "e.title")[0]
+    assert viewer.js("window.pwned === undefined && document.images.length === 0")
+    viewer.click("#groups [data-j='3']")
+    assert viewer.each(".token.picked", "+e.dataset.i") == [12]
+    viewer.keys("k", "k")
+    assert viewer.each("#groups p") == ["Group 0: chose none", "Group 1: chose none"]
+    viewer.open(data, "#prompt=2&layer=0")
+    assert viewer.js("document.getElementById('read').hidden")
+
+
 def test_keys_and_slider_change_the_layer_and_its_arcs(viewer):
     from selenium.webdriver.common.keys import Keys
 

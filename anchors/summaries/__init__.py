@@ -7,6 +7,7 @@ import pandas as pd
 from anchors.stats import flow_summary, summarise
 from anchors.summaries.causal import agreement, causal_summary
 from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
+from anchors.summaries.nsa_probe import probe_tables
 from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
 from anchors.summaries.tables import (
     LOYALTIES,
@@ -36,6 +37,7 @@ __all__ = [
     "diagnosis_summary",
     "flow_pattern",
     "map_tables",
+    "probe_tables",
     "readout_summary",
     "reduced",
     "reweighting_summary",
@@ -81,5 +83,6 @@ SUMMARIES: dict[str, Callable[[pd.DataFrame], dict[str, pd.DataFrame]]] = {
     "causal": lambda rows: {"summary": causal_summary(rows)},
     "map": map_tables,
     "words": word_tables,
+    "nsa_probe": probe_tables,
 }
 """By kind of analysis: from its rows to tables. The main one is `summary`, save for single prompts (`map`, `words`)."""

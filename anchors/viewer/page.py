@@ -106,9 +106,24 @@ def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for index in used:
             if index is not None and index not in labels:
                 yield field, f"holds {index}, no index of its labels"
+    if "blocks" in prompt:
+        yield from _faulty_blocks(prompt["blocks"], length, len(prompt["layers"]))
     for layer, flows in zip(prompt["layers"], prompt["edges"], strict=True):
         if not 0 <= layer < depth:
             yield "layers", f"holds {layer}; its sums have {depth} layers"
         for i, j, w in flows:
             if not (0 <= j < i < length and w > 0):
                 yield "edges", f"of layer {layer} holds {[i, j, w]}; need 0 <= j < i < {length} and w > 0"
+
+
+def _faulty_blocks(blocks: dict[str, Any], length: int, layers: int) -> Iterator[tuple[str, str]]:
+    """Of sparse attention: `size` tokens a block, `count` blocks, the `forced` ones, and those `chosen` by layer and group."""
+    size, count = blocks["size"], blocks["count"]
+    if size < 1 or count != -(-length // size):
+        yield "blocks", f"are {count} of {size} tokens, for {length} tokens"
+    if len(blocks["chosen"]) != layers:
+        yield "blocks", f"has {len(blocks['chosen'])} entries for {layers} layers"
+    for own in (blocks["forced"], *(group for layer in blocks["chosen"] for group in layer)):
+        for block in own:
+            if not 0 <= block < count:
+                yield "blocks", f"holds {block}; there are {count}"

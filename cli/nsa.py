@@ -1,0 +1,271 @@
+"""`anchors nsa`: train models with Native Sparse Attention, and look inside them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common, nsa_bench, nsa_probe
+from anchors.cli.common import out as console
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    from anchors.nsa.config import NSAConfig
+    from anchors.nsa.data import Data
+    from anchors.nsa.train import Recipe, Trained, Watch
+
+app = typer.Typer(
+    help="Native Sparse Attention: train small models and look inside them.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+app.command("probe")(nsa_probe.probe)
+app.command("bench")(nsa_bench.bench)
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+@app.command("train")
+def train(
+    out: Annotated[
+        Path, _option("Output", "Folder of the model; the same command goes on there.", "--out", "-o")
+    ],
+    attention: Annotated[str, _option("Model", "nsa or full.")] = "nsa",
+    layers: Annotated[int, _option("Model", "Layers.", min=1)] = 6,
+    width: Annotated[int, _option("Model", "Size of the residual stream.", min=1)] = 256,
+    hidden: Annotated[
+        int | None, _option("Model", "Size of the MLPs; twice the width by default.", min=1)
+    ] = None,
+    heads: Annotated[int, _option("Model", "Query heads.", min=1)] = 4,
+    groups: Annotated[
+        int | None, _option("Model", "Key-value heads; half the query heads by default.", min=1)
+    ] = None,
+    head_dim: Annotated[
+        int | None, _option("Model", "Size of a head; width / heads by default.", min=1)
+    ] = None,
+    rope_theta: Annotated[float, _option("Model", "Base of the rotary embedding.")] = 10000.0,
+    bias: Annotated[bool, _option("Model", "Biases in the projections of attention.", "--bias")] = False,
+    init: Annotated[float, _option("Model", "Standard deviation of new weights.")] = 0.02,
+    l: Annotated[int, _option("NSA", "Tokens of a compression block.", "--l")] = 32,
+    d: Annotated[int, _option("NSA", "Stride of the compression blocks.", "--d")] = 16,
+    lp: Annotated[int, _option("NSA", "Tokens of a selection block, l'.", "--lp")] = 64,
+    n: Annotated[int, _option("NSA", "Selected blocks, those that always are included.", "--n")] = 16,
+    w: Annotated[int, _option("NSA", "Tokens of the sliding window.", "--w")] = 512,
+    n_init: Annotated[int, _option("NSA", "First blocks, always selected.")] = 1,
+    n_local: Annotated[int, _option("NSA", "Last blocks, always selected.")] = 2,
+    phi: Annotated[str, _option("NSA", "How keys and values are compressed: mean, linear or mlp.")] = "mlp",
+    backend: Annotated[str, _option("NSA", "auto, reference or triton.")] = "auto",
+    text: Annotated[
+        Path | None, _option("Data", "Train on windows of this text file instead of episodes.", "--text")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, _option("Data", "For --text: directory or hub id; a token per byte by default.")
+    ] = None,
+    tokens: Annotated[int, _option("Data", "Length of a sequence.", "--tokens", "-T", min=2)] = 1024,
+    classes: Annotated[str, _option("Data", "Classes of an episode: a number, or a range as 4-8.")] = "4-8",
+    words: Annotated[str, _option("Data", "Words of a text: a number or a range.")] = "5-8",
+    keywords: Annotated[int, _option("Data", "Words that make a class.", min=1)] = 4,
+    keyword_rate: Annotated[float, _option("Data", "Share of a text's words that are its class's.")] = 0.5,
+    burstiness: Annotated[
+        float, _option("Data", "Probability that a text has the class of one of the last ones.")
+    ] = 0.0,
+    recent: Annotated[int, _option("Data", "How many texts back that one may stand.", min=1)] = 8,
+    skew: Annotated[float, _option("Data", "Zipf exponent of the classes' frequencies.")] = 0.0,
+    label_words: Annotated[int, _option("Data", "Words that can name a class.")] = 32,
+    vocabulary: Annotated[int, _option("Data", "Words that texts are made of.")] = 256,
+    steps: Annotated[int, _option("Optimisation", "Steps.", min=1)] = 2000,
+    batch: Annotated[int, _option("Optimisation", "Sequences per step.", "--batch", "-b", min=1)] = 32,
+    lr: Annotated[float, _option("Optimisation", "Highest learning rate.")] = 1e-3,
+    last_lr: Annotated[float, _option("Optimisation", "Share of it that is left at the end.")] = 0.1,
+    warmup: Annotated[int, _option("Optimisation", "Steps of warm-up.", min=0)] = 100,
+    weight_decay: Annotated[float, _option("Optimisation", "On matrices.")] = 0.1,
+    clip: Annotated[float, _option("Optimisation", "Longest gradient.")] = 1.0,
+    text_weight: Annotated[
+        float, _option("Optimisation", "Weight of the tokens that are no label words, in episodes.")
+    ] = 0.1,
+    begin: Annotated[
+        Path | None, _option("Optimisation", "Folder of a model to begin with, for a curriculum.", "--from")
+    ] = None,
+    seed: Annotated[int, _option("Optimisation", "Of weights and data.", min=0)] = 0,
+    grow: Annotated[
+        float,
+        _option("Optimisation", "Share of the steps in which episodes grow from easy to what is asked."),
+    ] = 0.4,
+    device: common.Device = "auto",
+    every: Annotated[int, _option("Output", "Steps between rows of the log.", min=1)] = 20,
+    evaluate: Annotated[int, _option("Output", "Steps between evaluations.", min=1)] = 200,
+    save: Annotated[int, _option("Output", "Steps between checkpoints.", min=1)] = 500,
+    held_out: Annotated[int, _option("Output", "Held-out sequences of an evaluation.", min=1)] = 64,
+    half: Annotated[bool, _option("Output", "Publish the weights in bfloat16.", "--half")] = False,
+    as_json: Annotated[bool, _option("Output", "Print the result as JSON.", "--json")] = False,
+) -> None:
+    """Train a small causal model, with NSA or full attention, on episodes of few-shot classification or on a text.
+
+    Every episode has classes, keywords and label words of its own, so nothing can be learnt by heart. Run the same
+    command again to go on after a break. Several GPUs: accelerate launch $(which anchors) nsa train ….
+    """
+    given = dict(locals())
+    with common.reporting():
+        _train(given)
+
+
+@app.command("curves")
+def curves(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of trainings.")],
+    out: Annotated[Path, _option("Output", "The figure, without its ending.", "--out", "-o")] = Path(
+        "results/nsa/curves"
+    ),
+) -> None:
+    """Draw the logs of several trainings together: full beside NSA attention, the seeds of each as a band."""
+    with common.reporting():
+        import pandas as pd
+
+        from anchors.figures.nsa_train import draw
+        from anchors.figures.style import save
+        from anchors.results import read_table, write_table
+
+        logs, read = [], {}
+        for folder in folders:
+            log, facts = read_table(folder / "training" / "log.parquet")
+            logs.append(
+                log.assign(run=f"{facts['model']['attention']} attention", seed=facts["recipe"]["seed"])
+            )
+            read[str(folder)] = facts
+        table = pd.concat(logs, ignore_index=True)
+        write_table(out.with_suffix(".parquet"), table, {"runs": read})
+        common.print_files([out.with_suffix(".parquet"), *save(draw({"log": table}, ""), out)])
+
+
+def _train(o: dict[str, Any]) -> None:
+    ranges = {name: _range(o[name], f"--{name}") for name in ("classes", "words")}
+    if o["tokenizer"] is not None and o["text"] is None:
+        raise AnchorsError("--tokenizer is for --text; episodes have words of their own.")
+    with common.err.status("loading torch and transformers"):
+        from transformers.utils import logging as transformers_logging
+
+        from anchors.nsa.train import train as trained
+    transformers_logging.disable_progress_bar()
+    data = _data(o, ranges)
+    recipe, watch = _recipe(o)
+    config = _config(o, len(data.tokenizer()))
+    with common.progress_bar(f"{o['attention']} attention") as progress:
+        result = trained(
+            config,
+            data,
+            recipe,
+            out=o["out"],
+            init=o["begin"],
+            watch=watch,
+            device=o["device"],
+            progress=progress,
+        )
+    _leave(result, o)
+
+
+def _data(o: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> "Data":
+    from anchors.nsa.data import Windows
+    from anchors.nsa.episodes import Episodes
+    from anchors.nsa.vocabulary import Vocabulary
+
+    if o["text"] is not None:
+        return Windows.read(o["text"], o["tokens"], o["tokenizer"])
+    own = {k: o[k] for k in ("tokens", "keywords", "keyword_rate", "burstiness", "recent", "skew")}
+    return Episodes(**own, **ranges, vocabulary=Vocabulary(o["label_words"], o["vocabulary"]))
+
+
+def _recipe(o: dict[str, Any]) -> "tuple[Recipe, Watch]":
+    from dataclasses import fields
+
+    import torch
+
+    from anchors.nsa.train import Recipe, Watch
+
+    dtype = torch.bfloat16 if o["half"] else torch.float32
+    watch = Watch(**{k: o[k] for k in ("every", "evaluate", "save", "held_out")}, dtype=dtype)
+    return Recipe(**{f.name: o[f.name] for f in fields(Recipe)}), watch
+
+
+def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
+    from anchors.nsa.config import NSAConfig
+
+    if o["head_dim"] is None and o["width"] % o["heads"]:
+        raise AnchorsError(
+            f"A width of {o['width']} cannot be divided among {o['heads']} heads.", "Give --head-dim."
+        )
+    geometry = {k: o[k] for k in ("l", "d", "lp", "n", "w", "n_init", "n_local")}
+    return NSAConfig(
+        vocab_size=vocabulary,
+        hidden_size=o["width"],
+        intermediate_size=o["hidden"] or 2 * o["width"],
+        num_hidden_layers=o["layers"],
+        num_attention_heads=o["heads"],
+        num_key_value_heads=o["groups"] or max(1, o["heads"] // 2),
+        head_dim=o["head_dim"] or o["width"] // o["heads"],
+        max_position_embeddings=o["tokens"],
+        rope_parameters={"rope_type": "default", "rope_theta": o["rope_theta"]},
+        initializer_range=o["init"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        attention_bias=o["bias"],
+        attention=o["attention"],
+        phi=o["phi"],
+        backend=o["backend"],
+        **geometry,
+    )
+
+
+def _leave(result: "Trained", o: dict[str, Any]) -> None:
+    """Figure, table, names of the files; from one process only."""
+    import os
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from anchors.figures.nsa_train import draw
+    from anchors.figures.style import save
+    from anchors.report import plain
+
+    name = f"{o['attention']} attention"
+    files = save(
+        draw({"log": result.log.assign(run=name, seed=o["seed"])}, ""), result.folder / "training" / "loss"
+    )
+    files = [result.folder, result.folder / "training" / "log.parquet", *files]
+    if o["as_json"]:
+        common.print_json({"log": plain(result.log), "files": [str(f) for f in files]} | result.facts)
+        return
+    console.print(_table(result, name))
+    common.print_files(files)
+
+
+def _table(result: "Trained", name: str) -> Table:
+    last = result.log["step"].max()
+    own = result.log[(result.log["step"] == last) & (result.log["split"] == "held_out")]
+    cells = own.pivot_table(index="bucket", columns="metric", values="value", sort=False)
+    metrics = [m for m in ("label_loss", "accuracy", "knowable", "text_loss") if m in cells]
+    table = Table(
+        title=f"{escape(name)}, {last} steps, held-out sequences",
+        caption="by number of the demonstration; knowable: share of label words that what stands before tells",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("demonstration")
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for bucket, row in cells.iterrows():
+        table.add_row(str(bucket), *("" if row[m] != row[m] else f"{row[m]:.3f}" for m in metrics))
+    return table
+
+
+def _range(text: str, option: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    if not low.strip().isdigit() or (high and not high.strip().isdigit()):
+        raise AnchorsError(
+            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
+        )
+    return int(low), int(high or low)

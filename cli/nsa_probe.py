@@ -1,0 +1,224 @@
+"""`anchors nsa probe`: what becomes of label words in a model with Native Sparse Attention."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import estimate, out
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT = Path(__file__).parents[1] / "experiments" / "nsa" / "checkpoint"
+"""The model that comes with the repository."""
+
+
+def probe(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL_DIR]",
+            help="A folder of `anchors nsa train`; default: the small model that comes along.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", "-n", min=1, help="Held-out episodes.", rich_help_panel="Protocol")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the episodes.", rich_help_panel="Protocol")] = 0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of an episode; default: as trained.", rich_help_panel="Protocol"),
+    ] = None,
+    demonstrations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="At most so many before the query; default: as many as fit.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes of an episode, e.g. 4-8; default: as trained.", rich_help_panel="Protocol"
+        ),
+    ] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            help="Words of a text, e.g. 16-24: longer ones leave blocks without a label word; default: as trained.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    keyword_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a text's words that are its class's; default: as trained.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    interventions: Annotated[
+        bool, typer.Option(help="Ban, force, cut and isolate, too.", rich_help_panel="Protocol")
+    ] = True,
+    vectors: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Label words of a prompt for the identity probe.", rich_help_panel="Protocol"
+        ),
+    ] = 32,
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    to: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
+    ] = Path("results/nsa-probe"),
+    pages: Annotated[
+        int, typer.Option(min=0, help="Prompts on the HTML page.", rich_help_panel="Output")
+    ] = 2,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Are label words still anchors when attention is sparse? By branch, layer and group, on held-out episodes.
+
+    Flow by branch; how often the last position selects label words' blocks, against chance and near-by blocks; purity,
+    recall, dilution; gates; and what banning, forcing, cutting and isolating them does to the answer. Running the same
+    command again computes only what is missing.
+    """
+    with common.reporting():
+        folder = DEFAULT if model is None else model
+        if not folder.is_dir():
+            raise AnchorsError(
+                f"The model {str(folder)!r} is not a directory.", "Train one: `anchors nsa train --out DIR`."
+            )
+        ranges = {"classes": _span(classes, "--classes"), "words": _span(words, "--words")}
+        from anchors.results import require_writable
+
+        require_writable(to)
+        lm = common.load_model(str(folder), device, precision, None, None, False)
+        from anchors.nsa.probe import Probe, geometry_of
+        from anchors.nsa.probe_report import episodes_of, report
+
+        geometry_of(lm)
+        wanted = Probe(
+            episodes_of(lm, folder, tokens=tokens, keyword_rate=keyword_rate, **ranges),
+            seed,
+            prompts,
+            demonstrations,
+            interventions,
+            vectors,
+        )
+        with common.progress_bar("prompts") as progress:
+            result = report(lm, wanted, out=to, pages=pages, csv=csv, progress=progress)
+        common.print_notes(result.notes)
+        if as_json:
+            common.print_json(result.as_json())
+            return
+        title = f"{result.facts['model']}, {prompts} prompts"
+        for show in (_selection, _branches, _summary):
+            if (table := show(result.tables, title)) is not None:
+                out.print(table)
+        common.print_files(result.files)
+
+
+def _span(text: str | None, option: str) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    low, _, high = text.partition("-")
+    if not low.isdigit() or (high and not high.isdigit()):
+        raise AnchorsError(
+            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
+        )
+    return int(low), int(high or low)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in columns:
+        table.add_column(name)
+    return table
+
+
+def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    if (found := tables.get("selection")) is None:
+        return None
+    table = _table(
+        f"Selection of label words' blocks: {title}",
+        "label words",
+        "layer",
+        "group",
+        "selected",
+        "chance",
+        "control",
+        "AUC",
+        "q",
+    )
+    for row in found.to_dict(orient="records"):
+        spans = [
+            estimate(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in ("asr", "chance", "control", "auc")
+        ]
+        name = "all" if row["which"] == "label" else "right class"
+        table.add_row(name, str(row["layer"]), str(row["group"]), *spans, f"{row['q']:.3f}")
+    return table
+
+
+def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    found = tables["branches"]
+    if "share" not in found:
+        return None
+    table = _table(
+        f"Share of each branch: {title}",
+        "layer",
+        *(f"S_{p} {b}" for p in ("wp", "pq") for b in ("cmp", "slc", "win")),
+    )
+    indexed = found.set_index(["layer", "pair", "branch"])
+    for layer in found["layer"].unique():
+        cells = [
+            estimate(*indexed.loc[(layer, p, b), ["share", "share_low", "share_high"]])
+            for p in ("wp", "pq")
+            for b in ("cmp", "slc", "win")
+        ]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    if (found := tables.get("summary")) is None:
+        return None
+    table = _table(
+        f"Interventions: {title}",
+        "condition",
+        "accuracy",
+        "Δ accuracy",
+        "Δ label logit",
+        "Δ beyond control",
+        "touched",
+    )
+    indexed = found.set_index(["condition", "metric"])
+
+    def cell(condition: str, metric: str, name: str, *, signed: bool = True) -> str:
+        low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+        if (condition, metric) not in indexed.index or name not in indexed:
+            return ""
+        return estimate(*indexed.loc[(condition, metric), [name, low, high]], signed=signed)
+
+    for condition in found["condition"].unique():
+        table.add_row(
+            condition,
+            cell(condition, "accuracy", "value", signed=False),
+            cell(condition, "accuracy", "difference"),
+            cell(condition, "logit", "difference"),
+            cell(condition, "accuracy", "beyond"),
+            cell(condition, "touched", "value", signed=False),
+        )
+    return table

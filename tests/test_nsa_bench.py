@@ -1,0 +1,117 @@
+"""The benchmark of NSA at sizes that Triton's interpreter can take, so that no slip waits for a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.nsa.geometry import Geometry
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
+TINY = Geometry(l=8, d=4, lp=16, n=2, w=8, n_local=1)
+QUICK = {
+    "geometry": TINY, "dtype": torch.float32, "repeats": 1, "warmups": 0, "device": "cpu", "say": lambda line: None
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _tiny_shape(monkeypatch):
+    from anchors.nsa import peers
+
+    monkeypatch.setitem(peers.SHAPES, "tiny", (2, 1, 16, 16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    from anchors.nsa.bench import bench, bench_decode
+
+    for call in (bench, bench_decode):
+        with pytest.raises(AnchorsError, match="needs a CUDA GPU"):
+            call()
+
+
+def test_unknown_names():
+    from anchors.nsa.bench import bench
+
+    with pytest.raises(AnchorsError, match="called 'mine'"):
+        bench(implementations=["mine"], device="cpu")
+
+
+@needs_interpreter
+def test_all_rows(tmp_path, monkeypatch):
+    from anchors.nsa import bench
+    from anchors.results import read_table
+
+    monkeypatch.setattr(bench, "SHORT", 17)
+    table = bench.bench(["tiny"], [36], ["chosen", "hot"], out=tmp_path, **QUICK)
+    written, facts = read_table(tmp_path / "nsa-bench.parquet")
+    assert len(written) == len(table)
+    assert facts["device"] == "cpu"
+    ours = table[table.implementation == "ours"]
+    assert not ours.note.str.startswith("failed").any(), ours.note.tolist()
+    chosen = ours[ours.pattern == "chosen"]
+    both = chosen[chosen.part.isin(["cmp", "slc", "win", "all"])]
+    assert both.groupby("part").direction.nunique().eq(2).all()
+    assert both.part.nunique() == 4
+    assert (both.error < 1e-5).all()
+    assert ours.deterministic.all()
+    assert set(ours[ours.pattern == "hot"].part.str.split().str[0]) == {"slc", "union", "inverse"}
+    assert ours[ours.pattern == "hot"].busiest.eq(1).all()
+    eager = table[table.implementation == "eager"]
+    assert not eager.note.str.startswith("failed").any()
+    assert (eager.error < 1e-5).all()
+    full = table[(table.part == "full") & ~table.note.str.startswith("failed")]
+    assert (full.error < 1e-5).all()
+    assert set(table[table.implementation == "xunhaolai"].note) == {
+        "failed: ModuleNotFoundError: No module named 'native_sparse_attention'"
+    }
+
+
+@needs_interpreter
+def test_wrong_numbers_are_not_timed(monkeypatch):
+    from anchors.nsa import bench, peers
+
+    def wrong(case: peers.Case) -> list[peers.Task]:
+        o, _ = peers.exact(case, "win")
+        return [
+            peers.Task("wrong", "win", lambda: o * 1.1),
+            peers.Task("wrong", "win", lambda: o, variant="right"),
+        ]
+
+    monkeypatch.setitem(peers.IMPLEMENTATIONS, "wrong", wrong)
+    table = bench.bench(["tiny"], [20], ["hot"], ["wrong"], **QUICK)
+    assert table.note.tolist() == ["right", "failed: relative error 1.0e-01"]
+    assert table.ms.notna().tolist() == [True, False]
+
+
+@needs_interpreter
+def test_decode_rows(tmp_path):
+    from anchors.nsa.bench import bench_decode
+
+    table = bench_decode("tiny", [40], [1], out=tmp_path, **QUICK)
+    assert (tmp_path / "nsa-decode.parquet").is_file()
+    assert table.implementation.tolist()[0] == "ours"
+    assert not table.note.iloc[0]
+    assert table.ms.iloc[0] > 0
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts")
+def test_interpreted():
+    """Runs the tests above in Triton's interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "--noconftest", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "5 passed" in run.stdout

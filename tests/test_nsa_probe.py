@@ -1,0 +1,753 @@
+"""`anchors nsa probe`: every number against a slow loop, planted anchors found, none found where there are none."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
+
+from anchors.attention.seam import seam
+from anchors.cli import nsa as nsa_cli
+from anchors.errors import AnchorsError
+from anchors.figures import draw
+from anchors.flow import flow
+from anchors.flow.metrics import map_sums
+from anchors.flow.saliency import collate, label_loss
+from anchors.models import LanguageModel, load
+from anchors.nsa import attention as nsa_attention_module
+from anchors.nsa import probe as probing
+from anchors.nsa import probe_metrics as metrics
+from anchors.nsa import reference
+from anchors.nsa.attention import BRANCHES, SLC
+from anchors.nsa.call import Intervention
+from anchors.nsa.config import NSAConfig
+from anchors.nsa.episodes import Episodes
+from anchors.nsa.geometry import Geometry
+from anchors.nsa.model import NSAForCausalLM
+from anchors.nsa.probe import Probe, geometry_of, measure, probe_prompt, vocabulary_of
+from anchors.nsa.probe_identity import identity_table
+from anchors.nsa.probe_interventions import answers, block_changes, conditions, outcome, targets
+from anchors.nsa.probe_report import blocks_payload, episodes_of
+from anchors.nsa.probe_taps import Places
+from anchors.nsa.vocabulary import Vocabulary
+from anchors.summaries import SUMMARIES
+from anchors.summaries.nsa_probe import choices, null_rates
+from anchors.tasks.prompts import Prompt
+from anchors.viewer import render_page
+
+SMALL = Geometry(l=8, d=4, lp=16, n=4, w=16)
+WORDS = Vocabulary(8, 64)
+EPISODES = Episodes(tokens=170, classes=(2, 3), keywords=3, vocabulary=WORDS)
+runner = CliRunner()
+
+
+def save(folder: Path, kind: str) -> Path:
+    torch.manual_seed(3)
+    config = NSAConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, l=8, d=4, lp=16, n=4, w=16, attention=kind,
+    )  # fmt: skip
+    model = NSAForCausalLM(config)
+    for weight in model.parameters():
+        if weight.dim() >= 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    WORDS.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("nsa"), "nsa")
+
+
+@pytest.fixture(scope="module")
+def lm(folder) -> LanguageModel:
+    return load(folder, device="cpu", precision="float64")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> LanguageModel:
+    return load(save(tmp_path_factory.mktemp("full"), "full"), device="cpu", precision="float64")
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Probe(EPISODES).prompt(0)
+
+
+@pytest.fixture(scope="module")
+def places(prompt) -> Places:
+    return Places.of(prompt, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def calls(lm, prompt) -> list:
+    """The call of every layer."""
+
+    class Keep:
+        layers = frozenset(range(2))
+
+        def __init__(self):
+            self.found = []
+
+        def see(self, call):
+            self.found.append(call)
+
+    keep = Keep()
+    with torch.no_grad(), seam(lm.modules, probes=[keep]):
+        lm.logits_at(torch.tensor([prompt.ids]), torch.tensor([prompt.target]))
+    return keep.found
+
+
+@pytest.fixture(scope="module")
+def found(lm, prompt) -> dict[tuple, float]:
+    """The measures of one prompt, by metric, condition, layer, group, head and place."""
+    rows, _, _ = probe_prompt(lm, prompt, SMALL, np.random.default_rng(0), interventions=False)
+    table = {(m.metric, m.condition, m.layer, m.group, m.head, m.place): m.value for m in rows}
+    assert len(table) == len(rows)
+    return table
+
+
+@pytest.fixture(scope="module")
+def measured(folder, tmp_path_factory):
+    model = load(folder, device="cpu")
+    return measure(model, Probe(EPISODES, prompts=4), out=tmp_path_factory.mktemp("measured"))
+
+
+@pytest.fixture(scope="module")
+def tables(measured) -> dict[str, pd.DataFrame]:
+    return SUMMARIES["nsa_probe"](measured.rows)
+
+
+def same(one: float, other: float) -> None:
+    assert one == pytest.approx(other, rel=1e-7, abs=1e-12)
+
+
+# ---- blocks: what may be chosen, by hand ----
+
+
+def test_candidates_are_what_selection_does_not_force():
+    for t in (0, 15, 16, 47, 80, 169):
+        nothing = torch.zeros(1, 1, 1, SMALL.blocks(170))
+        pushed = nothing.clone()
+        forced = {0, t // 16, max(t // 16 - 1, 0)}
+        candidate = metrics.candidates(t, 170, SMALL)
+        assert set(np.flatnonzero(candidate)) == set(range(t // 16 + 1)) - forced
+        for j in np.flatnonzero(candidate):
+            pushed[..., j] = 1
+        chosen = reference.select(pushed, geometry=SMALL, tokens=170, past=t)[0, 0, 0].tolist()
+        assert forced <= set(chosen)
+        assert metrics.free(t, SMALL) == SMALL.n - len(forced)
+
+
+def test_chance_is_the_rate_of_random_choices():
+    t, tokens, rng = 169, 170, torch.Generator().manual_seed(0)
+    importance = torch.rand(1, 4000, 1, SMALL.blocks(tokens), generator=rng)
+    idx = reference.select(
+        importance.transpose(0, 1), geometry=SMALL, tokens=tokens, past=t
+    )  # a batch of independent last positions
+    chosen = metrics.members(idx[:, 0, 0].numpy(), SMALL.blocks(tokens))
+    weight = metrics.weights(np.array([20, 25, 70, 100, 169]), 16, SMALL.blocks(tokens))
+    rate = metrics.selection_rate(chosen, weight, metrics.candidates(t, tokens, SMALL))
+    assert metrics.chance(t, SMALL) == 1 / 8
+    assert rate.mean() == pytest.approx(1 / 8, abs=4 * rate.std() / 4000**0.5)
+    assert np.isnan(metrics.chance(20, SMALL))
+
+
+def test_block_statistics_are_plain_loops():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        blocks = 12
+        weight, candidate = rng.integers(0, 3, blocks), rng.random(blocks) < 0.8
+        chosen, score = rng.random((2, blocks)) < 0.4, rng.integers(0, 4, (2, blocks)) / 4
+        anchors = [j for j in range(blocks) if candidate[j] and weight[j]]
+        empty = [j for j in range(blocks) if candidate[j] and not weight[j]]
+        total = sum(weight[j] for j in anchors)
+        rate = metrics.selection_rate(chosen, weight, candidate)
+        control = metrics.selection_rate(chosen, metrics.control_weights(weight, candidate), candidate)
+        ranks, auc = (
+            metrics.anchor_rank(score, weight, candidate),
+            metrics.anchor_auc(score, weight, candidate),
+        )
+        for g in range(2):
+            same(rate[g], sum(weight[j] for j in anchors if chosen[g, j]) / total)
+            near = 0.0
+            for j in anchors:
+                least = min(abs(j - e) for e in empty)
+                nearest = [e for e in empty if abs(j - e) == least]
+                near += weight[j] * np.mean([chosen[g, e] for e in nearest])
+            same(control[g], near / total)
+            both = anchors + empty
+            same(auc[g], roc_auc_score([j in anchors for j in both], score[g, both]))
+            place = 0.0
+            for j in anchors:
+                above = sum(score[g, k] > score[g, j] for k in both)
+                level = sum(score[g, k] == score[g, j] for k in both)
+                place += weight[j] * (above + (level - 1) / 2) / (len(both) - 1)
+            same(ranks[g], place / total)
+
+
+def test_controls_without_room_are_missing():
+    everywhere, candidate = np.ones(6), np.ones(6, bool)
+    assert not metrics.control_weights(everywhere, candidate).any()
+    assert metrics.matched(np.array([1, 2]), np.array([4])) is None
+    assert metrics.matched(np.array([3, 6]), np.array([0, 4, 5, 9])).tolist() == [4, 5]
+
+
+def test_permutations_stay_near_and_keep_the_weights():
+    rng = np.random.default_rng(0)
+    weight, candidate = np.arange(20), np.arange(20) > 3
+    moved = metrics.permuted(weight, candidate, 50, rng, near=4)
+    assert (moved[:, :4] == 0).all()
+    for part in np.array_split(np.arange(4, 20), 4):
+        assert (np.sort(moved[:, part]) == weight[part]).all()
+    assert len(np.unique(moved, axis=0)) > 40
+
+
+def test_jaccard_and_recall_by_sets():
+    rng = np.random.default_rng(2)
+    one, other = rng.random((2, 30, 7)) < 0.4
+    weight = rng.integers(0, 3, 7)
+    for i in range(30):
+        a, b = set(np.flatnonzero(one[i])), set(np.flatnonzero(other[i]))
+        same(metrics.jaccard(one, other)[i], len(a & b) / len(a | b) if a | b else 1)
+        if total := sum(weight[j] for j in b):
+            same(metrics.recall(one, other, weight)[i], sum(weight[j] for j in a & b) / total)
+
+
+# ---- one prompt: every measure against the call, pair by pair ----
+
+
+def test_flow_splits_by_branch_as_the_whole_maps_do(lm, prompt, found, places):
+    maps: dict[tuple[str, int], torch.Tensor] = {}
+
+    class Whole:
+        layers = frozenset(range(2))
+
+        def begin(self, call, z, dz):
+            for name in (*BRANCHES, "all"):
+                maps[name, call.layer] = torch.zeros(len(prompt.ids), len(prompt.ids), dtype=torch.float64)
+
+        def branches(self, call, rows, by_branch):
+            for name, product in by_branch.items():
+                maps[name, call.layer][rows] = product[0].sum(0).abs()
+
+        def tile(self, call, rows, keys, product):
+            maps["all", call.layer][rows] = product[0].sum(0).abs()
+
+    batch = collate([prompt])
+    with torch.enable_grad(), seam(lm.modules, taps=[Whole()]):
+        label_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum().backward()
+    whole = flow(lm, [prompt]).sums
+    for (name, layer), matrix in maps.items():
+        sums = map_sums(matrix[None], list(prompt.label_positions), prompt.target)
+        for pair in ("wp", "pq", "ww"):
+            same(found[f"s_{pair}", name, layer, None, None, None], float(getattr(sums, f"s_{pair}")))
+            if name == "all":
+                same(
+                    found[f"s_{pair}", name, layer, None, None, None],
+                    float(getattr(whole, f"s_{pair}")[0, layer]),
+                )
+
+
+def test_coverage_counts_the_pairs_a_branch_attends(calls, prompt, found):
+    q, labels = prompt.target, set(prompt.label_positions)
+    for call in calls:
+        idx, layer = call.idx[0], call.layer
+        counts = {(b, p): 0 for b in BRANCHES for p in ("wp", "pq", "ww")}
+        pairs = dict.fromkeys(("wp", "pq", "ww"), 0)
+        for i in range(q + 1):
+            read = {int(j) for group in idx[i] for j in group}
+            last = (i - SMALL.l + 1) // SMALL.d if i >= SMALL.l - 1 else -1
+            for j in range(i):
+                pair = "pq" if i == q and j in labels else "wp" if i in labels else "ww"
+                pairs[pair] += 1
+                counts["win", pair] += j > i - SMALL.w
+                counts["slc", pair] += j // SMALL.lp in read
+                counts["cmp", pair] += last >= 0 and j < last * SMALL.d + SMALL.l
+        for (branch, pair), count in counts.items():
+            same(found[f"coverage_{pair}", branch, layer, None, None, None], count / pairs[pair])
+            dense = found[f"s_{pair}", branch, layer, None, None, None]
+            if count:
+                same(found[f"support_{pair}", branch, layer, None, None, None], dense * pairs[pair] / count)
+
+
+def test_chosen_blocks_masses_and_purity_are_plain_loops(calls, prompt, found, places):
+    q, tokens = prompt.target, len(prompt.ids)
+    for call in calls:
+        layer, trace = call.layer, call.trace
+        for group in range(2):
+            read = [int(j) for j in trace.idx[0, q, group] if j >= 0]
+            free = {j for j in read if 1 <= j <= q // 16 - 2}
+            assert {k[5] for k in found if k[0] == "chosen" and k[2:4] == (layer, group)} == free
+            row = trace.patterns[SLC][0, :, 2 * group : 2 * group + 2].sum(1)
+            same(
+                found["pq_mass", "slc", layer, group, None, None],
+                float(sum(row[q, p] for p in places.labels)) / 2,
+            )
+            own = [float(row[p, text].sum()) / 2 for p, text in zip(places.labels, places.texts, strict=True)]
+            same(found["wp_mass", "slc", layer, group, None, None], np.mean(own))
+            whole = call.pattern()[0, 2 * group : 2 * group + 2].sum(0)
+            same(
+                found["pq_mass", "all", layer, group, None, None],
+                float(sum(whole[q, p] for p in places.labels) / whole[q].sum()),
+            )
+            here = [p for p in places.labels if p // 16 in free]
+            shares = [row[q, p] / row[q, p // 16 * 16 : min(p // 16 * 16 + 16, tokens)].sum() for p in here]
+            if here:
+                same(found["purity", "label", layer, group, None, None], float(np.mean(shares)))
+                same(found["purity_even", "label", layer, group, None, None], 1 / 16)
+            else:
+                assert ("purity", "label", layer, group, None, None) not in found
+
+
+def test_recall_and_churn_are_sets(calls, prompt, found, places):
+    q, tokens = prompt.target, len(prompt.ids)
+    for call in calls:
+        s, layer = call.sparse, call.layer
+        for group in range(2):
+            mass = np.zeros(SMALL.blocks(tokens))
+            for head in (2 * group, 2 * group + 1):
+                scores = s.kv.k_slc[0, : q + 1, group] @ call.q[0, head, q] * call.scale
+                for j, p in enumerate(scores.softmax(0).tolist()):
+                    mass[j // 16] += p
+            forced = {0, q // 16, q // 16 - 1}
+            ranked = sorted(set(range(q // 16 + 1)) - forced, key=lambda j: (-mass[j], j))
+            ideal = forced | set(ranked[: SMALL.n - len(forced)])
+            own = {int(j) for j in call.idx[0, q, group]}
+            same(found["recall", "none", layer, group, None, None], len(own & ideal) / 4)
+            same(
+                found["mass_recall", "none", layer, group, None, None],
+                sum(mass[j] for j in own) / sum(mass[j] for j in ideal),
+            )
+            sets = [{int(j) for j in row if j >= 0} for row in call.idx[0, :, group]]
+            at = {"label": [], "other": []}
+            for t in range(SMALL.n * SMALL.lp, q):
+                both = len(sets[t] & sets[t + 1]) / len(sets[t] | sets[t + 1])
+                at["label" if t in places.labels else "other"].append(both)
+            for where, values in at.items():
+                same(found[f"jaccard_{where}", "none", layer, group, None, None], np.mean(values))
+
+
+def test_dilution_is_a_tokens_share_of_its_compressed_values(calls, prompt, found, places):
+    for call in calls:
+        s, tokens = call.sparse, len(prompt.ids)
+        kept = [[[] for _ in range(tokens)] for _ in range(2)]
+        for c in range(SMALL.compressed(tokens)):
+            block = s.v_cmp[0, 4 * c : 4 * c + 8].transpose(0, 1)
+            size = s.phi_v.split(block)[0].norm(dim=-1)
+            for group in range(2):
+                for m in range(8):
+                    kept[group][4 * c + m].append(float(8 * size[group, m] / size[group].sum()))
+        for group in range(2):
+            own = [np.mean(kept[group][p]) for p in places.labels if kept[group][p]]
+            same(found["dilution_label", "none", call.layer, group, None, None], np.mean(own))
+
+
+def test_gates_and_their_saliency_are_derivatives(lm, prompt, found, places, calls):
+    factors = [
+        torch.ones(1, len(prompt.ids), 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    ]
+    edits = [
+        Intervention(frozenset([layer]), gates=lambda _, f=f: f, name="f", neutral=True)
+        for layer, f in enumerate(factors)
+    ]
+    batch = collate([prompt])
+    with torch.enable_grad(), seam(lm.modules, edits=edits):
+        loss = label_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum()
+        slopes = torch.autograd.grad(loss, factors)
+    for layer, slope in enumerate(slopes):
+        gates = calls[layer].sparse.gates[0]
+        for where, positions in places.by_name.items():
+            for head in range(4):
+                for c, branch in enumerate(BRANCHES):
+                    key = (branch, layer, None, head, None)
+                    same(
+                        found[f"gate_saliency_{where}", *key],
+                        float(slope[0, positions, head, c].abs().mean()),
+                    )
+                    same(found[f"gate_{where}", *key], float(gates[positions, head, c].mean()))
+
+
+def test_full_attention_has_flow_and_masses_only(full, prompt, places):
+    rows, look, _ = probe_prompt(full, prompt, None, np.random.default_rng(0))
+    whole = flow(full, [prompt]).sums
+    for m in rows:
+        if m.metric.startswith("s_"):
+            assert m.condition == "all"
+            same(m.value, float(getattr(whole, m.metric)[0, m.layer]))
+    assert not look.idx
+    assert not look.vectors
+    assert {m.condition for m in rows if m.metric == "accuracy"} == {
+        "none", "isolate-label", "isolate-answer", "isolate-control"
+    }  # fmt: skip
+    assert {m.metric for m in rows if m.metric.endswith("_mass")} == {"wp_mass", "pq_mass"}
+
+
+# ---- interventions ----
+
+
+@pytest.mark.parametrize("which", ["label", "answer"])
+def test_targets_are_candidates_and_their_controls_equally_many(which, prompt, places):
+    found = targets(places, len(prompt.ids), SMALL)
+    positions = places.labels if which == "label" else places.answers
+    anchors, others = found[which]
+    free = set(range(1, prompt.target // 16 - 1))
+    assert set(anchors) == {p // 16 for p in positions} & free
+    if others is not None:
+        assert len(others) == len(anchors)
+        assert not set(others) & {p // 16 for p in positions}
+        assert set(others) <= free
+
+
+def test_bans_and_forces_change_what_q_reads(lm, prompt, places, calls):
+    q, tokens = prompt.target, len(prompt.ids)
+    blocks = targets(places, tokens, SMALL)["answer"][0]
+    changes = block_changes(places, tokens, SMALL)
+    for call in calls:
+        ban, _ = changes["ban-answer"]
+        _, force = changes["force-answer"]
+        without = call._trace(slice(0, tokens), ban=ban(call)).idx[0]
+        within = call._trace(slice(0, tokens), force=force(call)).idx[0]
+        assert torch.equal(without[:q], call.idx[0, :q])
+        assert torch.equal(within[:q], call.idx[0, :q])
+        for group in range(2):
+            assert not set(without[q, group].tolist()) & set(blocks)
+            free = [j for j in within[q, group].tolist() if 1 <= j <= q // 16 - 2]
+            assert set(free) <= set(blocks)
+            assert free
+
+
+def test_answers_on_a_cache_are_those_of_whole_runs(lm, prompt, places):
+    every = {"none": []} | conditions(frozenset(range(2)), places, len(prompt.ids), SMALL)
+    ids, at = torch.tensor([prompt.ids]), torch.tensor([prompt.target])
+    moved = 0
+    with torch.no_grad():
+        untouched = lm.logits_at(ids, at)[0]
+    for name, logits in answers(lm, prompt, every):
+        with torch.no_grad(), seam(lm.modules, edits=every[name]):
+            whole = lm.logits_at(ids, at)[0]
+        assert torch.allclose(logits, whole, rtol=0, atol=1e-9), name
+        moved += not torch.allclose(logits, untouched, rtol=0, atol=1e-6)
+    assert len(every) >= 16
+    assert moved >= 12
+
+
+def test_cutting_a_branch_is_its_gate_at_zero(lm, prompt, places, calls):
+    [edit] = conditions(frozenset([0]), places, len(prompt.ids), SMALL)["cut-win-label"]
+    changed, call = calls[0].edited([edit])[0], calls[0]
+    gates = call.trace.gates.clone()
+    gates[0, places.labels, :, 2] = 0
+    expected = sum(gates[..., c, None] * o for c, o in enumerate(call.trace.branch_o))[0]
+    assert torch.allclose(changed, expected.transpose(0, 1), atol=1e-12)
+    other = np.setdiff1d(np.arange(len(prompt.ids)), places.labels)
+    assert torch.allclose(changed[:, other], call.fused()[0][:, other], atol=1e-12)
+
+
+def test_outcome_by_hand(prompt):
+    logits = torch.zeros(len(WORDS))
+    logits[list(prompt.label_ids)] = torch.arange(len(prompt.label_ids)).float()
+    top = len(prompt.label_ids) - 1
+    right = outcome(logits, replace(prompt, gold=top))
+    assert (right["accuracy"], right["margin"]) == (1, 1)
+    wrong = outcome(logits, replace(prompt, gold=0))
+    assert (wrong["accuracy"], wrong["margin"]) == (0, -top)
+    same(wrong["logit"], -top / 2)
+    same(wrong["probability"], 1 / sum(np.exp(range(top + 1))))
+
+
+# ---- many prompts ----
+
+
+def test_a_probe_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    model = load(folder, device="cpu")
+    small = Probe(EPISODES, prompts=1, interventions=False)
+    seen = []
+    first = measure(model, small, out=tmp_path, progress=lambda *x: seen.append(x))
+    assert seen == [(0, 1), (1, 1)]
+    ran, true = [], probing.probe_prompt
+    monkeypatch.setattr(probing, "probe_prompt", lambda *a, **k: ran.append(a[1]) or true(*a, **k))
+    again = measure(model, small, out=tmp_path)
+    assert not ran
+    pd.testing.assert_frame_equal(first.rows, again.rows)
+    more = measure(model, replace(small, prompts=2), out=tmp_path)
+    assert [p.ids for p in ran] == [small.prompt(1).ids]
+    pd.testing.assert_frame_equal(more.rows[more.rows["number"] == 0].reset_index(drop=True), first.rows)
+    assert sorted(more.vectors["number"].unique()) == [0, 1]
+
+
+def test_what_cannot_be_probed_is_refused(lm, gpt2, tmp_path):
+    with pytest.raises(AnchorsError, match="everything is, whatever is in it"):
+        measure(lm, Probe(replace(EPISODES, tokens=64)), out=tmp_path)
+    with pytest.raises(AnchorsError, match="everything is"):
+        measure(lm, Probe(EPISODES, demonstrations=3), out=tmp_path)
+    with pytest.raises(AnchorsError, match="exceed the model's 256 positions"):
+        measure(lm, Probe(replace(EPISODES, tokens=400)), out=tmp_path)
+    with pytest.raises(AnchorsError, match="not a model with Native Sparse Attention"):
+        geometry_of(gpt2)
+    with pytest.raises(AnchorsError, match="not one of the episodes"):
+        vocabulary_of(gpt2)
+    with pytest.raises(AnchorsError, match="prompts is 0"):
+        Probe(EPISODES, prompts=0)
+    assert vocabulary_of(lm) == WORDS
+
+
+def test_queries_can_be_known_and_come_from_the_held_out_stream():
+    for number in range(6):
+        prompt = Probe(EPISODES, demonstrations=9).prompt(number)
+        episode = EPISODES.episode(0, number, held_out=True)
+        count = len(prompt.label_positions)
+        assert count <= 9
+        assert episode.knowable[count]
+        assert prompt.ids == tuple(episode.ids[: len(prompt.ids)])
+
+
+def chosen_rows(prompts: int, seed: int, planted: bool) -> pd.DataFrame:
+    """Rows of a model that chooses 3 of 24 blocks, at random or those with label words first."""
+    rng, table = np.random.default_rng(seed), []
+    for number in range(prompts):
+        weight = rng.integers(0, 4, 24) // 3
+        weight[rng.integers(24)] = 1
+
+        def add(metric, value, condition="none", group=None, place=None, number=number):
+            table.append(
+                (
+                    0,
+                    number,
+                    condition,
+                    0 if group is not None else None,
+                    group,
+                    None,
+                    place,
+                    metric,
+                    float(value),
+                )
+            )
+
+        add("chance", 3 / 24)
+        for j, w in enumerate(weight):
+            add("label_words", w, "label", place=j + 1)
+            add("label_words", w, "answer", place=j + 1)
+        for group in range(2):
+            add("recall", 1, group=group)
+            score = rng.random(24) + (2 * weight if planted and group == 0 else 0)
+            for j in np.argsort(-score)[:3]:
+                add("chosen", 1, group=group, place=j + 1)
+    frame = pd.DataFrame(table, columns=probing.COLUMNS)
+    return frame.astype(dict.fromkeys(("layer", "group", "head", "place"), "Int32"))
+
+
+def test_planted_anchors_are_found_and_only_those():
+    table = SUMMARIES["nsa_probe"](chosen_rows(30, 1, planted=True))["selection"]
+    table = table[table["which"] == "label"].set_index("group")
+    assert table.loc[0, "q"] < 0.01
+    assert table.loc[0, "lift_low"] > 2
+    assert table.loc[0, "excess_low"] > 0
+    assert table.loc[1, "p"] > 0.02
+    assert table.loc[1, "asr_low"] < table.loc[1, "chance"] < table.loc[1, "asr_high"]
+
+
+def test_the_null_is_rejected_as_often_as_it_may_be():
+    p = []
+    for seed in range(60):
+        rows = chosen_rows(8, seed, planted=False)
+        rows[["layer", "group", "place"]] = (
+            rows[["layer", "group", "place"]].astype(float).fillna(-1).astype(int)
+        )
+        found = choices(rows, "label")
+        rate = np.mean([metrics.selection_rate(c, w, v) for c, w, v in zip(*found, strict=True)], axis=0)
+        null = null_rates(found, 200)
+        p.append(((null >= rate - 1e-12).sum(0) + 1).ravel() / 201)
+    p = np.concatenate(p)
+    assert (p < 0.05).mean() <= 0.12
+    assert 0.4 < p.mean() < 0.6
+
+
+def test_a_model_that_chooses_the_right_class_is_found_out(folder, tmp_path, monkeypatch):
+    model = load(folder, device="cpu")
+    probe = Probe(replace(EPISODES, classes=(3, 3)), prompts=5, interventions=False, vectors=0)
+    wanted: list[np.ndarray] = []
+    true = nsa_attention_module.reference.select
+
+    def pushed(importance, **options):
+        bias = torch.zeros(importance.shape[-1])
+        bias[wanted[0][wanted[0] < len(bias)]] = 1e3
+        return true(importance, **options | {"bias": bias})
+
+    monkeypatch.setattr(nsa_attention_module.reference, "select", pushed)
+    prompt_of = Probe.prompt
+
+    def noted(self, number):
+        made = prompt_of(self, number)
+        wanted[:] = [Places.of(made, np.random.default_rng(0)).answers // 16]
+        return made
+
+    monkeypatch.setattr(Probe, "prompt", noted)
+    table = SUMMARIES["nsa_probe"](measure(model, probe, out=tmp_path).rows)["selection"]
+    answer = table[table["which"] == "answer"]
+    assert (answer["lift"] > 1.3).all()
+    assert (answer["q"] < 0.05).all()
+    assert (answer["excess"] > 0).all()
+
+
+def test_tables_hold_means_shares_and_paired_differences(measured, tables):
+    rows = measured.rows
+    wide = rows[rows["metric"] == "accuracy"].pivot_table(index="number", columns="condition", values="value")
+    summary = tables["summary"].set_index(["condition", "metric"])
+    for condition in wide.columns:
+        own = wide[condition].dropna()
+        same(summary.loc[(condition, "accuracy"), "value"], own.mean())
+        if condition != "none":
+            gap = own.mean() - wide.loc[own.index, "none"].mean()
+            same(summary.loc[(condition, "accuracy"), "difference"], gap)
+    both = wide[["cut-cmp-label", "cut-cmp-control"]].dropna()
+    same(summary.loc[("cut-cmp-label", "accuracy"), "beyond"], (both.iloc[:, 0] - both.iloc[:, 1]).mean())
+    branches = tables["branches"].set_index(["layer", "pair", "branch"])
+    mean = rows[(rows["metric"] == "s_pq") & (rows["layer"] == 0)].groupby("condition")["value"].mean()
+    parts = sum(mean[b] for b in BRANCHES)
+    for b in BRANCHES:
+        same(branches.loc[(0, "pq", b), "share"], mean[b] / parts)
+    same(branches.loc[(0, "pq", "all"), "cancellation"], 1 - mean["all"] / parts)
+    selection = tables["selection"]
+    assert ((selection["p"] > 0) & (selection["q"] >= selection["p"] - 1e-12)).all()
+    assert {"stages", "gates", "gate_saliency", "measures"} <= set(tables)
+    gates = tables["gates"]
+    assert len(gates) == 2 * 4 * 3
+    assert (gates["label_effect_p"] > 0).all()
+    stages = tables["stages"]
+    assert set(stages["measure"]) <= {"mass", "rate"}
+    assert ((stages["gap"] - (stages["pq"] - stages["wp"])).abs() < 1e-12).all()
+
+
+def test_asr_in_the_table_is_the_mean_over_prompts(measured, tables):
+    rows = measured.rows
+    rates = []
+    for _, own in rows.groupby("number"):
+        held = own[(own["metric"] == "label_words") & (own["condition"] == "answer")]
+        read = set(own[(own["metric"] == "chosen") & (own["layer"] == 1) & (own["group"] == 0)]["place"])
+        total = held["value"].sum()
+        if total:
+            rates.append(held[held["place"].isin(read)]["value"].sum() / total)
+    table = tables["selection"].set_index(["which", "layer", "group"])
+    same(table.loc[("answer", 1, 0), "asr"], np.mean(rates))
+    assert table.loc[("answer", 1, 0), "prompts"] == len(rates)
+
+
+def test_identity_is_read_where_it_is_and_not_where_it_is_not():
+    rng, table = np.random.default_rng(0), []
+    centres = rng.normal(size=(4, 6))
+    for number in range(12):
+        for token in rng.integers(0, 4, 30):
+            table.append((number, token, 0, "raw", centres[token] + 0.1 * rng.normal(size=6)))
+            table.append((number, token, 0, "compressed", rng.normal(size=6)))
+    vectors = pd.DataFrame(table, columns=["number", "token", "layer", "kind", "vector"])
+    found = identity_table(vectors).set_index("kind")
+    assert found.loc["raw", "accuracy"] > 0.95
+    assert found.loc["raw", "low"] > found.loc["raw", "shuffled"] + 0.3
+    assert abs(found.loc["compressed", "accuracy"] - 0.25) < 0.15
+    assert identity_table(vectors[vectors["number"] == 0]).empty
+
+
+# ---- what is written ----
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_figures_draw_what_is_there(tables, hidden):
+    if hidden:
+        tables = {name: table for name, table in tables.items() if name in ("branches", "summary")}
+        tables["branches"] = tables["branches"].query("branch == 'all'").drop(columns="share")
+    figure = draw("nsa_probe", tables, "a_model $x$")
+    figure.draw_without_rendering()
+    panels = [axes for part in figure.subfigs for axes in part.axes]
+    assert len(panels) == (4 if hidden else 9)
+
+
+def test_the_page_shows_the_blocks_that_q_reads(lm, prompt, calls):
+    own = blocks_payload(lm, prompt, SMALL, [0, 1])
+    q = prompt.target
+    assert own["forced"] == [0, q // 16 - 1, q // 16]
+    for layer in (0, 1):
+        for group in range(2):
+            assert own["chosen"][layer][group] == calls[layer].idx[0, q, group].tolist()
+    assert json.loads(json.dumps(own)) == own
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("count", 9, "are 9 of 4 tokens, for 23 tokens"),
+        ("size", 0, "are 6 of 0 tokens"),
+        ("chosen", [[[0]]], "has 1 entries for 4 layers"),
+        ("chosen", [[[6]]] * 4, "holds 6; there are 6"),
+        ("forced", [-1], "holds -1"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_rejected(field, value, message):
+    from test_viewer import payload
+
+    data = payload()
+    data["prompts"][0]["blocks"] = {"size": 4, "count": 6, "forced": [0, 5], "chosen": [[[0, 2, 5]]] * 4}
+    render_page(data)
+    data["prompts"][0]["blocks"][field] = value
+    with pytest.raises(ValueError, match=rf"\['blocks'\] {message}"):
+        render_page(data)
+
+
+def test_episodes_are_those_of_the_training(folder, lm, tmp_path):
+    assert episodes_of(lm, folder, tokens=170).tokens == 170
+    assert episodes_of(lm, folder).tokens == 256
+    (tmp_path / "training").mkdir()
+    run = tmp_path / "training" / "run.json"
+    run.write_text(json.dumps({"data": EPISODES.facts()}))
+    assert episodes_of(lm, tmp_path) == EPISODES
+    assert episodes_of(lm, tmp_path, classes=(2, 2)).classes == (2, 2)
+    run.write_text(json.dumps({"data": {"data": "text"}}))
+    with pytest.raises(AnchorsError, match="trained on text"):
+        episodes_of(lm, tmp_path)
+
+
+def test_the_verb_writes_everything_and_prints_json(folder, tmp_path):
+    arguments = [
+        "probe",
+        folder,
+        "-n",
+        2,
+        "--tokens",
+        150,
+        "--classes",
+        "2-3",
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path,
+        "--no-interventions",
+    ]
+    (folder / "training").mkdir(exist_ok=True)
+    (folder / "training" / "run.json").write_text(json.dumps({"data": EPISODES.facts()}))
+    result = runner.invoke(
+        nsa_cli.app, [str(a) for a in (*arguments, "--json", "--pages", 1)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert {"branches", "selection", "gates", "summary", "identity", "files", "notes", "versions"} <= set(
+        data
+    )
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {
+        "nsa_probe.parquet",
+        "nsa_probe.json",
+        "nsa_probe.png",
+        "nsa_probe.html",
+        "nsa_probe_selection.parquet",
+    } <= names
+    assert all(Path(f).is_file() for f in data["files"])
+    page = (tmp_path / "nsa_probe.html").read_text()
+    assert '"blocks":{"size":16' in page
+    bad = runner.invoke(nsa_cli.app, ["probe", str(tmp_path / "none")])
+    assert bad.exit_code == 2

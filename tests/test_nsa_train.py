@@ -1,0 +1,364 @@
+"""A training that is broken off goes on as if nothing had happened, to the bit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from anchors.cli.nsa import app
+from anchors.errors import AnchorsError
+from anchors.models import load
+from anchors.nsa.episodes import Episodes
+from anchors.nsa.train import Recipe, Watch, _optimizer, evaluate, train
+from anchors.nsa.vocabulary import Vocabulary
+from anchors.results import read_table
+
+SMALL = Episodes(
+    tokens=64, classes=(2, 3), words=(2, 4), keywords=2, vocabulary=Vocabulary(label_words=8, words=32)
+)
+RECIPE = Recipe(steps=6, batch=4, warmup=2)
+OFTEN = Watch(every=1, evaluate=3, save=3, held_out=8)
+
+
+def small(**more: object) -> LlamaConfig:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rest = {"vocab_size": len(SMALL.vocabulary), "max_position_embeddings": 64, "tie_word_embeddings": True}
+    return LlamaConfig(**(sizes | rest | {"num_key_value_heads": 1, "head_dim": 8} | more))
+
+
+def trained(out: Path, recipe: Recipe = RECIPE, **more: object):
+    options = {"watch": OFTEN, "factory": LlamaForCausalLM, "device": "cpu"} | more
+    return train(small(), SMALL, recipe, out=out, **options)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def broken_at(step: int):
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def same(one: Path, other: Path) -> None:
+    for name in ("model.safetensors", "training/state.safetensors"):
+        mine, theirs = load_file(one / name), load_file(other / name)
+        assert set(mine) == set(theirs)
+        for key, tensor in mine.items():
+            assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_broken_off_and_started_again_is_the_same_to_the_bit(tmp_path, stop):
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "broken", progress=broken_at(stop))
+    with safe_open(tmp_path / "broken/training/state.safetensors", framework="pt") as file:
+        assert file.metadata() == {"step": "3"}
+    again = trained(tmp_path / "broken")
+    same(tmp_path / "whole", tmp_path / "broken")
+    kept = [x.log[x.log["metric"] != "tokens_per_second"].reset_index(drop=True) for x in (whole, again)]
+    pd.testing.assert_frame_equal(*kept)
+    before = (tmp_path / "broken/model.safetensors").stat().st_mtime_ns
+    assert len(trained(tmp_path / "broken").log) == len(again.log)  # done: nothing is left to do
+    assert (tmp_path / "broken/model.safetensors").stat().st_mtime_ns == before
+    assert not list((tmp_path / "broken").glob(".*"))
+
+
+def test_killed_at_any_moment(tmp_path):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+torch.set_num_threads(1)
+from test_nsa_train import Path, trained
+def progress(done, total):
+    if done == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+trained(Path({str(tmp_path / "killed")!r}), progress=progress)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    trained(tmp_path / "killed")
+    trained(tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_another_configuration_is_refused(tmp_path):
+    trained(tmp_path / "a", Recipe(steps=1, batch=2, warmup=0))
+    for recipe, what in ((Recipe(steps=2, batch=2, warmup=0), "recipe.steps = 1, not 2"),):
+        with pytest.raises(AnchorsError, match=what):
+            trained(tmp_path / "a", recipe)
+    with pytest.raises(AnchorsError, match=r"model\.num_hidden_layers = 2, not 3"):
+        train(small(num_hidden_layers=3), SMALL, Recipe(steps=1, batch=2, warmup=0), out=tmp_path / "a")
+    small().save_pretrained(tmp_path / "b")
+    with pytest.raises(AnchorsError, match="was not trained here"):
+        trained(tmp_path / "b")
+    with pytest.raises(AnchorsError, match="vocabulary of 7"):
+        train(small(vocab_size=7), SMALL, RECIPE, out=tmp_path / "c")
+    with pytest.raises(AnchorsError, match="positions for 32"):
+        train(small(max_position_embeddings=32), SMALL, RECIPE, out=tmp_path / "c")
+    for wrong in ({"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": -1}, {"clip": 0.0}):
+        with pytest.raises(AnchorsError, match=next(iter(wrong))):
+            Recipe(**wrong)
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
+    trained(tmp_path, Recipe(steps=1, batch=2, warmup=0))
+    (tmp_path / "training/state.safetensors").write_bytes(b"what is this")
+    with pytest.raises(AnchorsError, match="cannot be used"):
+        trained(tmp_path, Recipe(steps=1, batch=2, warmup=0))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    class Poisoned(LlamaForCausalLM):
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            Poisoned.calls += self.training
+            if Poisoned.calls == 5:
+                found.logits = found.logits * float("nan")
+            return found
+
+    with pytest.raises(AnchorsError, match="not finite at step 5") as caught:
+        trained(tmp_path, factory=Poisoned, watch=Watch(every=6, evaluate=6, save=3, held_out=4))
+    assert "last checkpoint is kept" in caught.value.remedy
+    state = load_file(tmp_path / "training/state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    with safe_open(tmp_path / "training/state.safetensors", framework="pt") as file:
+        assert file.metadata() == {"step": "3"}
+
+
+def test_norms_do_not_decay_and_the_schedule_is_a_cosine():
+    model = LlamaForCausalLM(small())
+    decayed, free = _optimizer(model, RECIPE).param_groups
+    assert free["weight_decay"] == 0
+    assert {id(p) for p in free["params"]} == {
+        id(p) for name, p in model.named_parameters() if "norm" in name
+    }
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    recipe = Recipe(steps=110, lr=1.0, warmup=10, last_lr=0.1)
+    rates = [recipe.rate(step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+
+
+def test_the_model_can_be_loaded_and_the_log_is_tidy(tmp_path):
+    result = trained(tmp_path, watch=Watch(every=2, evaluate=3, save=6, held_out=8, dtype=torch.bfloat16))
+    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    lm = load(str(tmp_path), device="cpu")
+    prompt = SMALL.episode(0, 0).prompt()
+    assert tuple(lm.tokenizer(prompt.text)["input_ids"]) == prompt.ids
+    log, facts = read_table(tmp_path / "training/log.parquet")
+    assert facts["recipe"]["steps"] == 6
+    assert facts["data"]["data"] == "episodes"
+    assert not log.duplicated(["step", "split", "metric", "bucket"]).any()
+    assert set(log[log["split"] == "train"]["step"]) == {2, 3, 4, 6}
+    held = log[(log["split"] == "held_out") & (log["metric"] == "accuracy")]
+    assert set(held["step"]) == {3, 6}
+    assert {"all", "last", "1", "2-3", "4-7"} <= set(held["bucket"])
+    assert result.last("knowable", "1") == 0
+    assert result.last("knowable") == pytest.approx(
+        SMALL.rows(0, range(8), held_out=True).knowable.sum()
+        / SMALL.rows(0, range(8), held_out=True).labels.sum()
+    )
+
+
+def test_what_is_logged_is_what_the_model_does():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(small())
+    found = evaluate(model, SMALL, RECIPE, 6)
+    rows = SMALL.rows(RECIPE.seed, range(6), held_out=True)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(rows.ids)).logits
+    places = [(r, t) for r, t in zip(*np.nonzero(rows.labels), strict=True)]
+    losses = [-float(logits[r, t - 1].log_softmax(-1)[rows.ids[r, t]]) for r, t in places]
+    assert found["label_loss", "all"] == pytest.approx(np.mean(losses), rel=1e-5)
+    hits = [int(logits[r, t - 1].argmax()) == rows.ids[r, t] for r, t in places]
+    assert found["accuracy", "all"] == pytest.approx(np.mean(hits))
+
+
+def test_several_processes_train_as_one(tmp_path):
+    pytest.importorskip("accelerate")
+    script = tmp_path / "go.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from test_nsa_train import Path, RECIPE, trained\n"
+        f"trained(Path({str(tmp_path / 'two')!r}))\n"
+    )
+    # What a launcher sets; starting one takes longer than the training.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "1",
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [child.communicate(timeout=550)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said[0][-3000:]
+    trained(tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "training/state.safetensors") for name in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
+    _, facts = read_table(tmp_path / "two/training/log.parquet")
+    assert facts["processes"] == 2
+
+
+def test_lessons_grow(tmp_path):
+    seen = []
+
+    class Watched(LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            seen.append(tuple(input_ids.shape))
+            return super().forward(input_ids, **kwargs)
+
+    how = Episodes(tokens=256, classes=(3, 4), words=(3, 5), keywords=3, vocabulary=SMALL.vocabulary)
+    easiest = how.lesson(0)
+    assert (easiest.classes, easiest.words, easiest.keywords, easiest.keyword_rate) == ((2, 3), (1, 2), 1, 1)
+    assert [how.lesson(i / 4).tokens for i in range(5)] == [64, 64, 64, 128, 256]
+    assert how.lesson(1) == how
+    recipe = Recipe(steps=14, batch=2, warmup=0, grow=12 / 14)
+    assert [recipe.lesson(step) for step in range(14)] == [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert Recipe(grow=0.0).lesson(0) == 4
+    train(
+        small(max_position_embeddings=256), how, recipe, out=tmp_path, factory=Watched, device="cpu",
+        watch=Watch(every=14, evaluate=14, save=14, held_out=2),
+    )  # fmt: skip
+    assert seen == 10 * [(8, 64)] + 2 * [(4, 128)] + 3 * [(2, 256)]
+
+
+# The command -------------------------------------------------------------------------------------
+
+SIZES = [
+    *(
+        "--layers",
+        2,
+        "--width",
+        16,
+        "--heads",
+        2,
+        "-T",
+        64,
+        "--classes",
+        "2-3",
+        "--words",
+        "2-3",
+        "--keywords",
+        2,
+    ),
+    *(
+        "--vocabulary",
+        32,
+        "--label-words",
+        8,
+        "--steps",
+        4,
+        "-b",
+        2,
+        "--warmup",
+        2,
+        "--evaluate",
+        2,
+        "--save",
+        2,
+    ),
+    *("--held-out", 4, "--every", 1, "--device", "cpu"),
+]
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_help_loads_no_torch():
+    code = """
+import sys
+from typer.testing import CliRunner
+from anchors.cli.nsa import app
+for verb in ([], ["train"], ["curves"]):
+    result = CliRunner().invoke(app, [*verb, "--help"])
+    assert result.exit_code == 0, result.output
+assert not {"torch", "transformers", "pandas", "matplotlib", "numpy"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("attention", ["full", "nsa"])
+def test_the_command_leaves_model_log_and_figure(tmp_path, attention):
+    geometry = ["--l", 8, "--d", 4, "--lp", 16, "--n", 3, "--w", 16, "--backend", "reference"]
+    out = tmp_path / attention
+    result = invoke("train", "-o", out, "--attention", attention, *SIZES, *geometry)
+    assert result.exit_code == 0, result.output
+    assert "held-out" in result.output
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "training/loss.png",
+        "training/log.parquet",
+    ):
+        assert (out / name).is_file(), name
+    again = invoke("train", "-o", out, "--attention", attention, *SIZES, *geometry, "--json")
+    assert again.exit_code == 0, again.output
+    assert '"label_loss"' in again.stdout
+    both = invoke("curves", out, "-o", tmp_path / "curves")
+    assert both.exit_code == 0, both.output
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_the_command_trains_on_a_text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("so it goes. " * 300, encoding="utf-8")
+    result = invoke("train", "-o", tmp_path / "out", "--attention", "full", "--text", path, *SIZES)
+    assert result.exit_code == 0, result.output
+    log, _ = read_table(tmp_path / "out/training/log.parquet")
+    assert set(log["metric"]) == {"text_loss", "learning_rate", "tokens_per_second", "gradient"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "many"], "neither a number nor a range"),
+        (["--tokenizer", "x"], "--text"),
+        (["--heads", 3], "divided"),
+        (["--attention", "none"], "attention"),
+        (["--lr", 0], "lr"),
+        (["--text", "nowhere.txt"], "cannot be read"),
+        (["--device", "abacus"], "abacus"),
+        (["--l", 8, "--d", 3], ""),
+    ],
+)
+def test_bad_options_end_in_two(tmp_path, options, message):
+    result = invoke("train", "-o", tmp_path / "out", *SIZES, *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not (tmp_path / "out" / "model.safetensors").exists()
