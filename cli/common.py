@@ -238,6 +238,16 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def span(text: str, option: str) -> tuple[int, int]:
+    """A number, or a range as 4-8."""
+    low, dash, high = text.partition("-")
+    if not low.strip().isdigit() or (dash and not high.strip().isdigit()):
+        raise AnchorsError(
+            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
+        )
+    return int(low), int(high or low)
+
+
 def layers_from(text: str | None, count: int) -> list[int]:
     """`0,5,10-12` as a list of layers; None is all of them."""
     if text is None:

@@ -130,20 +130,36 @@ def curves(
         from anchors.figures.style import save
         from anchors.results import read_table, write_table
 
-        logs, read = [], {}
+        logs, read, alike = [], {}, {}
         for folder in folders:
             log, facts = read_table(folder / "training" / "log.parquet")
-            logs.append(
-                log.assign(run=f"{facts['model']['attention']} attention", seed=facts["recipe"]["seed"])
-            )
+            name, seed = f"{facts['model']['attention']} attention", facts["recipe"]["seed"]
+            recipe = {**facts, "recipe": {k: v for k, v in facts["recipe"].items() if k != "seed"}}
+            for other in alike.setdefault(name, {}):
+                _demand_alike(name, folder, recipe, other, alike[name][other], seed)
+            alike[name][folder] = (seed, recipe)
+            logs.append(log.assign(run=name, seed=seed))
             read[str(folder)] = facts
         table = pd.concat(logs, ignore_index=True)
         write_table(out.with_suffix(".parquet"), table, {"runs": read})
         common.print_files([out.with_suffix(".parquet"), *save(draw({"log": table}, ""), out)])
 
 
+def _demand_alike(
+    name: str, folder: Path, facts: dict[str, Any], other: Path, known: tuple[int, dict[str, Any]], seed: int
+) -> None:
+    """The seeds of a curve are averaged: they must be of one training."""
+    differ = [part for part in ("model", "data", "recipe") if facts[part] != known[1][part]]
+    if differ or seed == known[0]:
+        what = f"differ in their {' and '.join(differ)}" if differ else f"are both of seed {seed}"
+        raise AnchorsError(
+            f"{folder} and {other} are both {name}, but {what}: one curve cannot stand for both.",
+            "Draw them one by one.",
+        )
+
+
 def _train(o: dict[str, Any]) -> None:
-    ranges = {name: _range(o[name], f"--{name}") for name in ("classes", "words")}
+    ranges = {name: common.span(o[name], f"--{name}") for name in ("classes", "words")}
     if o["tokenizer"] is not None and o["text"] is None:
         raise AnchorsError("--tokenizer is for --text; episodes have words of their own.")
     with common.err.status("loading torch and transformers"):
@@ -260,12 +276,3 @@ def _table(result: "Trained", name: str) -> Table:
     for bucket, row in cells.iterrows():
         table.add_row(str(bucket), *("" if row[m] != row[m] else f"{row[m]:.3f}" for m in metrics))
     return table
-
-
-def _range(text: str, option: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    if not low.strip().isdigit() or (high and not high.strip().isdigit()):
-        raise AnchorsError(
-            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
-        )
-    return int(low), int(high or low)

@@ -1,5 +1,6 @@
 """`anchors nsa probe`: what becomes of label words in a model with Native Sparse Attention."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +30,7 @@ def probe(
     ] = None,
     prompts: Annotated[
         int, typer.Option("--prompts", "-n", min=1, help="Held-out episodes.", rich_help_panel="Protocol")
-    ] = 64,
+    ] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes.", rich_help_panel="Protocol")] = 0,
     tokens: Annotated[
         int | None,
@@ -99,11 +100,17 @@ def probe(
             raise AnchorsError(
                 f"The model {str(folder)!r} is not a directory.", "Train one: `anchors nsa train --out DIR`."
             )
-        ranges = {"classes": _span(classes, "--classes"), "words": _span(words, "--words")}
+        ranges = {
+            name: None if text is None else common.span(text, f"--{name}")
+            for name, text in (("classes", classes), ("words", words))
+        }
         from anchors.results import require_writable
 
         require_writable(to)
         lm = common.load_model(str(folder), device, precision, None, None, False)
+        if model is None:
+            # Where the package lies is nobody's business in results.
+            lm = replace(lm, name="the small NSA model")
         from anchors.nsa.probe import Probe, geometry_of
         from anchors.nsa.probe_report import episodes_of, report
 
@@ -127,17 +134,6 @@ def probe(
             if (table := show(result.tables, title)) is not None:
                 out.print(table)
         common.print_files(result.files)
-
-
-def _span(text: str | None, option: str) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    low, _, high = text.partition("-")
-    if not low.isdigit() or (high and not high.isdigit()):
-        raise AnchorsError(
-            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
-        )
-    return int(low), int(high or low)
 
 
 def _table(title: str, *columns: str) -> Table:

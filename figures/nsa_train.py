@@ -53,7 +53,7 @@ def _accuracy(
     ceiling = log[(log["metric"] == "knowable") & (log["split"] == "held_out")]
     every = ceiling[ceiling["bucket"] == "all"]["value"].mean()
     by_step.axhline(every, color=GREY, linestyle=":", linewidth=1, label="can be known")
-    final = log[log["step"] == log["step"].max()]
+    final = log[log["step"] == log.groupby(["run", "seed"])["step"].transform("max")]
     order = sorted((b for b in set(ceiling["bucket"]) if b[0].isdigit()), key=_first)
     known = ceiling.groupby("bucket")["value"].mean().reindex(order)
     by_number.plot(range(len(order)), known, color=GREY, linestyle=":", linewidth=1)

@@ -1,5 +1,7 @@
 """NSA as a module and a language model: causality, caches, packing, saving, and the toolkit on top."""
 
+import gc
+
 import pytest
 import torch
 from families import CONFIGS, make
@@ -10,7 +12,7 @@ from anchors.attention.seam import route, seam
 from anchors.context import encode
 from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES
-from anchors.nsa.call import Intervention
+from anchors.nsa.call import Intervention, NSACall
 from anchors.nsa.config import ROPE, NSAConfig
 from anchors.nsa.model import NativeSparseAttention, NSAForCausalLM
 from anchors.nsa.phi import PHI
@@ -124,7 +126,7 @@ def test_left_padding_is_refused(ids):
     ("options", "said"),
     [
         ({"num_key_value_heads": 3}, "cannot be divided"), ({"phi": "max"}, "phi is"), ({"attention": "half"}, "attention is"),
-        ({"l": 6}, "not a multiple"), ({"attention": "full", "value_head_dim": 4}, "d_v = d_k"),
+        ({"l": 6}, "not a multiple"), ({"backend": "cuda"}, "backend is"), ({"attention": "full", "value_head_dim": 4}, "d_v = d_k"),
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_be(options, said):
@@ -243,3 +245,73 @@ def test_demonstrations_kept_in_part_stand_where_they_stood(tokenizer):
     assert layer.positions.tolist() == [[0, *range(20, 50)]]
     longer = encode(lm, [7, 8], kept)
     assert longer.keys[0].shape[2] == 33
+
+
+def test_taps_leave_nothing_behind(ids):
+    """A call that was tapped, with its patterns, is freed with the graph."""
+    lm = model()
+    modules = route(lm)
+    alive = []
+    for _ in range(2):
+        with seam(modules, taps=[Products(2)]):
+            lm(ids).logits[:, -1].logsumexp(-1).sum().backward()
+        gc.collect()
+        alive.append(sum(isinstance(x, NSACall) for x in gc.get_objects()))
+    assert alive == [0, 0]
+
+
+class Rounding(Products):
+    def tile(self, call, rows, keys, product):
+        self.off = max(
+            getattr(self, "off", 0.0), float((product.sum(-1) - self.inner[:, :, rows]).abs().max())
+        )
+
+    def branches(self, call, rows, by_branch):
+        pass
+
+
+def test_the_autocast_of_the_caller_does_not_round_the_products(ids):
+    lm = model(torch.float32)
+    modules, tap = route(lm), Rounding(2)
+    with seam(modules, taps=[tap]):
+        loss = lm(ids).logits[:, -1].logsumexp(-1).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    assert tap.off < 1e-5
+
+
+def test_interventions_that_change_no_gate_are_refused(ids):
+    lm = model()
+    edit = Intervention(frozenset([0]), gates=lambda call: torch.ones(3), name="nothing")
+    with pytest.raises(AnchorsError, match="changed no gate"), seam(route(lm), edits=[edit]):
+        lm(ids)
+
+
+def test_texts_shorter_than_a_block_train_phi_by_zero():
+    lm = model().train()
+    lm(torch.arange(5)[None]).logits.sum().backward()
+    for name, weight in lm.named_parameters():
+        assert weight.grad is not None, name
+        assert not ("phi" in name and weight.grad.any())
+
+
+def test_inputs_that_hold_nothing_or_do_not_fit_are_refused(ids):
+    layer = NativeSparseAttention(NSAConfig(**SIZES, **SPARSE))
+    for empty in (torch.zeros(0, 5, 24), torch.zeros(2, 0, 24)):
+        with pytest.raises(AnchorsError, match="nothing to attend to"):
+            layer(empty)
+    with pytest.raises(AnchorsError, match="do not divide"):
+        layer(torch.zeros(1, 10, 24), cu_seqlens=torch.tensor([0, 4, 9]))
+    with pytest.raises(AnchorsError, match="cache that grows"):
+        model(torch.float32).generate(
+            ids[:1, :9], attention_mask=torch.ones_like(ids[:1, :9]), max_new_tokens=2, cache_implementation="static",
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+def test_geometry_is_part_of_the_fingerprint():
+    from anchors.models import fingerprint
+
+    one, other = model(), model(n=5)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    assert fingerprint(one) != fingerprint(other)

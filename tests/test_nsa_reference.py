@@ -220,6 +220,10 @@ def broken(name):
         kv = Branches(**{**vars(kv), "kc": kv.kc[:, :-1]})
     if name == "gates":
         gates = gates[..., :2]
+    if name == "twice":
+        return q, kv, gates, SMALL, {"idx": torch.zeros(2, 20, 2, 2, dtype=torch.int32)}
+    if name == "rows":
+        return q, kv, gates, SMALL, {"idx": torch.zeros(2, 5, 2, 1, dtype=torch.int32)}
     if name == "keys":
         return q, kv, gates, SMALL, {"past": 5}
     options = {"triton": {"backend": "triton"}, "backend": {"backend": "cuda"}}.get(name, {})
@@ -231,7 +235,7 @@ def broken(name):
     [
         ("groups", "cannot be divided"), ("empty", "batch is empty"), ("nan", "not numbers"),
         ("compressed", "kc has the shape"), ("gates", "gates have the shape"), ("keys", "need 25 keys"),
-        ("triton", "tensors on cpu"), ("backend", "no backend called"),
+        ("twice", "twice in a row"), ("rows", "idx has the shape"), ("triton", "tensors on cpu"), ("backend", "no backend called"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(name, said):

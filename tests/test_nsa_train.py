@@ -362,3 +362,24 @@ def test_bad_options_end_in_two(tmp_path, options, message):
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_curves_do_not_average_what_is_not_alike(tmp_path):
+    from typer.testing import CliRunner
+
+    from anchors.cli import app
+    from anchors.results import write_table
+
+    def left(name, seed, lr):
+        table = pd.DataFrame(
+            [{"step": 1, "split": "held_out", "metric": "accuracy", "bucket": "all", "value": 0.5}]
+        )
+        facts = {"model": {"attention": "nsa"}, "data": {}, "recipe": {"seed": seed, "lr": lr}}
+        write_table(tmp_path / name / "training" / "log.parquet", table, facts)
+        return str(tmp_path / name)
+
+    one, again, other = left("one", 0, 1.0), left("again", 0, 1.0), left("other", 1, 2.0)
+    for folder, said in ((again, "both of seed 0"), (other, "differ in their recipe")):
+        result = CliRunner().invoke(app, ["nsa", "curves", one, folder, "-o", str(tmp_path / "curves")])
+        assert result.exit_code == 2
+        assert said in " ".join(result.stderr.split())

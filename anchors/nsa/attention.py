@@ -14,9 +14,10 @@ from torch import Tensor
 from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
-from anchors.nsa.geometry import Geometry
+from anchors.nsa.geometry import BACKENDS, Geometry
 
-BACKENDS = ("auto", "reference", "triton")
+ROWS = 256
+"""Query rows whose patterns are formed at once, where whole ones are not needed."""
 CMP, SLC, WIN = range(3)
 BRANCHES = ("cmp", "slc", "win")
 """The branches, in the order of the gates."""
@@ -105,20 +106,20 @@ def nsa_attention(
         scale: factor on the scores; 1/√d_k unless given.
         q_cmp: queries of the compressed branch where they differ (no rotary embedding there).
         past: tokens before the first query; all that `kv` holds beyond the queries, unless given.
-        idx: the chosen blocks, where they are known.
+        idx: the chosen blocks, where they are known: each at most once in a row, −1 for none.
         force, ban, bias: blocks always or never to choose, and what is added to their importance; broadcastable to
             [batch, query, groups, blocks].
         backend: auto, reference or triton.
 
     Raises:
-        AnchorsError: shapes that do not fit, entries that are not numbers (reference backend), or a backend that
-            cannot run here.
+        AnchorsError: shapes that do not fit, a backend that cannot run here; entries that are not numbers, from the
+            reference backend (the kernels would have to wait for the GPU to tell, and pass them on instead).
 
     Example:
         >>> kv = Branches(compress(k, phi, l=32, d=16), compress(v, phi, l=32, d=16), k, v, k, v)
         >>> nsa_attention(q, kv, gates, Geometry()).shape        # batch × tokens × heads × d_v
     """
-    past, scale = _checked(q, kv, gates, geometry, past, scale)
+    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx)
     if resolve(backend, q.device) == "reference":
         return trace(
             q,
@@ -162,7 +163,7 @@ def trace(
         token_bias: added to the scores of the selected and the window branch; a compressed token gets the mean over
             its block, so that −∞ at one token hides every block it is in.
     """
-    past, scale = _checked(q, kv, gates, geometry, past, scale)
+    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx)
     _numbers(q=q, gates=gates, **vars(kv))
     g, groups, queries = geometry, kv.k_slc.shape[2], q.shape[1]
     q_cmp = q if q_cmp is None else q_cmp
@@ -198,7 +199,37 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale) -> tuple[int, float]:
+@torch.no_grad()
+def choose(
+    q: Float[Tensor, "batch query heads dim"],
+    kv: Branches,
+    geometry: Geometry,
+    *,
+    scale: float,
+    q_cmp: Float[Tensor, "batch query heads dim"] | None = None,
+    past: int = 0,
+    backend: str = "auto",
+) -> Int[Tensor, "batch query groups n"]:
+    """I_t alone (Eqs. 8 to 11), as `nsa_attention` chooses it; the reference in parts, of O(T) memory each."""
+    q, g = q if q_cmp is None else q_cmp, geometry
+    common = {"geometry": g, "tokens": kv.tokens, "scale": scale}
+    if resolve(backend, q.device) == "triton":
+        from anchors.nsa.kernels.attention import compressed_attention
+        from anchors.nsa.kernels.selection import select_blocks
+
+        _, lse = compressed_attention(q, kv.kc, kv.vc, l=g.l, d=g.d, scale=scale, past=past)
+        return select_blocks(q, kv.kc, lse, past=past, **common)
+    parts = []
+    for start in range(0, q.shape[1], ROWS):
+        rows = q[:, start : start + ROWS]
+        _, lse = reference.compressed_attention(
+            rows, kv.kc, kv.vc, l=g.l, d=g.d, scale=scale, past=past + start
+        )
+        parts.append(reference.select_blocks(rows, kv.kc, lse, past=past + start, **common))
+    return torch.cat(parts, dim=1)
+
+
+def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx) -> tuple[int, float]:
     batch, queries, heads, dim = q.shape
     if not batch or not queries:
         raise AnchorsError(
@@ -223,13 +254,35 @@ def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale) -> tuple[i
             f"The gates have the shape {tuple(gates.shape)}, not {(batch, queries, heads, 3)}.",
             "One gate for each of cmp, slc and win, per query and head.",
         )
+    if q_cmp is not None and q_cmp.shape != q.shape:
+        raise AnchorsError(
+            f"q_cmp has the shape {tuple(q_cmp.shape)}, q {tuple(q.shape)}.", "Give one query for each."
+        )
+    if idx is not None:
+        _demand_blocks(idx, (batch, queries, kv.k_slc.shape[2]), geometry.blocks(tokens))
     past = tokens - queries if past is None else past
-    if past + queries > tokens:
+    if past < 0 or past + queries > tokens:
         raise AnchorsError(
             f"{queries} queries after {past} tokens need {past + queries} keys, but there are {tokens}.",
             "Append the keys of the queries first.",
         )
     return past, dim**-0.5 if scale is None else float(scale)
+
+
+def _demand_blocks(idx: Tensor, shape: tuple[int, int, int], blocks: int) -> None:
+    if tuple(idx.shape[:3]) != shape or idx.dim() != 4 or idx.is_floating_point():
+        raise AnchorsError(
+            f"idx has the shape {tuple(idx.shape)} of {idx.dtype}.",
+            f"Give block numbers, [batch, query, groups, n] with {shape} in front.",
+        )
+    if idx.is_cuda:  # looking would wait for the GPU
+        return
+    ordered = idx.sort(-1).values
+    double = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if idx.numel() and (int(idx.max()) >= blocks or int(idx.min()) < -1 or bool(double.any())):
+        raise AnchorsError(
+            f"idx names blocks beyond 0 to {blocks - 1}, or one twice in a row.", "−1 stands for no block."
+        )
 
 
 def _numbers(**tensors: Tensor) -> None:

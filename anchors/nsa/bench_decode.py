@@ -50,7 +50,7 @@ def bench_decode(
     """
     place, rows = device_of(device), []
     clock = Clock(place)
-    room = warmups + 2 * repeats
+    room = warmups + 3 * repeats
     for batch in batches:
         for length in tokens:
             known = {"batch": batch, "tokens": length, "shape": shape}

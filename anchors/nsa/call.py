@@ -22,11 +22,8 @@ from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.taps import Tap
 from anchors.errors import AnchorsError
-from anchors.nsa.attention import BRANCHES, CMP, SLC, WIN, Branches, Trace, nsa_attention, trace
+from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
-
-ROWS = 256
-"""Query rows whose patterns are formed at once for the taps."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,8 @@ class Intervention(Edit):
     Attributes:
         force, ban: function from the call to blocks always or never to choose, [batch, query, groups, blocks].
         gates: function from the call to a factor on the gates, broadcastable to [batch, query, heads, 3].
+
+    One that changes no choice of blocks, or no gate, is an error unless it is `neutral`.
     """
 
     force: BlockField | None = None
@@ -70,24 +69,28 @@ class NSACall(AttentionCall):
     def fusable(self) -> bool:
         return True
 
-    def fused(self) -> Float[Tensor, "batch heads query dim_v"]:
+    def fused(self, idx: Tensor | None = None) -> Float[Tensor, "batch heads query dim_v"]:
         """The output of the layer's own backend."""
         s = self.sparse
         return nsa_attention(
             self.q.transpose(1, 2), s.kv, s.gates, s.geometry,
-            scale=self.scale, q_cmp=s.q_cmp, past=s.past, backend=s.backend,
+            scale=self.scale, q_cmp=s.q_cmp, past=s.past, idx=idx, backend=s.backend,
         ).transpose(1, 2)  # fmt: skip
 
     @cached_property
     def idx(self) -> Int[Tensor, "batch query groups n"]:
-        """I_t: the blocks that each query and group reads."""
-        return self.trace.idx
+        """I_t: the blocks that each query and group reads, as the layer's own backend chooses them."""
+        s = self.sparse
+        return choose(
+            self.q.transpose(1, 2), s.kv, s.geometry,
+            scale=self.scale, q_cmp=s.q_cmp, past=s.past, backend=s.backend,
+        )  # fmt: skip
 
     @cached_property
     def trace(self) -> Trace:
         """Everything between inputs and output, for all rows at once, without derivatives."""
         with torch.no_grad():
-            return self._trace(slice(0, self.q.shape[2]))
+            return self._trace(slice(0, self.q.shape[2]), idx=self.idx)
 
     def _trace(self, rows: slice, **options: Tensor | None) -> Trace:
         s, dtype = self.sparse, self.compute_dtype
@@ -166,14 +169,23 @@ class NSACall(AttentionCall):
             force=_total(torch.logical_or, [e.force(self) for e in chosen if e.force]),
             ban=_total(torch.logical_or, [e.ban(self) for e in chosen if e.ban]),
         )
-        for edit in chosen:
-            if (edit.force or edit.ban) and not edit.neutral and torch.equal(found.idx, self.idx):
+        factors = [(edit, edit.gates(self).to(found.gates)) for edit in chosen if edit.gates]
+        for edit, factor in factors:
+            if not edit.neutral and bool((factor == 1).all()):
+                raise AnchorsError(
+                    f"{edit.name!r} fired in layer {self.layer} but changed no gate.",
+                    "Check its positions, or declare it neutral.",
+                )
+        asked = [edit for edit in chosen if (edit.force or edit.ban) and not edit.neutral]
+        plain = self._trace(slice(0, queries)).idx if asked else None
+        for edit in asked:
+            if torch.equal(found.idx, plain):
                 raise AnchorsError(
                     f"{edit.name!r} fired in layer {self.layer} but changed no choice of blocks.",
                     "The blocks it forces are chosen anyway, or those it bans never are; a prompt of up to "
                     f"{self.sparse.geometry.n * self.sparse.geometry.lp} tokens is selected whole.",
                 )
-        gates = _total(torch.mul, [found.gates, *(e.gates(self).to(found.gates) for e in chosen if e.gates)])
+        gates = _total(torch.mul, [found.gates, *(factor for _, factor in factors)])
         branch_o = found.branch_o if weight is None else self._weighted(found, weight)
         o = sum(gates[..., c, None] * o for c, o in enumerate(branch_o))
         return o.transpose(1, 2).to(self.v.dtype)
@@ -188,28 +200,34 @@ class NSACall(AttentionCall):
     def streamed(self, taps: Sequence[Tap]) -> Float[Tensor, "batch heads query dim_v"]:
         """The output; when its gradient arrives, the taps see the products of the rows that have one."""
         leaf = torch.zeros((), device=self.q.device, dtype=self.v.dtype, requires_grad=True)
-        z = self.fused() + leaf
+        z = self.fused(self.idx if taps else None) + leaf
+        seen = z.detach()  # a hook that holds z itself is never freed
 
         def show(dz: Tensor) -> None:
-            for tap in taps:
-                tap.begin(self, z.detach(), dz)
-            for start in range(0, dz.shape[2], ROWS):
-                rows = slice(start, min(start + ROWS, dz.shape[2]))
-                if not dz[:, :, rows].any():
-                    continue
-                by_branch = self.products(rows, dz[:, :, rows])
-                product = sum(by_branch.values())
-                for tap in taps:
-                    if hasattr(tap, "branches"):
-                        tap.branches(self, rows, by_branch)
-                    tap.tile(
-                        self, torch.arange(rows.start, rows.stop, device=dz.device),
-                        slice(0, self.k.shape[2]), product.clone(),
-                    )  # fmt: skip
+            # The autocast of whoever differentiates reaches this far, and would round the products.
+            with torch.autocast(dz.device.type, enabled=False):
+                self._show(taps, seen, dz)
 
-        if taps:
+        if taps and z.requires_grad:
             z.register_hook(show)
         return z
+
+    def _show(self, taps: Sequence[Tap], z: Tensor, dz: Tensor) -> None:
+        for tap in taps:
+            tap.begin(self, z, dz)
+        for start in range(0, dz.shape[2], ROWS):
+            rows = slice(start, min(start + ROWS, dz.shape[2]))
+            if not dz[:, :, rows].any():
+                continue
+            by_branch = self.products(rows, dz[:, :, rows])
+            product = sum(by_branch.values())
+            for tap in taps:
+                if hasattr(tap, "branches"):
+                    tap.branches(self, rows, by_branch)
+                tap.tile(
+                    self, torch.arange(rows.start, rows.stop, device=dz.device),
+                    slice(0, self.k.shape[2]), product.clone(),
+                )  # fmt: skip
 
 
 def _over_all(

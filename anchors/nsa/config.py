@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from anchors.errors import AnchorsError
-from anchors.nsa.geometry import Geometry
+from anchors.nsa.geometry import BACKENDS, Geometry
 from anchors.nsa.phi import PHI
 
 ROPE = ("block_centre", "block_start", "inner", "none")
@@ -46,7 +46,12 @@ class NSAConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
-        for name, allowed in (("attention", ("nsa", "full")), ("phi", tuple(PHI)), ("compressed_rope", ROPE)):
+        for name, allowed in (
+            ("attention", ("nsa", "full")),
+            ("phi", tuple(PHI)),
+            ("compressed_rope", ROPE),
+            ("backend", BACKENDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise AnchorsError(
                     f"{name} is {getattr(self, name)!r}.", f"It must be one of: {', '.join(allowed)}."

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from anchors.errors import AnchorsError
 
+BACKENDS = ("auto", "reference", "triton")
+"""What computes NSA: the equations, the kernels, or the kernels where they run."""
+
 
 @dataclass(frozen=True)
 class Geometry:

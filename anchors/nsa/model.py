@@ -110,7 +110,21 @@ class NativeSparseAttention(nn.Module):
             position_ids: where the tokens stand; after those of the cache unless given.
             cu_seqlens: bounds of sequences packed into one row, which do not see each other; no cache then.
         """
+        if not hidden_states.numel():
+            raise AnchorsError(
+                f"There is nothing to attend to: the input has the shape {tuple(hidden_states.shape)}.",
+                "Give at least one sequence of one token.",
+            )
         if cu_seqlens is not None:
+            if (
+                position_ids is not None
+                or int(cu_seqlens[0])
+                or int(cu_seqlens[-1]) != hidden_states.shape[1]
+            ):
+                raise AnchorsError(
+                    f"The bounds {cu_seqlens.tolist()} do not divide {hidden_states.shape[1]} tokens.",
+                    "Begin with 0, end with the number of tokens, and give no positions: each sequence starts at 0.",
+                )
             if len(hidden_states) != 1 or past_key_values is not None:
                 raise AnchorsError(
                     "Packed sequences come as one row, without a cache.", "Reshape to [1, tokens, …]."
@@ -118,10 +132,11 @@ class NativeSparseAttention(nn.Module):
             parts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
             return torch.cat([self(part)[0] for part in parts if part.shape[1]], dim=1), None
         batch, tokens, _ = hidden_states.shape
-        cached = None if past_key_values is None else _cached_positions(past_key_values, self.layer_idx)
+        home = hidden_states.device
+        cached = None if past_key_values is None else _cached_positions(past_key_values, self.layer_idx, home)
         past = 0 if cached is None else cached.shape[-1]
         if position_ids is None:
-            position_ids = torch.arange(past, past + tokens, device=hidden_states.device)[None]
+            position_ids = torch.arange(past, past + tokens, device=home)[None]
         if attention_mask is not None:
             _demand_causal(attention_mask, tokens, past)
         q = self.q_proj(hidden_states).view(batch, tokens, self.heads, -1)
@@ -142,7 +157,13 @@ class NativeSparseAttention(nn.Module):
                 keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
             )
             keys, values = (x.transpose(1, 2).unflatten(2, (3, self.groups)) for x in (keys, values))
-            positions = torch.cat([cached.expand(len(position_ids), -1), position_ids], dim=-1)
+            if keys.shape[1] != past + tokens:
+                raise AnchorsError(
+                    f"{type(past_key_values).__name__} returns {keys.shape[1]} keys for {past + tokens} tokens.",
+                    "NSA needs a cache that grows: DynamicCache, transformers' default.",
+                )
+            rows = max(len(cached), len(position_ids))
+            positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
             past_key_values.layers[self.layer_idx].positions = positions
         sparse = Sparse(
             kv=self._branches(keys, values, positions, hidden_states),
@@ -182,11 +203,11 @@ def _rotate(x: Float[Tensor, "batch tokens heads dim"], cos: Tensor, sin: Tensor
     return (x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]).to(x.dtype)
 
 
-def _cached_positions(cache: Cache, layer: int) -> Int[Tensor, "#batch past"]:
+def _cached_positions(cache: Cache, layer: int, device: torch.device) -> Int[Tensor, "#batch past"]:
     """Where the tokens of a cache stand: 0, 1, … unless some were left out."""
     past = cache.get_seq_length(layer)
     found = getattr(cache.layers[layer], "positions", None) if layer < len(cache.layers) else None
-    return torch.arange(past)[None] if found is None else found[:, :past]
+    return torch.arange(past, device=device)[None] if found is None else found[:, :past].to(device)
 
 
 def _demand_causal(mask: Tensor, queries: int, past: int) -> None:

@@ -49,7 +49,7 @@ class Probe:
 
     episodes: Episodes
     seed: int = 0
-    prompts: int = 64
+    prompts: int = 16
     demonstrations: int | None = None
     interventions: bool = True
     vectors: int = 32

@@ -29,7 +29,8 @@ def compress(
     """K^cmp = {φ(k_{id : id+l})}: one key (or value) per complete block of l tokens, every d tokens (Eq. 7)."""
     batch, tokens, groups, dim = x.shape
     if tokens < l:
-        return x.new_zeros(batch, 0, groups, phi(x.new_zeros(1, l, dim)).shape[-1])
+        # Through φ, so that its weights have a gradient, of 0, from short texts too.
+        return phi(x.new_zeros(batch, 0, groups, l, dim))
     return phi(x.unfold(1, l, d).transpose(-1, -2))
 
 

@@ -314,7 +314,7 @@ def _step(
     # Of the whole batch: processes add up, and a mean over them is taken afterwards.
     label = own[0] / sums[1].clamp(min=1)
     text = own[2] / sums[3].clamp(min=1)
-    weight = recipe.text_weight if rows.labels.any() else 1.0
+    weight = torch.where(sums[1] > 0, recipe.text_weight, 1.0)
     loss = team.size * (label + weight * text)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -176,9 +176,14 @@ def _selection(rows: pd.DataFrame) -> pd.DataFrame:
     if not len(home):
         return home
     layers, groups = sorted(home["layer"].unique()), sorted(home["group"].unique())
-    units = home[["seed", "number"]].drop_duplicates().sort_values(["seed", "number"])
+    told = _of(rows, ["chance"])
+    # Not a number: no block to choose; 1: all of them are read anyway. Neither says anything of the choice.
+    told = told[told["value"] < 1].sort_values(["seed", "number"])
+    if not len(told):
+        return told
+    rows = rows.merge(told[["seed", "number"]], on=["seed", "number"])
+    units, expected = told[["seed", "number"]], told["value"].to_numpy()
     weights = resampling(units)[: 1 if len(units) == 1 else None]
-    expected = _of(rows, ["chance"]).sort_values(["seed", "number"])["value"].to_numpy()
     tables = []
     for which in ("label", "answer"):
         found = choices(rows, which)
