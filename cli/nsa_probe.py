@@ -191,30 +191,25 @@ def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
 def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     if (found := tables.get("summary")) is None:
         return None
+    untouched = found.loc[(found["condition"] == "none") & (found["metric"] == "accuracy")]
     table = _table(
-        f"Interventions: {title}",
+        f"Interventions: {title}, untouched accuracy "
+        + "".join(estimate(*row) for row in untouched[["value", "low", "high"]].to_numpy()),
         "condition",
-        "accuracy",
         "Δ accuracy",
+        "beyond control",
         "Δ label logit",
-        "Δ beyond control",
-        "touched",
     )
+    table.columns[0].no_wrap = True
     indexed = found.set_index(["condition", "metric"])
 
-    def cell(condition: str, metric: str, name: str, *, signed: bool = True) -> str:
-        low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+    def cell(condition: str, metric: str, name: str) -> str:
         if (condition, metric) not in indexed.index or name not in indexed:
             return ""
-        return estimate(*indexed.loc[(condition, metric), [name, low, high]], signed=signed)
+        return estimate(*indexed.loc[(condition, metric), [name, f"{name}_low", f"{name}_high"]], signed=True)
 
     for condition in found["condition"].unique():
-        table.add_row(
-            condition,
-            cell(condition, "accuracy", "value", signed=False),
-            cell(condition, "accuracy", "difference"),
-            cell(condition, "logit", "difference"),
-            cell(condition, "accuracy", "beyond"),
-            cell(condition, "touched", "value", signed=False),
-        )
+        if condition != "none":
+            wanted = (("accuracy", "difference"), ("accuracy", "beyond"), ("logit", "difference"))
+            table.add_row(condition, *(cell(condition, *own) for own in wanted))
     return table

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchors.errors import AnchorsError
-from anchors.nsa import phi, reference
+from anchors.nsa import attention, phi, reference
 from anchors.nsa.attention import Branches, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
 
@@ -254,3 +254,11 @@ def test_bad_input_is_refused(name, said):
 def test_geometries_that_the_equations_do_not_allow(sizes, said):
     with pytest.raises(AnchorsError, match=said):
         Geometry(**sizes)
+
+
+def test_auto_takes_the_kernels_only_where_they_can_compute(monkeypatch):
+    monkeypatch.setattr(attention, "triton_runs", lambda device: True)
+    q = torch.zeros(1, 2, 2, 4)
+    assert attention.resolve("auto", q, SMALL) == "triton"
+    assert attention.resolve("auto", q.double(), SMALL) == "reference"
+    assert attention.resolve("auto", q, Geometry(4, 2, 8, 4, 4)) == "reference"

@@ -62,8 +62,8 @@ class Trace:
     gates: Float[Tensor, "batch query heads 3"]
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The backend that `auto` means on a device.
+def resolve(backend: str, q: Tensor, geometry: Geometry) -> str:
+    """The backend that `auto` means for some queries: the kernels where they run and can compute this.
 
     Raises:
         AnchorsError: an unknown backend; Triton where it cannot run.
@@ -71,10 +71,11 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise AnchorsError(f"There is no backend called {backend!r}.", f"One of: {', '.join(BACKENDS)}.")
     if backend == "auto":
-        return "triton" if triton_runs(device) else "reference"
-    if backend == "triton" and not triton_runs(device) and not _interpreted():
+        able = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and geometry.lp % 16 == 0
+        return "triton" if able and triton_runs(q.device) else "reference"
+    if backend == "triton" and not triton_runs(q.device) and not _interpreted():
         raise AnchorsError(
-            f"backend='triton' was asked for tensors on {device}.",
+            f"backend='triton' was asked for tensors on {q.device}.",
             "The kernels need an NVIDIA GPU (compute capability 8.0 or later); move the tensors there or use "
             "backend='reference'.",
         )
@@ -120,7 +121,7 @@ def nsa_attention(
         >>> nsa_attention(q, kv, gates, Geometry()).shape        # batch × tokens × heads × d_v
     """
     past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx)
-    if resolve(backend, q.device) == "reference":
+    if resolve(backend, q, geometry) == "reference":
         return trace(
             q,
             kv,
@@ -213,7 +214,7 @@ def choose(
     """I_t alone (Eqs. 8 to 11), as `nsa_attention` chooses it; the reference in parts, of O(T) memory each."""
     q, g = q if q_cmp is None else q_cmp, geometry
     common = {"geometry": g, "tokens": kv.tokens, "scale": scale}
-    if resolve(backend, q.device) == "triton":
+    if resolve(backend, q, geometry) == "triton":
         from anchors.nsa.kernels.attention import compressed_attention
         from anchors.nsa.kernels.selection import select_blocks
 
