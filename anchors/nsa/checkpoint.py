@@ -7,6 +7,7 @@ OUT/training/log.parquet                               the log
 """
 
 import copy
+import hashlib
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,3 +163,39 @@ def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, A
     for key in sorted(set(one) | set(other)):
         found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
     return found
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise AnchorsError(
+            f"{folder} holds no model to begin with.", "Give the folder of a finished training."
+        )
+    return path
+
+
+def digest(folder: Path) -> str:
+    """Sixteen hex digits over the weights of a saved model."""
+    return hashlib.sha256(_weights(folder).read_bytes()).hexdigest()[:16]
+
+
+def begin(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the weights of a saved one of the same kind and size.
+
+    Raises:
+        AnchorsError: there is none, or it is of another kind or size.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(load_file(_weights(folder)), strict=False)
+    except RuntimeError as error:
+        raise AnchorsError(
+            f"The model in {folder} has other sizes: {error}", "Give the same --layers, --width, …"
+        ) from error
+    # Tied weights are stored once.
+    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
+    if missing or unexpected:
+        raise AnchorsError(
+            f"The model in {folder} is of another kind: without {missing[:3]}, with {list(unexpected)[:3]}.",
+            "Give the same --attention and --phi.",
+        )
+    model.tie_weights()

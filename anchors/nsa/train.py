@@ -6,7 +6,6 @@ nothing had happened; on a CPU to the bit. Under `accelerate launch` the rows of
 and the gradients are those of the whole batch.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from anchors.errors import AnchorsError
-from anchors.nsa.checkpoint import Checkpoint
+from anchors.nsa.checkpoint import Checkpoint, begin, digest
 from anchors.nsa.data import Data, Rows
 from anchors.nsa.team import Team
 from anchors.results import provenance, require_writable
@@ -192,7 +190,7 @@ def train(
     described = {k: v for k, v in config.to_dict().items() if k not in _FREE}
     identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe)}
     if init is not None:
-        identity["init"] = {"folder": Path(init).name, "weights": _digest(Path(init))}
+        identity["init"] = {"folder": Path(init).name, "weights": digest(Path(init))}
     facts = provenance(**identity, processes=team.size, device=team.name)
     checkpoint = Checkpoint(out)
     checkpoint.check(identity)
@@ -206,7 +204,7 @@ def train(
         torch.manual_seed(recipe.seed)
         model = factory(config)
     if init is not None:
-        _begin(model, Path(init))
+        begin(model, Path(init))
     model = model.float().to(team.device).train()
     optimizer = _optimizer(model, recipe)
     done = checkpoint.restore(model, optimizer)
@@ -242,36 +240,6 @@ def train(
             progress(now, recipe.steps)
     team.wait()
     return Trained(out, log.table(), facts)
-
-
-def _weights(folder: Path) -> Path:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise AnchorsError(
-            f"{folder} holds no model to begin with.", "Give the folder of a finished training."
-        )
-    return path
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256(_weights(folder).read_bytes()).hexdigest()[:16]
-
-
-def _begin(model: PreTrainedModel, folder: Path) -> None:
-    try:
-        missing, unexpected = model.load_state_dict(load_file(_weights(folder)), strict=False)
-    except RuntimeError as error:
-        raise AnchorsError(
-            f"The model in {folder} has other sizes: {error}", "Give the same --layers, --width, …"
-        ) from error
-    # Tied weights are stored once.
-    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
-    if missing or unexpected:
-        raise AnchorsError(
-            f"The model in {folder} is of another kind: without {missing[:3]}, with {list(unexpected)[:3]}.",
-            "Give the same --attention and --phi.",
-        )
-    model.tie_weights()
 
 
 def _batches(data: Data, recipe: Recipe, first: int, team: Team) -> Iterator[tuple[int, Rows]]:

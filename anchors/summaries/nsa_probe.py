@@ -191,12 +191,7 @@ def _selection(rows: pd.DataFrame) -> pd.DataFrame:
         if np.isnan(rate).all():
             continue
         near = [metrics.control_weights(w, v) for _, w, v in zip(*found, strict=True)]
-        control = np.array(
-            [
-                metrics.selection_rate(c, w, v)
-                for c, w, v in zip(found.chosen, near, found.candidate, strict=True)
-            ]
-        )
+        control = np.array(list(map(metrics.selection_rate, found.chosen, near, found.candidate)))
         null = null_rates(found)
         p = (1 + (null >= np.nanmean(rate, 0) - 1e-12).sum(0)) / (1 + len(null))
         q = false_discovery_control(p.ravel()).reshape(p.shape)
