@@ -46,12 +46,13 @@ class Context:
         the window could not be cut.
         """
         cache = DynamicCache()
+        positions = torch.tensor([self.positions])
         for keys, values in zip(self.keys, self.values, strict=True):
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
             layer.keys = keys.expand(batch, -1, -1, -1)
             layer.values = values.expand(batch, -1, -1, -1)
-            layer.positions = torch.tensor([self.positions], device=keys.device)
+            layer.positions = positions
             cache.layers.append(layer)
         return cache
 

@@ -107,6 +107,12 @@ class NSACall(AttentionCall):
         home = self.q.device
         return torch.arange(count, device=home)[:, None] * g.d + torch.arange(g.l, device=home)
 
+    @cached_property
+    def _seen_parts(self) -> Float[Tensor, "batch compressed l groups dim_v"]:
+        """`_parts` without derivatives, once for all tiles of rows."""
+        with torch.no_grad():
+            return self._parts()
+
     def _parts(self) -> Float[Tensor, "batch compressed l groups dim_v"]:
         """φ_m(v) of every token of every block, with an l-th of what belongs to none."""
         g, values = self.sparse.geometry, self.sparse.v_cmp.to(self.compute_dtype)
@@ -127,7 +133,7 @@ class NSACall(AttentionCall):
                 BRANCHES[c]: found.patterns[c] * _against(slope[:, :, :, c], value.to(dtype))
                 for c, value in ((SLC, kv.v_slc), (WIN, kv.v_win))
             }
-            parts = self._parts()
+            parts = self._seen_parts
             count, l = parts.shape[1:3]
             each = _against(slope[:, :, :, CMP], parts.flatten(1, 2)).unflatten(-1, (count, l))
             each = (each * found.patterns[CMP][..., None]).flatten(-2)
