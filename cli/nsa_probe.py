@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT = Path(__file__).parents[1] / "experiments" / "nsa" / "checkpoint"
 """The model that comes with the repository."""
+OTHER = "The same weights, other blocks"
 
 
 def probe(
@@ -63,6 +64,18 @@ def probe(
             help="Share of a text's words that are its class's; default: as trained.",
             rich_help_panel="Protocol",
         ),
+    ] = None,
+    d: Annotated[
+        int | None, typer.Option("--d", min=1, help="Another stride.", rich_help_panel=OTHER)
+    ] = None,
+    lp: Annotated[
+        int | None, typer.Option("--lp", min=1, help="Other selection blocks, l'.", rich_help_panel=OTHER)
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Another number of blocks.", rich_help_panel=OTHER)
+    ] = None,
+    w: Annotated[
+        int | None, typer.Option("--w", min=1, help="Another window.", rich_help_panel=OTHER)
     ] = None,
     interventions: Annotated[
         bool, typer.Option(help="Ban, force, cut and isolate, too.", rich_help_panel="Protocol")
@@ -111,10 +124,11 @@ def probe(
         if model is None:
             # Where the package lies is nobody's business in results.
             lm = replace(lm, name="the small NSA model")
-        from anchors.nsa.probe import Probe, geometry_of
+        from anchors.nsa.probe import Probe, geometry_of, with_geometry
         from anchors.nsa.probe_report import episodes_of, report
 
         geometry_of(lm)
+        lm = with_geometry(lm, d=d, lp=lp, n=n, w=w)
         wanted = Probe(
             episodes_of(lm, folder, tokens=tokens, keyword_rate=keyword_rate, **ranges),
             seed,

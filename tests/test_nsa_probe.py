@@ -1,5 +1,6 @@
 """`anchors nsa probe`: every number against a slow loop, planted anchors found, none found where there are none."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from nsa_probing import SMALL, WORDS, calls, folder, found, full, lm, places, pr
 from sklearn.metrics import roc_auc_score
 
 from anchors.attention.seam import seam
+from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.flow.metrics import map_sums
 from anchors.flow.saliency import collate, label_loss
@@ -16,7 +18,9 @@ from anchors.nsa import probe_metrics as metrics
 from anchors.nsa import reference
 from anchors.nsa.attention import BRANCHES, SLC
 from anchors.nsa.call import Intervention
-from anchors.nsa.probe import probe_prompt
+from anchors.nsa.geometry import Geometry
+from anchors.nsa.model import NSAForCausalLM
+from anchors.nsa.probe import geometry_of, probe_prompt, with_geometry
 from anchors.nsa.probe_interventions import answers, block_changes, conditions, outcome, targets
 
 # ---- blocks: what may be chosen, by hand ----
@@ -263,6 +267,25 @@ def test_gates_and_their_saliency_are_derivatives(lm, prompt, found, places, cal
                         float(slope[0, positions, head, c].abs().mean()),
                     )
                     same(found[f"gate_{where}", *key], float(gates[positions, head, c].mean()))
+            share = gates[positions] / gates[positions].sum(-1, keepdim=True)
+            evenness = -(share * share.log()).sum(-1).mean() / math.log(3)
+            same(found[f"gate_entropy_{where}", "none", layer, None, None, None], float(evenness))
+
+
+def test_the_same_weights_read_other_blocks(lm, prompt):
+    other = with_geometry(lm, lp=32, n=3, w=8)
+    assert geometry_of(other) == Geometry(l=8, d=4, lp=32, n=3, w=8)
+    assert geometry_of(lm) == SMALL
+    assert other.fingerprint != lm.fingerprint
+    own = NSAForCausalLM(other.model.config).double().eval()
+    own.load_state_dict(lm.model.state_dict())
+    ids = torch.tensor([prompt.ids])
+    with torch.no_grad():
+        torch.testing.assert_close(other.model(ids).logits, own(ids).logits, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(other.model(ids).logits, lm.model(ids).logits)
+    assert with_geometry(lm, n=None) is lm
+    with pytest.raises(AnchorsError, match="l' = 30"):
+        with_geometry(lm, lp=30)
 
 
 def test_full_attention_has_flow_and_masses_only(full, prompt, places):

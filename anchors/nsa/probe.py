@@ -4,9 +4,10 @@ For each prompt one forward and backward pass reads choices, gates, patterns and
 intervention is run. What the rows come to is in `anchors.summaries.nsa_probe`.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from anchors.attention.seam import seam
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, collate, label_loss
-from anchors.models import LanguageModel
+from anchors.models import LanguageModel, load
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.episodes import Episodes
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.model import NativeSparseAttention
 from anchors.nsa.probe_interventions import effects
 from anchors.nsa.probe_taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.vocabulary import SPECIALS, Vocabulary
@@ -110,6 +112,32 @@ def geometry_of(model: LanguageModel) -> Geometry | None:
             "Train one with `anchors nsa train`.",
         )
     return config.geometry if config.attention == "nsa" else None
+
+
+def with_geometry(model: LanguageModel, **sizes: int | None) -> LanguageModel:
+    """The same weights reading other blocks: what selection and window lose or gain without another training.
+
+    Args:
+        model: an NSA model.
+        sizes: new values of d, lp, n and w; None for those that stay. l cannot change: φ has weights for l positions.
+
+    Raises:
+        AnchorsError: full attention, or sizes that do not fit together.
+    """
+    changed = {name: value for name, value in sizes.items() if value is not None}
+    if not changed:
+        return model
+    if geometry_of(model) is None:
+        raise AnchorsError(f"{model.name} has full attention: there is no block to change.", "Leave it out.")
+    twin = copy.deepcopy(model.model)
+    for name, value in changed.items():
+        setattr(twin.config, name, value)
+    for module in twin.modules():
+        if isinstance(module, NativeSparseAttention):
+            module.geometry = twin.config.geometry
+    routed = load(twin, tokenizer=model.tokenizer, device=str(model.device), precision=model.precision)
+    name = ", ".join(f"{name}={value}" for name, value in changed.items())
+    return replace(routed, name=f"{model.name} at {name}", revision=model.revision)
 
 
 def vocabulary_of(model: LanguageModel) -> Vocabulary:

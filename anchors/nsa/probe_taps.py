@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import entropy
 from torch import Tensor
 
 from anchors.attention.call import AttentionCall
@@ -181,8 +182,11 @@ class Look:
 
     def _gates(self, call: NSACall, found: Trace) -> Iterator[Measure]:
         gates = _array(found.gates)[0]
+        # In parts of log 3: 1 where all branches count alike, 0 where one is all.
+        evenness = entropy(gates, axis=-1) / np.log(gates.shape[-1])
         for where, positions in self.places.by_name.items():
             yield from _by_head(f"gate_{where}", gates[positions].mean(0), call.layer)
+            yield Measure(f"gate_entropy_{where}", float(evenness[positions].mean()), layer=call.layer)
         yield from _by_head("gate_sd", gates.std(0), call.layer)
 
     def _churn(self, call: NSACall, found: Trace) -> Iterator[Measure]:

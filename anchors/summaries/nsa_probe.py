@@ -17,7 +17,7 @@ PAIRS = ("wp", "pq", "ww")
 PLAIN = (
     "auc", "rank", "purity", "purity_even", "anchors_per_block", "recall", "recall_candidates", "mass_recall",
     "anchor_recall", "rank_drop", "jaccard_label", "jaccard_other", "dilution_label", "dilution_other", "wp_rate",
-    "wp_rate_chance", "wp_mass", "pq_mass",
+    "wp_rate_chance", "wp_mass", "pq_mass", "gate_entropy_label", "gate_entropy_last", "gate_entropy_other",
 )  # fmt: skip
 """Metrics whose means by layer and group are all there is to say."""
 OUTCOMES = ("accuracy", "probability", "margin", "logit")

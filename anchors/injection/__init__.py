@@ -1,0 +1,1 @@
+"""Cross-modal skill injection: put an expert LLM's skill into a vision-language model without training."""
