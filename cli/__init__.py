@@ -12,6 +12,7 @@ from anchors.cli import (
     diagnose,
     figures,
     flow,
+    inject,
     isolate,
     ls,
     nsa,
@@ -44,6 +45,7 @@ app.command("figures")(figures.figures)
 app.command("view")(view.view)
 app.command("check")(check.check)
 app.add_typer(nsa.app, name="nsa")
+app.add_typer(inject.app, name="inject")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,375 @@
+"""Build the demonstration stage by stage: a base, a vision-language model, experts, upper bounds, a suite.
+
+The recipe is that of real models: the vision tower first, by itself; then the projector alone, with the language model
+frozen; then all of the language tower at a low rate. A tower that is trained hard drifts away from its base, and then
+nothing can be injected any more.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+
+from anchors.errors import AnchorsError
+from anchors.injection.demo import models
+from anchors.injection.demo.pictures import Pictures, pictures
+from anchors.injection.demo.prompts import Encoder, Item, Prompts, drawn_rows
+from anchors.injection.demo.scales import Scale, Stage
+from anchors.injection.demo.suite_files import Example, examples, write_suite
+from anchors.injection.demo.training import (
+    Classifier,
+    all_patches,
+    answer_loss,
+    batches,
+    facts_of,
+    fit,
+    patches,
+    pixel_values,
+    right,
+)
+from anchors.injection.demo.world import SKILLS, Task, World, world
+from anchors.results import provenance, require_writable, write_atomic
+
+Report = Callable[[str, int, int], None]
+"""Told (stage, steps done, steps of all stages)."""
+
+MARK = "stage.json"
+Weighted = Sequence[tuple[Task, float]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a stage came to: its folder, and its facts (accuracies, seconds)."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One demonstration in one folder.
+
+    Attributes:
+        folder: where everything goes.
+        scale: every size and count.
+        seed: of data and weights.
+        device: where training runs.
+        base: directory or GGUF file of the language model; None for the scale's own.
+        upper: whether the upper bounds are trained, too.
+    """
+
+    folder: Path
+    scale: Scale
+    seed: int
+    device: torch.device
+    base: str | None = None
+    upper: bool = True
+
+    @cached_property
+    def world(self) -> World:
+        return world(self.scale.name)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        return pictures(self.world, self.scale, self.seed)
+
+    @cached_property
+    def examples(self) -> dict[str, list[Example]]:
+        return examples(self.world, self.pictures, self.seed)
+
+    @cached_property
+    def features(self) -> Tensor:
+        tower = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision").to(self.device).eval()
+        return all_patches(tower, self.pictures, self.device)
+
+    def stages(self) -> dict[str, tuple[int, Callable[[Path, Callable[[int], None]], dict[str, Any]]]]:
+        """By folder: steps, and what makes it."""
+        scale = self.scale
+        found: dict[str, Any] = {
+            "base": (scale.base.steps if scale.base else 0, self._base),
+            "stages/vision": (scale.classify.steps, self._vision),
+            "stages/projector": (scale.project.steps, self._projector),
+            "vlm": (scale.gentle.steps, self._vlm),
+        }
+        for skill in SKILLS:
+            found[f"experts/{skill}"] = (scale.expert.steps, lambda d, t, s=skill: self._expert(s, d, t))
+        if self.upper:
+            for skill in SKILLS:
+                found[f"upper/{skill}"] = (scale.upper.steps, lambda d, t, s=skill: self._upper(s, d, t))
+        found["suite"] = (0, self._suite)
+        return found
+
+    def build(self, report: Report | None = None) -> dict[str, Built]:
+        """Make what is missing.
+
+        Raises:
+            AnchorsError: the folder holds another demonstration, or cannot be written.
+        """
+        require_writable(self.folder)
+        self._claim()
+        stages = self.stages()
+        total, before = sum(steps for steps, _ in stages.values()), 0
+        built = {}
+        for name, (steps, make) in stages.items():
+
+            def told(done: int, name: str = name, before: int = before) -> None:
+                if report is not None:
+                    report(name, before + done, total)
+
+            told(0)
+            built[name] = self._stage(name, make, told)
+            before += steps
+            told(steps, before=before - steps)
+        return built
+
+    def _stage(self, name: str, make: Callable, told: Callable[[int], None]) -> Built:
+        """A stage's folder appears whole, or not at all."""
+        target = self.folder / name
+        mark = target / MARK
+        if mark.is_file():
+            return Built(target, json.loads(mark.read_text(encoding="utf-8")))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+        wall, cpu = time.perf_counter(), time.process_time()
+        # A stage's random numbers are its own, whichever stages ran before it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed(name))
+            try:
+                facts = make(draft, told)
+                facts |= {
+                    "seconds": round(time.perf_counter() - wall, 1),
+                    "cpu_seconds": round(time.process_time() - cpu, 1),
+                }
+                (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                if target.exists():
+                    shutil.rmtree(target)
+                draft.chmod(0o755)  # mkdtemp makes private folders
+                draft.rename(target)
+            except OSError as error:
+                raise AnchorsError(
+                    f"{str(target)!r} cannot be written: {error.strerror or error}", "Choose another --out."
+                ) from error
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return Built(target, facts)
+
+    def _claim(self) -> None:
+        """Write down what this demonstration is, or see that it is the same one."""
+        path = self.folder / "demo.json"
+        identity = {"scale": json.loads(json.dumps(asdict(self.scale))), "seed": self.seed, "base": self.base}
+        if not path.is_file():
+            text = json.dumps(provenance(**identity), indent=1) + "\n"
+            write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name, value in identity.items() if before.get(name) != value]
+        if differing:
+            raise AnchorsError(
+                f"{str(self.folder)!r} holds a demonstration of another {differing[0]}.",
+                "Choose another --out, or give the same options to go on with that one.",
+            )
+
+    def _seed(self, *names: str) -> int:
+        """A seed of its own for everything that is drawn."""
+        return int(np.random.SeedSequence([self.seed, *"/".join(names).encode()]).generate_state(1)[0])
+
+    def _pools(self, name: str, encoder: Encoder, tasks: Weighted, seen: bool) -> list[Prompts]:
+        """Prompts to train on, about train pictures or about all scenes in words."""
+        rng = np.random.default_rng(self._seed(name, "rows"))
+        if seen:
+            scenes = [(self.pictures.scenes[i], i) for i in self.pictures.of("train")]
+        else:
+            scenes = [(scene, None) for scene in self.world.scenes()]
+        pools = []
+        for shots in self.scale.shots:
+            rows = drawn_rows(tasks, scenes, shots + 1, self.scale.rows, rng)
+            pools.append(encoder.prompts(rows).to(self.device))
+        return pools
+
+    def _train(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        groups: Sequence[tuple[list[nn.Parameter], float]],
+        stage: Stage,
+        pools: list[Prompts],
+        told: Callable[[int], None],
+        features: Tensor | None = None,
+    ) -> None:
+        chosen = {id(p) for own, _ in groups for p in own}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        draw = batches(pools, stage, self._seed(name, "batches"))
+        model.train()
+        fit(groups, lambda step: answer_loss(model, draw(step), features), stage, self.scale, told)
+        model.eval()
+
+    def _accuracy(self, model: PreTrainedModel, encoder: Encoder, *scenarios: str) -> dict[str, float]:
+        """Exact match on the test examples; a language model is asked about the words."""
+        found = {}
+        seen = encoder.image_id is not None
+        for scenario in scenarios:
+            items = [e.item for e in self.examples[scenario] if e.split == "test"]
+            if not seen:
+                items = [Item(item.scene, item.asked) for item in items]
+            prompts = encoder.prompts([[item] for item in items]).to(self.device)
+            share = right(model, prompts, self.features if seen else None).float().mean()
+            found[scenario] = round(float(share), 4)
+        return found
+
+    @property
+    def _plain(self) -> list[tuple[Task, float]]:
+        """The caption and the vision questions; the caption is asked as often as all others together."""
+        own = self.world.vision
+        return [(self.world.caption, float(len(own))), *((task, 1.0) for task in own)]
+
+    def _load_base(self) -> tuple[PreTrainedModel, Any]:
+        place = self.folder / "base"
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        return model.to(self.device), AutoTokenizer.from_pretrained(place)
+
+    def _load_vlm(self) -> tuple[LlavaForConditionalGeneration, Any]:
+        place = self.folder / "vlm"
+        model = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+        return model.to(self.device), AutoProcessor.from_pretrained(place)
+
+    def _base(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        if self.scale.base is None:
+            model, tokenizer = models.given_language_model(self.base)
+            model.to(self.device).eval()
+            encoder = Encoder(self.world, tokenizer)
+        else:
+            tokenizer = models.tiny_tokenizer(self.world)
+            encoder = Encoder(self.world, tokenizer)
+            model = models.new_language_model(self.scale, tokenizer, context=256).to(self.device)
+            lore = [(task, len(self._plain) / len(self.world.lore)) for task in self.world.lore]
+            pools = self._pools("base", encoder, [*self._plain, *lore], seen=False)
+            groups = [(list(model.parameters()), self.scale.base.lr)]
+            self._train("base", model, groups, self.scale.base, pools, told)
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        return {"text": self._accuracy(model, encoder, "vision", *SKILLS)}
+
+    def _vision(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        """The vision tower learns to tell number, shape and colour."""
+        tower = SiglipVisionModel(models.vision_config(self.scale)).to(self.device)
+        classes, sizes = facts_of(self.pictures)
+        reader = Classifier(self.scale.vision.width, sizes).to(self.device)
+        train = torch.tensor(self.pictures.of("train"))
+        pixels = torch.from_numpy(self.pictures.pixels).to(self.device)
+        classes, stage = classes.to(self.device), self.scale.classify
+        generator = torch.Generator().manual_seed(self._seed("vision", "batches"))
+        rows = train[torch.randint(len(train), (stage.steps, stage.items), generator=generator)].to(self.device)
+
+        def loss(step: int) -> Tensor:
+            read = reader(patches(tower, pixels[rows[step]]))
+            wanted = classes[rows[step]]
+            return sum(F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read))
+
+        fit([([*tower.parameters(), *reader.parameters()], stage.lr)], loss, stage, self.scale, told)
+        tower.eval().save_pretrained(draft)
+        test = torch.tensor(self.pictures.of("test"), device=self.device)
+        with torch.no_grad():
+            read = reader(patches(tower, pixels[test]))
+        hits = torch.stack([own.argmax(-1) == classes[test][:, i] for i, own in enumerate(read)])
+        return {"classified": round(float(hits.all(0).float().mean()), 4)}
+
+    def _projector(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        """The projector learns to speak to a language model that stays as it is."""
+        base, tokenizer = self._load_base()
+        vision = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision")
+        model, processor = models.with_eyes(self.scale, base, tokenizer, vision)
+        model.to(self.device)
+        encoder = self._seeing(model, processor)
+        groups = [(list(model.model.multi_modal_projector.parameters()), self.scale.project.lr)]
+        pools = self._pools("projector", encoder, self._plain, seen=True)
+        self._train("projector", model, groups, self.scale.project, pools, told, self.features)
+        save_file(model.model.multi_modal_projector.state_dict(), draft / "projector.safetensors")
+        return {"seen": self._accuracy(model, encoder, "vision")}
+
+    def _vlm(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        """Projector and language tower together, gently."""
+        base, tokenizer = self._load_base()
+        vision = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision")
+        model, processor = models.with_eyes(self.scale, base, tokenizer, vision)
+        projector = load_file(self.folder / "stages" / "projector" / "projector.safetensors")
+        model.model.multi_modal_projector.load_state_dict(projector)
+        model.to(self.device)
+        encoder = self._seeing(model, processor)
+        pools = self._pools("vlm", encoder, self._plain, seen=True)
+        self._train("vlm", model, self._both(model, self.scale.gentle), self.scale.gentle, pools, told, self.features)
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
+        return {"seen": self._accuracy(model, encoder, "vision", *SKILLS)}
+
+    def _expert(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        """A skill, from texts only."""
+        model, tokenizer = self._load_base()
+        encoder = Encoder(self.world, tokenizer)
+        pools = self._pools(skill, encoder, self._mixed(skill, self.scale.replay), seen=False)
+        groups = [(list(model.parameters()), self.scale.expert.lr)]
+        self._train(skill, model, groups, self.scale.expert, pools, told)
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        return {"text": self._accuracy(model, encoder, skill, "vision")}
+
+    def _upper(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        """What training on pictures with the skill would reach."""
+        model, processor = self._load_vlm()
+        encoder = self._seeing(model, processor)
+        pools = self._pools(f"upper-{skill}", encoder, self._mixed(skill, self.scale.vision_replay), seen=True)
+        groups = self._both(model, self.scale.upper)
+        self._train(f"upper-{skill}", model, groups, self.scale.upper, pools, told, self.features)
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
+        return {"seen": self._accuracy(model, encoder, skill, "vision")}
+
+    def _suite(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "vlm": "../vlm",
+            "base": "../base",
+            "experts": {skill: f"../experts/{skill}" for skill in SKILLS},
+        }
+        if self.upper:
+            found["upper"] = {skill: f"../upper/{skill}" for skill in SKILLS}
+        name = f"{self.scale.name}-{self.seed}"
+        write_suite(draft, name, self.world, self.pictures, self.examples, self.seed, found)
+        return {"examples": sum(map(len, self.examples.values()))}
+
+    def _seeing(self, model: LlavaForConditionalGeneration, processor: Any) -> Encoder:
+        image_id = model.config.image_token_index
+        return Encoder(self.world, processor.tokenizer, image_id, self.scale.tokens)
+
+    def _mixed(self, skill: str, replay: float) -> list[tuple[Task, float]]:
+        """A skill's questions, and plain ones as a share of all."""
+        own = self.world.skills[skill]
+        mixed = [(task, (1 - replay) / len(own)) for task in own]
+        whole = sum(weight for _, weight in self._plain)
+        return mixed + [(task, replay * weight / whole) for task, weight in self._plain if replay]
+
+    @staticmethod
+    def _both(model: LlavaForConditionalGeneration, stage: Stage) -> list[tuple[list[nn.Parameter], float]]:
+        """Projector and language tower with their rates."""
+        language = [*model.model.language_model.parameters()]
+        if not model.config.tie_word_embeddings:
+            language += model.lm_head.parameters()
+        return [(list(model.model.multi_modal_projector.parameters()), stage.lr), (language, stage.lm_lr)]

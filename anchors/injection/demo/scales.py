@@ -1,0 +1,124 @@
+"""The sizes of the demonstration: `tiny` for minutes on one core, `135m` for minutes on one GPU. Every count is here."""
+
+from dataclasses import dataclass, field, replace
+
+from anchors.errors import AnchorsError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training.
+
+    Attributes:
+        steps: of the optimizer.
+        lr: highest learning rate, of the projector or the vision tower where there is one.
+        items: question and answer pairs (vision: pictures) in a step.
+        lm_lr: highest learning rate of the language tower where the stage trains both; 0 leaves it as it is.
+    """
+
+    steps: int
+    lr: float
+    items: int
+    lm_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A transformer's size."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that the models and data of a demonstration depend on, besides the seed.
+
+    Attributes:
+        name: also the world's.
+        image: width of a picture in pixels.
+        patch: width of a patch; every patch is one token.
+        vision: the vision tower.
+        language: the language tower; None for a given one.
+        copies: moved copies of every digit to train on.
+        drawings: pictures of objects, held-out ones included.
+        held_out: pictures of each kind (digits, objects) by split.
+        rows: prompts of each number of demonstrations, from which steps draw.
+        shots: numbers of demonstrations in a prompt of training.
+        replay: share of base questions among an expert's.
+        vision_replay: share of vision questions among those of the upper bound.
+    """
+
+    name: str
+    image: int
+    patch: int
+    vision: Tower
+    language: Tower | None
+    base: Stage | None
+    classify: Stage
+    project: Stage
+    gentle: Stage
+    expert: Stage
+    upper: Stage
+    copies: int = 1
+    drawings: int = 0
+    held_out: dict[str, int] = field(default_factory=lambda: {"test": 300, "tune": 100, "demonstration": 100})
+    rows: int = 2000
+    shots: tuple[int, ...] = (0, 4)
+    replay: float = 0.3
+    vision_replay: float = 0.25
+    warmup: float = 0.05
+    clip: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture."""
+        return (self.image // self.patch) ** 2
+
+    def with_steps(self, factor: float) -> "Scale":
+        """All trainings longer or shorter; none vanishes."""
+        if not factor > 0:
+            raise AnchorsError(f"--steps-factor is {factor}; it must be above 0.")
+        stages = ("base", "classify", "project", "gentle", "expert", "upper")
+        changed = {
+            name: replace(stage, steps=max(1, round(stage.steps * factor)))
+            for name in stages
+            if (stage := getattr(self, name)) is not None
+        }
+        return replace(self, **changed)
+
+
+TINY = Scale(
+    name="tiny",
+    image=16,
+    patch=8,
+    vision=Tower(layers=2, width=64, heads=4, hidden=128),
+    language=Tower(layers=4, width=96, heads=4, hidden=256),
+    base=Stage(steps=600, lr=2e-3, items=120),
+    classify=Stage(steps=400, lr=2e-3, items=64),
+    project=Stage(steps=300, lr=2e-3, items=120),
+    gentle=Stage(steps=150, lr=5e-4, items=120, lm_lr=3e-5),
+    expert=Stage(steps=250, lr=4e-4, items=120),
+    upper=Stage(steps=200, lr=5e-4, items=120, lm_lr=5e-4),
+)
+
+LARGE = Scale(
+    name="135m",
+    image=64,
+    patch=16,
+    vision=Tower(layers=6, width=256, heads=8, hidden=1024),
+    language=None,
+    base=None,
+    classify=Stage(steps=1500, lr=1e-3, items=256),
+    project=Stage(steps=600, lr=1e-3, items=160),
+    gentle=Stage(steps=500, lr=2e-4, items=160, lm_lr=2e-5),
+    expert=Stage(steps=300, lr=3e-5, items=160),
+    upper=Stage(steps=400, lr=1e-4, items=160, lm_lr=3e-5),
+    copies=8,
+    drawings=14000,
+    rows=4000,
+)
+
+SCALES = {scale.name: scale for scale in (TINY, LARGE)}

@@ -1,0 +1,87 @@
+"""The suite of a demonstration: held-out pictures with questions, in files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anchors.injection.demo.pictures import HELD_OUT, Pictures
+from anchors.injection.demo.prompts import Item
+from anchors.injection.demo.world import SKILLS, World
+
+SCENARIOS = ("vision", *SKILLS)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a held-out picture."""
+
+    item: Item
+    split: str
+
+
+def examples(world: World, pictures: Pictures, seed: int) -> dict[str, list[Example]]:
+    """One question of each scenario about every held-out picture; kinds take turns."""
+    found: dict[str, list[Example]] = {}
+    for order, scenario in enumerate(SCENARIOS):
+        rng = np.random.default_rng([seed, 2, order])
+        own: list[Example] = []
+        turns: dict[bool, int] = {}
+        for number in pictures.of(*HELD_OUT):
+            scene = pictures.scenes[number]
+            tasks = [task for task in world.tasks(scenario) if task.fits(scene)]
+            turn = turns.get(scene.is_digit, 0)
+            turns[scene.is_digit] = turn + 1
+            item = Item(scene, tasks[turn % len(tasks)](scene, rng), number)
+            own.append(Example(item, pictures.splits[number]))
+        found[scenario] = own
+    return found
+
+
+def write_suite(
+    folder: Path,
+    name: str,
+    world: World,
+    pictures: Pictures,
+    found: Mapping[str, Sequence[Example]],
+    seed: int,
+    models: Mapping[str, object],
+) -> None:
+    """Pictures as PNG, one file of lines per scenario, and `suite.json`."""
+    (folder / "images").mkdir(parents=True)
+    for number in pictures.of(*HELD_OUT):
+        Image.fromarray(pictures.pixels[number]).save(folder / _image(number))
+    for scenario, own in found.items():
+        lines = []
+        for example in own:
+            asked = example.item.asked
+            line = {
+                "image": _image(example.item.picture),
+                "text": world.describe(example.item.scene),
+                "question": asked.question,
+                "answer": asked.answer,
+                "kind": asked.kind,
+                "split": example.split,
+                "label": asked.label,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        (folder / f"{scenario}.jsonl").write_text("".join(lines), encoding="utf-8")
+    scene = next(iter(world.scenes()))
+    facts = {
+        "name": name,
+        "seed": seed,
+        "template": world.template,
+        "answer": world.answer,
+        "separator": world.separator,
+        "caption": world.caption(scene, np.random.default_rng(0)).question,
+        "vision": "vision",
+        "models": models,
+    }
+    (folder / "suite.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _image(number: int | None) -> str:
+    return f"images/{number:05d}.png"

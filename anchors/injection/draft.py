@@ -1,0 +1,311 @@
+"""Writing a model shard by shard, so that a merge broken off anywhere goes on, and nothing half-written is seen.
+
+.OUT.draft/journal.json                  what is being written, and the facts of every finished shard
+.OUT.draft/model-00001-of-00003.safetensors …   finished shards
+.OUT.draft/shard.part                    the one being written
+
+The draft lies beside OUT, on the same file system. It becomes OUT, in one step, when everything is there and checked.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from anchors.errors import AnchorsError
+from anchors.injection.checkpoint import INDEX, Checkpoint, Entry, as_bytes
+from anchors.results import write_atomic
+
+FACTS = "injection.json"
+"""The file in OUT that says what it was made from."""
+_JOURNAL, _PART, _LOCK = "journal.json", "shard.part", "lock"
+_SHOWN = 3
+
+Facts = list[dict[str, Any]]
+"""One JSON-able row for each tensor of a shard."""
+Made = Callable[[str], tuple[Tensor, dict[str, Any]]]
+"""From a name to its tensor and the facts about it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors go into which shard.
+
+    Attributes:
+        shards: by file name, in order: the tensors in it, by name, in the order in which they are written.
+        total: bytes of all tensors.
+    """
+
+    shards: Mapping[str, Mapping[str, Entry]]
+    total: int
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Entry], shard_size: str) -> "Layout":
+        """Shards of at most a size (a larger tensor is one alone), named as transformers names them.
+
+        Raises:
+            AnchorsError: the size is none.
+        """
+        try:
+            split = split_state_dict_into_shards_factory(
+                dict(entries),
+                get_storage_size=lambda entry: entry.nbytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=shard_size,
+            )
+        except ValueError as error:
+            raise AnchorsError(
+                f"{shard_size!r} is not a size of shards.", "Give one like 500MB or 5GB."
+            ) from error
+        # Wide types first keeps every tensor aligned to its own size.
+        shards = {
+            file: {name: entries[name] for name in sorted(names, key=lambda name: -entries[name].itemsize)}
+            for file, names in split.filename_to_tensors.items()
+        }
+        return cls(shards, int(split.metadata["total_size"]))
+
+
+@dataclass
+class Draft:
+    """The hidden folder in which a model grows.
+
+    Attributes:
+        out: what it becomes.
+        identity: JSON-able: what the numbers depend on.
+        finished: facts of the shards that are there, by file name.
+        notes: what was found when the draft was opened.
+    """
+
+    out: Path
+    identity: dict[str, Any]
+    finished: dict[str, Facts] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.out.parent / f".{self.out.name}.draft"
+
+    @classmethod
+    @contextmanager
+    def open(cls, out: Path, identity: dict[str, Any], total: int) -> Iterator["Draft"]:
+        """The draft of a model; one of another configuration is thrown away, and a note says so.
+
+        Only one process at a time may have it.
+
+        Args:
+            out: folder of the model to be.
+            identity: what its numbers depend on.
+            total: bytes that all shards together will have.
+
+        Raises:
+            AnchorsError: there is a model already; another process is at it; too little space; nothing can be
+                written. Shards that were finished stay for the next time.
+        """
+        draft = cls(out.resolve(), json.loads(json.dumps(identity)))
+        try:
+            if out.is_file() or (out.is_dir() and any(out.iterdir())):
+                raise AnchorsError(
+                    f"{str(out)!r} is there already; it would be overwritten.",
+                    "Choose another --out, or delete it.",
+                )
+            draft.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(draft.folder / _LOCK, out):
+                try:
+                    draft._resume()
+                    draft._demand_space(total)
+                    yield draft
+                except BaseException:
+                    (draft.folder / _PART).unlink(missing_ok=True)
+                    if not draft.finished:
+                        draft.discard()
+                    raise
+        except OSError as error:
+            kept = (
+                f" {len(draft.finished)} finished shards are kept in {draft.folder.name}."
+                if draft.finished
+                else ""
+            )
+            raise AnchorsError(
+                f"{str(out)!r} cannot be written: {error.strerror or error}.{kept}",
+                "Make room, then run the same command again; or choose another --out.",
+            ) from error
+
+    def write(self, file: str, entries: Mapping[str, Entry], made: Made) -> None:
+        """Write one shard, a tensor at a time, unless it is there."""
+        if file in self.finished:
+            return
+        facts: Facts = []
+
+        def tensor(name: str) -> Tensor:
+            value, fact = made(name)
+            facts.append(fact)
+            return value
+
+        part = self.folder / _PART
+        write_shard(part, entries, tensor)
+        part.replace(self.folder / file)
+        self.finished[file] = facts
+        self._journal()
+
+    def publish(self, layout: Layout, facts: dict[str, Any], companions: Sequence[Path]) -> None:
+        """Add the index and the files that go with the weights, check everything, and make the draft OUT.
+
+        Raises:
+            AnchorsError: what was written is not what should be there.
+        """
+        if len(layout.shards) > 1:
+            where = {name: file for file, names in layout.shards.items() for name in names}
+            _write_json(self.folder / INDEX, {"metadata": {"total_size": layout.total}, "weight_map": where})
+        for path in companions:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, self.folder / path.name)
+        _write_json(self.folder / FACTS, facts)
+        written = Checkpoint.open(self.folder).entries
+        wanted = {name: entry for names in layout.shards.values() for name, entry in names.items()}
+        wrong = [n for n in sorted({*written, *wanted}) if _kind(written.get(n)) != _kind(wanted.get(n))]
+        if wrong:
+            raise AnchorsError(
+                f"{len(wrong)} tensors in {str(self.folder)!r} are not what they should be: {wrong[:_SHOWN]}.",
+                "Delete the folder and run the same command again; if it comes back, the disk is at fault.",
+            )
+        for name in (_JOURNAL, _LOCK):
+            (self.folder / name).unlink()
+        self.folder.replace(self.out)
+
+    def discard(self) -> None:
+        """Throw the draft away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _resume(self) -> None:
+        """Take up the shards of a journal of this configuration; begin anew where there is none."""
+        try:
+            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
+            before, shards = journal["identity"], journal["shards"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            before, shards = None, {}
+        if before is not None and before != self.identity:
+            self.notes += (
+                f"A draft of another configuration was thrown away ({difference(before, self.identity)}).",
+            )
+            shards = {}
+        self.finished = {file: facts for file, facts in shards.items() if (self.folder / file).is_file()}
+        if self.finished:
+            self.notes += (f"Went on after {len(self.finished)} finished shards.",)
+        for path in self.folder.iterdir():
+            if path.name not in {*self.finished, _LOCK}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._journal()
+
+    def _journal(self) -> None:
+        _write_json(self.folder / _JOURNAL, {"identity": self.identity, "shards": self.finished})
+
+    def _demand_space(self, total: int) -> None:
+        there = sum((self.folder / file).stat().st_size for file in self.finished)
+        free = shutil.disk_usage(self.folder).free
+        if free < total - there:
+            raise AnchorsError(
+                f"The model needs {(total - there) / 1e9:.2f} GB more in {str(self.out.parent)!r}, "
+                f"where {free / 1e9:.2f} GB are free.",
+                "Make room, or choose another --out.",
+            )
+
+
+def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file a tensor at a time.
+
+    The format puts sizes first and numbers after; all sizes are known beforehand, so no shard is ever held in memory,
+    as it would be by safetensors' own function. https://github.com/huggingface/safetensors#format
+
+    Args:
+        path: the file.
+        entries: types and shapes, by name, in the order in which they are written.
+        tensor: from a name to the tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, entry in entries.items():
+        span = [at, at := at + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            raw = as_bytes(tensor(name))
+            if len(raw) != entry.nbytes:
+                raise RuntimeError(f"{name} has {len(raw)} bytes, not {entry.nbytes}")
+            file.write(raw)
+
+
+def finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts of a model that was written here with the same identity; None where there is no model of ours.
+
+    Raises:
+        AnchorsError: it was written with another one.
+    """
+    try:
+        facts = json.loads((out / FACTS).read_text(encoding="utf-8"))
+        before = facts["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if before != json.loads(json.dumps(identity)):
+        raise AnchorsError(
+            f"{str(out)!r} holds a merge of another configuration ({difference(before, identity)}).",
+            "Choose another --out, or delete it.",
+        )
+    return facts
+
+
+def difference(before: Any, after: Any) -> str:
+    """What two JSON-able configurations differ in: the first thing, and how many more."""
+    one, other = (dict(_flat(json.loads(json.dumps(own)))) for own in (before, after))
+    names = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    if not names:
+        return "none"
+    more = f"; {len(names) - 1} more differ" if len(names) > 1 else ""
+    return f"{names[0]} = {one.get(names[0])}, not {other.get(names[0])}{more}"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield from _flat(own, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _kind(entry: Entry | None) -> tuple | None:
+    return entry and (entry.dtype, entry.shape)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AnchorsError(
+                f"Another process is writing {str(out)!r}.", "Wait for it, or choose another --out."
+            ) from error
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,308 @@
+"""Information flow and accuracy of merged models over λ: measured, kept, summarised.
+
+One unit of work is one strength of one expert on one scenario; its rows are written at once, and running the same command
+again computes only what no file holds yet.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.injection.evaluate import Prepared, prepare, score
+from anchors.injection.flow import ImageBatch, collate, image_flow
+from anchors.injection.flow_prompts import Drawn, draw, own_answers
+from anchors.injection.memory import TaskVectors, inject
+from anchors.injection.recipe import Recipe
+from anchors.injection.suite import Suite
+from anchors.injection.vlm import VisionLanguageModel, load_vlm
+from anchors.models import LanguageModel, load
+from anchors.results import Run
+
+KIND, VERSION = "inject-flow", 1
+IDENTITY = ("seed", "expert", "scenario", "labels", "strength")
+ROWS = [*IDENTITY, "number", "layer", "metric", "value"]
+NOBODY = "none"
+"""The expert of the VLM before injection, at strength 0."""
+GOLD, OWN = "gold", "own"
+"""Whose answers: the suite's, or those that the VLM gave before injection (no labels are used)."""
+BATCH = {"cpu": 16, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured.
+
+    Attributes:
+        recipe: how experts are injected; its strength is replaced by each of `strengths`.
+        strengths: λ_e, ascending; 0 is always measured, too.
+        shots: demonstrations of a prompt.
+        prompts: of each scenario, for the flow.
+        examples: test examples of each scenario, at most, for the accuracy.
+        scenarios: which; None is all. An expert is measured on its own scenario and on the vision scenario.
+        experts: which; None is all.
+        seed: of the drawing of demonstrations.
+    """
+
+    recipe: Recipe
+    strengths: tuple[float, ...]
+    shots: int = 2
+    prompts: int = 100
+    examples: int = 300
+    scenarios: tuple[str, ...] | None = None
+    experts: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def of(self, suite: Suite) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The scenarios and experts of a suite that are measured.
+
+        Raises:
+            AnchorsError: it lacks one of them.
+        """
+        scenarios = self.scenarios or tuple(suite.scenarios)
+        experts = self.experts or suite.skills
+        for what, names, there in (
+            ("scenario", scenarios, tuple(suite.scenarios)),
+            ("expert", experts, suite.skills),
+        ):
+            if unknown := [name for name in names if name not in there]:
+                raise AnchorsError(
+                    f"The suite {suite.name!r} has no {what} {unknown[0]!r}.", f"It has: {', '.join(there)}."
+                )
+        return scenarios, experts
+
+    def plan(self, suite: Suite) -> dict[str, list[tuple[str, str, float]]]:
+        """By expert (or nobody): the scenarios, whose answers, and strengths to measure."""
+        scenarios, experts = self.of(suite)
+        found: dict[str, list[tuple[str, str, float]]] = {name: [] for name in (NOBODY, *experts)}
+        for scenario in scenarios:
+            for labels in (GOLD, OWN) if scenario == suite.vision else (GOLD,):
+                found[NOBODY].append((scenario, labels, 0.0))
+                for expert in experts:
+                    if scenario in (suite.vision, expert):
+                        found[expert] += [(scenario, labels, s) for s in self.strengths if s != 0]
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tidy rows of all suites, and what they depend on.
+
+    Attributes:
+        rows: columns seed, expert, scenario, labels, strength, number, layer, metric, value; layer -1 is no layer.
+        ratios: by seed and expert ‖τ_v‖ / ‖τ_e‖ over the tower without embedding and head.
+        vision: name of the scenario that the VLM could do before.
+        configs: one per run on disk.
+    """
+
+    rows: pd.DataFrame
+    ratios: pd.DataFrame
+    vision: str
+    configs: list[dict[str, Any]]
+
+
+def measure(
+    suites: Sequence[Suite],
+    wanted: Wanted,
+    *,
+    out: Path,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """Flow and accuracy of all suites, experts and strengths.
+
+    Args:
+        suites: of one experiment; they differ in the seed of their training.
+        wanted: what is measured.
+        out: results folder.
+        device, precision: as in `load_vlm`.
+        progress: called with (units done, units in all).
+
+    Raises:
+        AnchorsError: suites of one seed or with other scenarios, models that do not fit, prompts that cannot be drawn.
+    """
+    if len({suite.seed for suite in suites}) < len(suites):
+        raise AnchorsError(
+            "Two suites have the same seed.", "Suites of one run are trainings with different seeds."
+        )
+    if len({(suite.vision, *wanted.of(suite)) for suite in suites}) > 1:
+        raise AnchorsError(
+            "The suites have different scenarios.", "Name common ones with --scenarios and --experts."
+        )
+    total = sum(len(units) for suite in suites for units in wanted.plan(suite).values())
+    found, ratios, configs, finished = [], [], [], 0
+    for suite in suites:
+        world = World(
+            suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision, routed=True)
+        )
+        for expert, units in wanted.plan(suite).items():
+            vectors, prints = world.vectors(expert)
+            if vectors is not None:
+                ratios.append({"seed": suite.seed, "expert": expert, "ratio": norm_ratio(world.vlm, vectors)})
+            run = replace(Run.open(out, KIND, world.config(expert, prints)), identity=IDENTITY)
+            configs.append(run.config)
+            done = run.done()
+            keys = [(suite.seed, expert, *unit) for unit in units]
+            for key in sorted(keys, key=lambda key: key not in done):
+                if key not in done:
+                    rows = world.measure(vectors, *key[2:])
+                    run.append(rows.assign(**dict(zip(IDENTITY, key, strict=True)))[ROWS], [key])
+                finished += 1
+                progress(finished, total)
+            rows = run.rows()
+            found.append(rows[pd.MultiIndex.from_frame(rows[list(IDENTITY)]).isin(keys)])
+            del vectors
+            gc.collect()
+    rows = pd.concat(found, ignore_index=True)
+    return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs)
+
+
+def norm_ratio(vlm: VisionLanguageModel, vectors: TaskVectors) -> float:
+    """‖τ_v‖ / ‖τ_e‖: how far the VLM went from the base, over how far the expert went."""
+    own = dict(vlm.model.named_parameters(remove_duplicate=False))
+    names = [pair.vlm for pair in vectors.pairs if pair.kind not in ("embedding", "head")]
+
+    def norm(side: Any) -> torch.Tensor:
+        gaps = [torch.dist(side[name].float(), vectors.base[name].float()) for name in names]
+        return torch.linalg.vector_norm(torch.stack(gaps))
+
+    return float(norm(own) / norm(vectors.expert))
+
+
+@dataclass(frozen=True)
+class World:
+    """A suite with its VLM; what is encoded is kept.
+
+    Attributes:
+        suite: its models and examples.
+        wanted: what is measured.
+        vlm: on the seam, not injected.
+    """
+
+    suite: Suite
+    wanted: Wanted
+    vlm: VisionLanguageModel
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        return self._language_model(self.suite.model("base"))
+
+    @cached_property
+    def _kept(self) -> dict[Any, Any]:
+        return {}
+
+    def vectors(self, expert: str) -> tuple[TaskVectors | None, dict[str, str]]:
+        """The task vectors of an expert, and fingerprints of the models they are made of."""
+        if expert == NOBODY:
+            return None, {}
+        model = self._language_model(self.suite.model("experts", expert))
+        sides = (self.vlm, self.base, model)
+        made = TaskVectors.of(*(s.model for s in sides), tokenizers=tuple(s.tokenizer for s in sides))
+        return made, {"base": self.base.fingerprint, "expert": model.fingerprint}
+
+    def config(self, expert: str, prints: dict[str, str]) -> dict[str, Any]:
+        """What the rows depend on, beside the unit."""
+        suite, wanted = self.suite, self.wanted
+        asked = {suite.vision, *([expert] if expert != NOBODY else wanted.of(suite)[0])}
+        return {
+            "kind": KIND, "version": VERSION, "suite": suite.name, "seed": suite.seed, "name": expert,
+            "vlm": self.vlm.fingerprint, "precision": self.vlm.precision, "shots": wanted.shots,
+            "prompts": wanted.prompts, "examples": wanted.examples, "drawing": wanted.seed, "separator": suite.separator,
+            "data": {name: suite.fingerprint(suite.examples(name, None)) for name in sorted(asked)},
+            **prints, **({"recipe": replace(wanted.recipe, strength=1.0).as_dict()} if prints else {}),
+        }  # fmt: skip
+
+    def measure(
+        self, vectors: TaskVectors | None, scenario: str, labels: str, strength: float
+    ) -> pd.DataFrame:
+        """The rows of one unit: columns number, layer, metric, value."""
+        # What the VLM says by itself must be known before it is injected.
+        batches = self.batches(scenario, labels)
+        asked = self.asked(scenario) if labels == GOLD else None
+        held = nullcontext() if vectors is None else inject(
+            self.vlm.model, vectors, self.wanted.recipe, strength
+        )  # fmt: skip
+        with held:
+            parts = [_rows(self.vlm, batch, numbers) for batch, numbers in batches]
+            if asked is not None:
+                table = score(self.vlm, asked)
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "number": table["number"],
+                            "layer": -1,
+                            "metric": "accuracy",
+                            "value": table["correct"] * 1.0,
+                        }
+                    )
+                )
+        return pd.concat(parts, ignore_index=True)
+
+    def asked(self, scenario: str) -> Prepared:
+        """Test examples of a scenario without demonstrations, to be answered."""
+        key = ("asked", scenario)
+        if key not in self._kept:
+            examples = self.suite.examples(scenario, "test", self.wanted.examples)
+            self._kept[key] = prepare(self.vlm, self.suite, examples, features=True)
+        return self._kept[key]
+
+    def batches(self, scenario: str, labels: str) -> list[tuple[ImageBatch, list[int]]]:
+        """Encoded prompts of a scenario, and the numbers of their queries."""
+        key = (scenario, labels)
+        if key not in self._kept:
+            said = own_answers(self.vlm, self.suite, scenario) if labels == OWN and self.wanted.shots else {}
+            drawn = draw(
+                self.vlm, self.suite, scenario, shots=self.wanted.shots, count=self.wanted.prompts,
+                seed=self.wanted.seed, said=said if labels == OWN else None,
+            )  # fmt: skip
+            self._kept[key] = [
+                (self._answered(collate(self.vlm, part)), [p.number for p in part])
+                for part in _parts(drawn, BATCH.get(self.vlm.device.type, BATCH["cpu"]))
+            ]
+        return self._kept[key]
+
+    def _answered(self, batch: ImageBatch) -> ImageBatch:
+        """With the VLM's own answer where nobody knows a better one."""
+        if (batch.answer >= 0).all():
+            return batch
+        return replace(batch, answer=image_flow(self.vlm, batch).answer.to(batch.answer.device))
+
+    def _language_model(self, source: str) -> LanguageModel:
+        half = self.vlm.precision in ("bfloat16", "float16")
+        return load(source, device=str(self.vlm.device), precision="tf32" if half else self.vlm.precision)
+
+
+def _parts(drawn: Drawn, size: int) -> Iterator[list[Any]]:
+    ordered = sorted(drawn.prompts, key=lambda prompt: len(prompt.text))
+    yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+def _rows(vlm: VisionLanguageModel, batch: ImageBatch, numbers: Sequence[int]) -> pd.DataFrame:
+    found = image_flow(vlm, batch)
+    layers = range(vlm.n_layers)
+    tables = [
+        pd.DataFrame(x.numpy(), index=pd.Index(numbers, name="number"), columns=layers)
+        .rename_axis(columns="layer")
+        .stack()
+        .rename("value")
+        .reset_index()
+        .assign(metric=name)
+        for name, x in found.sums.items()
+    ]
+    whole = {
+        "loss": found.loss, "surprise": found.surprise, "right": (found.predicted == found.answer).double(),
+        "identity_error": found.identity_error.max().expand(len(numbers)),
+    }  # fmt: skip
+    tables += [
+        pd.DataFrame({"number": numbers, "layer": -1, "metric": name, "value": x.double().numpy()})
+        for name, x in whole.items()
+    ]
+    return pd.concat(tables, ignore_index=True)

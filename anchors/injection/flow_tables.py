@@ -1,0 +1,152 @@
+"""Tables of flow over layers and λ, with paired bootstrap intervals over trainings and prompts.
+
+Three measures of the same flow, because the first has a confound: ∂L/∂A shrinks with 1 − p, so that a VLM that is sure of
+its answer has next to no flow of L, and one that an injection has spoilt has much more, wherever it comes from.
+
+    loss    the sums of L = −log p as they are (the paper's)
+    odds    the sums of the log-odds log p / (1 − p): each prompt's sums divided by its 1 − p
+    share   the part of the log-odds' flow into label words, or into the target, that comes from a source
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from anchors.injection.flow import INTO_LABELS, INTO_TARGET, SUMS
+from anchors.injection.flow_report import GOLD, NOBODY
+from anchors.stats import interval, resampling
+
+MEASURES = ("loss", "odds", "share")
+PARTS = ("all", "shallow", "deep")
+SETTING = ["scenario", "labels", "expert", "strength"]
+
+
+def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]:
+    """Summaries of `anchors.injection.flow_report.measure`'s rows.
+
+    Returns:
+        `layers`: by setting, measure, metric and layer value, low, high.
+        `strengths`: the same by setting, measure, metric and part of the layers (all, shallow, deep: the sum, for shares
+            the mean over them), and `change`, change_low, change_high: the value over that before injection, minus 1.
+        `accuracy`: by scenario, expert and strength.
+    """
+    flows, sums, changes = [], [], {}
+    for setting, part in _settings(rows):
+        data = _Flow.of(part, resamples)
+        before = changes.setdefault(setting[:2], data) if setting[2] == NOBODY else changes[setting[:2]]
+        facts = dict(zip(SETTING, setting, strict=True)) | {"examples": len(data.units)}
+        for measure in MEASURES:
+            for metric, samples in data.of_measure(measure).items():
+                named = facts | {"measure": measure, "metric": metric}
+                value, low, high = interval(samples)
+                flows.append(
+                    pd.DataFrame(
+                        named | {"layer": range(len(value)), "value": value, "low": low, "high": high}
+                    )
+                )
+                origin = before.of_measure(measure)[metric]
+                for name in PARTS:
+                    own, first = _half(samples, name, measure), _half(origin, name, measure)
+                    with np.errstate(invalid="ignore", divide="ignore"):
+                        gaps = np.where(first > 0, own / first - 1, np.nan)
+                    three = _three(own, "value", "low", "high")
+                    gap = _three(gaps, "change", "change_low", "change_high")
+                    sums.append(named | {"part": name} | three | gap)
+    accuracy = []
+    right = rows[(rows["metric"] == "accuracy") & (rows["labels"] == GOLD)]
+    for setting, part in _settings(right):
+        units = part[["seed", "number"]].reset_index(drop=True)
+        weights = resampling(units, resamples)
+        samples = weights @ part["value"].to_numpy() / weights.sum(1)
+        facts = dict(zip(SETTING, setting, strict=True)) | {"examples": len(units)}
+        accuracy.append(facts | _three(samples, "value", "low", "high"))
+    return {
+        "layers": pd.concat(flows, ignore_index=True),
+        "strengths": pd.DataFrame(sums),
+        "accuracy": pd.DataFrame(accuracy),
+    }
+
+
+def _three(samples: np.ndarray, *names: str) -> dict[str, float]:
+    """Estimate and bounds of one number."""
+    return dict(zip(names, (float(x[0]) for x in interval(samples[:, None])), strict=True))
+
+
+def _settings(rows: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:
+    """Each setting with its rows, what was before injection first."""
+    groups = dict(iter(rows.groupby(SETTING, sort=False)))
+    for setting in sorted(groups, key=lambda s: (s[2] != NOBODY, *s)):
+        yield setting, groups[setting]
+
+
+class _Flow:
+    """Resampled flow of one setting."""
+
+    def __init__(
+        self, units: pd.DataFrame, weights: np.ndarray, sums: dict[str, np.ndarray], surprise: np.ndarray
+    ):
+        self.units, self.weights, self.sums, self.surprise = units, weights, sums, surprise
+        self._known: dict[str, dict[str, np.ndarray]] = {}
+
+    @classmethod
+    def of(cls, part: pd.DataFrame, resamples: int) -> "_Flow":
+        wide = part[part["layer"] >= 0].pivot(
+            index=["seed", "number"], columns=["metric", "layer"], values="value"
+        )
+        one = part[part["metric"] == "surprise"].set_index(["seed", "number"])["value"].reindex(wide.index)
+        units = wide.index.to_frame(index=False)
+        sums = {m: wide[m].sort_index(axis=1).to_numpy() for m in wide.columns.unique(0)}
+        weights = resampling(units, resamples if len(units) > 1 else 0)
+        return cls(units, weights, sums, one.to_numpy())
+
+    def of_measure(self, measure: str) -> dict[str, np.ndarray]:
+        """By metric [1 + resamples, layers]."""
+        if measure not in self._known:
+            own = {
+                m: self._mean(x / (1 if measure == "loss" else self.surprise[:, None]))
+                for m, x in self.sums.items()
+            }
+            if measure == "share":
+                found = {}
+                for group in (INTO_LABELS, INTO_TARGET):
+                    there = [m for m in group if m in own]
+                    total = sum(own[m] for m in there) if there else 0
+                    for m in there:
+                        with np.errstate(invalid="ignore", divide="ignore"):
+                            found[f"s{m[1:]}"] = np.where(total > 0, own[m] / total, np.nan)
+                self._known[measure] = found
+            else:
+                self._known[measure] = {m: own[m] for m in SUMS if m in own}
+        return self._known[measure]
+
+    def _mean(self, data: np.ndarray) -> np.ndarray:
+        return self.weights @ data / self.weights.sum(1, keepdims=True)
+
+
+def _half(samples: np.ndarray, part: str, measure: str) -> np.ndarray:
+    """Sum over the layers of a half (for shares the mean of what is there), for each resample."""
+    middle = samples.shape[1] // 2
+    own = {"all": samples, "shallow": samples[:, :middle], "deep": samples[:, middle:]}[part]
+    if measure != "share":
+        return own.sum(1)
+    there = own[:, ~np.isnan(own).all(0)]  # nothing flows into label words in the last layer
+    return np.nanmean(there, axis=1) if there.shape[1] else np.full(len(own), np.nan)
+
+
+def profiles(rows: pd.DataFrame, labels: str, scenario: str) -> dict[str, pd.DataFrame]:
+    """By measure: one row per training, expert, strength, metric (s_ip, s_iq) and layer, means over prompts."""
+    found: dict[str, list[pd.DataFrame]] = {measure: [] for measure in MEASURES}
+    own = rows[(rows["labels"] == labels) & (rows["scenario"] == scenario)]
+    for (seed, expert, strength), part in own.groupby(["seed", "expert", "strength"], sort=False):
+        data = _Flow.of(part, 0)
+        for measure in MEASURES:
+            for metric, values in data.of_measure(measure).items():
+                if metric in ("s_ip", "s_iq"):
+                    facts = {"seed": seed, "expert": expert, "strength": strength, "metric": metric}
+                    found[measure].append(
+                        pd.DataFrame(
+                            facts | {"layer": range(values.shape[1]), "value": np.nan_to_num(values[0])}
+                        )
+                    )
+    return {measure: pd.concat(parts, ignore_index=True) for measure, parts in found.items() if parts}

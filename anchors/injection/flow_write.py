@@ -1,0 +1,78 @@
+"""Tables, figures and provenance of a flow run."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from anchors.figures import inject_flow as figures
+from anchors.figures.style import save
+from anchors.injection.flow_choice import choices, damage
+from anchors.injection.flow_report import Measured, Wanted
+from anchors.injection.flow_tables import MEASURES, tables
+from anchors.injection.suite import Suite
+from anchors.results import provenance, write_table
+
+
+def write(
+    measured: Measured, suites: Sequence[Suite], wanted: Wanted, out: Path
+) -> tuple[dict[str, pd.DataFrame], list[Path], list[str]]:
+    """Write everything that can be said about the rows.
+
+    Returns:
+        Tables by name (layers, strengths, accuracy; damage, points; choices, regret), the files, and notes.
+    """
+    scenarios, experts = wanted.of(suites[0])
+    found = tables(measured.rows)
+    notes = _notes(measured)
+    if measured.vision in scenarios:
+        found["damage"], found["points"] = damage(measured)
+        chosen, regret = choices(measured)
+        if len(chosen):
+            found |= {"choices": chosen, "regret": regret}
+        else:
+            notes.append("No rule for λ was judged: that needs the experts' own scenarios, too.")
+    facts = provenance(kind="inject-flow", suites=[s.name for s in suites], configs=measured.configs)
+    files = []
+    for name, table in {"rows": measured.rows, **found}.items():
+        files.append(out / f"flow-{name}.parquet")
+        write_table(files[-1], table, facts)
+        if name != "rows":
+            files.append(out / f"flow-{name}.csv")
+            table.to_csv(files[-1], index=False)
+    after = min((s for s in wanted.strengths if s > 0), key=lambda s: abs(np.log(s)))
+    model = f"{suites[0].name}" if len(suites) == 1 else f"{suites[0].name} and {len(suites) - 1} more"
+    panels = {
+        "vision": [(measured.vision, expert) for expert in experts if measured.vision in scenarios],
+        "skills": [(expert, expert) for expert in experts if expert in scenarios],
+    }
+    for measure in MEASURES:
+        for name, own in panels.items():
+            if own:
+                figure = figures.draw(found, measure, own, model, after)
+                files += save(figure, out / f"flow-{name}-{measure}")
+    if "damage" in found:
+        files += save(figures.draw_damage(found["damage"], found["points"], model), out / "flow-damage")
+    if "regret" in found:
+        files += save(figures.draw_regret(found["choices"], found["regret"], model), out / "flow-regret")
+    return found, files, notes
+
+
+def _notes(measured: Measured) -> list[str]:
+    notes = []
+    rows = measured.rows
+    seeds = rows["seed"].nunique()
+    if seeds < 3:
+        notes.append(f"{seeds} training{'s' * (seeds > 1)}: intervals say little about other trainings.")
+    loss = rows[
+        (rows["metric"] == "loss") & (rows["labels"] == "gold") & (rows["scenario"] == measured.vision)
+    ]
+    if len(loss):
+        by = loss.groupby("strength")["value"].mean()
+        notes.append(
+            f"The loss on {measured.vision} goes from {by.iloc[0]:.3g} to {by.iloc[-1]:.3g} nats over λ, and its gradient with "
+            "it: compare the flow of the loss between strengths only beside that of the log-odds."
+        )
+    return [re.sub(r"\s+", " ", note) for note in notes]

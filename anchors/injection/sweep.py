@@ -1,0 +1,353 @@
+"""Inject every expert of a suite with every setting of a grid, and ask what the VLM can do then and what it forgot.
+
+One unit of work is one setting of one scenario and one suite: the VLM is asked the scenario's questions on the right
+image, on a grey one and on another example's, and the questions of the vision scenario. Its rows are written at once;
+running the same sweep again, or a larger one, computes only what no file holds yet.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.injection.evaluate import Prepared, captions, evaluate, evaluate_text, prepare, score
+from anchors.injection.grid import Grid, facts_of, setting_of
+from anchors.injection.memory import TaskVectors, inject
+from anchors.injection.recipe import Recipe
+from anchors.injection.suite import Example, Shown, Suite
+from anchors.injection.tables import ORACLE, REFERENCE, VLM
+from anchors.injection.vlm import VisionLanguageModel, load_vlm
+from anchors.models import LanguageModel, load
+from anchors.results import Run
+from anchors.runner import out_of_memory
+
+KIND = "inject-sweep"
+VERSION = 1
+IDENTITY = ("seed", "scenario", "setting", "mask")
+ROWS = [*IDENTITY, "condition", "split", "kind", "number", "correct"]
+CONTROLS = ("blank", "shuffled")
+BASE, CASCADE, UPPER = "base text", "cascade", "upper bound"
+REFERENCES = {
+    VLM: "the VLM before injection",
+    ORACLE: "the expert, told in words what the image shows",
+    BASE: "the base LLM, told the same",
+    CASCADE: "the VLM describes the image, the expert answers",
+    UPPER: "the VLM, fine-tuned on the scenario",
+}
+"""What every setting is compared with, measured once."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured.
+
+    Attributes:
+        grid: the settings.
+        scenarios: which skills; None is all that have an expert.
+        split: on which results are reported; settings are chosen on `tune`, where there is one.
+        limit: at most so many examples of each split.
+        controls: blank and shuffled images at every setting, not only for the VLM alone.
+        batch: prompts at once; None chooses by their length.
+    """
+
+    grid: Grid = field(default_factory=Grid)
+    scenarios: tuple[str, ...] | None = None
+    split: str = "test"
+    limit: int | None = None
+    controls: bool = True
+    batch: int | None = None
+
+    def skills(self, suite: Suite) -> tuple[str, ...]:
+        """The scenarios of a suite that are swept.
+
+        Raises:
+            AnchorsError: it has no expert for one of them.
+        """
+        if unknown := [s for s in self.scenarios or () if s not in suite.skills]:
+            raise AnchorsError(
+                f"The suite {suite.name!r} has no expert for {unknown[0]!r}.",
+                f"It has: {', '.join(suite.skills)}.",
+            )
+        return self.scenarios or suite.skills
+
+    def examples(self, suite: Suite, scenario: str) -> tuple[Example, ...]:
+        """The examples of `tune`, where there are any, and of the split that is reported on.
+
+        Raises:
+            AnchorsError: there are none of that.
+        """
+        tune = any(e.split == "tune" for e in suite.scenarios[scenario])
+        wanted = dict.fromkeys([*["tune"] * tune, self.split])
+        return tuple(e for split in wanted for e in suite.examples(scenario, split, self.limit))
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep found.
+
+    Attributes:
+        rows: columns seed, scenario, setting, mask, condition, split, kind, number, correct: one per answer. Conditions
+            are skill, blank and shuffled (the scenario's questions) and vision (those of the vision scenario).
+        settings: one row per seed, scenario, setting and mask: its recipe, tensors changed, norm ‖m − v‖, `relative`
+            (the norm over ‖v‖ of what changed) and `dose` (the norm over ‖τ_e‖, so that task arithmetic's is λ_e).
+        configs: what the rows depend on, one per suite and scenario.
+        notes: what a reader must know.
+    """
+
+    rows: pd.DataFrame
+    settings: pd.DataFrame
+    configs: list[dict[str, Any]]
+    notes: list[str]
+
+
+def sweep(
+    suites: Sequence[Suite],
+    wanted: Sweep,
+    *,
+    out: Path,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Swept:
+    """Measure all settings on all suites.
+
+    Args:
+        suites: of one experiment; they differ in the seed of their training.
+        wanted: what is measured.
+        out: results folder; finished settings are kept under its `runs`.
+        device, precision: as in `load_vlm`.
+        progress: called with (settings done, settings in all).
+
+    Raises:
+        AnchorsError: suites that do not belong together, models that do not fit, no memory.
+    """
+    _require_siblings(suites, wanted)
+    references = {
+        (suite.seed, skill): _references(suite, skill) for suite in suites for skill in wanted.skills(suite)
+    }
+    recipes: tuple[Recipe, ...] = ()
+    found, configs, finished = [], [], 0
+    for suite in suites:
+        world = World(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
+        if recipes and recipes != wanted.grid.recipes(world.vlm.n_layers):
+            raise AnchorsError("The suites' VLMs differ in their layers: they are not one experiment.")
+        recipes = wanted.grid.recipes(world.vlm.n_layers)
+        total = sum(len(own) + len(recipes) for own in references.values())
+        for skill in wanted.skills(suite):
+            bench = Bench(world, skill, world.language_model(suite.model("experts", skill)))
+            run = replace(Run.open(out, KIND, bench.config()), identity=IDENTITY)
+            configs.append(run.config)
+            named = [(name, 0, name) for name in references[suite.seed, skill]]
+            units = {
+                (suite.seed, skill, setting, mask): what
+                for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
+            }
+            done = run.done()
+            for unit in sorted(units, key=lambda unit: unit not in done):
+                if unit not in done:
+                    rows = bench.measure(units[unit])
+                    run.append(rows.assign(**dict(zip(IDENTITY, unit, strict=True))), [unit])
+                finished += 1
+                progress(finished, total)
+            rows = run.rows()
+            assert rows is not None  # noqa: S101 - the VLM alone is there
+            found.append(rows[pd.MultiIndex.from_frame(rows[list(IDENTITY)]).isin(units)])
+    return _swept(pd.concat(found, ignore_index=True), recipes, configs)
+
+
+@dataclass(frozen=True)
+class World:
+    """A suite with its VLM; what is encoded is kept.
+
+    Attributes:
+        suite: its models and examples.
+        wanted: what is measured.
+        vlm: not injected.
+    """
+
+    suite: Suite
+    wanted: Sweep
+    vlm: VisionLanguageModel
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        return self.language_model(self.suite.model("base"))
+
+    @cached_property
+    def vision(self) -> Prepared:
+        """The questions that the VLM could answer before."""
+        return self.prepared(self.suite.vision, "own")
+
+    def prepared(self, scenario: str, image: Shown) -> Prepared:
+        """Prompts of a scenario with what the vision tower makes of their images."""
+        examples = self.wanted.examples(self.suite, scenario)
+        with _enough_memory():
+            return prepare(self.vlm, self.suite, examples, image, self.wanted.batch, features=True)
+
+    def language_model(self, source: str) -> LanguageModel:
+        """A language model beside the VLM; its weights are never in half precision, merging is not either."""
+        half = self.vlm.precision in ("bfloat16", "float16")
+        return load(source, device=str(self.vlm.device), precision="tf32" if half else self.vlm.precision)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One scenario of a suite, with its expert.
+
+    Attributes:
+        world: of the suite.
+        skill: the scenario.
+        expert: the language model that has the skill.
+    """
+
+    world: World
+    skill: str
+    expert: LanguageModel
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        return self.world.wanted.examples(self.world.suite, self.skill)
+
+    @cached_property
+    def prepared(self) -> dict[str, Prepared]:
+        """Prompts by condition."""
+        shown = {"skill": "own"} | {name: name for name in CONTROLS}
+        return {name: self.world.prepared(self.skill, image) for name, image in shown.items()}
+
+    @cached_property
+    def vectors(self) -> TaskVectors:
+        models = (self.world.vlm, self.world.base, self.expert)
+        return TaskVectors.of(*(m.model for m in models), tokenizers=tuple(m.tokenizer for m in models))
+
+    @cached_property
+    def size(self) -> float:
+        """‖τ_e‖ over the tower without embedding and head."""
+        own = [p.vlm for p in self.vectors.pairs if p.kind not in ("embedding", "head")]
+        gaps = [torch.dist(self.vectors.expert[n].float(), self.vectors.base[n].float()) for n in own]
+        return float(torch.linalg.vector_norm(torch.stack(gaps)))
+
+    def config(self) -> dict[str, Any]:
+        """What the rows depend on, beside the setting."""
+        world, suite = self.world, self.world.suite
+        vision = world.wanted.examples(suite, suite.vision)
+        return {
+            "kind": KIND, "version": VERSION, "suite": suite.name, "seed": suite.seed, "scenario": self.skill,
+            "vlm": world.vlm.fingerprint, "base": world.base.fingerprint, "expert": self.expert.fingerprint,
+            "upper": _digest(suite.model("upper", self.skill)) if suite.has("upper", self.skill) else None,
+            "precision": world.vlm.precision, "controls": world.wanted.controls, "split": world.wanted.split,
+            "examples": suite.fingerprint(self.examples), "vision": suite.fingerprint(vision),
+        }  # fmt: skip
+
+    def measure(self, what: Recipe | str) -> pd.DataFrame:
+        """The rows of one setting or reference, without the columns that name it."""
+        with _enough_memory():
+            if isinstance(what, str):
+                return self._reference(what).assign(changed=0, norm=0.0, relative=0.0, dose=0.0)
+            with inject(self.world.vlm.model, self.vectors, what) as injected:
+                rows = self._answers(controls=self.world.wanted.controls)
+        return rows.assign(
+            changed=injected.changed,
+            norm=injected.norm,
+            relative=injected.relative,
+            dose=injected.norm / self.size,
+        )
+
+    def _answers(self, controls: bool) -> pd.DataFrame:
+        """What the VLM answers as it is now."""
+        asked = {name: p for name, p in self.prepared.items() if controls or name not in CONTROLS}
+        return self._rows(
+            {name: score(self.world.vlm, p) for name, p in (asked | {"vision": self.world.vision}).items()}
+        )
+
+    def _reference(self, name: str) -> pd.DataFrame:
+        suite, batch = self.world.suite, self.world.wanted.batch
+        if name == VLM:
+            return self._answers(controls=True)
+        if name == UPPER:
+            vlm = self.world.vlm
+            upper = load_vlm(
+                suite.model("upper", self.skill), device=str(vlm.device), precision=vlm.precision
+            )
+            shown = {"skill": "own"} | {name: name for name in CONTROLS}
+            found = {key: evaluate(upper, suite, self.examples, image, batch) for key, image in shown.items()}
+            vision = self.world.wanted.examples(suite, suite.vision)
+            return self._rows(found | {"vision": evaluate(upper, suite, vision, batch=batch)})
+        told = captions(self.world.vlm, suite, self.examples, batch) if name == CASCADE else None
+        model = self.world.base if name == BASE else self.expert
+        return self._rows({"skill": evaluate_text(model, suite, self.examples, told, batch)})
+
+    def _rows(self, answers: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        parts = []
+        for condition, table in answers.items():
+            examples = self.world.vision.examples if condition == "vision" else self.examples
+            parts.append(table.assign(condition=condition, split=[e.split for e in examples]))
+        return pd.concat(parts, ignore_index=True)
+
+
+def _references(suite: Suite, skill: str) -> list[str]:
+    """The references that a suite has what they need for."""
+    there = {CASCADE: suite.caption is not None, UPPER: suite.has("upper", skill)}
+    return [name for name in REFERENCES if there.get(name, True)]
+
+
+def _require_siblings(suites: Sequence[Suite], wanted: Sweep) -> None:
+    seeds = [s.seed for s in suites]
+    if doubles := sorted({s for s in seeds if seeds.count(s) > 1}):
+        raise AnchorsError(
+            f"Several suites have the seed {doubles[0]}.",
+            "Suites of one sweep are trainings with different seeds.",
+        )
+    if len({(wanted.skills(s), s.vision) for s in suites}) > 1:
+        raise AnchorsError(
+            "The suites differ in their scenarios: they are not one experiment.",
+            "Name common ones with --scenarios.",
+        )
+
+
+def _digest(source: str) -> str:
+    """Of the weights in a directory; the name of a hub's model."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if Path(source).is_dir() else source
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise AnchorsError(
+            "The prompts do not fit into memory.", "Use a smaller --batch, or --limit."
+        ) from error
+
+
+def _swept(rows: pd.DataFrame, recipes: Sequence[Recipe], configs: list[dict[str, Any]]) -> Swept:
+    facts = pd.DataFrame(
+        [*({"setting": n, "mask": 0, "family": REFERENCE} for n in REFERENCES), *map(facts_of, recipes)]
+    )
+    numbers = ["changed", "norm", "relative", "dose"]
+    measured = rows.drop_duplicates(list(IDENTITY))[[*IDENTITY, *numbers]]
+    units = measured[["seed", "scenario"]].drop_duplicates()
+    settings = units.merge(facts, how="cross").merge(measured, on=list(IDENTITY))
+    rows = rows[ROWS].astype(dict.fromkeys(("scenario", "setting", "condition", "split", "kind"), "category"))
+    notes = []
+    if "tune" not in set(rows["split"]):
+        notes.append(
+            "There is no split `tune`: settings were chosen on the examples they are reported on, which flatters the best."
+        )
+    if (count := rows["seed"].nunique()) < 3:
+        notes.append(
+            f"{count} training{'s' * (count != 1)} only: the intervals hardly know how much trainings differ."
+        )
+    return Swept(rows, settings, configs, notes)

@@ -1,0 +1,47 @@
+"""A sweep's rows, tables and pictures, written with their provenance."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anchors.injection.suite import Suite
+from anchors.injection.sweep import Sweep, sweep
+from anchors.injection.tables import tables
+from anchors.report import Report, write_rows, write_tables
+from anchors.results import provenance
+
+NAME = "inject_sweep"
+
+
+def report(
+    suites: Sequence[Suite],
+    wanted: Sweep,
+    *,
+    out: Path,
+    device: str = "auto",
+    precision: str = "auto",
+    csv: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Sweep, and write rows, tables and pictures under `out`.
+
+    Args:
+        suites, wanted, device, precision, progress: as in `anchors.injection.sweep.sweep`.
+        out: folder of the results.
+        csv: write the rows as CSV, too.
+
+    Raises:
+        AnchorsError: see `anchors.injection.sweep.sweep`.
+    """
+    found = sweep(suites, wanted, out=out, device=device, precision=precision, progress=progress)
+    facts = provenance(
+        model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=found.notes
+    )
+    made = tables(found.rows, found.settings, wanted.split)
+    files = write_rows(out, {NAME: found.rows}, facts, csv=csv)
+    files += write_tables(out, NAME, made | {"settings": found.settings}, facts)
+    from anchors.figures import inject_sweep
+    from anchors.figures.style import save
+
+    for name, figure in inject_sweep.draw(made, suites[0].name).items():
+        files += save(figure, out / f"{NAME}_{name}")
+    return Report(made, files, found.notes, facts)

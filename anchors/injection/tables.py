@@ -1,0 +1,303 @@
+"""What the rows of a sweep come to: settings with intervals, Pareto fronts, comparisons at equal strength and equal norm.
+
+Random masks are averaged within an example; intervals are of a bootstrap over trainings (seeds) and examples, in which
+everything of one scenario is paired. Nothing here imports torch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from anchors.errors import AnchorsError
+from anchors.stats import RESAMPLES, interval, resampling
+
+RETENTION = 0.95
+"""Of the uninjected VLM's vision: what a setting must keep to be chosen."""
+NEAR = 0.9
+"""Of the best skill: what counts as near it."""
+CONDITIONS = ("skill", "vision", "blank", "shuffled")
+VLM, ORACLE, REFERENCE, ANCHOR = "VLM alone", "text oracle", "reference", "task-arithmetic"
+RECIPE = ["family", "method", "strength", "density", "layers", "embeddings", "options"]
+SIZES = ["changed", "norm", "relative", "dose"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Accuracies of one scenario on one split, resampled.
+
+    Attributes:
+        settings: names, references among them.
+        values: by condition [1 + resamples, settings]; row 0 is the estimate, NaN where a setting has no such answers.
+        examples: questions of the scenario, over all trainings.
+        seeds: trainings.
+    """
+
+    settings: tuple[str, ...]
+    values: dict[str, Float[np.ndarray, "draws settings"]]
+    examples: int
+    seeds: int
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, settings: Sequence[str], resamples: int = RESAMPLES) -> "Samples":
+        """From rows of one scenario and one split."""
+        values, examples, seeds = {}, 0, rows["seed"].nunique()
+        for names in (("skill", "blank", "shuffled"), ("vision",)):
+            own = rows[rows["condition"].isin(names)]
+            keys = ["seed", "number", "condition", "setting"]
+            mean = own.groupby(keys, observed=True)["correct"].mean()
+            wide = mean.unstack(["condition", "setting"])
+            units = wide.index.to_frame(index=False)
+            # The same trainings are drawn for vision and for every scenario, since only their number matters to the draw.
+            weights = resampling(units, resamples)
+            drawn = weights @ wide.to_numpy() / weights.sum(1, keepdims=True)
+            for name in names:
+                place = {c[1]: i for i, c in enumerate(wide.columns) if c[0] == name}
+                values[name] = np.full((len(drawn), len(settings)), np.nan)
+                there = [i for i, s in enumerate(settings) if s in place]
+                values[name][:, there] = drawn[:, [place[settings[i]] for i in there]]
+            examples = examples or len(units)
+        return cls(tuple(settings), values, examples, seeds)
+
+    def at(self, setting: str, condition: str = "skill") -> Float[np.ndarray, " draws"]:
+        """Accuracy of one setting; `net` is skill minus blank."""
+        if condition == "net":
+            return self.at(setting) - self.at(setting, "blank")
+        return self.values[condition][:, self.settings.index(setting)]
+
+
+def tables(
+    rows: pd.DataFrame, settings: pd.DataFrame, split: str = "test", resamples: int = RESAMPLES
+) -> dict[str, pd.DataFrame]:
+    """All tables of a sweep.
+
+    Args:
+        rows, settings: of `anchors.injection.sweep.Swept`.
+        split: on which results are reported.
+        resamples: of the bootstrap.
+
+    Returns:
+        summary: every setting and reference of every scenario; best: the setting of each family that was chosen on
+        `tune`, see `best_table`; matched, sensitivity and scenarios: see the functions of these names.
+    """
+    parts: dict[str, list[pd.DataFrame]] = {}
+    chosen: dict[str, tuple[Samples, pd.DataFrame, str]] = {}
+    for scenario in dict.fromkeys(settings["scenario"]):
+        own = _merged(settings[settings["scenario"] == scenario])
+        mine = rows[rows["scenario"] == scenario]
+        names = list(own["setting"])
+        test = Samples.of(mine[mine["split"] == split], names, resamples)
+        tune = mine[mine["split"] == "tune"]
+        ahead = Samples.of(tune, names, 0) if len(tune) else test
+        summary = summary_table(own, test)
+        best = best_table(own, ahead, test, "tune" if len(tune) else split)
+        found = {
+            "summary": summary, "best": best, "matched": matched_table(own, test), "sensitivity": sensitivity_table(own, test)
+        }  # fmt: skip
+        for name, table in found.items():
+            parts.setdefault(name, []).append(table.assign(scenario=scenario))
+        chosen[scenario] = (test, own, best.loc[best["family"] == "any", "setting"].item())
+    made = {
+        name: pd.concat(
+            [t[["scenario", *t.columns.drop("scenario")]] for t in found if len(t)] or found[:1],
+            ignore_index=True,
+        )
+        for name, found in parts.items()
+    }
+    return made | {"scenarios": scenario_table(chosen)}
+
+
+def summary_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
+    """Every setting: accuracy by condition, `net` (skill − blank), `loss` (vision − the VLM's), whether it stands on the
+    Pareto front of (vision, skill), and in which share of the resamples it does."""
+    table = settings.copy()
+    for name in CONDITIONS:
+        _put(table, name, test.values[name])
+    _put(table, "net", test.values["skill"] - test.values["blank"])
+    _put(table, "loss", test.values["vision"] - test.at(VLM, "vision")[:, None])
+    runs = _injected(settings) | (settings["setting"] == VLM).to_numpy()
+    fronts = np.zeros((len(test.values["skill"]), len(table)), bool)
+    for draw, found in enumerate(fronts):
+        found[runs] = front(test.values["vision"][draw, runs], test.values["skill"][draw, runs])
+    return table.assign(
+        front=fronts[0], front_share=_share(fronts[1:]), examples=test.examples,
+        seeds=test.seeds,
+    )  # fmt: skip
+
+
+def front(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"]) -> Bool[np.ndarray, " points"]:
+    """Which points no other one beats in x or y without being worse in the other."""
+    better = (
+        (x[None] >= x[:, None]) & (y[None] >= y[:, None]) & ((x[None] > x[:, None]) | (y[None] > y[:, None]))
+    )
+    return ~better.any(1)
+
+
+def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str) -> pd.DataFrame:
+    """Of each family, and of all (`any`), the setting of highest skill that keeps `RETENTION` of the VLM's vision, both on
+    the tune split; its accuracies on the test split.
+
+    The VLM alone is a candidate, too: where no setting keeps enough, it is chosen. `difference` is the skill minus the
+    one of the setting chosen for task arithmetic, paired; `ceiling` the best that could have been chosen with a look
+    at the test split.
+    """
+    rows = []
+    families = dict.fromkeys(settings.loc[_injected(settings), "family"])
+    picked = {f: _choose(settings, tune, None if f == "any" else f) for f in ["any", *families]}
+    for family, name in picked.items():
+        row = {"family": family, "setting": name, "chosen_on": split, "tune_skill": tune.at(name)[0]}
+        for condition in (*CONDITIONS, "net"):
+            row |= _estimate(condition, test.at(name, condition))
+        row["ceiling"] = test.at(_choose(settings, test, None if family == "any" else family))[0]
+        if ANCHOR in picked:
+            row |= _estimate("difference", test.at(name) - test.at(picked[ANCHOR]))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def matched_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
+    """Methods at equal strength and at equal norm of what was added.
+
+    A line is a family at one density. `by` strength: its setting with λ_e = `at`. `by` dose: skill and vision at
+    ‖m − v‖ = at · ‖τ_e‖, interpolated along the line between its settings and the VLM alone (dose 0), and missing beyond
+    its last one. Task arithmetic has dose λ_e. Differences are paired, to task arithmetic.
+    """
+    own = settings[_injected(settings)]
+    anchor = own[(own["family"] == ANCHOR)].sort_values("strength")
+    columns = {name: i for i, name in enumerate(test.settings)}
+    rows = []
+    for (family, density), line in own.groupby(["family", "density"], sort=False, dropna=False):
+        line = line.sort_values("dose")
+        places = [columns[VLM], *(columns[s] for s in line["setting"])]
+        by_strength = {s: columns[n] for s, n in zip(line["strength"], line["setting"], strict=True)}
+        for at, name in zip(anchor["strength"], anchor["setting"], strict=True):
+            weights = np.zeros((2, len(columns)))
+            if at in by_strength:
+                weights[0, by_strength[at]] = 1
+            weights[1, places] = between(np.array([0.0, *line["dose"]]), at)
+            for by, weight in zip(("strength", "dose"), weights, strict=True):
+                if not weight.any():
+                    continue
+                used = weight > 0
+                row = {"family": family, "density": density, "by": by, "at": at}
+                for condition in ("skill", "vision"):
+                    values = test.values[condition][:, used] @ weight[used]
+                    row |= _estimate(condition, values)
+                    row |= _estimate(f"{condition}_difference", values - test.at(name, condition))
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def between(points: Float[np.ndarray, " points"], at: float) -> Float[np.ndarray, " points"]:
+    """Weights of linear interpolation at a place between sorted points; all 0 outside of them."""
+    weights = np.zeros(len(points))
+    if not points[0] <= at <= points[-1] * (1 + 1e-6):  # a dose is a norm in float32
+        return weights
+    after = int(np.clip(np.searchsorted(points, at), 1, len(points) - 1))
+    width = points[after] - points[after - 1]
+    share = min(1.0, (at - points[after - 1]) / width) if width > 0 else 1.0
+    weights[after - 1 : after + 1] = 1 - share, share
+    return weights
+
+
+def sensitivity_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
+    """How much of each family hangs on its numbers: lowest and highest skill over its settings, and the shares of settings
+    that come near (`NEAR`) the family's best skill, that keep the VLM's vision (`RETENTION`), and that do both, where
+    the best is then the best of those that keep it."""
+    rows = []
+    for family in dict.fromkeys(settings.loc[_injected(settings), "family"]):
+        mask = (settings["family"] == family).to_numpy()
+        skill = test.values["skill"][:, mask]
+        kept = test.values["vision"][:, mask] >= RETENTION * test.at(VLM, "vision")[:, None]
+        most = np.where(kept, skill, -np.inf).max(1, keepdims=True)
+        row = {
+            "family": family,
+            "settings": int(mask.sum()),
+            "lowest": skill[0].min(),
+            "highest": skill[0].max(),
+        }
+        row |= _estimate("spread", skill.max(1) - skill.min(1))
+        row |= _estimate("near", (skill >= NEAR * skill.max(1, keepdims=True)).mean(1))
+        row |= _estimate("keep", kept.mean(1))
+        row |= _estimate("both", (kept & (skill >= NEAR * most)).mean(1))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.DataFrame:
+    """Which scenarios can be injected: at task arithmetic with λ 1, and at the setting chosen on the tune split.
+
+    `recovered` is (skill − VLM alone) / (text oracle − VLM alone): how much of what the expert knows arrives. `rank` is
+    by it, and `rank_share` the share of resamples with this very rank.
+    """
+    tables = []
+    for how in ("task-arithmetic λ=1", "best"):
+        found: dict[str, tuple[Samples, str]] = {
+            scenario: (test, best if how == "best" else how)
+            for scenario, (test, _, best) in chosen.items()
+            if how == "best" or how in test.settings
+        }
+        if not found:
+            continue
+        recovered = []
+        for test, name in found.values():
+            before, oracle = test.at(VLM), test.at(ORACLE)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                recovered.append(
+                    (test.at(name) - before) / np.where(oracle > before, oracle - before, np.nan)
+                )
+        values = np.stack(recovered, axis=1)
+        # Equal ones share the better rank.
+        ranks = 1 + (values[:, None, :] > values[:, :, None]).sum(2)
+        rows = []
+        for i, (scenario, (test, name)) in enumerate(found.items()):
+            row = {"scenario": scenario, "how": how, "setting": name}
+            for condition in ("skill", "vision", "net"):
+                row |= _estimate(condition, test.at(name, condition))
+            row |= _estimate("recovered", values[:, i])
+            row |= {"rank": int(ranks[0, i]), "rank_share": _share(ranks[1:, i] == ranks[0, i])}
+            rows.append(row)
+        tables.append(pd.DataFrame(rows))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _merged(settings: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting: sizes averaged over trainings and masks."""
+    order = list(dict.fromkeys(settings["setting"]))
+    sizes = settings.groupby("setting")[SIZES].mean()
+    masks = settings.groupby("setting")["mask"].nunique().rename("masks")
+    first = settings.drop_duplicates("setting").set_index("setting")[RECIPE]
+    if VLM not in first.index:
+        raise AnchorsError(f"The rows lack the {VLM}, with which everything is compared.")
+    return first.join(sizes).join(masks).loc[order].reset_index()
+
+
+def _injected(settings: pd.DataFrame) -> Bool[np.ndarray, " settings"]:
+    return (settings["family"] != REFERENCE).to_numpy()
+
+
+def _choose(settings: pd.DataFrame, samples: Samples, family: str | None) -> str:
+    mask = _injected(settings) if family is None else (settings["family"] == family).to_numpy()
+    kept = samples.values["vision"][0] >= RETENTION * samples.at(VLM, "vision")[0]
+    allowed = np.flatnonzero((mask & kept) | (settings["setting"] == VLM).to_numpy())
+    # Of equally skilled ones the one that forgot least.
+    skill, vision = (samples.values[name][0, allowed] for name in ("skill", "vision"))
+    return settings["setting"].iloc[allowed[np.lexsort((vision, skill))[-1]]]
+
+
+def _share(found: np.ndarray) -> np.ndarray | float:
+    """Of the resamples; missing where there are none."""
+    return found.mean(0) if len(found) else np.nan
+
+
+def _estimate(name: str, samples: Float[np.ndarray, " draws"]) -> dict[str, float]:
+    value, low, high = interval(samples)
+    return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _put(table: pd.DataFrame, name: str, samples: Float[np.ndarray, "draws settings"]) -> None:
+    names: Iterable[str] = (name, f"{name}_low", f"{name}_high")
+    for column, values in zip(names, interval(samples), strict=True):
+        table[column] = values

@@ -1,0 +1,417 @@
+"""Vision-language models: loaded, their prompts with images encoded, and on request their language tower on the seam.
+
+What differs between families (how an image token multiplies, which tensors go along) is left to each model's own
+processor; what a mask or a position is, to the model itself.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from anchors.attention.call import AttentionCall
+from anchors.attention.seam import NAME, seam
+from anchors.errors import AnchorsError, RoutingError
+from anchors.models import DTYPES, LanguageModel, fingerprint
+
+PLACE = "<image>"
+"""Stands for an image in texts given to `VisionLanguageModel.encode`."""
+FRAMES = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}
+"""What a family's chat template writes around its image token and its processor does not."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts with images, and answers after them where there are any, padded on the right.
+
+    Attributes:
+        tensors: what the model's forward takes: `input_ids`, `attention_mask`, pixels and what else the family has.
+        prompts: length of each row's prompt, in tokens; its last token stands at `prompts - 1`.
+        answers: positions of the answer's tokens (the last is the end of the text), -1 where a row has fewer; token
+            `ids[answers]` is what the logits at `answers - 1` should name.
+        marked: by row and asked range of characters, the positions of the tokens that hold some of it.
+    """
+
+    tensors: dict[str, Tensor]
+    prompts: Int[Tensor, " batch"]
+    answers: Int[Tensor, "batch answer"]
+    marked: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    @property
+    def ids(self) -> Int[Tensor, "batch tokens"]:
+        return self.tensors["input_ids"]
+
+
+@dataclass(frozen=True)
+class VisionLanguageModel:
+    """A frozen vision-language model with its processor.
+
+    Attributes:
+        model: the transformers model, in eval mode, no parameter requiring a gradient.
+        processor: turns texts and images into tensors.
+        tokenizer: the processor's, a fast one.
+        name: what the user called it.
+        fingerprint: hash over a sample of every weight, the tokenizer and how images are prepared.
+        precision: the arithmetic, one of `anchors.models.DTYPES`.
+        image_token_id: the token at whose places the model puts image features.
+        modules: attention modules of the language tower, by layer, when it is on the seam; else empty.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+    precision: str
+    image_token_id: int
+    modules: tuple[nn.Module, ...] = ()
+
+    arithmetic = LanguageModel.arithmetic
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the language tower."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest prompt the positions of the language tower allow, in tokens; None when it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer.
+
+        Raises:
+            AnchorsError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise AnchorsError(
+                f"The tokenizer of {self.name!r} has no end-of-text token.",
+                "Set its eos_token: without one an answer never ends.",
+            )
+        return self.tokenizer.eos_token_id
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        answers: Sequence[str] | None = None,
+        *,
+        marks: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> Inputs:
+        """Tensors of some prompts on the model's device.
+
+        Args:
+            texts: prompts; each `<image>` in them stands for an image.
+            images: of each prompt, in this order.
+            answers: what comes after each prompt; tokenised by itself without special tokens, then the end of the text,
+                so that the prompt's tokens do not depend on it.
+            marks: of each prompt, ranges of characters (first, after last) whose tokens are to be found.
+
+        Raises:
+            AnchorsError: other numbers of images than places; image tokens that are not the images'; a prompt longer
+                than the model's positions; a mark that no token holds.
+        """
+        place = self.processor.image_token
+        rows = self._rows(texts, images, place)
+        ids: list[list[int]] = rows["input_ids"]
+        marked = () if marks is None else self._marked(texts, rows, place, marks)
+        written = (
+            [] if answers is None else self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        )
+        written = [[*tokens, self.end] for tokens in written]
+        after = written or [[] for _ in ids]
+        length = max(len(row) + len(own) for row, own in zip(ids, after, strict=True))
+        if self.context is not None and length > self.context:
+            raise AnchorsError(
+                f"A prompt of {length} tokens is longer than the {self.context} that {self.name!r} has positions for.",
+                "Show fewer demonstrations, or smaller images.",
+            )
+
+        def padded(row: Sequence[int], more: Sequence[int], fill: int, size: int = length) -> list[int]:
+            return [*row, *more, *[fill] * (size - len(row) - len(more))]
+
+        # Which token pads is of no account, as long as it asks for no image.
+        tensors = {
+            "input_ids": torch.tensor([padded(r, a, self._filling) for r, a in zip(ids, after, strict=True)]),
+            "attention_mask": torch.tensor(
+                [padded([1] * len(r), [1] * len(a), 0) for r, a in zip(ids, after, strict=True)]
+            ),
+        }
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in rows and name in self._taken:
+                kinds = [padded(r, [0] * len(a), 0) for r, a in zip(rows[name], after, strict=True)]
+                tensors[name] = torch.tensor(kinds)
+        pixels = {name: x for name, x in rows.items() if isinstance(x, Tensor)}
+        most = max(map(len, after))
+        return Inputs(
+            tensors={name: x.to(self.device) for name, x in (tensors | pixels).items()},
+            prompts=torch.tensor([len(row) for row in ids], device=self.device),
+            answers=torch.tensor(
+                [
+                    padded(range(len(r), len(r) + len(a)), [], -1, most)
+                    for r, a in zip(ids, after, strict=True)
+                ],
+                device=self.device,
+            ).view(len(ids), most),
+            marked=marked,
+        )
+
+    @property
+    def _taken(self) -> set[str]:
+        """Names of the tensors that the model's forward takes."""
+        return set(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def _filling(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0, 1)
+        return next(i for i in known if i is not None and i != self.image_token_id)
+
+    def _rows(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], place: str
+    ) -> dict[str, Any]:
+        """What the processor makes of prompts: lists of tokens, unpadded, and tensors of pixels."""
+        for i, (text, own) in enumerate(zip(texts, images, strict=True)):
+            if text.count(PLACE) != len(own):
+                raise AnchorsError(
+                    f"Prompt {i} has {text.count(PLACE)} places for images and {len(own)} images.",
+                    f"Write {PLACE} once for each image.",
+                )
+            if place != PLACE and place in text:
+                raise AnchorsError(
+                    f"Prompt {i} holds the model's image token {place!r} as text.",
+                    f"Write {PLACE} for an image.",
+                )
+        shown = [text.replace(PLACE, self._framed(place)) for text in texts]
+        some = any(images)
+        if some and not all(images):
+            raise AnchorsError(
+                "Some prompts of the batch have images and others have none.", "Encode them apart."
+            )
+        try:
+            # Only the images become tensors: rows of tokens differ in length until the answers stand behind them.
+            return dict(
+                self.processor(
+                    text=shown,
+                    images=[list(own) for own in images] if some else None,
+                    text_kwargs={"padding": False, "truncation": False, "return_offsets_mapping": True},
+                    images_kwargs={"return_tensors": "pt"},
+                    return_text_replacement_offsets=True,
+                )
+            )
+        except (ValueError, IndexError) as error:
+            raise AnchorsError(
+                f"The processor of {self.name!r} refuses these prompts: {error}",
+                "Are the images of a size that it knows?",
+            ) from error
+
+    def _framed(self, place: str) -> str:
+        framed = FRAMES.get(place, place)
+        known = self.tokenizer.get_vocab()
+        return framed if "<|vision_start|>" in known else place
+
+    def _marked(
+        self,
+        texts: Sequence[str],
+        rows: dict[str, Any],
+        place: str,
+        marks: Sequence[Sequence[tuple[int, int]]],
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Positions of the tokens that hold some of each asked range of characters."""
+        found = []
+        around = len(self._framed(place)) - len(place)
+        grown = rows.get("text_replacement_offsets") or [[] for _ in texts]
+        for i, (text, own) in enumerate(zip(texts, marks, strict=True)):
+            # How much longer the text became at each image.
+            longer = [around + g["new_span"][1] - g["new_span"][0] - len(PLACE) for g in grown[i]]
+            row = []
+            for place_of in own:
+                first, last = (at + sum(longer[: text[:at].count(PLACE)]) for at in place_of)
+                tokens = tuple(
+                    at
+                    for at, (a, b) in enumerate(rows["offset_mapping"][i])
+                    if a < last and b > first and b > a
+                )
+                if not tokens:
+                    raise AnchorsError(
+                        f"No token of prompt {i} holds {text[slice(*place_of)]!r}.",
+                        "Does the tokenizer drop it?",
+                    )
+                row.append(tokens)
+            found.append(tuple(row))
+        return tuple(found)
+
+
+def load_vlm(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    revision: str | None = None,
+    routed: bool = False,
+) -> VisionLanguageModel:
+    """Load a vision-language model and its processor, from safetensors only and without code of its own.
+
+    Args:
+        source: hub id or local directory.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: one of `anchors.models.DTYPES`, or auto: float32, on CUDA tf32.
+        revision: branch, tag or commit of a hub model.
+        routed: put the language tower on the seam (see `route_tower`).
+
+    Raises:
+        AnchorsError: it cannot be found or read, or is no vision-language model.
+        RoutingError: the tower's attention does not pass through the seam.
+
+    Example:
+        >>> vlm = load_vlm("HuggingFaceTB/SmolVLM-256M-Instruct", routed=True)
+        >>> inputs = vlm.encode(["<image> What is this? Answer:"], [[picture]], [" a cat"])
+    """
+    if device == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
+    if precision == "auto":
+        precision = "tf32" if where.type == "cuda" else "float32"
+    if precision not in DTYPES:
+        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+    name = str(source)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise AnchorsError(f"The model {name!r} is not a directory.", "Give a hub id or a directory.")
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        processor = AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            place, revision=revision, dtype=DTYPES[precision], use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise AnchorsError(
+            f"The vision-language model {name!r} could not be loaded: {error}",
+            "It must hold config.json, processor and tokenizer files and weights as safetensors.",
+        ) from error
+    return prepare_vlm(model.to(where), processor, name, precision, routed=routed)
+
+
+def prepare_vlm(
+    model: PreTrainedModel, processor: ProcessorMixin, name: str, precision: str, *, routed: bool = False
+) -> VisionLanguageModel:
+    """Freeze a loaded model; with `routed`, put its language tower on the seam.
+
+    Raises:
+        AnchorsError: the processor has no image token, or no fast tokenizer.
+        RoutingError: see `route_tower`.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    config = model.config
+    image_token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if tokenizer is None or image_token_id is None or getattr(processor, "image_token", None) is None:
+        raise AnchorsError(
+            f"{name!r} has no image token: {type(model).__name__} with {type(processor).__name__}.",
+            "Models that put image features at places of their own token are understood.",
+        )
+    if not tokenizer.is_fast:
+        raise AnchorsError(
+            f"The tokenizer of {name!r} is a slow one and gives no character offsets.",
+            "Convert it to a fast tokenizer (tokenizer.json).",
+        )
+    model.eval().requires_grad_(False)
+    images = processor.image_processor.to_json_string().encode()
+    vlm = VisionLanguageModel(
+        model=model,
+        processor=processor,
+        tokenizer=tokenizer,
+        name=name,
+        fingerprint=hashlib.sha256(fingerprint(model, tokenizer).encode() + images).hexdigest()[:16],
+        precision=precision,
+        image_token_id=image_token_id,
+        modules=route_tower(model) if routed else (),
+    )
+    if routed:
+        _prove(vlm)
+    return vlm
+
+
+def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Put the language tower of a model on the seam, and nothing else; returns its attention modules, by layer.
+
+    Raises:
+        RoutingError: the family computes attention in its own code, or not once in each layer.
+    """
+    decoder = model.get_decoder()
+    if not decoder._can_set_attn_implementation():
+        raise RoutingError(
+            f"{type(decoder).__name__} computes attention in its own code, not through transformers' "
+            "AttentionInterface: what flows there cannot be seen.",
+            "Families known to work: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Gemma 3.",
+        )
+    decoder.set_attn_implementation(NAME)
+    found = [
+        m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+    ]
+    found.sort(key=lambda module: module.layer_idx)
+    layers = model.config.get_text_config().num_hidden_layers
+    if [module.layer_idx for module in found] != list(range(layers)):
+        raise RoutingError(
+            f"{type(decoder).__name__} has {layers} layers, but {len(found)} attention modules were found in it.",
+            "Models with recurrent or shared layers cannot be analysed.",
+        )
+    inside = set(decoder.modules())
+    others = [
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, PreTrainedModel) and m not in inside and m.config._attn_implementation == NAME
+    ]
+    if others:
+        raise RoutingError(
+            f"Setting the attention of {type(decoder).__name__} set that of {', '.join(others)}, too.",
+            "The language tower must have a configuration of its own.",
+        )
+    return tuple(found)
+
+
+class _Count:
+    """How often each layer's attention arrived at the seam."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = frozenset(range(layers))
+        self.times = [0] * layers
+
+    def see(self, call: AttentionCall) -> None:
+        self.times[call.layer] += 1
+
+
+def _prove(vlm: VisionLanguageModel) -> None:
+    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once."""
+    picture = Image.new("RGB", (64, 64), (200, 60, 20))
+    for text, images in (("a b", []), (f"{PLACE} a", [picture])):
+        count = _Count(vlm.n_layers)
+        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
+            vlm.model(**vlm.encode([text], [images]).tensors, use_cache=False)
+        if set(count.times) != {1}:
+            raise RoutingError(
+                f"In a run of {vlm.name!r} with {len(images)} images, its layers arrived at the seam "
+                f"{count.times} times.",
+                "Each must arrive exactly once.",
+            )

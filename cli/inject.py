@@ -1,0 +1,308 @@
+"""`anchors inject`: put an expert language model's skill into a vision-language model, by weights alone."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from anchors.cli import common, inject_show, inject_sweep
+from anchors.cli.common import err, out
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    from anchors.injection.checkpoint import Checkpoint
+    from anchors.injection.recipe import Recipe
+    from anchors.injection.sources import Sources
+
+DEFAULT = "merge"
+
+
+class MergeOrCommand(TyperGroup):
+    """A group that merges when what follows is none of its commands, and whose help shows the merge's options, too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = ["--help"] if set(args) & set(ctx.help_option_names) else [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+        return ["VLM EXPERT --base LLM --out DIR | COMMAND ..."]
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        shown, merging = copy.copy(self), self.commands[DEFAULT]
+        shown.params, shown.help = merging.params, merging.help
+        TyperGroup.format_help(shown, ctx, formatter)
+
+
+app = typer.Typer(
+    cls=MergeOrCommand,
+    help="Put an expert's skill into a vision-language model, measure it, and look inside.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+
+app.command("sweep")(inject_sweep.sweep)
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+@app.command(DEFAULT, hidden=True)
+def merge(
+    vlm: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="VLM",
+            show_default=False,
+            help="Vision-language model: directory or hub id, ID@REVISION for a branch, tag or commit.",
+        ),
+    ] = None,
+    expert: Annotated[
+        str | None,
+        typer.Argument(metavar="EXPERT", show_default=False, help="Language model with the skill: the same."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        _option("Models", "Language model that both were made from, the anchor: the same.", "--base", "-b"),
+    ] = None,
+    method: Annotated[
+        str, _option("Method", "How task vectors become one tower; `--method help` lists all.", "--method")
+    ] = "task-arithmetic",
+    strength: Annotated[
+        float | None,
+        _option(
+            "Method",
+            "λ_e, of the expert's task vector; default: the method's own, 1 for most.",
+            "--strength",
+            "-s",
+        ),
+    ] = None,
+    vlm_strength: Annotated[
+        float, _option("Method", "λ_v, of the vision-language model's task vector.", "--vlm-strength")
+    ] = 1.0,
+    density: Annotated[
+        float | None,
+        _option("Method", "Share of a task vector that is kept; default: the method's own.", min=0, max=1),
+    ] = None,
+    seed: Annotated[int, _option("Method", "Of random masks.", min=0)] = 0,
+    option: Annotated[
+        list[str] | None,
+        _option(
+            "Method", "The method's own, e.g. convention=paper or rescale=none; may be repeated.", "--option"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        _option("Where", "Inject only there, e.g. 8-15; norm, embedding and head then stay.", "--layers"),
+    ] = None,
+    per_layer: Annotated[
+        str | None,
+        _option(
+            "Where",
+            "λ_e of each layer: numbers with commas, or a file of them.",
+            "--per-layer",
+            metavar="LIST",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str,
+        _option(
+            "Where",
+            "keep (the VLM's embedding and head), shared-rows (merge rows of equal number) or by-token "
+            "(rows of equal token string).",
+            "--embeddings",
+        ),
+    ] = "keep",
+    to: Annotated[
+        Path | None, _option("Output", "Folder of the merged model; must not be there.", "--out", "-o")
+    ] = None,
+    inspect: Annotated[
+        bool, _option("Output", "Only compare the task vectors by layer; write nothing.", "--inspect")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        _option(
+            "Output", "Only show what belongs to what and what would change; write nothing.", "--dry-run"
+        ),
+    ] = False,
+    shard_size: Annotated[
+        str, _option("Output", "Largest file of weights, e.g. 500MB.", "--shard-size")
+    ] = "1GB",
+    force: Annotated[
+        bool,
+        _option("Output", "Merge even models that look unrelated to --base.", "--force"),
+    ] = False,
+    as_json: Annotated[bool, _option("Output", "Print what was found or done as JSON.", "--json")] = False,
+) -> None:
+    """Put an expert's skill into a vision-language model by merging its weights into the language tower.
+
+    Task vectors τ_v = VLM − LLM and τ_e = EXPERT − LLM are combined, LLM being the model that both were made from
+    (--base). Tensors are streamed from safetensors to safetensors, in float32 arithmetic; a broken-off merge goes on
+    where it was. Nothing is written unless every tensor of the language models is found exactly once in the tower, with
+    its shape, and unless both came from --base. Look at --inspect first: it warns of what is less plain.
+    """
+    with common.reporting():
+        if method == "help":
+            _methods(as_json)
+            return
+        missing = {"VLM": vlm, "EXPERT": expert, "--base": base, "--out": to or inspect or dry_run or None}
+        if absent := [name for name, value in missing.items() if value is None]:
+            raise AnchorsError(
+                f"{' and '.join(absent)} must be given.",
+                "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
+            )
+        if inspect and dry_run:
+            raise AnchorsError("--inspect and --dry-run are two different things.", "Give one of them.")
+        with err.status("loading torch"):
+            from anchors.injection.anchor import require_anchor
+            from anchors.injection.recipe import Recipe
+            from anchors.injection.sources import Sources
+        recipe = Recipe(
+            method=method,
+            strength=strength,
+            vlm_strength=vlm_strength,
+            density=density,
+            seed=seed,
+            layers=None if layers is None else common.span(layers, "--layers"),
+            per_layer=None if per_layer is None else _numbers(per_layer),
+            embeddings=embeddings,
+            options=tuple(_pair(text) for text in option or ()),
+        )
+        with err.status("opening the models"):
+            models = _opened(vlm), _opened(expert), _opened(base)
+            sources = Sources.open(*models, embeddings=embeddings if dry_run else "keep")
+        _check_layers(sources, recipe)
+        if inspect:
+            _inspect(models, recipe, as_json)
+            return
+        if not force:
+            require_anchor(sources)
+        if dry_run:
+            _dry_run(sources, recipe, as_json)
+        else:
+            _merge(models, recipe, to, shard_size, as_json)
+
+
+def _opened(source: str) -> "Checkpoint":
+    """A directory, a hub id, or a hub id with a revision."""
+    from anchors.injection.checkpoint import Checkpoint
+
+    name, at, revision = source.rpartition("@")
+    if at and not Path(source).is_dir():
+        return Checkpoint.open(name, revision)
+    return Checkpoint.open(source)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas, or in a file with commas or spaces between them (JSON lists, too)."""
+    path = Path(text)
+    try:
+        listed = path.read_text(encoding="utf-8") if path.is_file() else text
+        return tuple(float(word) for word in re.split(r"[\s,]+", listed.strip(" \t\r\n[],")))
+    except (ValueError, OSError) as error:
+        raise AnchorsError(
+            f"--per-layer {text!r} is neither a list of numbers nor a file of them: {error}.",
+            "For example: --per-layer 0,0,0.5,1",
+        ) from error
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON where it is JSON."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise AnchorsError(
+            f"--option {text!r} is not of the form name=value.", "For example: convention=paper"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _check_layers(sources: "Sources", recipe: "Recipe") -> None:
+    depth = 1 + max(pair.layer or 0 for pair, _ in sources.pairs.values())
+    if recipe.layers is not None and recipe.layers[1] >= depth:
+        raise AnchorsError(
+            f"--layers {recipe.layers[0]}-{recipe.layers[1]}: the tower has layers 0 to {depth - 1}."
+        )
+    if recipe.per_layer is not None and len(recipe.per_layer) != depth:
+        raise AnchorsError(
+            f"--per-layer has {len(recipe.per_layer)} numbers; the tower has {depth} layers.",
+            "Give one number for each.",
+        )
+
+
+def _merge(
+    models: "tuple[Checkpoint, ...]", recipe: "Recipe", to: Path, shard_size: str, as_json: bool
+) -> None:
+    from anchors.injection.merge import merge as stream
+
+    with common.progress_bar("tensors") as progress:
+        report = stream(
+            *models, recipe, to, shard_size=shard_size, report=lambda done, total, _: progress(done, total)
+        )
+    common.print_notes(list(report.notes))
+    if as_json:
+        facts = ("changed", "kept", "relative", "seconds", "memory")
+        common.print_json(
+            {"out": str(report.out), "recipe": recipe.as_dict()}
+            | {name: getattr(report, name) for name in facts}
+            | {"modules": inject_show.records(report.by_module())}
+        )
+        return
+    out.print(inject_show.changes(report))
+    common.print_files([report.out])
+
+
+def _dry_run(sources: "Sources", recipe: "Recipe", as_json: bool) -> None:
+    rows = inject_show.plan(sources, recipe)
+    kept = [name for name in sources.vlm.shapes if name not in sources.pairs]
+    if as_json:
+        common.print_json({"recipe": recipe.as_dict(), "tower": rows, "kept": kept})
+        return
+    out.print(inject_show.plan_table(rows, recipe))
+    changing = sum(row["change"] != "no" for row in rows)
+    err.print(
+        f"{changing} of the {len(rows)} tensors of the tower would change; {len(kept)} outside it stay. "
+        "Nothing was written."
+    )
+
+
+def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) -> None:
+    from anchors.injection.inspection import inspect as compare
+
+    with common.progress_bar("tensors") as progress:
+        found = compare(
+            *models, embeddings=recipe.embeddings, report=lambda done, total, _: progress(done, total)
+        )
+    if as_json:
+        tables = {name: inject_show.records(getattr(found, name)) for name in ("layers", "rows")}
+        common.print_json(
+            tables | {"total": inject_show.cleaned(found.total), "warnings": list(found.warnings)}
+        )
+        return
+    out.print(inject_show.inspection(found, f"{models[0].name}, {models[1].name}"))
+    for warning in found.warnings:
+        err.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def _methods(as_json: bool) -> None:
+    with err.status("loading torch"):
+        from anchors.injection.methods import METHODS
+    if as_json:
+        common.print_json(
+            {
+                name: {"strength": own.strength, "parameters": dict(own.defaults), "source": own.source}
+                for name, own in METHODS.items()
+            }
+        )
+        return
+    out.print(inject_show.methods(METHODS))

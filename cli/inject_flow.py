@@ -1,0 +1,197 @@
+"""`anchors inject flow`: information flow from images and text, before and after an injection."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import err, estimate, out
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from anchors.injection.flow_report import Wanted
+    from anchors.injection.suite import Suite
+
+
+def flow(
+    suites: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUITE...",
+            help="Folders of suites; several are trainings of one experiment with other seeds.",
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help="How experts are injected.", rich_help_panel="Injection")
+    ] = "task-arithmetic",
+    strengths: Annotated[
+        str, typer.Option(help="λ_e, with commas; 0 is always there.", rich_help_panel="Injection")
+    ] = "0,0.25,0.3,0.5,0.75,1,1.25,1.5",
+    density: Annotated[
+        float | None,
+        typer.Option(help="Of methods that drop entries.", min=0, max=1, rich_help_panel="Injection"),
+    ] = None,
+    experts: Annotated[
+        str, typer.Option(help="Names with commas, or all.", rich_help_panel="Injection")
+    ] = "all",
+    scenarios: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas, or all; an expert is measured on its own and on vision.",
+            rich_help_panel="Protocol",
+        ),
+    ] = "all",
+    shots: Annotated[
+        int, typer.Option(min=0, help="Demonstrations before the query.", rich_help_panel="Protocol")
+    ] = 2,
+    prompts: Annotated[
+        int,
+        typer.Option("--prompts", "-n", min=1, help="Prompts of each scenario.", rich_help_panel="Protocol"),
+    ] = 100,
+    examples: Annotated[
+        int,
+        typer.Option(min=1, help="Examples of each scenario for the accuracy.", rich_help_panel="Protocol"),
+    ] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the demonstrations.", rich_help_panel="Protocol")] = 0,
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    to: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
+    ] = Path("results/inject-flow"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Split the information flow by its source (images, text) and see what an injection does to it.
+
+    Image tokens, text, label words and target are the roles of a prompt with demonstrations. Written are the flow by layer
+    before and after, and over λ; whether vision damage goes with lost image flow; and whether a λ that is chosen without
+    labels, as the largest that leaves the image flow as it was, comes near the best. Running the same command again
+    computes only what is missing.
+    """
+    with common.reporting():
+        from anchors.results import require_writable
+
+        require_writable(to)
+        with err.status("loading torch and transformers"):
+            from transformers.utils import logging as transformers_logging
+
+            from anchors.injection.flow_report import Wanted, measure
+            from anchors.injection.recipe import Recipe
+            from anchors.injection.suite import Suite
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        wanted = Wanted(
+            Recipe(method=method, density=density), _numbers(strengths), shots, prompts, examples,
+            _names(scenarios), _names(experts), seed,
+        )  # fmt: skip
+        opened = [Suite.open(folder) for folder in suites]
+        with common.progress_bar("settings") as progress:
+            measured = measure(opened, wanted, out=to, device=device, precision=precision, progress=progress)
+        from anchors.injection.flow_write import write
+
+        with err.status("tables and figures"):
+            tables, files, notes = write(measured, opened, wanted, to)
+        common.print_notes(notes)
+        if as_json:
+            common.print_json({name: _records(table) for name, table in tables.items()})
+            return
+        title = f"{opened[0].name}, {method}"
+        for table in (_strengths(tables, title), _damage(tables, title), _regret(tables, title)):
+            if table is not None:
+                out.print(table)
+        common.print_files(files)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        found = sorted({float(part) for part in text.split(",")} | {0.0})
+    except ValueError as error:
+        raise AnchorsError(
+            f"--strengths {text!r} is not a list of numbers.", "For example: --strengths 0,0.5,1"
+        ) from error
+    if len(found) < 2 or found[0] < 0:
+        raise AnchorsError(
+            f"--strengths {text!r} needs a λ above 0 and none below.", "For example: --strengths 0,0.5,1"
+        )
+    return tuple(found)
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    return None if text == "all" else tuple(name.strip() for name in text.split(","))
+
+
+def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    return table.astype(object).where(table.notna(), None).to_dict(orient="records")
+
+
+def _table(title: str, caption: str, columns: Iterable[str]) -> Table:
+    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name)
+    return table
+
+
+def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    from anchors.figures.inject_flow import PATHS
+
+    found, right = tables["strengths"], tables["accuracy"].set_index(["scenario", "expert", "strength"])
+    own = found[(found["measure"] == "share") & (found["labels"] == "gold")]
+    metrics = [m for m in PATHS if (own["metric"] == m).any()]
+    table = _table(
+        f"Share of the flow that comes from images and text: {title}",
+        "into label words and into the target; mean over layers of the shallow and of the deep half [95 % bootstrap interval]",
+        ("scenario", "expert", "λ", "accuracy", *(f"{PATHS[m][0]}, {h}" for m in metrics if m[2] == "i" for h in ("shallow", "deep"))),
+    )  # fmt: skip
+    for (scenario, expert, strength), part in own.groupby(["scenario", "expert", "strength"], sort=False):
+        cells = part.set_index(["metric", "part"])
+        shown = [
+            estimate(*cells.loc[(m, half), ["value", "low", "high"]])
+            for m in metrics
+            if m[2] == "i"
+            for half in ("shallow", "deep")
+        ]
+        accuracy = estimate(*right.loc[(scenario, expert, strength), ["value", "low", "high"]])
+        table.add_row(escape(scenario), escape(expert), f"{strength:g}", accuracy, *shown)
+    return table
+
+
+def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    if "damage" not in tables:
+        return None
+    table = _table(
+        f"Does vision damage go with lost image flow? {title}",
+        "Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p",
+        ("measure", "flow", "layers", "ρ", "p", "ρ beyond λ", "p", "settings"),
+    )
+    for row in tables["damage"].itertuples():
+        numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.within:+.2f}", f"{row.within_p:.3f}"]
+        shown = ["" if "nan" in text else text for text in numbers]
+        table.add_row(row.measure, row.metric, row.part, *shown, f"{row.settings} of {row.curves} curves")
+    return table
+
+
+def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+    if "regret" not in tables:
+        return None
+    table = _table(
+        f"Choosing λ: {title}",
+        "regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention",
+        ("rule", "mean regret", "chosen λ by expert"),
+    )
+    for row in tables["regret"].itertuples():
+        own = tables["choices"][tables["choices"]["rule"] == row.rule]
+        chosen = [
+            f"{escape(expert)} {', '.join(f'{x:g}' for x in part['strength'])}"
+            for expert, part in own.groupby("expert", sort=False)
+        ]
+        table.add_row(escape(row.rule), estimate(row.regret, row.low, row.high, digits=3), "; ".join(chosen))
+    return table

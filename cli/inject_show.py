@@ -1,0 +1,158 @@
+"""What `anchors inject` prints: methods, plans, inspections, and what a merge changed."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from anchors.injection.inspection import Inspection
+    from anchors.injection.merge import MergeReport
+    from anchors.injection.methods import Method
+    from anchors.injection.recipe import Recipe
+    from anchors.injection.sources import Sources
+
+
+def methods(known: "Mapping[str, Method]") -> Table:
+    """Every method, its parameters and where it is from."""
+    table = _table(
+        "Methods",
+        "change parameters by --density and --option name=value",
+        "method",
+        "λ_e",
+        "parameters",
+        "source",
+    )
+    for name, own in known.items():
+        defaults = ", ".join(f"{key}={value}" for key, value in own.defaults.items())
+        table.add_row(name, f"{own.strength:g}", escape(defaults), escape(own.source))
+    table.columns[0].no_wrap = True
+    return table
+
+
+def plan(sources: "Sources", recipe: "Recipe") -> list[dict[str, Any]]:
+    """Each tensor of the tower: its names in all three models, its shape, and what would happen to it."""
+    merged, rows = set(sources.merged()), []
+    for name, (pair, other) in sources.pairs.items():
+        change = "no"
+        if name in merged and recipe.strength_of(pair.layer) is not None:
+            in_rows = sources.rows is not None and pair.kind in ("embedding", "head")
+            change = f"{len(sources.rows)} rows" if in_rows else "yes"
+        rows.append(
+            {
+                "name": pair.canonical,
+                "vlm": name,
+                "base": pair.llm,
+                "expert": other.llm,
+                "layer": pair.layer,
+                "kind": pair.kind,
+                "shape": list(sources.vlm.shapes[name]),
+                "change": change,
+            }
+        )
+    return rows
+
+
+def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Table:
+    """The same, a tensor of all layers in one row."""
+    table = _table(
+        f"What would change: {recipe.label()}",
+        "{…}: one in each of these layers, as the base counts",
+        "tensor of the base",
+        "tensor of the VLM",
+        "its shape",
+        "change",
+    )
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        names = (re.sub(r"(?<=layers\.)\d+", "{}", row[key], count=1) for key in ("base", "vlm"))
+        key = (*names, "×".join(map(str, row["shape"])), row["change"])
+        groups.setdefault(key, []).append(row["layer"])
+    for (own, theirs, shape, change), layers in groups.items():
+        if layers != [None]:
+            own = own.replace("{}", f"{{{_ranges(layers)}}}")
+            theirs = theirs.replace("{}", "{…}")
+        table.add_row(escape(own), escape(theirs), shape, change if change != "no" else "[dim]no[/]")
+    return table
+
+
+def inspection(found: "Inspection", title: str) -> Table:
+    """Both task vectors by layer."""
+    table = _table(
+        f"Task vectors: {title}",
+        "τ_v = VLM − base, τ_e = expert − base\nconflicts: share of entries of opposite sign\n"
+        "zeros: share of deltas that are exactly zero",
+        "layer", "‖τ_v‖", "‖τ_e‖", "‖b‖", "‖τ_v‖/‖τ_e‖", "cosine", "conflicts", "zeros τ_v", "zeros τ_e",
+    )  # fmt: skip
+    rows = found.layers.to_dict(orient="records")
+    for row in [*rows, {"layer": "all"} | dict(found.total)]:
+        ratio = row["norm_vlm"] / row["norm_expert"] if row["norm_expert"] else float("nan")
+        norms = (row["norm_vlm"], row["norm_expert"], row["norm_base"], ratio)
+        shares = (row["cosine"], row["conflicts"], row["zeros_vlm"], row["zeros_expert"])
+        cells = [*(f"{x:.3g}" for x in norms), *(f"{x:.2f}" for x in shares)]
+        table.add_row(
+            str(row["layer"]),
+            *("" if cell == "nan" else cell for cell in cells),
+            end_section=bool(rows) and row is rows[-1],
+        )
+    return table
+
+
+def changes(report: "MergeReport") -> Table:
+    """Tensors changed and kept, by module; the tower first."""
+    memory = "" if report.memory is None else f", {report.memory / 1e6:.0f} MB of memory at most"
+    table = _table(
+        f"Merged: {report.recipe.label()}",
+        f"‖m − v‖ / ‖v‖ of the tower: {report.relative:.4f}\n{report.seconds:.1f} s{memory}",
+        "module", "tensors", "changed", "kept", "‖m − v‖", "/ ‖v‖",
+    )  # fmt: skip
+    rows = sorted(report.by_module().to_dict(orient="records"), key=lambda row: _place(row["module"]))
+    for row in rows:
+        counts = (str(row[name]) for name in ("tensors", "changed", "kept"))
+        size = (f"{row['change']:.4g}", f"{row['relative']:.4f}") if row["tower"] else ("", "")
+        name = escape(row["module"])
+        table.add_row(
+            name if row["tower"] else f"[dim]{name}[/]", *counts, *size, end_section=row is rows[-1]
+        )
+    table.add_row("all", str(report.changed + report.kept), str(report.changed), str(report.kept), "", "")
+    return table
+
+
+def records(rows: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Rows for JSON, which knows no NaN."""
+    return [cleaned(row) for row in rows.to_dict(orient="records")]
+
+
+def cleaned(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of one row."""
+    import pandas as pd
+
+    return {name: None if pd.isna(value) else value for name, value in row.items()}
+
+
+def _place(module: str) -> int:
+    order = ("embedding", "attention", "mlp", "norm", "head")
+    return order.index(module) if module in order else len(order)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
+
+
+def _table(title: str, caption: str, *columns: str) -> Table:
+    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(escape(name), overflow="fold")
+    return table

@@ -1,0 +1,251 @@
+"""`anchors inject sweep`: which method injects how much of a skill, and what the VLM forgets meanwhile."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import estimate, out
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import pandas as pd
+
+
+def sweep(
+    suites: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUITE...",
+            help="Folders with suite.json, as `anchors inject demo` builds them; several are trainings of one experiment "
+            "with different seeds.",
+        ),
+    ],
+    grid: Annotated[
+        str,
+        typer.Option(help="small (some twenty settings) or full (some two hundred).", rich_help_panel="Grid"),
+    ] = "full",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas, options behind colons: task-arithmetic,ties,dare:rescale=none.",
+            rich_help_panel="Grid",
+        ),
+    ] = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="λ of the expert, such as 0.25,0.5,1.", rich_help_panel="Grid")
+    ] = None,
+    densities: Annotated[
+        str | None,
+        typer.Option(help="Of methods that drop entries, such as 0.2,0.5.", rich_help_panel="Grid"),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Masks of each random method.", rich_help_panel="Grid")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranges that are injected, such as 0-3,4-7,all, or thirds; default: all, and in a full grid each third "
+            "of task arithmetic's.",
+            rich_help_panel="Grid",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="keep, shared-rows, by-token; with commas.", rich_help_panel="Grid")
+    ] = "keep",
+    scenarios: Annotated[
+        str | None,
+        typer.Option(help="With commas; default: all that have an expert.", rich_help_panel="Protocol"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many examples of each split.", rich_help_panel="Protocol"),
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Where results are reported; settings are chosen on `tune`, where there is one.",
+            rich_help_panel="Protocol",
+        ),
+    ] = "test",
+    controls: Annotated[
+        bool,
+        typer.Option(help="Blank and shuffled images at every setting.", rich_help_panel="Protocol"),
+    ] = True,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts at once; default: by length.", rich_help_panel="Protocol"),
+    ] = None,
+    device: common.Device = "auto",
+    precision: common.Precision = "auto",
+    to: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
+    ] = Path("results/inject-sweep"),
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Method × strength × density × mask × layers on the scenarios of a suite: skill gained, vision kept, by intervals.
+
+    Beside every setting stand the same questions on blank and on shuffled images; beside all of them the VLM alone, the
+    expert told in words, the cascade and a fine-tuned VLM. Running the same command again computes only what is
+    missing.
+    """
+    with common.reporting():
+        from anchors.results import require_writable
+
+        require_writable(to)
+        with common.err.status("loading torch and transformers"):
+            from transformers.utils import logging as transformers_logging
+
+            from anchors.injection.grid import Grid
+            from anchors.injection.suite import Suite
+            from anchors.injection.sweep import Sweep
+            from anchors.injection.sweep_report import report
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        wanted = Sweep(
+            Grid(
+                grid, _names(methods), _numbers(strengths, "--strengths"), _numbers(densities, "--densities"), draws,
+                _names(layers), _names(embeddings) or ("keep",),
+            ),
+            _names(scenarios), split, limit, controls, batch,
+        )  # fmt: skip
+        with common.progress_bar("settings") as progress:
+            result = report(
+                [Suite.open(path) for path in suites], wanted, out=to, device=device, precision=precision, csv=csv,
+                progress=progress,
+            )  # fmt: skip
+        common.print_notes(result.notes)
+        if as_json:
+            common.print_json(result.as_json())
+            return
+        for show in (_references, _best, _matched, _sensitivity, _scenarios):
+            if (table := show(result.tables)) is not None:
+                out.print(table)
+        common.print_files(result.files)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise AnchorsError(
+            f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1"
+        ) from error
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def _fill(table: Table, rows: "Iterable[tuple[str, ...]]") -> Table:
+    """Rows whose first cell is the scenario, which is said once; a rule between scenarios."""
+    before = None
+    for scenario, *cells in rows:
+        if before not in (None, scenario):
+            table.add_section()
+        table.add_row("" if scenario == before else escape(scenario), *map(escape, cells))
+        before = scenario
+    return table
+
+
+def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
+    """Estimates; a missing column is an empty cell."""
+    return [
+        estimate(*(row.get(f"{name}{end}") for end in ("", "_low", "_high")), signed=signed) for name in names
+    ]
+
+
+def _references(tables: "dict[str, pd.DataFrame]") -> Table:
+    found = tables["summary"]
+    rows = found[found["family"] == "reference"].to_dict(orient="records")
+    return _fill(
+        _table("Without injection", "scenario", "", "skill", "image blank", "shuffled", "vision"),
+        ((r["scenario"], r["setting"], *_cells(r, "skill", "blank", "shuffled", "vision")) for r in rows),
+    )
+
+
+def _best(tables: "dict[str, pd.DataFrame]") -> Table:
+    found = tables["best"]
+    title = f"Best setting that keeps the VLM's vision, chosen on {found['chosen_on'].iloc[0]}"
+    return _fill(
+        _table(title, "scenario", "family", "setting", "skill", "vision", "net of blank", "Δ skill"),
+        (
+            (r["scenario"], r["family"], r["setting"].removeprefix(f"{r['family']} "), *_cells(r, "skill", "vision", "net"),
+             *_cells(r, "difference", signed=True))
+            for r in found.to_dict(orient="records")
+        ),
+    )  # fmt: skip
+
+
+def _matched(tables: "dict[str, pd.DataFrame]") -> Table | None:
+    """At the strength nearest to 1 alone; the file has all."""
+    found = tables["matched"]
+    found = found[found["family"] != "task-arithmetic"] if len(found) else found
+    if not len(found):
+        return None
+    at = min(found["at"], key=lambda x: abs(x - 1))
+
+    def rows() -> "Iterator[tuple[str, ...]]":
+        keys = ["scenario", "family", "density"]
+        for (scenario, family, density), part in found[found["at"] == at].groupby(
+            keys, sort=False, dropna=False
+        ):
+            by = {r["by"]: r for r in part.to_dict(orient="records")}
+            cells = [
+                _cells(by.get(how, {}), "skill_difference", "vision_difference", signed=True)
+                for how in ("strength", "dose")
+            ]
+            yield scenario, family, "" if density != density else f"{density:g}", *cells[0], *cells[1]
+
+    title = f"Difference to task arithmetic at λ = {at:g}: at equal λ, and at equal norm added"
+    columns = ("skill, λ", "vision, λ", "skill, norm", "vision, norm")
+    return _fill(_table(title, "scenario", "family", "density", *columns), rows())
+
+
+def _sensitivity(tables: "dict[str, pd.DataFrame]") -> Table:
+    columns = ("settings", "lowest", "highest", "near the best", "keep vision", "both")
+    return _fill(
+        _table("How much hangs on the numbers: shares of settings", "scenario", "family", *columns),
+        (
+            (
+                r["scenario"],
+                r["family"],
+                str(r["settings"]),
+                *_cells(r, "lowest", "highest", "near", "keep", "both"),
+            )
+            for r in tables["sensitivity"].to_dict(orient="records")
+        ),
+    )
+
+
+def _scenarios(tables: "dict[str, pd.DataFrame]") -> Table:
+    columns = ("scenario", "skill", "vision", "net of blank", "of the oracle", "rank", "holds")
+    return _fill(
+        _table("Which scenarios can be injected", "setting", *columns),
+        (
+            ("chosen" if r["how"] == "best" else r["how"], r["scenario"], *_cells(r, "skill", "vision", "net", "recovered"),
+             str(r["rank"]), f"{r['rank_share']:.0%}")
+            for r in tables["scenarios"].to_dict(orient="records")
+        ),
+    )  # fmt: skip

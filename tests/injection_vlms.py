@@ -1,0 +1,159 @@
+"""Tiny random vision-language models of several families with real processors, built in memory."""
+
+import string
+from functools import cache
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from anchors.injection.vlm import VisionLanguageModel, prepare_vlm
+
+WORDS = ["what", "is", "it", "big", "yes", "no", "red", "blue", "seven", "one", "=", "?", ":", "#"]
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_vl", "gemma3")
+
+
+def tokenizer(special: dict[str, str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Words, letters and line breaks, one token each."""
+    alphabet = ["<unk>", "<eos>", "<pad>", "\n", *WORDS, *string.ascii_letters, *string.digits, *".,<>|_-"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(alphabet)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", behavior="removed"), pre_tokenizers.Split("\n", behavior="isolated")]
+    )
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>",
+        extra_special_tokens=special,
+    )  # fmt: skip
+    found.add_tokens(list(more), special_tokens=True)
+    return found
+
+
+def _size(side: int) -> dict[str, dict[str, int]]:
+    return {"size": {"height": side, "width": side}}
+
+
+def _llava(kind: str):
+    words = tokenizer({"image_token": "<image>"})
+    eyes = CLIPVisionConfig(**EYES, image_size=16, patch_size=8)
+    common = {
+        "vision_config": eyes, "text_config": {"model_type": "llama", **TEXT, "vocab_size": len(words)},
+        "image_token_id": words.convert_tokens_to_ids("<image>"), "vision_feature_layer": -1,
+    }  # fmt: skip
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    strategy = {
+        "patch_size": 8,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    if kind == "llava":
+        config = LlavaConfig(**common, image_seq_length=4)
+        processor = LlavaProcessor(LlavaImageProcessorPil(**sides), words, **strategy)
+        return LlavaForConditionalGeneration(config), processor
+    pins = [[16, 16], [16, 32], [32, 16]]
+    config = LlavaNextConfig(**common, image_grid_pinpoints=pins)
+    images = LlavaNextImageProcessorPil(**sides, image_grid_pinpoints=pins)
+    return LlavaNextForConditionalGeneration(config), LlavaNextProcessor(images, words, **strategy)
+
+
+def _idefics3():
+    words = tokenizer(
+        {"image_token": "<image>"},
+        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
+    )
+    config = Idefics3Config(
+        vision_config={**EYES, "image_size": 16, "patch_size": 4},
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(words) + 4},
+        image_token_id=words.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=2,
+    )  # fmt: skip
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
+    )
+    return Idefics3ForConditionalGeneration(config), Idefics3Processor(images, words, image_seq_len=4)
+
+
+class ImagesOnly(Qwen2VLProcessor):
+    """transformers needs torchvision to make a video processor, or even to see that there is none."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return None
+
+
+def _qwen2_vl():
+    words = tokenizer(
+        {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        ("<|vision_start|>", "<|vision_end|>"),
+    )
+    at = words.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "patch_size": 4},
+        text_config={**TEXT, "vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        image_token_id=at("<|image_pad|>"), video_token_id=at("<|video_pad|>"),
+        vision_start_token_id=at("<|vision_start|>"), vision_end_token_id=at("<|vision_end|>"),
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 256})
+    return Qwen2VLForConditionalGeneration(config), ImagesOnly(images, words)
+
+
+def _gemma3():
+    words = tokenizer({"image_token": "<pic>", "boi_token": "<boi>", "eoi_token": "<eoi>"})
+    config = Gemma3Config(
+        vision_config={**EYES, "image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"},
+        text_config={**TEXT, "vocab_size": len(words), "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8,
+                     "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        mm_tokens_per_image=4, image_token_id=words.convert_tokens_to_ids("<pic>"),
+        boi_token_id=words.convert_tokens_to_ids("<boi>"), eoi_token_id=words.convert_tokens_to_ids("<eoi>"),
+    )  # fmt: skip
+    processor = Gemma3Processor(Gemma3ImageProcessorPil(**_size(16)), words, image_seq_length=4)
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+BUILDERS = {"idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3}
+
+
+@cache
+def make_vlm(family: str, routed: bool = True) -> VisionLanguageModel:
+    """A random model of a family, with weights large enough for attention to be far from uniform."""
+    torch.manual_seed(FAMILIES.index(family))
+    model, processor = BUILDERS[family]() if family in BUILDERS else _llava(family)
+    for weight in model.parameters():
+        if weight.dim() >= 2:
+            torch.nn.init.normal_(weight, std=0.15)
+    return prepare_vlm(model, processor, f"tiny {family}", "float32", routed=routed)
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """A small random picture."""
+    pixels = torch.randint(
+        0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    return Image.fromarray(pixels.numpy())

@@ -1,0 +1,155 @@
+"""Forced decoding is greedy decoding; controls show what they say; kept image features change nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from injection_suites import build
+
+from anchors.errors import AnchorsError
+from anchors.injection import evaluate as e
+from anchors.injection.suite import Suite, pictures
+from anchors.injection.vlm import VisionLanguageModel, load_vlm
+from anchors.models import load
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return Suite.open(build(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture(scope="module")
+def vlm(suite: Suite) -> VisionLanguageModel:
+    return load_vlm(suite.model("vlm"), device="cpu")
+
+
+@torch.no_grad()
+def greedy(vlm: VisionLanguageModel, prompt: str, picture: object, tokens: int = 6) -> list[int]:
+    """What the model writes, one prompt at a time, by transformers' own generation."""
+    inputs = vlm.processor(text=prompt, images=picture, return_tensors="pt")
+    ids = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_forced_decoding_is_greedy_decoding(suite: Suite, vlm: VisionLanguageModel) -> None:
+    examples = suite.examples("instruction", split=None)
+    for shown in ("own", "blank", "shuffled"):
+        wrote = [
+            greedy(vlm, suite.prompt(x), p) for x, p in zip(examples, pictures(examples, shown), strict=True)
+        ]
+        # Every second example asks for what the model writes in truth, if that ends.
+        said = [vlm.tokenizer.decode(w, skip_special_tokens=True) for w in wrote]
+        asked = [
+            replace(x, answer=text if i % 2 else x.answer)
+            for i, (x, text) in enumerate(zip(examples, said, strict=True))
+        ]
+        plain = [vlm.tokenizer(suite.written(x), add_special_tokens=False)["input_ids"] for x in asked]
+        expected = [w == [*ids, vlm.end] for w, ids in zip(wrote, plain, strict=True)]
+        found = e.evaluate(vlm, suite, asked, shown, batch=5)
+        assert found["correct"].tolist() == expected
+        assert any(expected)
+        assert not all(expected)
+        assert found["number"].tolist() == [x.number for x in examples]
+
+
+def test_kept_features_give_the_same_answers(suite: Suite, vlm: VisionLanguageModel) -> None:
+    examples = suite.examples("vision", split=None)
+    prepared = e.prepare(vlm, suite, examples, batch=5, features=True)
+    for batch in prepared.batches:
+        plain = vlm.model.base_model(**batch.inputs).last_hidden_state
+        with e.showing(vlm, batch.features):
+            kept = vlm.model.base_model(**batch.inputs).last_hidden_state
+            # It is these features that are seen, none that the pixels give.
+            black = batch.inputs | {"pixel_values": torch.zeros_like(batch.inputs["pixel_values"])}
+            assert torch.equal(vlm.model.base_model(**black).last_hidden_state, plain)
+        assert torch.equal(kept, plain)
+    literal = replace(prepared, batches=tuple(replace(b, features=None) for b in prepared.batches))
+    assert e.score(vlm, prepared).equals(e.score(vlm, literal))
+    assert "get_image_features" not in vars(vlm.model.base_model)
+
+
+def test_the_batch_does_not_matter(suite: Suite, vlm: VisionLanguageModel) -> None:
+    examples = suite.examples("crosslingual", split=None)
+    one = e.evaluate(vlm, suite, examples, batch=1)
+    for size in (None, 5):
+        assert one.equals(e.evaluate(vlm, suite, examples, batch=size))
+
+
+def test_same_prompts_are_computed_once(suite: Suite, vlm: VisionLanguageModel) -> None:
+    examples = suite.examples("vision", split=None)
+    blank = e.prepare(vlm, suite, examples, "blank")
+    rows = sum(len(b.places) for b in blank.batches)
+    assert rows == len({(x.question, x.answer) for x in examples}) < len(examples)
+
+
+def test_text_oracle_is_greedy_decoding(suite: Suite) -> None:
+    lm = load(suite.model("experts", "instruction"), device="cpu")
+    examples = suite.examples("instruction", split=None)
+    asked = []
+    for i, x in enumerate(examples):
+        ids = lm.tokenizer(suite.prompt(x, x.text), return_tensors="pt")["input_ids"]
+        new = lm.model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+        asked.append(replace(x, answer=lm.tokenizer.decode(new, skip_special_tokens=True)) if i % 2 else x)
+        asked[-1] = replace(asked[-1], label=str(new.tolist()))
+    expected = [
+        x.label == str([*lm.tokenizer(suite.written(x), add_special_tokens=False)["input_ids"], 0])
+        for x in asked
+    ]
+    assert e.evaluate_text(lm, suite, asked, batch=4)["correct"].tolist() == expected
+    assert any(expected)
+    told = [x.text for x in examples]
+    assert e.evaluate_text(lm, suite, asked, told)["correct"].tolist() == expected
+    others = e.evaluate_text(lm, suite, asked, ["big"] * len(told))
+    assert others["correct"].tolist() != expected
+
+
+def test_captions_are_what_the_model_writes(suite: Suite, vlm: VisionLanguageModel) -> None:
+    examples = suite.examples("vision", split=None)
+    found = e.captions(vlm, suite, examples, batch=5)
+    for x, p, text in zip(examples, pictures(examples), found, strict=True):
+        ids = greedy(vlm, suite.prompt(question="what"), p, e.CAPTION)
+        assert text == vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(), x
+
+
+def test_pictures(suite: Suite) -> None:
+    examples = suite.examples("vision", split=None)
+    own, blank, other = (pictures(examples, shown) for shown in ("own", "blank", "shuffled"))
+    assert all(np.ptp(np.asarray(p)) == 0 for p in blank)
+    assert [p.size for p in blank] == [p.size for p in own]
+    own, other = ([p.tobytes() for p in ps] for ps in (own, other))
+    assert all(a != b for a, b in zip(own, other, strict=True))
+    assert sorted(own) == sorted(other)
+    assert other == [p.tobytes() for p in pictures(examples, "shuffled")]
+
+
+def test_suite_refuses(suite: Suite, tmp_path: Path) -> None:
+    with pytest.raises(AnchorsError, match="no suite"):
+        Suite.open(tmp_path)
+    (tmp_path / "suite.json").write_text("{}")
+    with pytest.raises(AnchorsError, match="does not describe"):
+        Suite.open(tmp_path)
+    facts = json.loads((suite.folder / "suite.json").read_text())
+    (tmp_path / "suite.json").write_text(json.dumps(facts))
+    with pytest.raises(AnchorsError, match="has no file"):
+        Suite.open(tmp_path)
+    (tmp_path / "vision.jsonl").write_text('{"question": "q"}\n')
+    with pytest.raises(AnchorsError, match="Line 1 of"):
+        Suite.open(tmp_path)
+    with pytest.raises(AnchorsError, match="has no scenario"):
+        suite.examples("mathematics")
+    with pytest.raises(AnchorsError, match="in split 'demonstration'"):
+        suite.examples("vision", "demonstration")
+    with pytest.raises(AnchorsError, match="names no upper for crosslingual"):
+        suite.model("upper", "crosslingual")
+    with pytest.raises(AnchorsError, match="is not there"):
+        replace(suite, models=suite.models | {"vlm": "../gone"}).model("vlm")
+
+
+def test_prompts(suite: Suite) -> None:
+    x = replace(suite.examples("vision")[0], question="what is {image}")
+    assert suite.prompt(x) == "<image> what is {image} ="
+    assert suite.prompt(x, "three") == "three what is {image} ="
+    assert suite.written(replace(x, answer="{answer}")) == " {answer}"

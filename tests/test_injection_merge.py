@@ -1,0 +1,204 @@
+"""Injection from disk to disk: the same numbers as in memory, in files that others read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from injection_families import NAMES, ROWS, Saved, saved
+from injection_merging import BF16, SHARD, copies, models, nothing_at, rewrite, run, same, weights  # noqa: F401
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaProcessor,
+)
+
+from anchors.errors import AnchorsError
+from anchors.injection.checkpoint import INDEX, SINGLE, Checkpoint
+from anchors.injection.mapping import tower
+from anchors.injection.memory import TaskVectors, inject
+from anchors.injection.merge import merge
+from anchors.injection.recipe import Recipe, merge_tensor
+
+RECIPES = {
+    "task arithmetic": Recipe(strength=0.7),
+    "both strengths": Recipe(strength=0.7, vlm_strength=0.4, embeddings="shared-rows"),
+    "dare": Recipe("dare", 0.7, density=0.3, seed=3, embeddings="by-token"),
+    "ties": Recipe("ties", 1.5, density=0.4),
+    "della": Recipe("della", 0.7, density=0.5, seed=1, layers=(1, 2)),
+    "tsv-m": Recipe("tsv-m", 1.0),
+    "per layer": Recipe(per_layer=(0.0, 0.5, 1.0)),
+}
+
+
+def in_memory(models: Saved, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Merged weights as `inject` makes them, in transformers' names."""
+    vlm = AutoModelForImageTextToText.from_pretrained(models.vlm, dtype="auto")
+    base, expert = (
+        AutoModelForCausalLM.from_pretrained(p, dtype="auto") for p in (models.base, models.expert)
+    )
+    tokenizers = [AutoTokenizer.from_pretrained(p) for p in (models.vlm, models.base, models.expert)]
+    vectors = TaskVectors.of(vlm, base, expert, tokenizers=tokenizers)
+    with inject(vlm, vectors, recipe):
+        return {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_reloads_and_equals_the_one_in_memory(family: str, tmp_path: Path) -> None:
+    models, recipe = saved(family, BF16, SHARD), RECIPES["dare"]
+    report = run(models, tmp_path / "out", recipe, shard_size=SHARD)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert same(dict(model.state_dict()), in_memory(models, recipe))
+    before, after = Checkpoint.open(models.vlm), Checkpoint.open(tmp_path / "out")
+    assert (before.shapes, before.dtypes) == (after.shapes, after.dtypes)
+    assert report.changed + report.kept == len(before.entries)
+    assert set(report.tensors.loc[report.tensors["changed"], "tower"]) == {True}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["<image>"] == 60
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_kind_of_method_equals_the_one_in_memory(name: str, models: Saved, tmp_path: Path) -> None:
+    run(models, tmp_path / "out", RECIPES[name])
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert same(dict(model.state_dict()), in_memory(models, RECIPES[name]))
+
+
+def test_the_towers_change_is_the_methods_delta(tmp_path: Path) -> None:
+    models, recipe = saved("llava"), Recipe(strength=0.3)  # float32: nothing is rounded away
+    report = run(models, tmp_path / "out", recipe)
+    b, v, e, m = (weights(p) for p in (models.base, models.vlm, models.expert, tmp_path / "out"))
+    pairs = tower({n: t.shape for n, t in v.items()}, {n: t.shape for n, t in b.items()}).pairs
+    changed = report.tensors.set_index("name")
+    for pair in pairs:
+        if pair.kind in ("embedding", "head"):
+            assert torch.equal(m[pair.vlm], v[pair.vlm])
+            continue
+        delta = 0.3 * (e[pair.llm] - b[pair.llm])
+        torch.testing.assert_close(m[pair.vlm] - v[pair.vlm], delta, rtol=0, atol=3e-7)
+        merged = merge_tensor(recipe, pair.canonical, b[pair.llm], v[pair.vlm], e[pair.llm], pair.layer)
+        assert torch.equal(m[pair.vlm], merged)
+        assert changed.loc[pair.vlm, "change"] == pytest.approx(float(delta.norm()), rel=1e-4)
+    outside = set(v) - {pair.vlm for pair in pairs}
+    assert outside
+    assert all(torch.equal(m[name], v[name]) for name in outside)
+    table = report.by_module().set_index("module")
+    assert table.loc["attention", ["tensors", "changed", "kept"]].tolist() == [12, 12, 0]
+    assert table.loc["vision_tower", "changed"] == 0
+    assert report.by_layer()["layer"].tolist() == [0, 1, 2]
+    tower_change = report.tensors["change"].astype(float)
+    assert report.relative == pytest.approx(
+        float(tower_change.pow(2).sum() / report.tensors["norm"].astype(float).pow(2).sum()) ** 0.5
+    )
+
+
+def test_rows_that_no_text_has_stay(models: Saved, tmp_path: Path) -> None:
+    run(models, tmp_path / "out", Recipe(strength=0.5, embeddings="shared-rows"))
+    before, after = weights(models.vlm), weights(tmp_path / "out")
+    for name in (n for n in before if "embed_tokens" in n or "lm_head" in n):
+        assert not torch.equal(before[name][:60], after[name][:60])
+        assert torch.equal(before[name][60:], after[name][60:])  # <image>, and padding
+        assert len(after[name]) > ROWS
+
+
+def test_layers_outside_the_range_are_the_same_bits(models: Saved, tmp_path: Path) -> None:
+    report = run(models, tmp_path / "out", Recipe(strength=1, layers=(1, 1)))
+    changed = report.tensors.loc[report.tensors["changed"], "layer"]
+    assert set(changed) == {1}
+    assert len(changed) == 9
+
+
+@pytest.mark.parametrize("size", ["3KB", "20KB", "1GB"])
+def test_shards_do_not_matter(size: str, models: Saved, tmp_path: Path) -> None:
+    recipe = Recipe("dare", 0.7, density=0.3)
+    run(models, tmp_path / "out", recipe, shard_size=size)
+    run(saved("llava", BF16), tmp_path / "whole", recipe)
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    if size == "1GB":
+        assert files == [SINGLE]
+        return
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    limit = int(size.removesuffix("KB")) * 1000
+    for file in files:
+        held = load_file(tmp_path / "out" / file)  # safetensors' own reader agrees with our writer
+        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= limit
+
+
+def test_a_merge_that_changes_nothing(models: Saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(AnchorsError, match="changed nothing in the language tower"):
+        merge(models.vlm, models.base, models.base, Recipe(strength=0.5), out)
+    with pytest.raises(AnchorsError, match="changed nothing"):
+        merge(models.vlm, models.base, models.base, Recipe(per_layer=(0, 1, 0)), out)
+    assert nothing_at(out)
+    report = run(models, out, Recipe(strength=0))  # that is what it is meant to do
+    assert report.changed == 0
+    assert same(weights(out), weights(models.vlm))
+
+
+def test_widths_of_types_may_be_mixed(copies: Saved, tmp_path: Path) -> None:
+    """An expert in float32, and tensors of other types outside the tower."""
+    rewrite(copies.expert, lambda held: {n: t.float() for n, t in held.items()})
+    extra = {
+        "model.flag": torch.tensor(True),
+        "model.steps": torch.arange(3),
+        "model.none": torch.zeros(0, 4),
+    }
+    rewrite(copies.vlm, lambda held: held | extra)
+    run(copies, tmp_path / "out")
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in extra.items())
+    assert {t.dtype for n, t in after.items() if n not in extra} == {BF16}
+
+
+def test_a_tied_head_that_is_on_disk_stays_the_embedding(tmp_path: Path) -> None:
+    models, recipe = saved("smolvlm", BF16), RECIPES["dare"]
+    folder, name = tmp_path / "vlm", "model.text_model.embed_tokens.weight"
+    shutil.copytree(models.vlm, folder)
+    rewrite(folder, lambda held: held | {"lm_head.weight": held[name].clone()})
+    both = Saved(folder, models.base, models.expert)
+    run(both, tmp_path / "out", recipe)
+    run(models, tmp_path / "one", recipe)
+    held, one = weights(tmp_path / "out"), weights(tmp_path / "one")
+    assert torch.equal(held.pop("lm_head.weight"), one[name])
+    assert same(held, one)
+    shutil.copytree(models.expert, tmp_path / "expert")
+    rewrite(tmp_path / "expert", lambda held: held | {"lm_head.weight": torch.ones(ROWS, 16).bfloat16()})
+    for vlm in (folder, models.vlm):
+        with pytest.raises(AnchorsError, match="has a head of its own"):
+            merge(vlm, tmp_path / "expert", models.base, recipe, tmp_path / "none")
+    merge(models.vlm, tmp_path / "expert", models.base, Recipe(), tmp_path / "kept")
+
+
+def test_what_goes_with_the_weights(copies: Saved, tmp_path: Path) -> None:
+    (copies.vlm / "modeling_own.py").write_text("raise SystemExit")
+    (copies.vlm / "chat_template.jinja").write_text("{{ messages }}")
+    run(copies, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not {"modeling_own.py", INDEX, "journal.json", "lock"} & names
+    facts = json.loads((tmp_path / "out" / "injection.json").read_text())
+    assert facts["identity"]["recipe"]["strength"] == 0.5
+    assert facts["identity"]["models"]["vlm"] == Checkpoint.open(copies.vlm).fingerprint
+    assert {row["module"] for row in facts["tensors"]} >= {"attention", "mlp", "norm", "vision_tower"}
+
+
+def test_a_processor_still_loads(copies: Saved, tmp_path: Path) -> None:
+    eyes = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    words = AutoTokenizer.from_pretrained(copies.vlm)
+    LlavaProcessor(eyes, words, patch_size=8, chat_template="{{ messages }}").save_pretrained(copies.vlm)
+    run(copies, tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, LlavaProcessor)
+    assert processor.image_processor.crop_size["height"] == 16
+    assert processor.chat_template == "{{ messages }}"

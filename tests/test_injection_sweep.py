@@ -1,0 +1,380 @@
+"""The sweep: its grid, its rows against one injection by hand, going on after a break, its tables and its pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from injection_suites import build
+from typer.testing import CliRunner
+
+from anchors.cli.inject_sweep import sweep as command
+from anchors.errors import AnchorsError
+from anchors.figures import inject_sweep
+from anchors.injection import sweep as module
+from anchors.injection.evaluate import captions, evaluate, evaluate_text
+from anchors.injection.grid import Grid, facts_of, family_of, setting_of
+from anchors.injection.memory import TaskVectors, inject
+from anchors.injection.recipe import Recipe
+from anchors.injection.suite import Suite
+from anchors.injection.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
+from anchors.injection.tables import Samples, between, front, tables
+from anchors.injection.vlm import load_vlm
+from anchors.models import load
+
+GRID = Grid("small", ("task-arithmetic", "dare", "swap"), (0.5, 1.0), (0.5,), 2)
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory: pytest.TempPathFactory) -> list[Suite]:
+    return [Suite.open(build(tmp_path_factory.mktemp(f"world-{seed}"), seed)) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def swept(
+    suites: list[Suite], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Swept, Path, list[tuple[int, int]]]:
+    out, ticks = tmp_path_factory.mktemp("out"), []
+    found = sweep(suites, Sweep(GRID), out=out, device="cpu", progress=lambda *t: ticks.append(t))
+    return found, out, ticks
+
+
+def test_grid_repeats_no_setting_over_what_it_ignores() -> None:
+    recipes = GRID.recipes(3)
+    assert [r.label() for r in recipes] == [
+        "task-arithmetic λ=0.5", "task-arithmetic λ=1", "dare λ=0.5 d=0.5", "dare λ=1 d=0.5", "dare λ=0.5 d=0.5 seed 1",
+        "dare λ=1 d=0.5 seed 1", "swap λ=1",
+    ]  # fmt: skip
+    assert len(set(map(setting_of, recipes))) == 5
+    average = Grid(methods=("average",), strengths=(0.5, 1.0, 2.0)).recipes(3)
+    assert [r.strength for r in average] == [0.5]
+    assert [r.strength for r in Grid(methods=("average",), strengths=(1.0,)).recipes(3)] == [0.1]
+
+
+def test_grid_layers() -> None:
+    spans = [
+        r.layers
+        for r in Grid(methods=("task-arithmetic",), strengths=(1.0,), layers=("thirds", "all", "5")).recipes(
+            7
+        )
+    ]
+    assert spans == [(0, 1), (2, 4), (5, 6), None, (5, 5)]
+    assert [r.layers for r in Grid(methods=("swap",), layers=("thirds",)).recipes(2)] == [(0, 0), (1, 1)]
+    full = Grid("full").recipes(30)
+    assert {r.method for r in full if r.layers is not None} == {"task-arithmetic"}
+    assert len(full) == len(set(full)) > 100
+    assert {family_of(r) for r in full} >= {"task-arithmetic", "task-arithmetic layers 0–9", "wudi"}
+    for wrong in ("7", "a", "3-1", "0-9", ""):
+        with pytest.raises(AnchorsError, match="no range"):
+            Grid(layers=(wrong,)).recipes(7)
+
+
+def test_grid_options_and_refusals() -> None:
+    grid = Grid(methods=("dare:rescale=none:density=0.25",), strengths=(1.0,), densities=(0.5,), draws=1)
+    (recipe,) = grid.recipes(3)
+    assert recipe == Recipe("dare", 1.0, density=0.25, options=(("rescale", "none"),))
+    assert "rescale=none" in family_of(recipe)
+    assert facts_of(recipe)["density"] == 0.25
+    assert facts_of(Recipe("dare"))["density"] == 0.5
+    for methods in (("tis",), ("dare:rescale",), ("ties:rescale=l1",)):
+        with pytest.raises(AnchorsError):
+            Grid(methods=methods).recipes(3)
+    for wrong in ({"size": "huge"}, {"draws": 0}, {"strengths": (0.0, 1.0)}):
+        with pytest.raises(AnchorsError):
+            Grid(**wrong)
+
+
+def test_rows_are_what_one_injection_by_hand_gives(suites: list[Suite], swept: tuple) -> None:
+    rows, suite = swept[0].rows, suites[0]
+    vlm, base = load_vlm(suite.model("vlm"), device="cpu"), load(suite.model("base"), device="cpu")
+    expert = load(suite.model("experts", "crosslingual"), device="cpu")
+    examples = Sweep().examples(suite, "crosslingual")
+    vectors = TaskVectors.of(vlm.model, base.model, expert.model)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+
+    def own(setting: str, condition: str, mask: int = 0) -> list[bool]:
+        part = rows[(rows["seed"] == 0) & (rows["scenario"] == "crosslingual") & (rows["setting"] == setting)]
+        part = part[(part["mask"] == mask) & (part["condition"] == condition)]
+        assert set(part["split"]) == {"test", "tune"}
+        return part["correct"].tolist()
+
+    changed = 0
+    for recipe in GRID.recipes(3):
+        with inject(vlm.model, vectors, recipe):
+            for condition, image in (("skill", "own"), ("blank", "blank"), ("shuffled", "shuffled")):
+                by_hand = evaluate(vlm, suite, examples, image)["correct"].tolist()
+                assert own(setting_of(recipe), condition, recipe.seed) == by_hand
+                changed += by_hand != own("VLM alone", condition)
+            vision = evaluate(vlm, suite, Sweep().examples(suite, "vision"))["correct"].tolist()
+            assert own(setting_of(recipe), "vision", recipe.seed) == vision
+    assert changed
+    assert all(bool((p == before[name]).all()) for name, p in vlm.model.named_parameters())
+    assert own("text oracle", "skill") == evaluate_text(expert, suite, examples)["correct"].tolist()
+    assert own("base text", "skill") == evaluate_text(base, suite, examples)["correct"].tolist()
+    told = captions(vlm, suite, examples)
+    assert own("cascade", "skill") == evaluate_text(expert, suite, examples, told)["correct"].tolist()
+
+
+def test_rows_are_complete(suites: list[Suite], swept: tuple) -> None:
+    found, _, ticks = swept
+    settings = len(GRID.recipes(3))
+    # The upper bound is named for one scenario of two.
+    assert len(found.settings) == 2 * (2 * settings + 5 + 4)
+    assert ticks[-1] == (len(found.settings), len(found.settings))
+    assert not found.rows.duplicated([*IDENTITY, "condition", "number"]).any()
+    own = found.settings[found.settings["method"] == "task-arithmetic"]
+    assert np.allclose(own["dose"], own["strength"], rtol=1e-4)
+    assert (found.settings.loc[found.settings["family"] != "reference", "changed"] > 0).all()
+    assert any("trainings only" in note for note in found.notes)
+    assert set(found.rows["setting"]) == {*REFERENCES, *map(setting_of, GRID.recipes(3))}
+
+
+def test_the_same_sweep_computes_nothing_again(
+    suites: list[Suite], swept: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out, _ = swept
+    monkeypatch.setattr(Bench, "measure", lambda *_: pytest.fail("computed again"))
+    again = sweep(suites, Sweep(GRID), out=out, device="cpu")
+    pd.testing.assert_frame_equal(again.rows, found.rows)
+    pd.testing.assert_frame_equal(again.settings, found.settings)
+    fewer = sweep(
+        suites[:1], Sweep(replace(GRID, methods=("swap",)), ("instruction",)), out=out, device="cpu"
+    )
+    assert set(fewer.settings["setting"]) == {*REFERENCES, "swap λ=1"}
+
+
+def test_a_broken_sweep_goes_on(
+    suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, measured, original = Sweep(GRID, ("instruction",)), [], Bench.measure
+
+    def counted(self: Bench, what: object) -> pd.DataFrame:
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(what)
+        return original(self, what)
+
+    monkeypatch.setattr(Bench, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(suites[:1], wanted, out=tmp_path, device="cpu")
+    monkeypatch.setattr(Bench, "measure", lambda self, what: (measured.append(what), original(self, what))[1])
+    found = sweep(suites[:1], wanted, out=tmp_path, device="cpu")
+    assert len(measured) == len(set(measured)) == len(found.settings)
+    whole = swept[0].rows
+    whole = whole[(whole["seed"] == 0) & (whole["scenario"] == "instruction")]
+    order = [*IDENTITY, "condition", "number"]
+    tidy = [
+        x.astype({"scenario": str, "setting": str})
+        .sort_values(order, ignore_index=True)[[*order, "correct"]]
+        .astype({"condition": str})
+        for x in (found.rows, whole)
+    ]
+    pd.testing.assert_frame_equal(*tidy)
+
+
+def test_refusals(suites: list[Suite], tmp_path: Path) -> None:
+    with pytest.raises(AnchorsError, match="no expert for 'mathematics'"):
+        sweep(suites, Sweep(GRID, ("mathematics",)), out=tmp_path, device="cpu")
+    with pytest.raises(AnchorsError, match="the seed 0"):
+        sweep([suites[0]] * 2, Sweep(GRID), out=tmp_path, device="cpu")
+    other = replace(
+        suites[1], models=suites[1].models | {"experts": {"instruction": "../experts/instruction"}}
+    )
+    with pytest.raises(AnchorsError, match="differ in their scenarios"):
+        sweep([suites[0], other], Sweep(GRID), out=tmp_path, device="cpu")
+
+
+def test_out_of_memory_says_what_to_do(
+    suites: list[Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "score", full)
+    with pytest.raises(AnchorsError, match="do not fit into memory"):
+        sweep(suites[:1], Sweep(GRID), out=tmp_path, device="cpu")
+
+
+# Tables, on rows whose truth is known.
+
+
+def made(accuracies: dict[tuple[Recipe | str, str], float], seeds: int = 2, examples: int = 400) -> Swept:
+    """Rows in which exactly this share of the answers is right, in tune as in test, unless given as (tune, test)."""
+    rows, settings = [], {}
+    for (what, condition), value in accuracies.items():
+        name, mask = (what, 0) if isinstance(what, str) else (setting_of(what), what.seed)
+        facts = (
+            {"setting": name, "mask": mask, "family": "reference"}
+            if isinstance(what, str)
+            else facts_of(what)
+        )
+        dose = 0.0 if isinstance(what, str) else what.strength * (2 if what.method == "dare" else 1)
+        for seed in range(seeds):
+            settings[name, mask, seed] = {
+                "seed": seed,
+                "scenario": "s",
+                "changed": 1,
+                "norm": dose,
+                "relative": dose,
+                "dose": dose,
+                **facts,
+            }
+            for split, share in zip(("tune", "test"), np.broadcast_to(value, 2), strict=True):
+                right = np.arange(examples) < round(share * examples)
+                rows.append(pd.DataFrame({
+                    "seed": seed, "scenario": "s", "setting": name, "mask": mask, "condition": condition, "split": split,
+                    "number": np.arange(examples) + 1000 * (split == "tune"), "correct": right,
+                }))  # fmt: skip
+    return Swept(pd.concat(rows, ignore_index=True), pd.DataFrame(settings.values()), [], [])
+
+
+TA = {s: Recipe("task-arithmetic", s) for s in (0.5, 1.0, 1.5)}
+DARE = {(s, m): Recipe("dare", s, seed=m, density=0.5) for s in (0.5, 1.0) for m in (0, 1)}
+TRUTH = {
+    ("VLM alone", "skill"): 0.0, ("VLM alone", "vision"): 1.0, ("VLM alone", "blank"): 0.0, ("text oracle", "skill"): 0.8,
+    (TA[0.5], "skill"): 0.2, (TA[0.5], "vision"): 0.98, (TA[0.5], "blank"): 0.1,
+    (TA[1.0], "skill"): (0.3, 0.5), (TA[1.0], "vision"): (0.96, 0.6), (TA[1.0], "blank"): 0.1,
+    (TA[1.5], "skill"): 0.4, (TA[1.5], "vision"): 0.5, (TA[1.5], "blank"): 0.1,
+    **{(DARE[0.5, m], "skill"): 0.1 + 0.1 * m for m in (0, 1)}, **{(DARE[0.5, m], "vision"): 0.99 for m in (0, 1)},
+    **{(DARE[1.0, m], "skill"): 0.35 for m in (0, 1)}, **{(DARE[1.0, m], "vision"): 0.5 for m in (0, 1)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, pd.DataFrame]:
+    found = made(TRUTH)
+    return tables(found.rows, found.settings, resamples=50)
+
+
+def test_summary(known: dict[str, pd.DataFrame]) -> None:
+    found = known["summary"].set_index("setting")
+    assert found.loc["task-arithmetic λ=1", ["skill", "vision", "net", "loss"]].tolist() == pytest.approx(
+        [0.5, 0.6, 0.4, -0.4]
+    )
+    dare = found.loc["dare λ=0.5 d=0.5"]
+    assert dare["skill"] == pytest.approx(0.15)
+    assert dare["masks"] == 2
+    assert np.isnan(dare["blank"])
+    assert found.index[found["front"]].tolist() == [
+        "VLM alone",
+        "task-arithmetic λ=0.5",
+        "task-arithmetic λ=1",
+        "dare λ=0.5 d=0.5",
+    ]
+    inside = found[["skill_low", "skill", "skill_high"]].dropna()
+    assert inside.apply(lambda row: row.is_monotonic_increasing, axis=1).all()
+    assert found["examples"].eq(800).all()
+
+
+def test_the_best_is_chosen_without_the_test_examples(known: dict[str, pd.DataFrame]) -> None:
+    found = known["best"].set_index("family")
+    own = found.loc["task-arithmetic"]
+    # On the test split it does not even keep the vision: that is what honest choosing costs.
+    assert own["setting"] == "task-arithmetic λ=1"
+    assert own["chosen_on"] == "tune"
+    assert (own["tune_skill"], own["skill"], own["vision"], own["ceiling"]) == pytest.approx(
+        (0.3, 0.5, 0.6, 0.2)
+    )
+    assert found.loc["any", "setting"] == "task-arithmetic λ=1"
+    assert found.loc["dare", "setting"] == "dare λ=0.5 d=0.5"
+    assert found.loc["dare", "difference"] == pytest.approx(-0.35)
+    worse = made(TRUTH | {(r, "vision"): 0.5 for r in TA.values()})
+    chosen = tables(worse.rows, worse.settings, resamples=0)["best"].set_index("family")
+    assert chosen.loc["task-arithmetic", "setting"] == "VLM alone"
+    tuneless = worse.rows[worse.rows["split"] == "test"]
+    assert set(tables(tuneless, worse.settings, resamples=0)["best"]["chosen_on"]) == {"test"}
+
+
+def test_matched(known: dict[str, pd.DataFrame]) -> None:
+    found = known["matched"].set_index(["family", "by", "at"])
+    assert found.loc[("dare", "strength", 1.0), "skill"] == pytest.approx(0.35)
+    # DARE's doses are 1 and 2: at 1 it is its setting of λ 0.5, at 0.5 half of the way to it, at 1.5 between its two.
+    assert found.loc[("dare", "dose", 1.0), "skill"] == pytest.approx(0.15)
+    assert found.loc[("dare", "dose", 0.5), "vision"] == pytest.approx(0.995)
+    assert found.loc[("dare", "dose", 1.5), ["skill", "skill_difference"]].tolist() == pytest.approx(
+        [0.25, -0.15]
+    )
+    anchor = found.loc["task-arithmetic"]
+    assert np.allclose(anchor["skill_difference"], 0)
+    assert ("dare", "strength", 1.5) not in found.index
+
+
+def test_sensitivity_and_scenarios(known: dict[str, pd.DataFrame]) -> None:
+    own = known["sensitivity"].set_index("family").loc["task-arithmetic"]
+    assert (own["settings"], own["lowest"], own["highest"]) == (3, 0.2, 0.5)
+    assert own[["spread", "near", "keep", "both"]].tolist() == pytest.approx([0.3, 1 / 3, 1 / 3, 1 / 3])
+    row = known["scenarios"].set_index("how").loc["task-arithmetic λ=1"]
+    assert (row["recovered"], row["rank"], row["rank_share"]) == pytest.approx((0.5 / 0.8, 1, 1))
+
+
+def test_front_against_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 5, (2, 12)) / 4.0
+        naive = [
+            not any(a >= c and b >= d and (a > c or b > d) for a, b in zip(x, y, strict=True))
+            for c, d in zip(x, y, strict=True)
+        ]
+        assert front(x, y).tolist() == naive
+
+
+def test_between() -> None:
+    points = np.array([0.0, 1.0, 1.0, 3.0])
+    for at in (0.0, 0.25, 2.0, 3.0):
+        assert between(points, at) @ points == pytest.approx(at)
+    assert between(points, 3.0 + 1e-6) @ points == pytest.approx(3.0)
+    assert not between(points, 3.1).any()
+    assert not between(points, -0.1).any()
+
+
+def test_tables_of_a_sweep(swept: tuple) -> None:
+    found = swept[0]
+    made_tables = tables(found.rows, found.settings, resamples=20)
+    scenario = found.rows[(found.rows["scenario"] == "instruction") & (found.rows["split"] == "test")]
+    own = scenario[(scenario["setting"] == "dare λ=1 d=0.5") & (scenario["condition"] == "skill")]
+    row = made_tables["summary"].set_index(["scenario", "setting"]).loc[("instruction", "dare λ=1 d=0.5")]
+    assert row["skill"] == pytest.approx(own["correct"].mean())
+    names = list(made_tables["summary"]["setting"][made_tables["summary"]["scenario"] == "instruction"])
+    assert Samples.of(scenario, names, 3).values["vision"].shape == (4, len(names))
+    assert set(inject_sweep.draw(made_tables, "tiny")) == {"pareto", "strength", "dose"}
+
+
+def test_command(suites: list[Suite], swept: tuple, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    run = CliRunner().invoke
+    grid = [
+        "--grid",
+        "small",
+        "--methods",
+        "task-arithmetic,dare,swap",
+        "--strengths",
+        "0.5,1",
+        "--densities",
+        "0.5",
+        "--draws",
+        "2",
+    ]
+    folders = [str(s.folder) for s in suites]
+    found = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1]), "--json"])
+    assert found.exit_code == 0, found.output
+    data = json.loads(found.stdout)
+    assert {"summary", "best", "matched", "sensitivity", "scenarios", "notes", "files"} <= set(data)
+    assert all(Path(f).is_file() for f in data["files"])
+    shown = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1])])
+    assert shown.exit_code == 0, shown.output
+    assert "Without injection" in shown.stdout
+    assert "equal norm" in shown.stdout
+    for wrong in (
+        ["--strengths", "a"],
+        ["--layers", "9"],
+        ["--methods", "tis"],
+        ["--scenarios", "x"],
+        ["--split", "x"],
+    ):
+        failed = run(app, [*folders, *wrong, "--device", "cpu", "-o", str(tmp_path)])
+        assert failed.exit_code == 2, failed.output
+    assert run(app, [str(tmp_path), "-o", str(tmp_path)]).exit_code == 2
