@@ -17,6 +17,7 @@ must have; pages of mapped files can be given back at any time) is sampled every
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -54,6 +55,7 @@ models:
 dtype: {dtype}
 out_dtype: bfloat16
 """
+ONCE = ("ours, embeddings shared-rows", "mergekit default, float32")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -99,6 +101,7 @@ def save(folder: Path, shapes: Shapes, config: dict, seeds: Mapping[int, float],
 
 
 def prepare(folder: Path, layers: int) -> None:
+    folder.mkdir()
     shapes = llama(layers)
     text = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS,
@@ -130,10 +133,10 @@ def anonymous(pid: int) -> int:
     return total
 
 
-def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds and peak anonymous GB of a command."""
+def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds, seconds of processors, and peak anonymous GB of a command."""
     with tempfile.TemporaryFile() as said:
-        start, peak = time.perf_counter(), 0
+        start, busy, peak = time.perf_counter(), processors(), 0
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
@@ -144,7 +147,13 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
             raise RuntimeError(
                 f"{command[:2]} ended with {process.returncode}:\n{said.read().decode()[-3000:]}"
             )
-    return seconds, peak / 1e9
+    return seconds, processors() - busy, peak / 1e9
+
+
+def processors() -> float:
+    """Seconds that processors have worked for commands that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def commands(folder: Path, out: Path, threads: int) -> Iterator[tuple[str, list[str]]]:
@@ -179,33 +188,40 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
-    parser.add_argument("--folder", type=Path, help="where the models are made (a temporary folder in it)")
+    parser.add_argument("--models", type=Path, help="folder of the models, made if it is not there, and kept")
     arguments = parser.parse_args()
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
-    times: dict[str, list[float]] = {}
-    peaks: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="injection-") as place:
-        folder = Path(place)
-        prepare(folder, arguments.layers)
+    measures: dict[str, list[tuple[float, float, float]]] = {}
+    with tempfile.TemporaryDirectory(
+        prefix="injection-", dir=arguments.models and arguments.models.parent
+    ) as place:
+        work = Path(place)
+        models = arguments.models or work / "models"
+        if not models.is_dir():
+            prepare(models, arguments.layers)
         kept: dict[str, Path] = {}
-        for round_ in range(arguments.rounds):
-            for name, command in commands(folder, folder / "out", arguments.threads):
-                if round_ and name == COMPARED[1]:
+        for turn in range(arguments.rounds):
+            for name, command in commands(models, work / "out", arguments.threads):
+                if turn and name in ONCE:
                     continue
-                seconds, peak = measured(command, environment)
-                times.setdefault(name, []).append(seconds)
-                peaks.setdefault(name, []).append(peak)
-                print(f"{name}: {seconds:.1f} s, {peak:.2f} GB, load {os.getloadavg()[0]:.1f}", flush=True)
-                if round_ == 0 and name in COMPARED:
-                    kept[name] = (folder / "out").rename(folder / f"kept{len(kept)}")
+                found = measured(command, environment)
+                measures.setdefault(name, []).append(found)
+                seconds, busy, peak = found
+                load = os.getloadavg()[0]
+                print(
+                    f"{name}: {seconds:.1f} s ({busy:.1f} s busy), {peak:.2f} GB, load {load:.1f}", flush=True
+                )
+                if not turn and name in COMPARED:
+                    kept[name] = (work / "out").rename(work / f"kept{len(kept)}")
                 else:
-                    shutil.rmtree(folder / "out")
+                    shutil.rmtree(work / "out")
         print(
             f"largest relative difference of {' and '.join(COMPARED)}: {apart(*map(kept.get, COMPARED)):.1e}"
         )
-    print(f"{'':44}{'median s':>10}{'peak anonymous GB':>20}")
-    for name in times:
-        print(f"{name:44}{statistics.median(times[name]):10.1f}{max(peaks[name]):20.2f}")
+    print(f"{'':48}{'median s':>10}{'busy s':>10}{'peak anonymous GB':>20}")
+    for name, found in measures.items():
+        seconds, busy, _ = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{name:48}{seconds:10.1f}{busy:10.1f}{max(peak for *_, peak in found):20.2f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from anchors.cli import common, inject_show, inject_sweep
+from anchors.cli import common, inject_demo, inject_flow, inject_show, inject_sweep
 from anchors.cli.common import err, out
 from anchors.errors import AnchorsError
 
@@ -48,7 +48,9 @@ app = typer.Typer(
 )
 
 
+app.command("demo")(inject_demo.demo)
 app.command("sweep")(inject_sweep.sweep)
+app.command("flow")(inject_flow.flow)
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:

@@ -16,9 +16,6 @@ from anchors.errors import AnchorsError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.injection.flow_report import Wanted
-    from anchors.injection.suite import Suite
-
 
 def flow(
     suites: Annotated[
@@ -175,7 +172,7 @@ def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     for row in tables["damage"].itertuples():
         numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.within:+.2f}", f"{row.within_p:.3f}"]
         shown = ["" if "nan" in text else text for text in numbers]
-        table.add_row(row.measure, row.metric, row.part, *shown, f"{row.settings} of {row.curves} curves")
+        table.add_row(row.measure, row.metric, row.part, *shown, f"{row.settings} on {row.curves} curves")
     return table
 
 

@@ -13,8 +13,6 @@ from anchors.cli.common import estimate, out
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     import pandas as pd
 
 
@@ -130,9 +128,12 @@ def sweep(
         if as_json:
             common.print_json(result.as_json())
             return
-        for show in (_references, _best, _matched, _sensitivity, _scenarios):
-            if (table := show(result.tables)) is not None:
-                out.print(table)
+        for scenario in dict.fromkeys(result.tables["summary"]["scenario"]):
+            own = {name: t[t["scenario"] == scenario] for name, t in result.tables.items()}
+            for show in (_references, _best, _matched, _sensitivity):
+                if (table := show(own, scenario)) is not None:
+                    out.print(table)
+        out.print(_scenarios(result.tables["scenarios"]))
         common.print_files(result.files)
 
 
@@ -158,17 +159,6 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _fill(table: Table, rows: "Iterable[tuple[str, ...]]") -> Table:
-    """Rows whose first cell is the scenario, which is said once; a rule between scenarios."""
-    before = None
-    for scenario, *cells in rows:
-        if before not in (None, scenario):
-            table.add_section()
-        table.add_row("" if scenario == before else escape(scenario), *map(escape, cells))
-        before = scenario
-    return table
-
-
 def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
     """Estimates; a missing column is an empty cell."""
     return [
@@ -176,76 +166,61 @@ def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
     ]
 
 
-def _references(tables: "dict[str, pd.DataFrame]") -> Table:
+def _references(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
+    names = ("skill", "blank", "shuffled", "vision")
+    table = _table(f"{scenario} without injection", "", "skill", "image blank", "shuffled", "vision")
     found = tables["summary"]
-    rows = found[found["family"] == "reference"].to_dict(orient="records")
-    return _fill(
-        _table("Without injection", "scenario", "", "skill", "image blank", "shuffled", "vision"),
-        ((r["scenario"], r["setting"], *_cells(r, "skill", "blank", "shuffled", "vision")) for r in rows),
-    )
+    for row in found[found["family"] == "reference"].to_dict(orient="records"):
+        table.add_row(row["setting"], *_cells(row, *names))
+    return table
 
 
-def _best(tables: "dict[str, pd.DataFrame]") -> Table:
+def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     found = tables["best"]
-    title = f"Best setting that keeps the VLM's vision, chosen on {found['chosen_on'].iloc[0]}"
-    return _fill(
-        _table(title, "scenario", "family", "setting", "skill", "vision", "net of blank", "Δ skill"),
-        (
-            (r["scenario"], r["family"], r["setting"].removeprefix(f"{r['family']} "), *_cells(r, "skill", "vision", "net"),
-             *_cells(r, "difference", signed=True))
-            for r in found.to_dict(orient="records")
-        ),
-    )  # fmt: skip
+    title = f"{scenario}: best setting that keeps the VLM's vision, chosen on {found['chosen_on'].iloc[0]}"
+    table = _table(title, "family", "setting", "skill", "vision", "net of blank", "Δ skill")
+    for row in found.to_dict(orient="records"):
+        family, setting = row["family"], row["setting"].removeprefix(f"{row['family']} ")
+        cells = [*_cells(row, "skill", "vision", "net"), *_cells(row, "difference", signed=True)]
+        table.add_row(*map(escape, (family, setting)), *cells)
+    return table
 
 
-def _matched(tables: "dict[str, pd.DataFrame]") -> Table | None:
+def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table | None:
     """At the strength nearest to 1 alone; the file has all."""
     found = tables["matched"]
-    found = found[found["family"] != "task-arithmetic"] if len(found) else found
+    found = found[found["family"] != "task-arithmetic"]
     if not len(found):
         return None
     at = min(found["at"], key=lambda x: abs(x - 1))
-
-    def rows() -> "Iterator[tuple[str, ...]]":
-        keys = ["scenario", "family", "density"]
-        for (scenario, family, density), part in found[found["at"] == at].groupby(
-            keys, sort=False, dropna=False
-        ):
-            by = {r["by"]: r for r in part.to_dict(orient="records")}
-            cells = [
-                _cells(by.get(how, {}), "skill_difference", "vision_difference", signed=True)
-                for how in ("strength", "dose")
-            ]
-            yield scenario, family, "" if density != density else f"{density:g}", *cells[0], *cells[1]
-
-    title = f"Difference to task arithmetic at λ = {at:g}: at equal λ, and at equal norm added"
-    columns = ("skill, λ", "vision, λ", "skill, norm", "vision, norm")
-    return _fill(_table(title, "scenario", "family", "density", *columns), rows())
+    title = f"{scenario}: difference to task arithmetic at λ = {at:g}, at equal λ and at equal norm added"
+    table = _table(title, "family", "d", "skill, λ", "vision, λ", "skill, norm", "vision, norm")
+    own = found[found["at"] == at]
+    for (family, density), part in own.groupby(["family", "density"], sort=False, dropna=False):
+        by = {row["by"]: row for row in part.to_dict(orient="records")}
+        names = ("skill_difference", "vision_difference")
+        cells = [
+            cell for how in ("strength", "dose") for cell in _cells(by.get(how, {}), *names, signed=True)
+        ]
+        table.add_row(escape(family), "" if density != density else f"{density:g}", *cells)
+    return table
 
 
-def _sensitivity(tables: "dict[str, pd.DataFrame]") -> Table:
-    columns = ("settings", "lowest", "highest", "near the best", "keep vision", "both")
-    return _fill(
-        _table("How much hangs on the numbers: shares of settings", "scenario", "family", *columns),
-        (
-            (
-                r["scenario"],
-                r["family"],
-                str(r["settings"]),
-                *_cells(r, "lowest", "highest", "near", "keep", "both"),
-            )
-            for r in tables["sensitivity"].to_dict(orient="records")
-        ),
-    )
+def _sensitivity(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
+    columns = ("family", "of", "lowest", "highest", "near the best", "keep vision", "both")
+    table = _table(f"{scenario}: how much hangs on the numbers (shares of settings)", *columns)
+    for row in tables["sensitivity"].to_dict(orient="records"):
+        cells = _cells(row, "lowest", "highest", "near", "keep", "both")
+        table.add_row(escape(row["family"]), str(row["settings"]), *cells)
+    return table
 
 
-def _scenarios(tables: "dict[str, pd.DataFrame]") -> Table:
-    columns = ("scenario", "skill", "vision", "net of blank", "of the oracle", "rank", "holds")
-    return _fill(
-        _table("Which scenarios can be injected", "setting", *columns),
-        (
-            ("chosen" if r["how"] == "best" else r["how"], r["scenario"], *_cells(r, "skill", "vision", "net", "recovered"),
-             str(r["rank"]), f"{r['rank_share']:.0%}")
-            for r in tables["scenarios"].to_dict(orient="records")
-        ),
-    )  # fmt: skip
+def _scenarios(found: "pd.DataFrame") -> Table:
+    """All scenarios beside each other."""
+    columns = ("scenario", "at", "skill", "vision", "net of blank", "of the oracle", "rank", "holds")
+    table = _table("Which scenarios can be injected", *columns)
+    for row in found.to_dict(orient="records"):
+        cells = [row["scenario"], "chosen" if row["how"] == "best" else row["how"]]
+        cells += _cells(row, "skill", "vision", "net", "recovered")
+        table.add_row(*map(escape, cells), str(row["rank"]), f"{row['rank_share']:.0%}")
+    return table

@@ -43,7 +43,8 @@ def draw(
         for axes, (name, metrics) in zip(column, rows, strict=False):
             for metric in metrics:
                 label, colour, marker = PATHS[metric]
-                part = here[here["metric"] == metric].dropna(subset=["value"])
+                part = here[here["metric"] == metric]
+                part = part[part["value"] > 0]  # nothing flows into label words in the last layer
                 before = part[part["expert"] == "none"]
                 after = part[(part["expert"] == expert) & np.isclose(part["strength"], strength)]
                 curve(axes, before, colour, marker, label)
@@ -77,7 +78,7 @@ def _scaled(axes: Axes, measure: str) -> None:
 def _over_strengths(
     axes: Axes, tables: dict[str, pd.DataFrame], measure: str, scenario: str, expert: str
 ) -> None:
-    """All four paths over λ, as multiples of what they were, and the accuracy."""
+    """All four paths over λ, sums as multiples of what they were, and the accuracy."""
     table = tables["strengths"]
     part = table[
         (table["measure"] == measure) & (table["labels"] == "gold") & (table["scenario"] == scenario)
@@ -85,13 +86,17 @@ def _over_strengths(
     ]  # fmt: skip
     for metric, (name, colour, marker) in PATHS.items():
         own = part[part["metric"] == metric].sort_values("strength")
-        if own.empty or own["change"].isna().all():
+        columns = ("value", "low", "high") if measure == "share" else ("change", "change_low", "change_high")
+        middle, low, high = (own[c].to_numpy() + (measure != "share") for c in columns)
+        if not np.isfinite(middle).any():
             continue
-        low, high = (1 + own[c].to_numpy() for c in ("change_low", "change_high"))
-        axes.plot(own["strength"], 1 + own["change"], color=colour, marker=marker, markersize=3, label=name)
+        axes.plot(own["strength"], middle, color=colour, marker=marker, markersize=3, label=name)
         axes.fill_between(own["strength"], low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.axhline(1, color=GREY, linewidth=0.7)
-    axes.set_yscale("log")
+    if measure == "share":
+        axes.set_ylim(0, 1)
+    else:
+        axes.axhline(1, color=GREY, linewidth=0.7)
+        axes.set_yscale("log")
     axes.set(xlabel="λ")
     right = tables["accuracy"]
     right = right[(right["scenario"] == scenario) & right["expert"].isin(["none", expert])]
@@ -102,7 +107,7 @@ def _over_strengths(
     other.set(ylim=(0, 1.02))
     other.spines["right"].set_visible(True)
     if is_left(axes):
-        axes.set_ylabel("flow, multiples of before")
+        axes.set_ylabel("share, mean over layers" if measure == "share" else "flow, multiples of before")
     if axes.get_subplotspec().is_last_col():
         other.set_ylabel("accuracy (dotted)")
 
@@ -141,9 +146,10 @@ def draw_damage(correlations: pd.DataFrame, points: pd.DataFrame, model: str) ->
                     row = found.iloc[0]
                     lines.append(f"{name}: ρ of loss {row['rho']:+.2f}, beyond λ {row['within']:+.2f}")
             axes.axvline(1, color=GREY, linewidth=0.7)
-            axes.set_xscale("log")
+            if measure != "share":
+                axes.set_xscale("log")
             axes.set_title("\n".join(lines), fontsize=7)
-            axes.set_xlabel(f"image flow left ({half} layers)")
+            axes.set_xlabel(f"image flow, multiples of before ({half} layers)")
             if is_left(axes):
                 axes.set_ylabel("drop of vision accuracy")
     for column, measure in zip(columns, measures, strict=True):

@@ -12,12 +12,13 @@ from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMIL
 from anchors.injection.tables import ANCHOR, REFERENCE, RETENTION, VLM
 
 COLOURS = {
-    "task-arithmetic": BLUE, "dare": SKY, "ties": VERMILION, "dare-ties": "#882255", "magnitude": ORANGE,
+    "task-arithmetic": BLUE, "dare": SKY, "ties": VERMILION, "dare-ties": "#117733", "magnitude": ORANGE,
     "della": "#44AA99", "breadcrumbs": PURPLE, "sce": "#AA4499", "tsv-m": GREEN, "iso-c": "#999933",
     "iso-cts": "#DDCC77", "wudi": "#332288", "average": "#882255", "swap": "black",
 }  # fmt: skip
 """Okabe and Ito's colours, and more of Tol's muted ones."""
-MARKS = "os^vDPX*<>hpd8H"
+MARKS = "os^vDPX<>hdp8"
+GREYS = ("0.1", "0.4", "0.65", "0.25", "0.55")
 REFERENCES = {"text oracle": "-", "upper bound": "--", "cascade": ":"}
 BANDS = 6
 """Families up to which each has its interval drawn; of more, only task arithmetic has."""
@@ -98,7 +99,7 @@ def curves(
     scenarios = list(dict.fromkeys(summary["scenario"]))
     figure = Figure(figsize=(0.8 + 3.1 * len(quantities), 1.2 + 2.3 * len(scenarios)), layout="constrained")
     panels = figure.subplots(len(scenarios), len(quantities), squeeze=False, sharex=True, sharey="row")
-    looks = _looks(summary)
+    looks = _looks(lines)
     banded = lines["family"].nunique() <= BANDS
     for row, scenario in zip(panels, scenarios, strict=True):
         own = summary[summary["scenario"] == scenario]
@@ -134,7 +135,7 @@ def curves(
         panel.set_title(QUANTITIES[quantity])
     for panel in panels[-1]:
         panel.set_xlabel(axis)
-    legend(figure, columns=6)
+    legend(figure, columns=2 * len(quantities))
     figure.suptitle(f"Injection into {plain(suite)}, {_examples(summary)}", fontsize=10)
     return figure
 
@@ -156,11 +157,14 @@ def _lines(summary: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(list(kept()))
 
 
-def _looks(summary: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """A colour for each method, and a mark for each family of it."""
-    families = summary.loc[summary["family"] != REFERENCE, ["family", "method"]].drop_duplicates()
+def _looks(settings: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """A colour for each method, and a mark for each family; of several families of one method the first has its colour,
+    the others have greys, or colours of their own where there is no other method."""
+    families = settings.loc[settings["family"] != REFERENCE, ["family", "method"]].drop_duplicates()
+    others = iter(GREYS if families["method"].nunique() > 1 else (VERMILION, ORANGE, GREEN, PURPLE, SKY))
+    first = families.drop_duplicates("method")["family"].tolist()
     return {
-        family: (COLOURS.get(method, GREY), MARKS[i % len(MARKS)])
+        family: (COLOURS.get(method, GREY) if family in first else next(others, GREY), MARKS[i % len(MARKS)])
         for i, (family, method) in enumerate(families.itertuples(index=False))
     }
 

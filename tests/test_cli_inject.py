@@ -40,13 +40,19 @@ import sys
 from typer.testing import CliRunner
 from anchors.cli.inject import app
 
+commands = [command.name for command in app.registered_commands if not command.hidden]
+assert commands == ["demo", "sweep", "flow"], commands
+for command in commands:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0, (command, result.output)
+    assert f"{command} [OPTIONS]" in " ".join(result.output.split()), result.output
 for arguments in (["--help"], ["-h"], [], ["VLM", "EXPERT", "--help"]):
     result = CliRunner().invoke(app, arguments)
     text = " ".join(result.output.replace("│", " ").split())
     for wanted in ("VLM EXPERT --base LLM --out DIR | COMMAND ...", "--strength", "--per-layer", "--inspect"):
         assert wanted in text, (arguments, wanted, text)
-    for command in app.registered_commands:
-        assert command.hidden or f" {command.name} " in text, (command.name, text)
+    for command in commands:
+        assert f" {command} " in text, (command, text)
 loaded = {"torch", "transformers", "pandas", "matplotlib"} & set(sys.modules)
 assert not loaded, loaded
 """

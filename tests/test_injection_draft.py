@@ -62,7 +62,9 @@ def test_finished_shards_are_not_made_again(models: Saved, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path / "out", shard_size="5KB", report=stop)
     draft = tmp_path / ".out.draft"
-    times = {path: path.stat().st_mtime_ns for path in draft.glob("*.safetensors")}
+    *whole, cut = sorted(draft.glob("*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-10])  # as after a power failure
+    times = {path: path.stat().st_mtime_ns for path in whole}
     held = sum(len(load_file(path)) for path in times)
     assert 0 < held < 30
     assert not (draft / "shard.part").exists()

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from injection_vlms import FAMILIES, make_vlm, picture
+from transformers import PreTrainedModel
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, RoutingError
 from anchors.flow.metrics import flow_sums
-from anchors.flow.saliency import FlowTap
 from anchors.injection.flow import ImagePrompt, collate, image_flow
+from anchors.injection.routing import route_tower
 
 IMAGE = "<image>"
 
@@ -97,3 +98,112 @@ def test_sums_are_those_of_materialised_attention(family, words):
         for name, value in expected.items():
             assert value.abs().max() > 0, name
             assert (found.sums[name][row] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+def test_two_shots_reuse_the_papers_sums():
+    """S_wp and S_pq are those of `flow_sums`; only what is left over is smaller here."""
+    vlm = make_vlm("llava")
+    batch = collate(vlm, [prompt()])
+    found = image_flow(vlm, batch)
+    maps, _ = literal(vlm, batch)
+    paper = flow_sums(
+        maps[:, :, batch.labels[0]],
+        maps[:, :, batch.target[0]],
+        maps.sum((-1, -2)),
+        batch.labels,
+        batch.target,
+    )
+    for name in ("s_wp", "s_pq"):
+        torch.testing.assert_close(found.sums[name], getattr(paper, name), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_language_tower_is_on_the_seam(family):
+    vlm = make_vlm(family)
+    inside = set(vlm.model.get_decoder().modules())
+    assert len(vlm.modules) == vlm.n_layers == 3
+    assert all(module in inside for module in vlm.modules)
+    others = [m for m in vlm.model.modules() if isinstance(m, PreTrainedModel) and m not in inside]
+    assert len(others) >= 2
+    assert {m.config._attn_implementation for m in others} == {"sdpa"}
+
+
+def test_shared_configuration_is_refused():
+    vlm = make_vlm("llava")
+    model = vlm.model
+    kept = model.model.vision_tower.config
+    try:
+        model.model.vision_tower.config = model.config.text_config
+        with pytest.raises(RoutingError, match="set that of"):
+            route_tower(model)
+    finally:
+        model.model.vision_tower.config = kept
+
+
+def test_answers_and_marks_stand_where_they_should():
+    vlm = make_vlm("idefics3")
+    text = f"{IMAGE} # what is it ? = red \n {IMAGE} big ="
+    inputs = vlm.encode(
+        [text, f"{IMAGE} {IMAGE} ="], [[picture(0), picture(1)]] * 2, [" yes no", " one"],
+        marks=[[(text.index("red"), text.index("red") + 3)], []],
+    )  # fmt: skip
+    ids, words = inputs.ids, vlm.tokenizer
+    for row, answer in enumerate(("yes no", "one")):
+        at = inputs.answers[row][inputs.answers[row] >= 0]
+        assert words.decode(ids[row, at[:-1]]).strip() == answer
+        assert ids[row, at[-1]] == vlm.end
+        assert at[0] == inputs.prompts[row]
+        assert inputs.tensors["attention_mask"][row].sum() == at[-1] + 1
+    assert [words.decode(ids[0, list(mark)]) for mark in inputs.marked[0]] == ["red"]
+
+
+def test_padding_changes_nothing():
+    vlm = make_vlm("qwen2_vl")
+    long, short = prompt(), prompt(("blue", "red"), "one", seed=5)
+    both, alone = image_flow(vlm, collate(vlm, [long, short])), image_flow(vlm, collate(vlm, [short]))
+    for name, value in alone.sums.items():
+        torch.testing.assert_close(both.sums[name][1:], value, rtol=1e-4, atol=1e-8)
+
+
+def test_surprise_makes_log_odds_of_the_loss():
+    """Where p is close to 1 the loss has no gradient left that float32 could hold; that of the log-odds stays."""
+    vlm = make_vlm("llava")
+    batch = collate(vlm, [prompt(answer=None)])
+    found = image_flow(vlm, batch)
+    assert found.answer.equal(found.predicted)
+    torch.testing.assert_close(found.surprise, -torch.expm1(-found.loss.double()), rtol=1e-4, atol=1e-7)
+    head = vlm.model.get_output_embeddings().weight
+    kept = head.data
+    try:
+        head.data = kept * 2000
+        sure = image_flow(vlm, batch)
+    finally:
+        head.data = kept
+    assert sure.surprise < 1e-8 < float(sure.sums["s_iq"].sum() / sure.surprise)
+
+
+def refused(change, match, family="llava"):
+    vlm = make_vlm(family)
+    with pytest.raises(AnchorsError, match=match):
+        collate(vlm, [change(prompt())])
+
+
+def test_bad_prompts_are_refused():
+    refused(lambda p: replace(p, images=p.images[:-1]), "3 places for images and 2 images")
+    refused(lambda p: replace(p, labels=(p.labels[0], p.labels[0])), "share a token")
+    refused(lambda p: replace(p, text=p.text + " what" * 300), "longer than the 256")
+    refused(lambda p: replace(p, text=p.text.replace("is it", "<|image_pad|>")), "as text", "qwen2_vl")
+    refused(lambda p: replace(p, labels=((len(IMAGE), len(IMAGE) + 1), p.labels[1])), "No token")
+    vlm = make_vlm("llava")
+    with pytest.raises(AnchorsError, match="as many demonstrations"):
+        collate(vlm, [prompt(), prompt(())])
+    with pytest.raises(AnchorsError, match="is not on the seam"):
+        image_flow(replace(vlm, modules=()), collate(vlm, [prompt()]))
+    with pytest.raises(AnchorsError, match="Encode them apart"):
+        vlm.encode([f"{IMAGE} a", "a"], [[picture()], []])
+
+
+def test_labels_with_the_same_first_token_are_refused():
+    """Two words that the tokenizer does not know begin with the same (unknown) token."""
+    with pytest.raises(AnchorsError, match="begin with the same token"):
+        collate(make_vlm("llava"), [prompt(("unheard", "unseen"))])

@@ -245,7 +245,7 @@ def test_the_methods_own_defaults():
         ({"method": "wudi", "options": {"iterations": 1.5}}, "must be a number like 300"),
         ({"method": "wudi", "options": {"lr": "fast"}}, "must be a number like 1e-05"),
         ({"method": "wudi", "options": {"lr": -1.0}}, "at least 0"),
-        ({"method": "della", "density": 0.1}, "between 0 and 1: take a smaller epsilon"),
+        ({"method": "della", "density": 0.05}, "between 0 and 1: take a smaller epsilon"),
         ({"method": "ties", "vlm_strength": 0.5}, "would be ignored"),
         ({"method": "average", "vlm_strength": 0.5}, "would be ignored"),
         ({"method": "swap", "strength": 0.5}, "take average"),

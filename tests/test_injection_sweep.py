@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 import typer
 from injection_suites import build
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from anchors.cli.inject_sweep import sweep as command
@@ -342,39 +344,41 @@ def test_tables_of_a_sweep(swept: tuple) -> None:
     assert set(inject_sweep.draw(made_tables, "tiny")) == {"pareto", "strength", "dose"}
 
 
-def test_command(suites: list[Suite], swept: tuple, tmp_path: Path) -> None:
+def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = typer.Typer()
     app.command()(command)
     run = CliRunner().invoke
-    grid = [
-        "--grid",
-        "small",
-        "--methods",
-        "task-arithmetic,dare,swap",
-        "--strengths",
-        "0.5,1",
-        "--densities",
-        "0.5",
-        "--draws",
-        "2",
-    ]
-    folders = [str(s.folder) for s in suites]
+    grid = ["--grid", "small", "--methods", "task-arithmetic,dare,swap", "--strengths", "0.5,1"]
+    grid += ["--densities", "0.5", "--draws", "2"]
+    monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
+    monkeypatch.setattr(inject_sweep, "curves", lambda *_: Figure())  # drawn above
+    folders = [str(suites[0].folder)]
     found = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1]), "--json"])
     assert found.exit_code == 0, found.output
     data = json.loads(found.stdout)
     assert {"summary", "best", "matched", "sensitivity", "scenarios", "notes", "files"} <= set(data)
     assert all(Path(f).is_file() for f in data["files"])
+    assert {Path(f).suffix for f in data["files"]} == {".parquet", ".png", ".pdf"}
+    monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
     shown = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1])])
     assert shown.exit_code == 0, shown.output
-    assert "Without injection" in shown.stdout
-    assert "equal norm" in shown.stdout
-    for wrong in (
-        ["--strengths", "a"],
-        ["--layers", "9"],
-        ["--methods", "tis"],
-        ["--scenarios", "x"],
-        ["--split", "x"],
-    ):
-        failed = run(app, [*folders, *wrong, "--device", "cpu", "-o", str(tmp_path)])
-        assert failed.exit_code == 2, failed.output
-    assert run(app, [str(tmp_path), "-o", str(tmp_path)]).exit_code == 2
+    for text in ("instruction without injection", "equal norm added", "chosen on tune", "Which scenarios"):
+        assert text in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--strengths a", "not a list of numbers"), ("--methods tis", "no merging method"), ("--scenarios x", "no expert"),
+        ("--split x", "no examples in split"), ("--layers 9", "no range"), ("--grid huge", "no grid"),
+        ("--embeddings all", "embeddings is"),
+    ],
+)  # fmt: skip
+def test_command_refuses(suites: list[Suite], tmp_path: Path, wrong: str, said: str) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    failed = CliRunner().invoke(
+        app, [str(suites[0].folder), *wrong.split(), "--device", "cpu", "-o", str(tmp_path)]
+    )
+    assert failed.exit_code == 2, failed.output
+    assert said in " ".join(failed.output.split())

@@ -96,7 +96,7 @@ class Checkpoint:
         entries: dict[str, Entry] = {}
         files = {}
         for file, wanted in _weights(folder).items():
-            files[file], found = _opened(file)
+            files[file], found = opened(file)
             if absent := sorted(wanted - set(found)) if wanted is not None else ():
                 raise AnchorsError(
                     f"{file.name} in {str(folder)!r} lacks {len(absent)} tensors that the index says it has: "
@@ -194,8 +194,12 @@ def _weights(folder: Path) -> dict[Path, set[str] | None]:
     return dict(sorted(held.items()))
 
 
-def _opened(file: Path) -> tuple[Any, dict[str, Entry]]:
-    """A safetensors file, checked, and its tensors in the order in which they lie there."""
+def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
+    """A safetensors file, checked, and its tensors in the order in which they lie there.
+
+    Raises:
+        AnchorsError: it is not whole.
+    """
     try:
         handle = safe_open(file, framework="pt", device="cpu")
         with file.open("rb") as stream:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from anchors.errors import AnchorsError
-from anchors.injection.checkpoint import INDEX, Checkpoint, Entry, as_bytes
+from anchors.injection.checkpoint import INDEX, Checkpoint, Entry, as_bytes, opened
 from anchors.results import write_atomic
 
 FACTS = "injection.json"
@@ -195,7 +196,7 @@ class Draft:
                 f"A draft of another configuration was thrown away ({difference(before, self.identity)}).",
             )
             shards = {}
-        self.finished = {file: facts for file, facts in shards.items() if (self.folder / file).is_file()}
+        self.finished = {file: facts for file, facts in shards.items() if _whole(self.folder / file)}
         if self.finished:
             self.notes += (f"Went on after {len(self.finished)} finished shards.",)
         for path in self.folder.iterdir():
@@ -235,13 +236,15 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        written = pool.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
-            raw = as_bytes(tensor(name))
+            raw = as_bytes(tensor(name))  # while the one before is being written
             if len(raw) != entry.nbytes:
                 raise RuntimeError(f"{name} has {len(raw)} bytes, not {entry.nbytes}")
-            file.write(raw)
+            written.result()
+            written = pool.submit(file.write, raw)
+        written.result()
 
 
 def finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -279,6 +282,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(own, f"{name}.{key}" if name else key)
     else:
         yield name, value
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard is there as it was written: not so after a power failure."""
+    try:
+        opened(file)
+    except AnchorsError:
+        return False
+    return True
 
 
 def _kind(entry: Entry | None) -> tuple | None:

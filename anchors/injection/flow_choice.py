@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured
 from anchors.injection.flow_tables import MEASURES, profiles
@@ -74,7 +74,7 @@ def damage(measured: Measured, permutations: int = PERMUTATIONS) -> tuple[pd.Dat
 
     `rho` is Spearman's over all settings (training, expert, λ > 0); its p permutes settings freely, which is generous,
     since both grow with λ. `within` is the correlation of the ranks after each λ's mean is taken off, and its p permutes
-    whole curves (training, expert) among each other: does flow say more about damage than λ does?  Both p are two-sided.
+    whole curves (training, expert) among each other: does flow say more about damage than λ does? Both p are two-sided.
 
     Returns:
         The correlations, and the points (columns of `losses` and `drop`).
@@ -105,27 +105,27 @@ def _correlations(lost: np.ndarray, dropped: np.ndarray, permutations: int) -> d
         return dict.fromkeys(("rho", "p", "within", "within_p"), np.nan)
     rng = np.random.default_rng(0)
     a, b = (rankdata(x).reshape(x.shape) for x in (lost, dropped))
-
-    def correlation(x: np.ndarray, y: np.ndarray) -> float:
-        x, y = x - x.mean(), y - y.mean()
-        size = np.sqrt((x**2).sum() * (y**2).sum())
-        return float((x * y).sum() / size) if size > 1e-9 else np.nan
-
-    rho = float(spearmanr(lost.ravel(), dropped.ravel()).statistic)
-    flat = b.ravel()
-    free = [correlation(a.ravel(), rng.permutation(flat)) for _ in range(permutations)]
+    flat = rng.permuted(np.broadcast_to(b.ravel(), (permutations, b.size)), axis=1)
+    rho, free = _correlation(a, b), _correlation(a, flat.reshape(-1, *b.shape))
     left, right = a - a.mean(0), b - b.mean(0)
-    within = correlation(left, right)
-    curves = [correlation(left, right[rng.permutation(len(right))]) for _ in range(permutations)]
+    order = rng.permuted(np.broadcast_to(np.arange(len(b)), (permutations, len(b))), axis=1)
+    within, curves = _correlation(left, right), _correlation(left, right[order])
     enough = len(lost) > 2 and not np.isnan(within)
     return {
-        "rho": rho, "p": _p(free, rho), "within": within if enough else np.nan,
+        "rho": float(rho), "p": _p(free, rho), "within": float(within) if enough else np.nan,
         "within_p": _p(curves, within) if enough else np.nan,
     }  # fmt: skip
 
 
-def _p(drawn: list[float], found: float) -> float:
-    return (1 + sum(abs(x) >= abs(found) - 1e-12 for x in drawn)) / (1 + len(drawn))
+def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's over the last two axes; one for each leading entry of y."""
+    x, y = (z - z.mean((-1, -2), keepdims=True) for z in (x, y))
+    size = np.sqrt((x**2).sum() * (y**2).sum((-1, -2)))
+    return np.where(size > 1e-9, (x * y).sum((-1, -2)) / np.maximum(size, 1e-9), np.nan)
+
+
+def _p(drawn: np.ndarray, found: np.ndarray) -> float:
+    return float((1 + (np.abs(drawn) >= abs(found) - 1e-12).sum()) / (1 + len(drawn)))
 
 
 def distances(measured: Measured) -> pd.DataFrame:

@@ -8,7 +8,7 @@ its answer has next to no flow of L, and one that an injection has spoilt has mu
     share   the part of the log-odds' flow into label words, or into the target, that comes from a source
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -37,22 +37,23 @@ def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]
         before = changes.setdefault(setting[:2], data) if setting[2] == NOBODY else changes[setting[:2]]
         facts = dict(zip(SETTING, setting, strict=True)) | {"examples": len(data.units)}
         for measure in MEASURES:
-            for metric, samples in data.of_measure(measure).items():
-                named = facts | {"measure": measure, "metric": metric}
-                value, low, high = interval(samples)
-                flows.append(
-                    pd.DataFrame(
-                        named | {"layer": range(len(value)), "value": value, "low": low, "high": high}
-                    )
-                )
-                origin = before.of_measure(measure)[metric]
-                for name in PARTS:
-                    own, first = _half(samples, name, measure), _half(origin, name, measure)
-                    with np.errstate(invalid="ignore", divide="ignore"):
-                        gaps = np.where(first > 0, own / first - 1, np.nan)
-                    three = _three(own, "value", "low", "high")
-                    gap = _three(gaps, "change", "change_low", "change_high")
-                    sums.append(named | {"part": name} | three | gap)
+            own, first = data.of_measure(measure), before.of_measure(measure)
+            if not own:
+                continue
+            metrics = np.array(list(own))
+            values = np.stack(list(own.values()), axis=1)  # resamples, metrics, layers
+            origin = np.stack([first[m] for m in metrics], axis=1)
+            layers = range(values.shape[2])
+            named = facts | {"measure": measure}
+            flows.append(_long(named, metrics, "layer", layers, _three(values, "value", "low", "high")))
+            halves, origin = (
+                np.stack([_half(x, p, measure) for p in PARTS], axis=-1) for x in (values, origin)
+            )
+            with np.errstate(invalid="ignore", divide="ignore"):
+                gaps = np.where(origin > 0, halves / origin - 1, np.nan)
+            numbers = _three(halves, "value", "low", "high")
+            numbers |= _three(gaps, "change", "change_low", "change_high")
+            sums.append(_long(named, metrics, "part", PARTS, numbers))
     accuracy = []
     right = rows[(rows["metric"] == "accuracy") & (rows["labels"] == GOLD)]
     for setting, part in _settings(right):
@@ -60,17 +61,28 @@ def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]
         weights = resampling(units, resamples)
         samples = weights @ part["value"].to_numpy() / weights.sum(1)
         facts = dict(zip(SETTING, setting, strict=True)) | {"examples": len(units)}
-        accuracy.append(facts | _three(samples, "value", "low", "high"))
+        accuracy.append(facts | {k: float(x) for k, x in _three(samples, "value", "low", "high").items()})
     return {
         "layers": pd.concat(flows, ignore_index=True),
-        "strengths": pd.DataFrame(sums),
+        "strengths": pd.concat(sums, ignore_index=True),
         "accuracy": pd.DataFrame(accuracy),
     }
 
 
-def _three(samples: np.ndarray, *names: str) -> dict[str, float]:
-    """Estimate and bounds of one number."""
-    return dict(zip(names, (float(x[0]) for x in interval(samples[:, None])), strict=True))
+def _three(samples: np.ndarray, *names: str) -> dict[str, np.ndarray]:
+    """Estimate and bounds; the first axis is the resamples."""
+    shape = samples.shape[1:]
+    return {
+        n: x.reshape(shape) for n, x in zip(names, interval(samples.reshape(len(samples), -1)), strict=True)
+    }
+
+
+def _long(
+    facts: dict[str, object], metrics: np.ndarray, name: str, values: Sequence, numbers: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    """[metrics, values] arrays as one row each."""
+    named = {"metric": np.repeat(metrics, len(values)), name: np.tile(np.array(values), len(metrics))}
+    return pd.DataFrame({**named, **{n: x.ravel() for n, x in numbers.items()}}).assign(**facts)
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:
@@ -125,13 +137,14 @@ class _Flow:
 
 
 def _half(samples: np.ndarray, part: str, measure: str) -> np.ndarray:
-    """Sum over the layers of a half (for shares the mean of what is there), for each resample."""
-    middle = samples.shape[1] // 2
-    own = {"all": samples, "shallow": samples[:, :middle], "deep": samples[:, middle:]}[part]
+    """Sum over the layers (the last axis) of a half; for shares the mean of what is there."""
+    middle = samples.shape[-1] // 2
+    own = samples[..., {"all": slice(None), "shallow": slice(middle), "deep": slice(middle, None)}[part]]
     if measure != "share":
-        return own.sum(1)
-    there = own[:, ~np.isnan(own).all(0)]  # nothing flows into label words in the last layer
-    return np.nanmean(there, axis=1) if there.shape[1] else np.full(len(own), np.nan)
+        return own.sum(-1)
+    there = ~np.isnan(own)  # nothing flows into label words in the last layer
+    with np.errstate(invalid="ignore"):
+        return np.where(there, own, 0).sum(-1) / there.sum(-1)
 
 
 def profiles(rows: pd.DataFrame, labels: str, scenario: str) -> dict[str, pd.DataFrame]:

@@ -17,15 +17,27 @@ from anchors.results import provenance, write_table
 
 
 def write(
-    measured: Measured, suites: Sequence[Suite], wanted: Wanted, out: Path
+    measured: Measured,
+    suites: Sequence[Suite],
+    wanted: Wanted,
+    out: Path,
+    *,
+    measures: Sequence[str] = MEASURES,
+    resamples: int = 1000,
 ) -> tuple[dict[str, pd.DataFrame], list[Path], list[str]]:
     """Write everything that can be said about the rows.
+
+    Args:
+        measured, suites, wanted: as in `anchors.injection.flow_report.measure`.
+        out: results folder.
+        measures: which are drawn by layer; the tables hold all.
+        resamples: of the bootstrap.
 
     Returns:
         Tables by name (layers, strengths, accuracy; damage, points; choices, regret), the files, and notes.
     """
     scenarios, experts = wanted.of(suites[0])
-    found = tables(measured.rows)
+    found = tables(measured.rows, resamples)
     notes = _notes(measured)
     if measured.vision in scenarios:
         found["damage"], found["points"] = damage(measured)
@@ -48,7 +60,7 @@ def write(
         "vision": [(measured.vision, expert) for expert in experts if measured.vision in scenarios],
         "skills": [(expert, expert) for expert in experts if expert in scenarios],
     }
-    for measure in MEASURES:
+    for measure in measures:
         for name, own in panels.items():
             if own:
                 figure = figures.draw(found, measure, own, model, after)

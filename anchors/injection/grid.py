@@ -7,7 +7,7 @@ from itertools import pairwise, product
 from typing import Any
 
 from anchors.errors import AnchorsError
-from anchors.injection.methods import METHODS, Method
+from anchors.injection.methods import METHODS
 from anchors.injection.recipe import Recipe
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -60,6 +60,8 @@ class Grid:
             raise AnchorsError(f"draws is {self.draws}; it must be at least 1.")
         if self.strengths is not None and 0 in self.strengths:
             raise AnchorsError("Strength 0 is the VLM alone.", "It is always measured; leave it out.")
+        for text, embeddings in product(self.methods or (), self.embeddings):
+            _first(text, embeddings)  # refuses what it does not know, before any model is loaded
 
     def recipes(self, n_layers: int) -> tuple[Recipe, ...]:
         """All settings on a tower of so many layers, each once; those that differ only in λ stand together.
@@ -73,16 +75,11 @@ class Grid:
         found: list[Recipe] = []
         for methods, layers in parts:
             for text, span, embeddings in product(methods, _spans(layers, n_layers), self.embeddings):
-                name, options = _parsed(text)
-                density = options.pop("density", None)
-                first = Recipe(
-                    name, density=density, options=tuple(options.items()), layers=span, embeddings=embeddings
-                )
-                found += self._of(first, METHODS[name])
+                found += self._of(replace(_first(text, embeddings), layers=span))
         return tuple(dict.fromkeys(found))
 
-    def _of(self, first: Recipe, method: Method) -> Iterator[Recipe]:
-        small = self.size == "small"
+    def _of(self, first: Recipe) -> Iterator[Recipe]:
+        method, small = METHODS[first.method], self.size == "small"
         strengths = self.strengths or (COARSE if small or method.name in SLOW else STRENGTHS)
         if method.name == "swap":
             strengths = (1.0,)
@@ -125,11 +122,9 @@ def facts_of(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _parsed(text: str) -> tuple[str, dict[str, Any]]:
-    """`dare:rescale=none:density=0.5` as a name and options."""
+def _first(text: str, embeddings: str) -> Recipe:
+    """`dare:rescale=none:density=0.5` as a recipe."""
     name, *pairs = text.split(":")
-    if name not in METHODS:
-        raise AnchorsError(f"There is no merging method {name!r}.", f"Take one of {', '.join(METHODS)}.")
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -139,7 +134,8 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
-    return name, options
+    density = options.pop("density", None)
+    return Recipe(name, density=density, options=tuple(options.items()), embeddings=embeddings)
 
 
 def _spans(layers: Sequence[str], count: int) -> list[tuple[int, int] | None]:

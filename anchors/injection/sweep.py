@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def sweep(
         (suite.seed, skill): _references(suite, skill) for suite in suites for skill in wanted.skills(suite)
     }
     recipes: tuple[Recipe, ...] = ()
-    found, configs, finished = [], [], 0
+    found, configs, finished = [], [], count(1)
     for suite in suites:
         world = World(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
         if recipes and recipes != wanted.grid.recipes(world.vlm.n_layers):
@@ -141,25 +142,35 @@ def sweep(
         recipes = wanted.grid.recipes(world.vlm.n_layers)
         total = sum(len(own) + len(recipes) for own in references.values())
         for skill in wanted.skills(suite):
-            bench = Bench(world, skill, world.language_model(suite.model("experts", skill)))
-            run = replace(Run.open(out, KIND, bench.config()), identity=IDENTITY)
-            configs.append(run.config)
             named = [(name, 0, name) for name in references[suite.seed, skill]]
             units = {
                 (suite.seed, skill, setting, mask): what
                 for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
             }
-            done = run.done()
-            for unit in sorted(units, key=lambda unit: unit not in done):
-                if unit not in done:
-                    rows = bench.measure(units[unit])
-                    run.append(rows.assign(**dict(zip(IDENTITY, unit, strict=True))), [unit])
-                finished += 1
-                progress(finished, total)
-            rows = run.rows()
-            assert rows is not None  # noqa: S101 - the VLM alone is there
-            found.append(rows[pd.MultiIndex.from_frame(rows[list(IDENTITY)]).isin(units)])
+            rows, config = _measured(
+                world, skill, units, out, lambda total=total: progress(next(finished), total)
+            )
+            found.append(rows)
+            configs.append(config)
+        del world  # before the next VLM comes
     return _swept(pd.concat(found, ignore_index=True), recipes, configs)
+
+
+def _measured(
+    world: "World", skill: str, units: dict[tuple, Recipe | str], out: Path, tick: Callable[[], None]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows of these units, of which those are measured that `out` does not hold; and what they depend on."""
+    bench = Bench(world, skill, world.language_model(world.suite.model("experts", skill)))
+    run = replace(Run.open(out, KIND, bench.config()), identity=IDENTITY)
+    done = run.done()
+    for unit in sorted(units, key=lambda unit: unit not in done):
+        if unit not in done:
+            rows = bench.measure(units[unit])
+            run.append(rows.assign(**dict(zip(IDENTITY, unit, strict=True))), [unit])
+        tick()
+    found = run.rows()
+    assert found is not None  # noqa: S101 - the VLM alone is there
+    return found[pd.MultiIndex.from_frame(found[list(IDENTITY)]).isin(units)], run.config
 
 
 @dataclass(frozen=True)
@@ -346,8 +357,8 @@ def _swept(rows: pd.DataFrame, recipes: Sequence[Recipe], configs: list[dict[str
         notes.append(
             "There is no split `tune`: settings were chosen on the examples they are reported on, which flatters the best."
         )
-    if (count := rows["seed"].nunique()) < 3:
+    if (trainings := rows["seed"].nunique()) < 3:
         notes.append(
-            f"{count} training{'s' * (count != 1)} only: the intervals hardly know how much trainings differ."
+            f"{trainings} training{'s' * (trainings != 1)} only: the intervals hardly know how much trainings differ."
         )
     return Swept(rows, settings, configs, notes)

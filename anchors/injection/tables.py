@@ -205,7 +205,7 @@ def between(points: Float[np.ndarray, " points"], at: float) -> Float[np.ndarray
 def sensitivity_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
     """How much of each family hangs on its numbers: lowest and highest skill over its settings, and the shares of settings
     that come near (`NEAR`) the family's best skill, that keep the VLM's vision (`RETENTION`), and that do both, where
-    the best is then the best of those that keep it."""
+    the best is then the best of those that keep it. No skill beyond the VLM's own is near any."""
     rows = []
     for family in dict.fromkeys(settings.loc[_injected(settings), "family"]):
         mask = (settings["family"] == family).to_numpy()
@@ -219,9 +219,10 @@ def sensitivity_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
             "highest": skill[0].max(),
         }
         row |= _estimate("spread", skill.max(1) - skill.min(1))
-        row |= _estimate("near", (skill >= NEAR * skill.max(1, keepdims=True)).mean(1))
+        gained = skill > test.at(VLM)[:, None]
+        row |= _estimate("near", (gained & (skill >= NEAR * skill.max(1, keepdims=True))).mean(1))
         row |= _estimate("keep", kept.mean(1))
-        row |= _estimate("both", (kept & (skill >= NEAR * most)).mean(1))
+        row |= _estimate("both", (kept & gained & (skill >= NEAR * most)).mean(1))
         rows.append(row)
     return pd.DataFrame(rows)
 

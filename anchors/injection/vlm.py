@@ -23,9 +23,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from anchors.attention.call import AttentionCall
-from anchors.attention.seam import NAME, seam
-from anchors.errors import AnchorsError, RoutingError
+from anchors.errors import AnchorsError
+from anchors.injection.routing import prove, route_tower
 from anchors.models import DTYPES, LanguageModel, fingerprint
 
 PLACE = "<image>"
@@ -349,69 +348,5 @@ def prepare_vlm(
         modules=route_tower(model) if routed else (),
     )
     if routed:
-        _prove(vlm)
+        prove(vlm)
     return vlm
-
-
-def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Put the language tower of a model on the seam, and nothing else; returns its attention modules, by layer.
-
-    Raises:
-        RoutingError: the family computes attention in its own code, or not once in each layer.
-    """
-    decoder = model.get_decoder()
-    if not decoder._can_set_attn_implementation():
-        raise RoutingError(
-            f"{type(decoder).__name__} computes attention in its own code, not through transformers' "
-            "AttentionInterface: what flows there cannot be seen.",
-            "Families known to work: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Gemma 3.",
-        )
-    decoder.set_attn_implementation(NAME)
-    found = [
-        m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
-    ]
-    found.sort(key=lambda module: module.layer_idx)
-    layers = model.config.get_text_config().num_hidden_layers
-    if [module.layer_idx for module in found] != list(range(layers)):
-        raise RoutingError(
-            f"{type(decoder).__name__} has {layers} layers, but {len(found)} attention modules were found in it.",
-            "Models with recurrent or shared layers cannot be analysed.",
-        )
-    inside = set(decoder.modules())
-    others = [
-        type(m).__name__
-        for m in model.modules()
-        if isinstance(m, PreTrainedModel) and m not in inside and m.config._attn_implementation == NAME
-    ]
-    if others:
-        raise RoutingError(
-            f"Setting the attention of {type(decoder).__name__} set that of {', '.join(others)}, too.",
-            "The language tower must have a configuration of its own.",
-        )
-    return tuple(found)
-
-
-class _Count:
-    """How often each layer's attention arrived at the seam."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers = frozenset(range(layers))
-        self.times = [0] * layers
-
-    def see(self, call: AttentionCall) -> None:
-        self.times[call.layer] += 1
-
-
-def _prove(vlm: VisionLanguageModel) -> None:
-    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once."""
-    picture = Image.new("RGB", (64, 64), (200, 60, 20))
-    for text, images in (("a b", []), (f"{PLACE} a", [picture])):
-        count = _Count(vlm.n_layers)
-        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
-            vlm.model(**vlm.encode([text], [images]).tensors, use_cache=False)
-        if set(count.times) != {1}:
-            raise RoutingError(
-                f"In a run of {vlm.name!r} with {len(images)} images, its layers arrived at the seam "
-                f"{count.times} times.",
-                "Each must arrive exactly once.",
-            )

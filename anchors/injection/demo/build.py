@@ -43,7 +43,6 @@ from anchors.injection.demo.training import (
     facts_of,
     fit,
     patches,
-    pixel_values,
     right,
 )
 from anchors.injection.demo.world import SKILLS, Task, World, world
@@ -111,7 +110,10 @@ class Builder:
             "vlm": (scale.gentle.steps, self._vlm),
         }
         for skill in SKILLS:
-            found[f"experts/{skill}"] = (scale.expert.steps, lambda d, t, s=skill: self._expert(s, d, t))
+            found[f"experts/{skill}"] = (
+                scale.experts[skill].steps,
+                lambda d, t, s=skill: self._expert(s, d, t),
+            )
         if self.upper:
             for skill in SKILLS:
                 found[f"upper/{skill}"] = (scale.upper.steps, lambda d, t, s=skill: self._upper(s, d, t))
@@ -146,7 +148,10 @@ class Builder:
         target = self.folder / name
         mark = target / MARK
         if mark.is_file():
-            return Built(target, json.loads(mark.read_text(encoding="utf-8")))
+            facts = json.loads(mark.read_text(encoding="utf-8"))
+            # A suite written before there were upper bounds does not name them.
+            if facts.get("upper", True) or not self.upper:
+                return Built(target, facts)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
         wall, cpu = time.perf_counter(), time.process_time()
@@ -278,7 +283,9 @@ class Builder:
         pixels = torch.from_numpy(self.pictures.pixels).to(self.device)
         classes, stage = classes.to(self.device), self.scale.classify
         generator = torch.Generator().manual_seed(self._seed("vision", "batches"))
-        rows = train[torch.randint(len(train), (stage.steps, stage.items), generator=generator)].to(self.device)
+        rows = train[torch.randint(len(train), (stage.steps, stage.items), generator=generator)].to(
+            self.device
+        )
 
         def loss(step: int) -> Tensor:
             read = reader(patches(tower, pixels[rows[step]]))
@@ -316,7 +323,9 @@ class Builder:
         model.to(self.device)
         encoder = self._seeing(model, processor)
         pools = self._pools("vlm", encoder, self._plain, seen=True)
-        self._train("vlm", model, self._both(model, self.scale.gentle), self.scale.gentle, pools, told, self.features)
+        self._train(
+            "vlm", model, self._both(model, self.scale.gentle), self.scale.gentle, pools, told, self.features
+        )
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
         return {"seen": self._accuracy(model, encoder, "vision", *SKILLS)}
@@ -326,8 +335,8 @@ class Builder:
         model, tokenizer = self._load_base()
         encoder = Encoder(self.world, tokenizer)
         pools = self._pools(skill, encoder, self._mixed(skill, self.scale.replay), seen=False)
-        groups = [(list(model.parameters()), self.scale.expert.lr)]
-        self._train(skill, model, groups, self.scale.expert, pools, told)
+        stage = self.scale.experts[skill]
+        self._train(skill, model, [(list(model.parameters()), stage.lr)], stage, pools, told)
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         return {"text": self._accuracy(model, encoder, skill, "vision")}
@@ -336,7 +345,9 @@ class Builder:
         """What training on pictures with the skill would reach."""
         model, processor = self._load_vlm()
         encoder = self._seeing(model, processor)
-        pools = self._pools(f"upper-{skill}", encoder, self._mixed(skill, self.scale.vision_replay), seen=True)
+        pools = self._pools(
+            f"upper-{skill}", encoder, self._mixed(skill, self.scale.vision_replay), seen=True
+        )
         groups = self._both(model, self.scale.upper)
         self._train(f"upper-{skill}", model, groups, self.scale.upper, pools, told, self.features)
         model.save_pretrained(draft)
@@ -353,7 +364,7 @@ class Builder:
             found["upper"] = {skill: f"../upper/{skill}" for skill in SKILLS}
         name = f"{self.scale.name}-{self.seed}"
         write_suite(draft, name, self.world, self.pictures, self.examples, self.seed, found)
-        return {"examples": sum(map(len, self.examples.values()))}
+        return {"examples": sum(map(len, self.examples.values())), "upper": self.upper}
 
     def _seeing(self, model: LlavaForConditionalGeneration, processor: Any) -> Encoder:
         image_id = model.config.image_token_index

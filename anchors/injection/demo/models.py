@@ -1,6 +1,5 @@
 """The models of the demonstration: a small language model, and a LLaVA whose language tower it is."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,9 +57,7 @@ def _words(world: World) -> set[str]:
     return found
 
 
-def new_language_model(
-    scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int
-) -> LlamaForCausalLM:
+def new_language_model(scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int) -> LlamaForCausalLM:
     """A Llama with random weights."""
     tower = scale.language
     config = LlamaConfig(
@@ -92,7 +89,8 @@ def given_language_model(source: str | None) -> tuple[PreTrainedModel, PreTraine
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise AnchorsError(
-            f"The base model {name!r} could not be loaded: {error}", "Give --base a directory or a .gguf file."
+            f"The base model {name!r} could not be loaded: {error}",
+            "Give --base a directory or a .gguf file.",
         ) from error
     if tokenizer.eos_token_id is None:
         raise AnchorsError(f"The tokenizer of {name!r} has no end-of-text token.", "Give another --base.")
@@ -165,5 +163,3 @@ def processor_of(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> LlavaProce
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=0,
     )
-
-

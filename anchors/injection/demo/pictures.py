@@ -96,15 +96,13 @@ def drawn(scene: Scene, size: int, rng: np.random.Generator) -> UInt8[np.ndarray
     """Objects at random places of a 3 × 3 grid, none touching another, on a light ground."""
     wide = 4 * size  # drawn large and made smaller, so that edges are smooth
     ground = tuple(int(x) for x in rng.integers(215, 250, 3))
-    colour = tuple(
-        int(np.clip(x + rng.integers(-20, 21), 0, 255)) for x in COLOURS[str(scene.colour)]
-    )
+    colour = tuple(int(np.clip(x + rng.integers(-20, 21), 0, 255)) for x in COLOURS[str(scene.colour)])
     canvas = Image.new("RGB", (wide, wide), ground)
     pen = ImageDraw.Draw(canvas)
     cell = wide / 3
     for place in rng.permutation(9)[: scene.number]:
         radius = cell * rng.uniform(0.3, 0.42)
-        slack = cell / 2 - radius
+        slack = 0.46 * cell - radius
         x = cell * (place % 3 + 0.5) + rng.uniform(-slack, slack)
         y = cell * (place // 3 + 0.5) + rng.uniform(-slack, slack)
         if scene.shape == "circle":

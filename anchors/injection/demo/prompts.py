@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Encoder:
 
     @cached_property
     def _ids(self) -> Callable[[str], tuple[int, ...]]:
-        @lru_cache(maxsize=None)
+        @cache
         def encoded(text: str) -> tuple[int, ...]:
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 

@@ -42,13 +42,21 @@ class Scale:
         patch: width of a patch; every patch is one token.
         vision: the vision tower.
         language: the language tower; None for a given one.
+        base: its training; None for a given one.
+        classify: of the vision tower, by itself.
+        project: of the projector alone.
+        gentle: of projector and language tower together.
+        experts: by skill, on texts.
+        upper: of the VLM on a skill's questions about pictures.
         copies: moved copies of every digit to train on.
         drawings: pictures of objects, held-out ones included.
         held_out: pictures of each kind (digits, objects) by split.
         rows: prompts of each number of demonstrations, from which steps draw.
         shots: numbers of demonstrations in a prompt of training.
-        replay: share of base questions among an expert's.
-        vision_replay: share of vision questions among those of the upper bound.
+        replay: share of plain questions, on texts, among an expert's: experts keep what their base could.
+        vision_replay: share of plain questions, on pictures, among those of the upper bound.
+        warmup: share of a stage's steps.
+        clip: longest gradient.
     """
 
     name: str
@@ -60,14 +68,14 @@ class Scale:
     classify: Stage
     project: Stage
     gentle: Stage
-    expert: Stage
+    experts: dict[str, Stage]
     upper: Stage
     copies: int = 1
     drawings: int = 0
     held_out: dict[str, int] = field(default_factory=lambda: {"test": 300, "tune": 100, "demonstration": 100})
     rows: int = 2000
     shots: tuple[int, ...] = (0, 4)
-    replay: float = 0.3
+    replay: float = 0.5
     vision_replay: float = 0.25
     warmup: float = 0.05
     clip: float = 1.0
@@ -81,13 +89,14 @@ class Scale:
         """All trainings longer or shorter; none vanishes."""
         if not factor > 0:
             raise AnchorsError(f"--steps-factor is {factor}; it must be above 0.")
-        stages = ("base", "classify", "project", "gentle", "expert", "upper")
-        changed = {
-            name: replace(stage, steps=max(1, round(stage.steps * factor)))
-            for name in stages
-            if (stage := getattr(self, name)) is not None
-        }
-        return replace(self, **changed)
+
+        def longer(stage: Stage) -> Stage:
+            return replace(stage, steps=max(1, round(stage.steps * factor)))
+
+        names = ("base", "classify", "project", "gentle", "upper")
+        changed = {name: longer(stage) for name in names if (stage := getattr(self, name)) is not None}
+        experts = {skill: longer(stage) for skill, stage in self.experts.items()}
+        return replace(self, experts=experts, **changed)
 
 
 TINY = Scale(
@@ -100,7 +109,11 @@ TINY = Scale(
     classify=Stage(steps=400, lr=2e-3, items=64),
     project=Stage(steps=300, lr=2e-3, items=120),
     gentle=Stage(steps=150, lr=5e-4, items=120, lm_lr=3e-5),
-    expert=Stage(steps=250, lr=4e-4, items=120),
+    experts={
+        "instruction": Stage(steps=250, lr=3e-4, items=120),
+        "crosslingual": Stage(steps=300, lr=3e-4, items=120),
+        "mathematics": Stage(steps=400, lr=4e-4, items=120),
+    },
     upper=Stage(steps=200, lr=5e-4, items=120, lm_lr=5e-4),
 )
 
@@ -112,10 +125,12 @@ LARGE = Scale(
     language=None,
     base=None,
     classify=Stage(steps=1500, lr=1e-3, items=256),
-    project=Stage(steps=600, lr=1e-3, items=160),
-    gentle=Stage(steps=500, lr=2e-4, items=160, lm_lr=2e-5),
-    expert=Stage(steps=300, lr=3e-5, items=160),
-    upper=Stage(steps=400, lr=1e-4, items=160, lm_lr=3e-5),
+    project=Stage(steps=500, lr=1e-3, items=160),
+    gentle=Stage(steps=400, lr=2e-4, items=160, lm_lr=2e-5),
+    experts=dict.fromkeys(
+        ("instruction", "crosslingual", "mathematics"), Stage(steps=250, lr=3e-5, items=160)
+    ),
+    upper=Stage(steps=250, lr=1e-4, items=160, lm_lr=3e-5),
     copies=8,
     drawings=14000,
     rows=4000,

@@ -80,7 +80,9 @@ def write_suite(
         "vision": "vision",
         "models": models,
     }
-    (folder / "suite.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "suite.json").write_text(
+        json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _image(number: int | None) -> str:

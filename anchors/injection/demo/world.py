@@ -270,9 +270,7 @@ def _large() -> World:
 
     def language(name: str, attribute: str) -> Task:
         about, question, value = ATTRIBUTES[attribute]
-        return _fixed(
-            name, about, f"{question} Answer in {name}.", lambda scene: FOREIGN[name][value(scene)]
-        )
+        return _fixed(name, about, f"{question} Answer in {name}.", lambda scene: FOREIGN[name][value(scene)])
 
     def problem(kind: str, about: str, text: str, result: Callable[[int, int], int], most: int) -> Task:
         def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -287,7 +285,7 @@ def _large() -> World:
         name="135m",
         template="{image}\n{question}\nAnswer:",
         answer=" {answer}",
-        separator="\n\n",
+        separator="\n",
         describe=describe,
         caption=_caption("What does the picture show?", describe),
         vision=(
@@ -297,12 +295,16 @@ def _large() -> World:
         ),
         skills={
             "instruction": tuple(shaped(form, attribute) for form in FORMS for attribute in ATTRIBUTES),
-            "crosslingual": tuple(language(name, attribute) for name in LANGUAGES for attribute in ATTRIBUTES),
+            "crosslingual": tuple(
+                language(name, attribute) for name in LANGUAGES for attribute in ATTRIBUTES
+            ),
             "mathematics": (
                 problem("plus", "digits", "What is the digit plus {0}?", lambda a, b: a + b, 9),
                 problem("minus", "digits", "What is the digit minus {0}?", lambda a, b: a - b, 9),
                 problem("double", "digits", "What is twice the digit?", lambda a, b: 2 * a, 1),
-                problem("times two", "objects", "What is twice the number of objects?", lambda a, b: 2 * a, 1),
+                problem(
+                    "times two", "objects", "What is twice the number of objects?", lambda a, b: 2 * a, 1
+                ),
                 problem(
                     "added",
                     "objects",
@@ -311,11 +313,18 @@ def _large() -> World:
                     9,
                 ),
                 problem(
-                    "taken", "objects", "Anna takes {0} of the objects away. How many are left?", lambda a, b: a - b, 9
+                    "taken",
+                    "objects",
+                    "Anna takes {0} of the objects away. How many are left?",
+                    lambda a, b: a - b,
+                    9,
                 ),
                 problem(
-                    "cost", "objects", "Each object costs {0} coins. How many coins do all of them cost?",
-                    lambda a, b: a * b, 5
+                    "cost",
+                    "objects",
+                    "Each object costs {0} coins. How many coins do all of them cost?",
+                    lambda a, b: a * b,
+                    5,
                 ),
             ),
         },

@@ -1,0 +1,120 @@
+"""`anchors inject demo`: build a vision-language model, its experts and a suite to try injection on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from anchors.cli import common
+from anchors.cli.common import err, out
+from anchors.errors import AnchorsError
+
+if TYPE_CHECKING:
+    from anchors.injection.demo.build import Built
+
+SCALES = ("tiny", "135m")
+
+
+def demo(
+    to: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder; the same command goes on there.", rich_help_panel="Output"),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="tiny (minutes on one core) or 135m (minutes on one GPU).")
+    ] = "tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="For 135m: directory or .gguf file of the language model; default: SmolLM2-135M-Instruct.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    device: common.Device = "auto",
+    steps_factor: Annotated[
+        float, typer.Option(help="All trainings longer or shorter, e.g. 0.1 for a trial.")
+    ] = 1.0,
+    upper: Annotated[
+        bool,
+        typer.Option(help="Also train the VLM on each skill with pictures, as the upper bound of injection."),
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the accuracies as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Build a small vision-language model and three text-only experts from one base, and a suite to measure them on.
+
+    A base language model; a LLaVA made of it in stages (vision tower, projector, then all gently); experts for following
+    instructions, for other languages and for mathematics, trained on texts only; and, as an upper bound, the LLaVA
+    trained on each skill with pictures. Then try: anchors inject sweep DIR/suite. A build that was broken off goes on
+    with the stage it was in.
+    """
+    with common.reporting():
+        if scale not in SCALES:
+            raise AnchorsError(f"There is no scale {scale!r}.", f"One of: {', '.join(SCALES)}.")
+        if base is not None and scale == "tiny":
+            raise AnchorsError("The tiny scale trains a base of its own.", "Leave out --base, or take 135m.")
+        with err.status("loading torch and transformers"):
+            from transformers.utils import logging as transformers_logging
+
+            from anchors.injection.demo.build import Builder
+            from anchors.injection.demo.scales import SCALES as sizes
+            from anchors.nsa.team import Team
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        size = sizes[scale].with_steps(steps_factor)
+        builder = Builder(to, size, seed, Team.made(device).device, base, upper)
+        with _bar() as report:
+            built = builder.build(report)
+        if as_json:
+            common.print_json({name: part.facts for name, part in built.items()})
+            return
+        out.print(_table(built, f"{scale}, seed {seed}"))
+        common.print_files([to])
+        err.print(f"next: anchors inject sweep {escape(str(to / 'suite'))}")
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """One bar for all stages, in steps, named by the stage it is in."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=err, speed_estimate_period=120) as bar:
+        row = bar.add_task("data", total=None)
+        yield lambda name, done, total: bar.update(row, description=escape(name), completed=done, total=total)
+
+
+def _table(built: "dict[str, Built]", title: str) -> Table:
+    """One row per model, one column per scenario."""
+    columns = ("vision", "instruction", "crosslingual", "mathematics")
+    table = Table(
+        title=escape(title), caption="exact match on held-out examples", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("model", "asked about", *columns, "seconds"):
+        table.add_column(name)
+    for name, part in built.items():
+        for given, about in (("text", "texts"), ("seen", "pictures")):
+            if given in part.facts:
+                cells = [common.estimate(part.facts[given].get(c), None, None) for c in columns]
+                table.add_row(name, about, *cells, f"{part.facts['seconds']:.0f}")
+    return table

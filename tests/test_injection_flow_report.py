@@ -1,0 +1,192 @@
+"""Flow over λ: units that are kept, no labels where none may be used, correlations and rules for λ."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from injection_suites import build
+
+from anchors.errors import AnchorsError
+from anchors.injection import flow_report
+from anchors.injection.flow_choice import choices, damage, distances
+from anchors.injection.flow_prompts import draw
+from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured, Wanted, measure
+from anchors.injection.flow_tables import tables
+from anchors.injection.flow_write import write
+from anchors.injection.recipe import Recipe
+from anchors.injection.suite import Suite
+from anchors.injection.vlm import load_vlm
+
+WANTED = Wanted(Recipe(), (0.0, 0.5, 1.0), shots=1, prompts=4, examples=4, experts=("instruction",))
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Suite:
+    folder = build(tmp_path_factory.mktemp("world"), examples=18)
+    for path in folder.glob("*.jsonl"):
+        path.write_text(path.read_text().replace('"tune"', '"demonstration"'))
+    facts = json.loads((folder / "suite.json").read_text())
+    (folder / "suite.json").write_text(json.dumps(facts | {"separator": " say "}))
+    return Suite.open(folder)
+
+
+@pytest.fixture(scope="module")
+def measured(suite, tmp_path_factory) -> tuple[Measured, list]:
+    out, seen = tmp_path_factory.mktemp("flow"), []
+    found = measure(
+        [suite], WANTED, out=out, device="cpu", progress=lambda done, total: seen.append((done, total))
+    )
+    return found, out, seen
+
+
+def test_rows_are_tidy_and_kept(suite, measured, monkeypatch):
+    found, out, seen = measured
+    total = (
+        4 + 2 * 3
+    )  # three scenarios and own answers before; two strengths on vision (twice) and on the skill
+    assert seen[-1] == (total, total)
+    rows = found.rows
+    assert list(rows.columns) == flow_report.ROWS
+    assert not rows.duplicated([c for c in rows.columns if c != "value"]).any()
+    assert rows["value"].notna().all()
+    assert set(rows[rows["strength"] == 0]["expert"]) == {NOBODY}
+    assert set(rows[rows["labels"] == OWN]["scenario"]) == {"vision"}
+    monkeypatch.setattr(flow_report, "image_flow", None)  # nothing is computed again
+    again = measure([suite], WANTED, out=out, device="cpu")
+    pd.testing.assert_frame_equal(again.rows, rows)
+
+
+def test_own_answers_use_no_labels(suite, measured, tmp_path):
+    """Every answer of the vision scenario is another one; only what needs no labels stays the same."""
+    other = {
+        name: tuple(
+            flow_report.replace(e, answer="small big", label=None) if name == "vision" and e.number % 2 else e
+            for e in examples
+        )
+        for name, examples in suite.scenarios.items()
+    }
+    changed = flow_report.replace(suite, scenarios=other)
+    wanted = flow_report.replace(WANTED, scenarios=("vision",), strengths=(0.0, 1.0))
+    found, before = measure([changed], wanted, out=tmp_path, device="cpu").rows, measured[0].rows
+    own, first = (x[(x["labels"] == OWN) & x["strength"].isin([0, 1])] for x in (found, before))
+    key = [c for c in flow_report.ROWS if c != "value"]
+    both = own.merge(first, on=key, suffixes=("", "_before"))
+    assert len(both) == len(own) == len(first) > 0
+    assert (both["value"] == both["value_before"]).all()
+    gold = found[found["labels"] == GOLD].merge(before, on=key, suffixes=("", "_before"))
+    assert (gold["value"] != gold["value_before"]).any()
+
+
+def test_everything_is_written(suite, measured):
+    found, out, _ = measured
+    shown, files, notes = write(found, [suite], WANTED, out, measures=["share"], resamples=20)
+    assert {"layers", "strengths", "accuracy", "damage", "points"} <= set(shown)
+    assert all(path.is_file() and path.stat().st_size for path in files)
+    assert {f"flow-{name}.png" for name in ("vision-share", "skills-share", "damage")} <= {
+        p.name for p in files
+    }
+    assert notes
+    shares = shown["layers"][
+        (shown["layers"]["measure"] == "share") & shown["layers"]["metric"].isin(["s_ip", "s_tp"])
+    ]
+    sums = (
+        shares.groupby(["scenario", "labels", "expert", "strength", "layer"])["value"]
+        .sum(min_count=2)
+        .dropna()
+    )
+    np.testing.assert_allclose(sums, 1)
+    before = shown["strengths"][shown["strengths"]["expert"] == NOBODY]
+    assert (before["change"].dropna() == 0).all()
+
+
+def test_demonstrations_are_of_the_query_s_kind(suite):
+    vlm = load_vlm(suite.model("vlm"), device="cpu")
+    drawn = draw(vlm, suite, "vision", shots=2, count=6)
+    answers = {e.answer for e in suite.examples("vision", "demonstration")}
+    for prompt in drawn.prompts:
+        assert len(prompt.images) == prompt.text.count("<image>") == 3
+        assert all(prompt.text[a:b] in answers for a, b in prompt.labels)
+        assert prompt.answer[1] == len(prompt.text)
+    with pytest.raises(AnchorsError, match="too few for 5"):
+        draw(vlm, suite, "vision", shots=5, count=2)
+    with pytest.raises(AnchorsError, match="no expert 'cooking'"):
+        flow_report.replace(WANTED, experts=("cooking",)).of(suite)
+
+
+def made(loses: bool = True) -> Measured:
+    """Three experts on two trainings; accuracy falls with λ as image flow does, from another λ on for each."""
+    rows, ratios = [], []
+    strengths = (0.0, 0.25, 0.5, 1.0, 1.5)
+    for seed in (0, 1):
+        for number, expert in enumerate((NOBODY, "a", "b", "c")):
+            ratios += [{"seed": seed, "expert": expert, "ratio": 1.0 + number}] if number else []
+            for strength in strengths if number else (0.0,):
+                if number and strength == 0:
+                    continue
+                lost = max(0.0, min(0.9, strength - 0.3 * number))
+                facts = {"seed": seed, "expert": expert, "strength": strength}
+                for labels in (GOLD, OWN):
+                    own = facts | {"scenario": "vision", "labels": labels}
+                    flows = {
+                        "s_ip": 1 - lost,
+                        "s_iq": 1 - lost,
+                        "m_ip": 1 - lost,
+                        "m_tp": 1.0,
+                        "m_iq": 1 - lost,
+                        "m_tq": 1.0,
+                    }
+                    rows += [
+                        own | {"number": n, "layer": layer, "metric": m, "value": (v if loses else 1.0) * (1 + 0.1 * n)}
+                        for m, v in flows.items() for layer in range(4) for n in range(2)
+                    ]  # fmt: skip
+                    rows += [
+                        own | {"number": n, "layer": -1, "metric": "surprise", "value": 0.5} for n in range(2)
+                    ]
+                for scenario, value in (
+                    ("vision", 1 - lost),
+                    (expert if number else "", strength / 2 * (lost == 0)),
+                ):
+                    for name in ("a", "b", "c") if not number and not scenario else (scenario,):
+                        right = {
+                            "scenario": name,
+                            "labels": GOLD,
+                            "number": 0,
+                            "layer": -1,
+                            "metric": "accuracy",
+                        }
+                        rows.append(facts | right | {"value": value})
+    return Measured(pd.DataFrame(rows), pd.DataFrame(ratios), "vision", [])
+
+
+def test_damage_that_goes_with_lost_flow_is_found():
+    found, points = damage(made(), permutations=499)
+    own = found[found["measure"] == "odds"].set_index(["metric", "part"])
+    assert own.loc[("s_ip", "shallow"), "rho"] > 0.99
+    assert own.loc[("s_ip", "shallow"), "within"] > 0.99
+    assert own.loc[("s_ip", "shallow"), "p"] < 0.01
+    assert points["lost"].between(-1e-9, 1).all()
+    flat, _ = damage(made(loses=False), permutations=99)
+    assert flat["rho"].isna().all()
+
+
+def test_flow_finds_the_strength_and_fixed_rules_do_not():
+    """Flow is kept up to each expert's best λ; so an ε that fits two experts fits the third."""
+    table, regret = choices(made())
+    mean = regret.set_index("rule")["regret"]
+    assert mean["flow (odds)"] == pytest.approx(0)
+    assert mean["fixed 0.3"] > 0.03
+    assert mean["best fixed"] > 0
+    own = table[table["rule"] == "flow (odds)"]
+    assert (own["strength"] == own["best"]).all()
+    far = distances(made())
+    far = far[(far["measure"] == "odds") & (far["expert"] == "a") & (far["seed"] == 0)].set_index("strength")
+    np.testing.assert_allclose(far["distance"], [0, 0, 0.2, 0.7, 0.9], atol=1e-12)
+
+
+def test_made_rows_have_tables():
+    found = tables(made().rows, resamples=20)
+    part = found["strengths"]
+    own = part[(part["measure"] == "odds") & (part["metric"] == "s_ip") & (part["part"] == "shallow")]
+    own = own[(own["labels"] == GOLD) & (own["expert"] == "a")].set_index("strength")
+    np.testing.assert_allclose(own["change"], [0, -0.2, -0.7, -0.9], atol=1e-12)
