@@ -181,16 +181,16 @@ def merge(
         with err.status("opening the models"):
             models = _opened(vlm), _opened(expert), _opened(base)
             sources = Sources.open(*models, embeddings=embeddings if dry_run else "keep")
-        _check_layers(sources, recipe)
+        recipe.require_depth(sources.n_layers)
         if inspect:
             _inspect(models, recipe, as_json)
             return
-        if not force:
-            require_anchor(sources)
         if dry_run:
+            if not force:
+                require_anchor(sources)
             _dry_run(sources, recipe, as_json)
         else:
-            _merge(models, recipe, to, shard_size, as_json)
+            _merge(models, recipe, to, shard_size, force, as_json)
 
 
 def _opened(source: str) -> "Checkpoint":
@@ -229,27 +229,19 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _check_layers(sources: "Sources", recipe: "Recipe") -> None:
-    depth = 1 + max(pair.layer or 0 for pair, _ in sources.pairs.values())
-    if recipe.layers is not None and recipe.layers[1] >= depth:
-        raise AnchorsError(
-            f"--layers {recipe.layers[0]}-{recipe.layers[1]}: the tower has layers 0 to {depth - 1}."
-        )
-    if recipe.per_layer is not None and len(recipe.per_layer) != depth:
-        raise AnchorsError(
-            f"--per-layer has {len(recipe.per_layer)} numbers; the tower has {depth} layers.",
-            "Give one number for each.",
-        )
-
-
 def _merge(
-    models: "tuple[Checkpoint, ...]", recipe: "Recipe", to: Path, shard_size: str, as_json: bool
+    models: "tuple[Checkpoint, ...]", recipe: "Recipe", to: Path, shard_size: str, force: bool, as_json: bool
 ) -> None:
     from anchors.injection.merge import merge as stream
 
     with common.progress_bar("tensors") as progress:
         report = stream(
-            *models, recipe, to, shard_size=shard_size, report=lambda done, total, _: progress(done, total)
+            *models,
+            recipe,
+            to,
+            shard_size=shard_size,
+            force=force,
+            report=lambda done, total, _: progress(done, total),
         )
     common.print_notes(list(report.notes))
     if as_json:

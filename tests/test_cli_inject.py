@@ -274,7 +274,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         (["--density", "0.5"], "takes no density"),
         (["--layers", "1-3"], "the tower has layers 0 to 2"),
         (["--layers", "first"], "neither a number nor a range"),
-        (["--per-layer", "1,1"], "2 numbers; the tower has 3 layers"),
+        (["--per-layer", "1,1"], "strengths of 2 layers, the tower has 3"),
         (["--per-layer", "1,b,1"], "neither a list of numbers"),
         (["--per-layer", ""], "neither a list of numbers"),
         (["--option", "convention"], "not of the form name=value"),

@@ -210,6 +210,13 @@ class TestPrompts:
             inner = ~ends
             assert torch.equal(found.ids[0][found.positions[0][inner] + 1], found.targets[0][inner])
 
+    def test_every_word_is_known(self) -> None:
+        own, rng = world("tiny"), np.random.default_rng(0)
+        tokenizer = tiny_tokenizer(own)
+        tasks = [(t, 1.0) for t in (own.caption, *own.lore, *(t for s in SCENARIOS for t in own.tasks(s)))]
+        rows = drawn_rows(tasks, [(s, None) for s in own.scenes()], 2, 500, rng)
+        assert tokenizer.unk_token_id not in Encoder(own, tokenizer).prompts(rows).ids
+
     def test_rows_are_of_one_kind_and_padded_on_the_right(self) -> None:
         own = world("tiny")
         tasks = [(task, 1.0) for task in own.skills["instruction"]]
@@ -218,7 +225,7 @@ class TestPrompts:
         found = Encoder(own, tiny_tokenizer(own)).prompts(rows)
         assert found.items == 4
         assert (found.targets != IGNORED)[:, 0].all()
-        assert (found.ids[:, 0] != 0).all()
+        assert (found.ids[:, 0] != tiny_tokenizer(own).pad_token_id).all()
 
 
 class TestBuild:

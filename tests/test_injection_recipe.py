@@ -259,3 +259,16 @@ def test_recipes_that_make_no_sense_are_refused(fields, message):
 def test_a_field_that_no_recipe_has_is_refused():
     with pytest.raises(AnchorsError, match="no field 'lambda'"):
         Recipe.from_dict({"lambda": 1.0})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_pieces_make_the_whole(method, name, monkeypatch):
+    b, v, e = (torch.randn(12, 10, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    recipe = Recipe(method, **({"options": {"iterations": 3}} if method == "wudi" else {}))
+    whole = merge_tensor(recipe, name, b, v, e, 0)
+    monkeypatch.setattr("anchors.injection.recipe.PIECE", 7)
+    torch.testing.assert_close(merge_tensor(recipe, name, b, v, e, 0), whole, rtol=2e-7, atol=2e-7)
+    half = merge_tensor(recipe, name, b, v.bfloat16(), e, 0, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.shape == v.shape

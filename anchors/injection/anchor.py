@@ -1,10 +1,12 @@
 """Whether three models can have one origin, from a few of their tensors: a merge of strangers is well-shaped noise."""
 
 from anchors.errors import AnchorsError
-from anchors.injection.inspection import UNRELATED
 from anchors.injection.sources import Sources, by_rows
 
 SAMPLED = 8
+"""Matrices that are looked at."""
+UNRELATED = 0.7
+"""‖τ‖ / ‖b‖ above which little of the anchor is left; two unrelated models of one size have about √2."""
 
 
 def require_anchor(sources: Sources, sampled: int = SAMPLED) -> None:

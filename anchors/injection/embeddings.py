@@ -46,8 +46,18 @@ class Rows:
     ) -> Float[Tensor, "rows_v *d"]:
         """A copy of `v` whose shared rows are `merged(b, v, e)` of those rows alone, cast to the type of `v`."""
         result = v.clone()
-        result[self.vlm] = merged(b[self.base], v[self.vlm], e[self.expert]).to(v.dtype)
+        result[_run(self.vlm)] = merged(b[_run(self.base)], v[_run(self.vlm)], e[_run(self.expert)]).to(
+            v.dtype
+        )
         return result
+
+
+def _run(rows: Int64[Tensor, " n"]) -> slice | Int64[Tensor, " n"]:
+    """Rows that follow one another as a slice, which takes no copy of a large table."""
+    first = int(rows[0]) if len(rows) else 0
+    return (
+        slice(first, first + len(rows)) if torch.equal(rows, torch.arange(first, first + len(rows))) else rows
+    )
 
 
 def align(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anchors.injection.anchor import UNRELATED
 from anchors.injection.merge import Report
 from anchors.injection.sources import Source, Sources
 
@@ -24,8 +25,6 @@ ALIKE = 0.8
 """Cosine of τ_v and τ_e above which both contain a third thing; trainings on different data stay far below."""
 FURTHER = 3.0
 """‖τ_v‖ / ‖τ_e‖ above which the tower has left the anchor further than an expert does."""
-UNRELATED = 0.7
-"""‖τ‖ / ‖b‖ above which little of the anchor is left; two unrelated models of one size have about √2."""
 ROUNDED = 0.5
 """Share of exactly zero deltas above which the type on disk has swallowed most of a training."""
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,9 +113,9 @@ class TaskVectors:
         if recipe.strength_of(pair.layer) is None or (table and recipe.embeddings == "keep"):
             return v
         b, e = self.base[pair.vlm], self.expert[pair.vlm]
-        merge = lambda b, v, e: merge_tensor(recipe, pair.canonical, b, v, e, pair.layer, cache)  # noqa: E731
+        merge = partial(merge_tensor, recipe, pair.canonical, layer=pair.layer, cache=cache, dtype=v.dtype)
         if not table:
-            return merge(b, v, e).to(v.dtype)
+            return merge(b, v, e)
         if self.untied:
             raise AnchorsError(self.untied, "Take embeddings keep.")
         sizes = (len(v), len(b), len(e))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from anchors.errors import AnchorsError
+from anchors.injection.anchor import require_anchor
 from anchors.injection.draft import Draft, Layout, finished
 from anchors.injection.recipe import Recipe, merge_tensor
 from anchors.injection.sources import Source, Sources, by_rows
@@ -90,6 +91,7 @@ def merge(
     out: str | Path = "injected",
     *,
     shard_size: str = "1GB",
+    force: bool = False,
     report: Report | None = None,
 ) -> MergeReport:
     """Write a vision-language model into whose language tower an expert is merged.
@@ -106,15 +108,18 @@ def merge(
         recipe: method, strengths, layers, embeddings; task arithmetic at strength 1 by default.
         out: folder to be; must not be there, or be empty.
         shard_size: largest file of weights, e.g. 500MB; memory does not depend on it.
+        force: merge also with a base that tower and expert seem not to come from.
         report: told of every tensor.
 
     Raises:
-        AnchorsError: a model cannot be read, or does not fit; `out` is something else; the disk is full; a merged
+        AnchorsError: a model cannot be read, or does not fit, or is no kin (`require_anchor`); `out` is something else; the disk is full; a merged
             number is not finite; nothing in the tower changed although it should. `out` is untouched then.
     """
     recipe, out, began = recipe or Recipe(), Path(out), time.perf_counter()
     sources = Sources.open(vlm, expert, base, recipe.embeddings)
     recipe.require_depth(sources.n_layers)
+    if not force:
+        require_anchor(sources)
     layout = Layout.of(sources.vlm.entries, shard_size)
     identity = {
         "recipe": recipe.as_dict(),
@@ -187,9 +192,9 @@ def _made(sources: Sources, recipe: Recipe, name: str) -> tuple[Tensor, dict[str
     if pair is None:
         return v, fact
     b, v, e = sources.weights(name)
-    merged = partial(merge_tensor, recipe, pair.canonical, layer=pair.layer)
+    merged = partial(merge_tensor, recipe, pair.canonical, layer=pair.layer, dtype=v.dtype)
     if not by_rows(pair):
-        m = merged(b, v, e).to(v.dtype)
+        m = merged(b, v, e)
     elif sources.rows is not None:
         m = sources.rows.merge(b, v, e, merged)
     else:

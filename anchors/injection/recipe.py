@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from anchors.errors import AnchorsError
@@ -21,6 +21,9 @@ from anchors.injection.methods_sign import both, weighted_sum
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of matrices whose rows are tokens: no linear maps of the residual stream."""
+
+PIECE = 1 << 18
+"""Entries that are merged at a time."""
 
 Prepared = dict[str, tuple[Tensor | None, Tensor]]
 """By name, A_v (None: it is τ_v) and A_e: what a method makes of the task vectors before λ comes in."""
@@ -172,8 +175,9 @@ def merge_tensor(
     e: Shaped[Tensor, "*shape"],
     layer: int | None = None,
     cache: Prepared | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Shaped[Tensor, "*shape"]:
-    """One tensor of the merged tower, in float32 on the device of `v`.
+    """One tensor of the merged tower, by float32 arithmetic on the device of `v`.
 
     m = b + Δ, where Δ is the method's; computed as v + (Δ − τ_v), so that an entry that the method leaves alone keeps
     its bits. Where λ_e is 0 and λ_v is 1, and outside the recipe's layers, the answer is `v` itself, whatever the
@@ -186,6 +190,7 @@ def merge_tensor(
         layer: None for the last norm, the embedding and the head.
         cache: keeps what does not depend on λ (masks, factors) from call to call; of one recipe but for its λ, and of
             the same three models.
+        dtype: of the answer, where it is not `v` itself.
 
     Raises:
         AnchorsError: shapes that differ, integers that differ or meet floats, NaN or infinity (also where the density
@@ -207,13 +212,40 @@ def merge_tensor(
             "mean.",
             "Take checkpoints that are not quantised.",
         )
+    if v.device.type == "cpu" and v.numel() > PIECE and _entrywise(recipe, name, v):
+        # Of a large tensor no more than a piece is in float32 at a time, and that in the processor's cache.
+        merged = torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+        for into, *piece in zip(
+            *(t.view(-1).split(PIECE) for t in (merged, *(t.detach().contiguous() for t in (b, v, e)))),
+            strict=True,
+        ):
+            into.copy_(merge_tensor(recipe, name, *piece, layer))
+        return merged
+    return _merged(recipe, name, b, v, e, strength, cache).to(dtype)
+
+
+def _entrywise(recipe: Recipe, name: str, v: Tensor) -> bool:
+    """Whether an entry of the merged tensor depends on the same entry of the three, and on nothing else."""
+    method = METHODS[recipe.method]
+    summed = method.prepare is both and method.combine is weighted_sum
+    return method.blend or summed or (method.linear_only and _no_map(name, v))
+
+
+def _no_map(name: str, v: Tensor) -> bool:
+    """Whether a tensor is no linear map of the residual stream."""
+    return v.dim() != 2 or name.endswith(TABLES)
+
+
+def _merged(
+    recipe: Recipe, name: str, b: Tensor, v: Tensor, e: Tensor, strength: float, cache: Prepared | None
+) -> Float[Tensor, "*shape"]:
     b, v, e = (t.detach().to(device=v.device, dtype=torch.float32) for t in (b, v, e))
     method, weight, parameters = METHODS[recipe.method], recipe.vlm_strength, recipe.parameters()
     if method.blend:
         _require_finite(name, v.sum() + e.sum(), b, v, e)
         return torch.lerp(v, e, strength)
     prepare, combine = method.prepare, method.combine
-    if method.linear_only and (v.dim() != 2 or name.endswith(TABLES)):
+    if method.linear_only and _no_map(name, v):
         prepare, combine = both, weighted_sum
         strength, weight = strength * method.rest, weight * method.rest
     if cache is not None and name in cache:

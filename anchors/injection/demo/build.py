@@ -139,8 +139,8 @@ class Builder:
 
             told(0)
             built[name] = self._stage(name, make, told)
+            told(steps)
             before += steps
-            told(steps, before=before - steps)
         return built
 
     def _stage(self, name: str, make: Callable, told: Callable[[int], None]) -> Built:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    SiglipImageProcessor,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
@@ -28,32 +29,31 @@ from anchors.injection.demo.world import World
 from anchors.models import _default
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - no password
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def tiny_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """One token per word of the world."""
     words = sorted(_words(world))
-    vocabulary = {word: i for i, word in enumerate([PAD, EOS, *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
 def _words(world: World) -> set[str]:
     """Every word that can stand in a prompt or an answer."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    tasks = [world.caption, *world.vision, *(task for skill in world.skills.values() for task in skill)]
+    skills = [task for skill in world.skills.values() for task in skill]
+    tasks = [world.caption, *world.vision, *world.lore, *skills]
     found = set(world.template.format(image="", question="").split()) | set(world.separator.split())
     for scene in world.scenes():
         found |= set(world.describe(scene).split())
         for task in tasks:
             if task.fits(scene):
-                for _ in range(200):  # numbers in questions are drawn
+                for _ in range(200):  # some of it is drawn
                     asked = task(scene, rng)
-                    found |= set(f"{asked.question} {asked.answer}".split())
+                    found |= set(f"{asked.text or ''} {asked.question} {asked.answer}".split())
     return found
 
 
@@ -154,7 +154,7 @@ def with_eyes(
 
 def processor_of(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """What turns text and pictures into a LLaVA's input."""
-    images = SiglipImageProcessor(size={"height": scale.image, "width": scale.image})
+    images = SiglipImageProcessorPil(size={"height": scale.image, "width": scale.image})
     return LlavaProcessor(
         images,
         tokenizer,
