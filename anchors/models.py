@@ -191,7 +191,7 @@ def load(
         model, name = _from_bridge(source).to(dtype), source.cfg.model_name
         tokenizer = tokenizer or source.tokenizer
     else:
-        source, name = _default() if source is None else (str(source), str(source))
+        source, name = default_source() if source is None else (str(source), str(source))
         if source == DEFAULT_HUB and revision is None:
             revision = DEFAULT_REVISION
         path = Path(source).expanduser()
@@ -297,7 +297,7 @@ def _auto_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _default() -> tuple[str, str]:
+def default_source() -> tuple[str, str]:
     spec = importlib.util.find_spec(DEFAULT_WHEEL)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / DEFAULT_FILE).is_file():

@@ -106,11 +106,12 @@ def _bar() -> Iterator[Any]:
 
 def _table(built: "dict[str, Built]", title: str) -> Table:
     """One row per model, one column per scenario."""
-    columns = ("vision", "instruction", "crosslingual", "mathematics")
+    columns = {"vision": "vision", "instruction": "instr.", "crosslingual": "lang.", "mathematics": "maths"}
     table = Table(
         title=escape(title), caption="exact match on held-out examples", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for name in ("model", "asked about", *columns, "seconds"):
+    table.add_column("model", no_wrap=True)
+    for name in ("asked about", *columns.values(), "seconds"):
         table.add_column(name)
     for name, part in built.items():
         for given, about in (("text", "texts"), ("seen", "pictures")):

@@ -1,4 +1,4 @@
-"""The demonstration: its data, its stages, and the experiment it is for."""
+"""The demonstration: its data and its stages; what it is for is in test_injection_experiment.py."""
 
 import json
 import re
@@ -24,10 +24,8 @@ from anchors.injection.demo.suite_files import SCENARIOS, examples
 from anchors.injection.demo.training import all_patches, answer_logits, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
 from anchors.injection.demo.world import SKILLS, Scene, world
-from anchors.injection.evaluate import evaluate
-from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.suite import Suite
-from anchors.injection.vlm import VisionLanguageModel, load_vlm
+from anchors.injection.vlm import load_vlm
 
 CPU = torch.device("cpu")
 SHORT = Stage(steps=2, lr=1e-3, items=10, lm_lr=1e-4)
@@ -228,6 +226,18 @@ class TestPrompts:
         assert (found.ids[:, 0] != tiny_tokenizer(own).pad_token_id).all()
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The larger scale, with a random Llama in place of SmolLM2 and hardly any training."""
+    folder = tmp_path_factory.mktemp("large")
+    tokenizer = _letters()
+    tower = replace(TINY, language=Tower(layers=2, width=16, heads=2, hidden=16))
+    new_language_model(tower, tokenizer, context=512).save_pretrained(folder / "given")
+    tokenizer.save_pretrained(folder / "given")
+    Builder(folder / "demo", small_large(), 0, CPU, base=str(folder / "given")).build()
+    return folder / "demo"
+
+
 class TestBuild:
     def test_a_build_goes_on_with_the_stage_it_was_in(self, tmp_path: Path, monkeypatch) -> None:
         scale = short(TINY)
@@ -268,17 +278,6 @@ class TestBuild:
             Builder(tmp_path, scale, 1, CPU).build()
         with pytest.raises(AnchorsError, match="another scale"):
             Builder(tmp_path, scale.with_steps(3), 0, CPU).build()
-
-    @pytest.fixture(scope="class")
-    def large(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The larger scale, with a random Llama in place of SmolLM2 and hardly any training."""
-        folder = tmp_path_factory.mktemp("large")
-        tokenizer = _letters()
-        tower = replace(TINY, language=Tower(layers=2, width=16, heads=2, hidden=16))
-        new_language_model(tower, tokenizer, context=512).save_pretrained(folder / "given")
-        tokenizer.save_pretrained(folder / "given")
-        Builder(folder / "demo", small_large(), 0, CPU, base=str(folder / "given")).build()
-        return folder / "demo"
 
     def test_the_larger_scale(self, large: Path) -> None:
         suite = Suite.open(large / "suite")
@@ -341,64 +340,3 @@ class TestCommand:
         assert set(facts["vlm"]["seen"]) == set(SCENARIOS)
         for wrong in (["--scale", "huge"], ["--base", "x"], ["--steps-factor", "0"], ["--seed", "1"]):
             assert CliRunner().invoke(app, [*given, *wrong]).exit_code == 2
-
-
-class TestExperiment:
-    """What the demonstration is for: a skill from text, on pictures."""
-
-    @pytest.fixture(scope="class")
-    def suite(self, tiny: Path) -> Suite:
-        return Suite.open(tiny / "suite")
-
-    @pytest.fixture(scope="class")
-    def vlm(self, tiny: Path) -> VisionLanguageModel:
-        return load_vlm(tiny / "vlm", device="cpu")
-
-    @pytest.fixture(scope="class")
-    def vectors(self, tiny: Path, vlm: VisionLanguageModel) -> dict[str, TaskVectors]:
-        base = AutoModelForCausalLM.from_pretrained(tiny / "base")
-        experts = {s: AutoModelForCausalLM.from_pretrained(tiny / "experts" / s) for s in SKILLS}
-        return {s: TaskVectors.of(vlm.model, base, expert) for s, expert in experts.items()}
-
-    def test_the_parents(self, tiny: Path) -> None:
-        """Experts have the skill on texts; the VLM sees, and has none."""
-        vlm = json.loads((tiny / "vlm" / "stage.json").read_text())["seen"]
-        assert vlm["vision"] > 0.95
-        for skill in SKILLS:
-            assert json.loads((tiny / "experts" / skill / "stage.json").read_text())["text"][skill] > 0.85
-            assert vlm[skill] < 0.2
-
-    def test_cost(self, tiny: Path) -> None:
-        seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in tiny.rglob("stage.json"))
-        assert seconds < 360
-
-    def test_a_skill_is_injected(self, suite: Suite, vlm: VisionLanguageModel, vectors: dict) -> None:
-        def share(scenario: str, image: str = "own") -> float:
-            return float(evaluate(vlm, suite, suite.examples(scenario), image)["correct"].mean())
-
-        lifted = []
-        for skill in SKILLS:
-            with inject(vlm.model, vectors[skill], "task-arithmetic", 1.0):
-                seen, blind, vision = share(skill), share(skill, "blank"), share("vision")
-            # Who cannot see can say the same digit every time.
-            shown = [e.text for e in suite.examples(skill)]
-            assert blind < max(map(shown.count, shown)) / len(shown) + 0.05
-            if seen > 0.15 and vision > 0.9:
-                lifted.append(skill)
-        assert lifted
-
-    def test_dare_without_rescaling_is_a_smaller_strength(
-        self, suite: Suite, vlm: VisionLanguageModel, vectors: dict
-    ) -> None:
-        """What a published implementation did: dropping half without rescaling, λ = 1, is λ = ½ in disguise."""
-
-        def share(**recipe: object) -> float:
-            with inject(vlm.model, vectors["mathematics"], **recipe):
-                return float(evaluate(vlm, suite, suite.examples("mathematics"))["correct"].mean())
-
-        plain = {"method": "dare", "strength": 1.0, "density": 0.5}
-        dropped = np.mean([share(**plain, seed=s, options=(("rescale", "none"),)) for s in range(3)])
-        rescaled = np.mean([share(**plain, seed=s) for s in range(3)])
-        half = share(method="task-arithmetic", strength=0.5)
-        assert abs(dropped - half) < 0.05
-        assert rescaled > half + 0.1

@@ -26,7 +26,7 @@ from anchors.errors import AnchorsError
 from anchors.gguf import converted
 from anchors.injection.demo.scales import Scale
 from anchors.injection.demo.world import World
-from anchors.models import _default
+from anchors.models import default_source
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - no password
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -82,7 +82,7 @@ def given_language_model(source: str | None) -> tuple[PreTrainedModel, PreTraine
     Raises:
         AnchorsError: it cannot be read, or is no Llama.
     """
-    name = _default()[0] if source is None else str(source)
+    name = default_source()[0] if source is None else str(source)
     place = str(converted(Path(name).expanduser())) if name.endswith(".gguf") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)

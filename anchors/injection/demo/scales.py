@@ -75,7 +75,7 @@ class Scale:
     held_out: dict[str, int] = field(default_factory=lambda: {"test": 300, "tune": 100, "demonstration": 100})
     rows: int = 2000
     shots: tuple[int, ...] = (0, 4)
-    replay: float = 0.5
+    replay: float = 0.6
     vision_replay: float = 0.25
     warmup: float = 0.05
     clip: float = 1.0
@@ -110,9 +110,9 @@ TINY = Scale(
     project=Stage(steps=300, lr=2e-3, items=120),
     gentle=Stage(steps=150, lr=5e-4, items=120, lm_lr=3e-5),
     experts={
-        "instruction": Stage(steps=250, lr=3e-4, items=120),
+        "instruction": Stage(steps=250, lr=2.5e-4, items=120),
         "crosslingual": Stage(steps=300, lr=3e-4, items=120),
-        "mathematics": Stage(steps=400, lr=4e-4, items=120),
+        "mathematics": Stage(steps=400, lr=3e-4, items=120),
     },
     upper=Stage(steps=200, lr=5e-4, items=120, lm_lr=5e-4),
 )
