@@ -298,6 +298,7 @@ def _auto_device() -> str:
 
 
 def default_source() -> tuple[str, str]:
+    """Where the default model is (a GGUF file of a wheel, or a hub id), and what to call it."""
     spec = importlib.util.find_spec(DEFAULT_WHEEL)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / DEFAULT_FILE).is_file():

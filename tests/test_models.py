@@ -126,7 +126,7 @@ def test_the_default_model_on_real_weights_shows_the_papers_pattern(tmp_path):
     assert sums.s_wp[:, :third].mean() > 2 * sums.s_pq[:, :third].mean()
     assert sums.s_pq[:, -third:].mean() > 2 * sums.s_wp[:, -third:].mean()
     # The converted copy is checked by its checksum whenever it is loaded.
-    kept = gguf.converted(Path(models._default()[0]))
+    kept = gguf.converted(Path(models.default_source()[0]))
     assert gguf.intact(kept)
     copy = tmp_path / "copy"
     copy.mkdir()
