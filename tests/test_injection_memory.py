@@ -170,7 +170,7 @@ def test_each_layer_has_a_strength_of_its_own(own, vectors):
             name = one[layer].vlm
             wanted = torch.add(before[name], vectors.expert[name] - vectors.base[name], alpha=strength)
             assert torch.equal(own.vlm.get_parameter(name), wanted)
-    assert injected.recipe.label() == "task-arithmetic λ per layer"
+    assert injected.recipe.label() == "task-arithmetic λ=0,0.5,2 else 0"
 
 
 @pytest.mark.parametrize("policy", ["shared-rows", "by-token"])
@@ -276,3 +276,59 @@ def test_cuda_is_the_cpu_but_for_rounding(own, method):
     with inject(vlm, TaskVectors.of(vlm, own.base, own.expert), recipe):
         for name, weight in state(vlm).items():
             torch.testing.assert_close(weight.cpu(), wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def _edits(weights: dict[str, torch.nn.Parameter]):
+    def fused() -> None:
+        for p in weights.values():
+            p.grad = torch.ones_like(p)
+        torch.optim.AdamW(weights.values(), lr=0.05, fused=True).step()
+
+    def behind() -> None:
+        for p in weights.values():
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+
+    return {"fused optimizer": fused, "write to data": behind}
+
+
+@pytest.mark.parametrize("whose", ["vlm", "base", "expert"])
+@pytest.mark.parametrize("how", ["fused optimizer", "write to data"])
+@pytest.mark.parametrize("method", ["dare", "ties", "tsv-m"])
+def test_weights_that_change_between_calls_are_seen(own, whose, how, method):
+    sides = {name: copy.deepcopy(getattr(own, name)) for name in ("vlm", "base", "expert")}
+    vectors = TaskVectors.of(**sides)
+    with inject(sides["vlm"], vectors, method):
+        pass
+    _edits(dict(sides[whose].named_parameters()))[how]()
+    fresh = TaskVectors.of(**sides)
+    with inject(sides["vlm"], fresh, method):
+        wanted = state(sides["vlm"])
+    with inject(sides["vlm"], vectors, method):
+        assert all(torch.equal(p, wanted[name]) for name, p in sides["vlm"].named_parameters())
+
+
+def test_a_head_that_equals_its_embedding_is_merged_as_the_embedding():
+    own = models("llava")
+    vlm, base, expert = (copy.deepcopy(x) for x in (own.vlm, own.base, own.expert))
+    vlm.lm_head.weight.data = vlm.get_input_embeddings().weight.detach().clone()
+    for side in (base, expert):
+        side.lm_head.weight.data = side.model.embed_tokens.weight.detach().clone()
+    vectors = TaskVectors.of(vlm, base, expert)
+    with inject(vlm, vectors, "dare", embeddings="shared-rows"):
+        assert torch.equal(vlm.lm_head.weight, vlm.get_input_embeddings().weight)
+    base.lm_head.weight.data += 1
+    vectors = TaskVectors.of(vlm, base, expert)
+    with pytest.raises(AnchorsError, match="The base has a head of its own"):
+        inject(vlm, vectors, embeddings="shared-rows").__enter__()
+
+
+def test_strengths_of_layers_leave_the_rest_alone(own, vectors):
+    with inject(own.vlm, vectors, per_layer=(1.0, 0.0, 0.0), embeddings="shared-rows"):
+        after = state(own.vlm)
+    before = state(own.vlm)
+    changed = {
+        pair.layer
+        for pair in vectors.pairs
+        if pair.vlm in after and not torch.equal(after[pair.vlm], before[pair.vlm])
+    }
+    assert changed == {0}

@@ -10,7 +10,7 @@ not depend on λ is kept between calls that differ in λ only; another method, d
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,27 +27,31 @@ from anchors.injection.recipe import Prepared, Recipe, merge_tensor
 Weights = nn.Module | Mapping[str, Tensor]
 """A model of transformers, or its state dict."""
 
+_UNTIED = (
+    "The {} has a head of its own, the vision-language model's head is its embedding: one cannot be both."
+)
+
 
 @dataclass
 class _Kept:
     """What calls on the same weights share (`size`, ‖v‖), and those that differ in λ only (`prepared`)."""
 
-    weights: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    weights: tuple[Tensor, ...] = ()
+    marks: list[int] = field(default_factory=list)
     size: float = 0.0
     recipe: Recipe | None = None
     prepared: Prepared = field(default_factory=dict)
     rows: dict[tuple[str, int, int, int], Rows] = field(default_factory=dict)
 
-    def of(self, recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> Prepared:
-        # The tensors are held, so that an address means what it meant.
-        weights = {name: (own.data, own._version) for name, own in parameters.items()}
-        marks = [
-            {name: (own.data_ptr(), version) for name, (own, version) in them.items()}
-            for them in (self.weights, weights)
-        ]
-        if marks[0] != marks[1]:
-            norms = torch.stack([_norm(own.float()) for own, _ in weights.values()])
-            self.weights, self.size, self.recipe = weights, float(_norm(norms)), None
+    def of(self, recipe: Recipe, tower: Sequence[Tensor], others: Sequence[Tensor]) -> Prepared:
+        """What was prepared for this recipe from these very numbers; else nothing yet."""
+        # Not torch's version counters: fused optimizers and writes to `.data` leave them as they are.
+        weights = (*tower, *others)
+        marks = torch.stack([_content(own) for own in weights]).tolist() + [own.data_ptr() for own in weights]
+        if marks != self.marks:
+            norms = torch.stack([_norm(own.float()) for own in tower])
+            # The tensors are held, so that an address means what it meant.
+            self.weights, self.marks, self.size, self.recipe = weights, marks, float(_norm(norms)), None
         recipe = replace(recipe, strength=1.0, vlm_strength=1.0, layers=None, per_layer=None)
         if recipe != self.recipe:
             self.recipe, self.prepared = recipe, {}
@@ -94,12 +98,26 @@ class TaskVectors:
             for side, name in ((ours, "the base"), (theirs, "the expert"))
         ]
         both = agree(*towers)
+        untied = _untied(towers[0], ours, "base") or _untied(towers[1], theirs, "expert")
+        embedding = next(pair for pair in both if pair[0].kind == "embedding")
+        head = next((pair for pair in both if pair[0].kind == "head"), None)
+        if head is not None and torch.equal(own[head[0].vlm], own[embedding[0].vlm]):
+            # Bit for bit its embedding: merged as such, with the same masks.
+            for side, i, name in ((ours, 0, "base"), (theirs, 1, "expert")):
+                if not torch.equal(side[head[i].llm], side[embedding[i].llm]):
+                    untied = untied or _UNTIED.format(name)
+            both = [
+                (replace(pair, canonical=embedding[0].canonical), other)
+                if pair.kind == "head"
+                else (pair, other)
+                for pair, other in both
+            ]
         return cls(
             pairs=tuple(pair for pair, _ in both),
             base={pair.vlm: ours[pair.llm].to(own[pair.vlm].device) for pair, _ in both},
             expert={pair.vlm: theirs[other.llm].to(own[pair.vlm].device) for pair, other in both},
             vocabularies=tokenizers and tuple(tokenizer.get_vocab() for tokenizer in tokenizers),
-            untied=_untied(towers[0], ours, "base") or _untied(towers[1], theirs, "expert"),
+            untied=untied,
         )
 
     @property
@@ -168,7 +186,8 @@ def inject(
     recipe = _recipe(method, strength, fields)
     recipe.require_depth(vectors.n_layers)
     homes = _homes(model, vectors)
-    cache = vectors._kept.of(recipe, {name: own[0] for name, own in homes.items()})
+    others = [side[pair.vlm] for side in (vectors.base, vectors.expert) for pair in vectors.pairs]
+    cache = vectors._kept.of(recipe, [homes[pair.vlm][0].data for pair in vectors.pairs], others)
     before: list[tuple[nn.Parameter, Tensor]] = []
     norms: list[Tensor] = []
     try:
@@ -213,6 +232,12 @@ def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors) -> Inje
     return Injected(recipe, len(changes), kept, norm, norm / (vectors._kept.size or 1.0))
 
 
+def _content(tensor: Tensor) -> Tensor:
+    """The sum of the bits as integers: another one where any training or edit has been."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
+
+
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor)
 
@@ -238,7 +263,7 @@ def _untied(own: Tower, weights: Mapping[str, Tensor], name: str) -> str:
     embedding = next(pair.llm for pair in own.pairs if pair.kind == "embedding")
     if torch.equal(weights[own.tied], weights[embedding]):
         return ""
-    return f"The {name} has a head of its own, the vision-language model's head is its embedding: one cannot be both."
+    return _UNTIED.format(name)
 
 
 def _homes(model: nn.Module, vectors: TaskVectors) -> dict[str, list[nn.Parameter]]:

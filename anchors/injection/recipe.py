@@ -42,7 +42,8 @@ class Recipe:
         seed: of random masks.
         layers: first and last layer that are injected, both included; all other layers, the last norm, embedding and
             head then stay the VLM's. None is everywhere.
-        per_layer: λ_e of each layer, from 0 on; the last norm, embedding and head keep `strength`.
+        per_layer: λ_e of each layer, from 0 on; `strength`, if given, is then that of the last norm, the embedding and
+            the head, which else stay the VLM's.
         embeddings: keep (the VLM's), shared-rows (merged by row number) or by-token (by token string).
         options: the method's own, as pairs; a mapping is taken, too.
 
@@ -67,7 +68,8 @@ class Recipe:
             )
         own = METHODS[self.method]
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("strength", float(own.strength if self.strength is None else self.strength))
+        default = own.strength if self.per_layer is None else 0.0
+        put("strength", float(default if self.strength is None else self.strength))
         put("vlm_strength", float(self.vlm_strength))
         put("options", tuple(sorted(dict(self.options).items())))
         for name, kind in (("layers", int), ("per_layer", float)):
@@ -141,7 +143,9 @@ class Recipe:
     def label(self) -> str:
         """A short text for people, such as "task-arithmetic λ=0.5"."""
         own = METHODS.get(self.method)
-        parts = [self.method, f"λ={self.strength:g}" if self.per_layer is None else "λ per layer"]
+        parts = [self.method, f"λ={self.strength:g}"]
+        if self.per_layer is not None:
+            parts[1:] = [f"λ={','.join(f'{x:g}' for x in self.per_layer)}", f"else {self.strength:g}"]
         if self.vlm_strength != 1:
             parts.append(f"λv={self.vlm_strength:g}")
         if self.density is not None:
