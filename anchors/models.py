@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN, NewGELUActivation
@@ -208,7 +209,7 @@ def load(
                     source, revision=revision, trust_remote_code=trust_remote_code
                 )
             model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise AnchorsError(
                 f"The model {name!r} could not be loaded: {error}", _load_remedy(source)
             ) from error

@@ -69,9 +69,10 @@ def flow(
     """Split the information flow by its source (images, text) and see what an injection does to it.
 
     Image tokens, text, label words and target are the roles of a prompt with demonstrations. Written are the flow by layer
-    before and after, and over λ; whether vision damage goes with lost image flow; and whether a λ that is chosen without
-    labels, as the largest that leaves the image flow as it was, comes near the best. Running the same command again
-    computes only what is missing.
+    before and after, and over λ; whether vision damage goes with lost image flow; and whether a λ that is chosen as the
+    largest that leaves the image flow as it was, within an ε, comes near the best. That choice uses no labels of its
+    expert; ε, like the factor c of the norm-ratio rule, is fitted with labels of the other experts. Running the same
+    command again computes only what is missing.
     """
     with common.reporting():
         from anchors.results import require_writable
@@ -166,14 +167,22 @@ def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         return None
     table = _table(
         f"Does vision damage go with lost image flow? {title}",
-        "Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p",
-        ("measure", "flow", "layers", "ρ", "p", "ρ beyond λ", "p", "settings"),
+        "Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p"
+        f"{_least(tables['damage'])}; q: p corrected for the number of these tests",
+        ("measure", "flow", "layers", "ρ", "p", "q", "ρ beyond λ", "p", "q", "settings"),
     )
     for row in tables["damage"].itertuples():
-        numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.within:+.2f}", f"{row.within_p:.3f}"]
+        numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.q:.3f}"]
+        numbers += [f"{row.within:+.2f}", f"{row.within_p:.3f}", f"{row.within_q:.3f}"]
         shown = ["" if "nan" in text else text for text in numbers]
         table.add_row(row.measure, row.metric, row.part, *shown, f"{row.settings} on {row.curves} curves")
     return table
+
+
+def _least(damage: "pd.DataFrame") -> str:
+    """How small the p beyond λ can get."""
+    least = damage["least_p"].dropna()
+    return f", beyond λ no smaller than {least.max():.2g}" if len(least) else ""
 
 
 def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
@@ -181,7 +190,8 @@ def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         return None
     table = _table(
         f"Choosing λ: {title}",
-        "regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention",
+        "regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention; "
+        "ε, c and the best fixed λ are fitted with labels of the other experts",
         ("rule", "mean regret", "chosen λ by expert"),
     )
     for row in tables["regret"].itertuples():

@@ -68,7 +68,7 @@ def sweep(
     split: Annotated[
         str,
         typer.Option(
-            help="Where results are reported; settings are chosen on `tune`, where there is one.",
+            help="Where results are reported; settings are chosen on `tune`, where the scenario and vision both have it.",
             rich_help_panel="Protocol",
         ),
     ] = "test",
@@ -189,6 +189,8 @@ def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
 def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table | None:
     """At the strength nearest to 1 alone; the file has all."""
     found = tables["matched"]
+    if not len(found):  # without task arithmetic there is nothing to compare with, and no column
+        return None
     found = found[found["family"] != "task-arithmetic"]
     if not len(found):
         return None
@@ -222,5 +224,7 @@ def _scenarios(found: "pd.DataFrame") -> Table:
     for row in found.to_dict(orient="records"):
         cells = [row["scenario"], "chosen" if row["how"] == "best" else row["how"]]
         cells += _cells(row, "skill", "vision", "net", "recovered")
-        table.add_row(*map(escape, cells), str(row["rank"]), f"{row['rank_share']:.0%}")
+        rank, share = row["rank"], row["rank_share"]
+        shown = ["" if rank != rank else f"{rank:.0f}", "" if share != share else f"{share:.0%}"]
+        table.add_row(*map(escape, cells), *shown)
     return table

@@ -186,5 +186,8 @@ def draw_regret(choices: pd.DataFrame, regret: pd.DataFrame, model: str) -> Figu
         own = choices.loc[choices["rule"] == row.rule, "regret"].to_numpy()
         axes.scatter(x + np.linspace(-0.2, 0.2, len(own)), own, s=8, color="black", alpha=0.5, zorder=3)
     axes.set_xticks(range(len(regret)), [plain(rule) for rule in regret["rule"]], rotation=30, ha="right")
-    axes.set(ylabel="regret (utility below the best λ)", title=f"Choosing λ without labels, {plain(model)}")
+    axes.set(
+        ylabel="regret (utility below the best λ)",
+        title=f"Choosing λ, ε and c fitted to the other experts, {plain(model)}",
+    )
     return figure

@@ -1,6 +1,7 @@
 """Forced decoding is greedy decoding; controls show what they say; kept image features change nothing."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from injection_suites import build
+from PIL import Image
+from transformers import GenerationConfig
 
 from anchors.errors import AnchorsError
 from anchors.injection import evaluate as e
+from anchors.injection.flow_prompts import own_answers
 from anchors.injection.suite import Suite, pictures
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import load
@@ -153,3 +157,106 @@ def test_prompts(suite: Suite) -> None:
     assert suite.prompt(x) == "<image> what is {image} ="
     assert suite.prompt(x, "three") == "three what is {image} ="
     assert suite.written(replace(x, answer="{answer}")) == " {answer}"
+
+
+def test_greedy_obeys_no_generation_config(
+    suite: Suite, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = suite.examples("vision", split=None)
+    shown = replace(suite, scenarios={"vision": tuple(replace(x, split="demonstration") for x in examples)})
+    before = e.captions(vlm, suite, examples), own_answers(vlm, shown, "vision")
+    assert any(
+        len(set(text.split())) < len(text.split()) for text in before[0]
+    )  # which a penalty would forbid
+    odd = GenerationConfig(repetition_penalty=50.0, num_beams=3, min_new_tokens=9, suppress_tokens=[2, 3, 4])
+    monkeypatch.setattr(vlm.model, "generation_config", odd)
+    assert (e.captions(vlm, suite, examples), own_answers(vlm, shown, "vision")) == before
+    assert vlm.model.generation_config is odd
+
+
+def test_truncated_weights_are_refused(suite: Suite, tmp_path: Path) -> None:
+    for role, loader in (("vlm", load_vlm), ("base", load)):
+        folder = shutil.copytree(suite.model(role), tmp_path / role)
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(AnchorsError, match="could not be loaded"):
+            loader(str(folder), device="cpu")
+
+
+@pytest.fixture
+def copied(suite: Suite, tmp_path: Path) -> Path:
+    return shutil.copytree(suite.folder, tmp_path / "suite")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"seed": "x"}, "does not describe"),
+        ({"seed": None}, "does not describe"),
+        ({"template": 3}, "The template 3"),
+        ({"template": "{image} ="}, "lacks"),
+        ({"answer": None}, "The answer None"),
+        ({"answer": " answer"}, "lacks {answer}"),
+        ({"experts": ["instruction"]}, "experts in models"),
+        ({"experts": None}, "experts in models"),
+        ({"upper": "../upper"}, "upper in models"),
+        ({"vision": ["vision"]}, "is called"),
+        ({"vision": "../vision"}, "is called"),
+    ],
+)
+def test_suite_refuses_facts(copied: Path, changed: dict, match: str) -> None:
+    facts = json.loads((copied / "suite.json").read_text())
+    inside = {k: v for k, v in changed.items() if k in facts["models"]}
+    facts["models"] |= inside
+    (copied / "suite.json").write_text(
+        json.dumps(facts | {k: v for k, v in changed.items() if k not in inside})
+    )
+    with pytest.raises(AnchorsError, match=match):
+        Suite.open(copied)
+
+
+def test_suite_refuses_lines(copied: Path) -> None:
+    path = copied / "vision.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    (copied.parent / "outside.png").write_bytes((copied / line["image"]).read_bytes())
+    (copied / "link.png").symlink_to("../outside.png")
+    outside = str(copied.parent / "outside.png")
+    for image in ("../outside.png", outside, "link.png"):
+        path.write_text(json.dumps(line | {"image": image}))
+        with pytest.raises(AnchorsError, match="outside the suite"):
+            Suite.open(copied)
+    for name in ("answer", "question"):
+        path.write_text(json.dumps(line | {name: None}))
+        with pytest.raises(AnchorsError, match="is null"):
+            Suite.open(copied)
+    path.write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(AnchorsError, match="is not UTF-8"):
+        Suite.open(copied)
+
+
+def test_suite_reads_a_mark_of_byte_order_and_no_caption(copied: Path) -> None:
+    facts = json.loads((copied / "suite.json").read_text())
+    (copied / "suite.json").write_text(json.dumps(facts | {"caption": ""}), encoding="utf-8-sig")
+    text = (copied / "vision.jsonl").read_text()
+    (copied / "vision.jsonl").write_text(text, encoding="utf-8-sig")
+    assert Suite.open(copied).caption is None
+
+
+def test_bad_pictures_are_refused(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example, path = suite.examples("vision")[0], tmp_path / "x.png"
+
+    def refused() -> None:
+        with pytest.raises(AnchorsError, match="cannot be read"):
+            pictures([replace(example, image=path)])
+
+    Image.new("RGB", (4, 4)).save(path, format="PPM")  # not of the formats that are read
+    refused()
+    whole = (suite.folder / "images" / "0.png").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused()
+    path.write_bytes(whole[:30] + b"\xff" * 20 + whole[50:])
+    refused()
+    path.write_bytes(whole)
+    for limit in (200, 100):  # of 256 pixels: a warning, and an error
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        refused()

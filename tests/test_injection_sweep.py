@@ -23,7 +23,7 @@ from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Suite
 from anchors.injection.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
-from anchors.injection.tables import Samples, between, front, tables
+from anchors.injection.tables import Samples, tables
 from anchors.injection.vlm import load_vlm
 from anchors.models import load
 
@@ -200,136 +200,26 @@ def test_out_of_memory_says_what_to_do(
         sweep(suites[:1], Sweep(GRID), out=tmp_path, device="cpu")
 
 
-# Tables, on rows whose truth is known.
+def test_notes_say_which_scenario_was_not_chosen_apart(suites: list[Suite], swept: tuple) -> None:
+    rows = swept[0].rows.astype(dict.fromkeys(("scenario", "split", "condition", "setting"), str))
+    assert not any("flatters" in note for note in swept[0].notes)
+    part = rows[(rows["scenario"] != "instruction") | (rows["split"] != "tune")]
+    sizes = dict.fromkeys(("changed", "norm", "relative", "dose"), 0.0)
+    again = module._swept(part.assign(**sizes), GRID.recipes(3), [], "test", ["first"])
+    assert [note.split(":")[0] for note in again.notes if "flatters" in note] == ["instruction"]
+    assert again.notes[0] == "first"
+    on_tune = module._swept(part.assign(**sizes), GRID.recipes(3), [], "tune", [])
+    assert len([note for note in on_tune.notes if "flatters" in note]) == 2
 
 
-def made(accuracies: dict[tuple[Recipe | str, str], float], seeds: int = 2, examples: int = 400) -> Swept:
-    """Rows in which exactly this share of the answers is right, in tune as in test, unless given as (tune, test)."""
-    rows, settings = [], {}
-    for (what, condition), value in accuracies.items():
-        name, mask = (what, 0) if isinstance(what, str) else (setting_of(what), what.seed)
-        facts = (
-            {"setting": name, "mask": mask, "family": "reference"}
-            if isinstance(what, str)
-            else facts_of(what)
-        )
-        dose = 0.0 if isinstance(what, str) else what.strength * (2 if what.method == "dare" else 1)
-        for seed in range(seeds):
-            settings[name, mask, seed] = {
-                "seed": seed,
-                "scenario": "s",
-                "changed": 1,
-                "norm": dose,
-                "relative": dose,
-                "dose": dose,
-                **facts,
-            }
-            for split, share in zip(("tune", "test"), np.broadcast_to(value, 2), strict=True):
-                right = np.arange(examples) < round(share * examples)
-                rows.append(pd.DataFrame({
-                    "seed": seed, "scenario": "s", "setting": name, "mask": mask, "condition": condition, "split": split,
-                    "number": np.arange(examples) + 1000 * (split == "tune"), "correct": right,
-                }))  # fmt: skip
-    return Swept(pd.concat(rows, ignore_index=True), pd.DataFrame(settings.values()), [], [])
-
-
-TA = {s: Recipe("task-arithmetic", s) for s in (0.5, 1.0, 1.5)}
-DARE = {(s, m): Recipe("dare", s, seed=m, density=0.5) for s in (0.5, 1.0) for m in (0, 1)}
-TRUTH = {
-    ("VLM alone", "skill"): 0.0, ("VLM alone", "vision"): 1.0, ("VLM alone", "blank"): 0.0, ("text oracle", "skill"): 0.8,
-    (TA[0.5], "skill"): 0.2, (TA[0.5], "vision"): 0.98, (TA[0.5], "blank"): 0.1,
-    (TA[1.0], "skill"): (0.3, 0.5), (TA[1.0], "vision"): (0.96, 0.6), (TA[1.0], "blank"): 0.1,
-    (TA[1.5], "skill"): 0.4, (TA[1.5], "vision"): 0.5, (TA[1.5], "blank"): 0.1,
-    **{(DARE[0.5, m], "skill"): 0.1 + 0.1 * m for m in (0, 1)}, **{(DARE[0.5, m], "vision"): 0.99 for m in (0, 1)},
-    **{(DARE[1.0, m], "skill"): 0.35 for m in (0, 1)}, **{(DARE[1.0, m], "vision"): 0.5 for m in (0, 1)},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def known() -> dict[str, pd.DataFrame]:
-    found = made(TRUTH)
-    return tables(found.rows, found.settings, resamples=50)
-
-
-def test_summary(known: dict[str, pd.DataFrame]) -> None:
-    found = known["summary"].set_index("setting")
-    assert found.loc["task-arithmetic λ=1", ["skill", "vision", "net", "loss"]].tolist() == pytest.approx(
-        [0.5, 0.6, 0.4, -0.4]
-    )
-    dare = found.loc["dare λ=0.5 d=0.5"]
-    assert dare["skill"] == pytest.approx(0.15)
-    assert dare["masks"] == 2
-    assert np.isnan(dare["blank"])
-    assert found.index[found["front"]].tolist() == [
-        "VLM alone",
-        "task-arithmetic λ=0.5",
-        "task-arithmetic λ=1",
-        "dare λ=0.5 d=0.5",
-    ]
-    inside = found[["skill_low", "skill", "skill_high"]].dropna()
-    assert inside.apply(lambda row: row.is_monotonic_increasing, axis=1).all()
-    assert found["examples"].eq(800).all()
-
-
-def test_the_best_is_chosen_without_the_test_examples(known: dict[str, pd.DataFrame]) -> None:
-    found = known["best"].set_index("family")
-    own = found.loc["task-arithmetic"]
-    # On the test split it does not even keep the vision: that is what honest choosing costs.
-    assert own["setting"] == "task-arithmetic λ=1"
-    assert own["chosen_on"] == "tune"
-    assert (own["tune_skill"], own["skill"], own["vision"], own["ceiling"]) == pytest.approx(
-        (0.3, 0.5, 0.6, 0.2)
-    )
-    assert found.loc["any", "setting"] == "task-arithmetic λ=1"
-    assert found.loc["dare", "setting"] == "dare λ=0.5 d=0.5"
-    assert found.loc["dare", "difference"] == pytest.approx(-0.35)
-    worse = made(TRUTH | {(r, "vision"): 0.5 for r in TA.values()})
-    chosen = tables(worse.rows, worse.settings, resamples=0)["best"].set_index("family")
-    assert chosen.loc["task-arithmetic", "setting"] == "VLM alone"
-    tuneless = worse.rows[worse.rows["split"] == "test"]
-    assert set(tables(tuneless, worse.settings, resamples=0)["best"]["chosen_on"]) == {"test"}
-
-
-def test_matched(known: dict[str, pd.DataFrame]) -> None:
-    found = known["matched"].set_index(["family", "by", "at"])
-    assert found.loc[("dare", "strength", 1.0), "skill"] == pytest.approx(0.35)
-    # DARE's doses are 1 and 2: at 1 it is its setting of λ 0.5, at 0.5 half of the way to it, at 1.5 between its two.
-    assert found.loc[("dare", "dose", 1.0), "skill"] == pytest.approx(0.15)
-    assert found.loc[("dare", "dose", 0.5), "vision"] == pytest.approx(0.995)
-    assert found.loc[("dare", "dose", 1.5), ["skill", "skill_difference"]].tolist() == pytest.approx(
-        [0.25, -0.15]
-    )
-    anchor = found.loc["task-arithmetic"]
-    assert np.allclose(anchor["skill_difference"], 0)
-    assert ("dare", "strength", 1.5) not in found.index
-
-
-def test_sensitivity_and_scenarios(known: dict[str, pd.DataFrame]) -> None:
-    own = known["sensitivity"].set_index("family").loc["task-arithmetic"]
-    assert (own["settings"], own["lowest"], own["highest"]) == (3, 0.2, 0.5)
-    assert own[["spread", "near", "keep", "both"]].tolist() == pytest.approx([0.3, 1 / 3, 1 / 3, 1 / 3])
-    row = known["scenarios"].set_index("how").loc["task-arithmetic λ=1"]
-    assert (row["recovered"], row["rank"], row["rank_share"]) == pytest.approx((0.5 / 0.8, 1, 1))
-
-
-def test_front_against_the_definition() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        x, y = rng.integers(0, 5, (2, 12)) / 4.0
-        naive = [
-            not any(a >= c and b >= d and (a > c or b > d) for a, b in zip(x, y, strict=True))
-            for c, d in zip(x, y, strict=True)
-        ]
-        assert front(x, y).tolist() == naive
-
-
-def test_between() -> None:
-    points = np.array([0.0, 1.0, 1.0, 3.0])
-    for at in (0.0, 0.25, 2.0, 3.0):
-        assert between(points, at) @ points == pytest.approx(at)
-    assert between(points, 3.0 + 1e-6) @ points == pytest.approx(3.0)
-    assert not between(points, 3.1).any()
-    assert not between(points, -0.1).any()
+def test_a_reference_that_one_suite_lacks_is_left_out(suites: list[Suite], swept: tuple) -> None:
+    other = replace(suites[1], models=suites[1].models | {"upper": {}}, caption=None)
+    wanted = Sweep(replace(GRID, methods=("swap",)), ("instruction",))
+    found = sweep([suites[0], other], wanted, out=swept[1], device="cpu")
+    assert set(found.settings["setting"]) == {"VLM alone", "text oracle", "base text", "swap λ=1"}
+    for name in ("cascade", "upper bound"):
+        assert any(name in note and "left out" in note for note in found.notes)
+    assert tables(found.rows, found.settings, resamples=0)["summary"]["skill"].notna().all()
 
 
 def test_tables_of_a_sweep(swept: tuple) -> None:
@@ -364,6 +254,30 @@ def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch:
     assert shown.exit_code == 0, shown.output
     for text in ("instruction without injection", "equal norm added", "chosen on tune", "Which scenarios"):
         assert text in shown.stdout
+
+
+def test_command_without_task_arithmetic(
+    suites: list[Suite], swept: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
+    grid = [
+        "--grid",
+        "small",
+        "--methods",
+        "ties",
+        "--strengths",
+        "1",
+        "--scenarios",
+        "instruction",
+        "--device",
+        "cpu",
+        "-o",
+    ]
+    shown = CliRunner().invoke(app, [str(suites[0].folder), *grid, str(swept[1])])
+    assert shown.exit_code == 0, shown.output
+    assert "equal norm added" not in shown.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from anchors.errors import AnchorsError
@@ -234,17 +235,31 @@ def captions(
         for i in range(0, len(files), step):
             own = files[i : i + step]
             inputs = vlm.encode([prompt] * len(own), [[shown[f]] for f in own]).tensors
-            with vlm.arithmetic():
-                ids = vlm.model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=CAPTION,
-                    eos_token_id=vlm.end,
-                    pad_token_id=vlm.end,
-                )
-            texts = vlm.tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
-            said |= {f: text.strip() for f, text in zip(own, texts, strict=True)}
+            said |= dict(zip(own, greedy(vlm, inputs, CAPTION), strict=True))
     return [said[e.image] for e in examples]
+
+
+@torch.no_grad()
+def greedy(vlm: VisionLanguageModel, inputs: dict[str, Tensor], tokens: int) -> list[str]:
+    """What the VLM, as it is now, writes: the most likely token each time, and nothing else decides.
+
+    Args:
+        vlm: the model.
+        inputs: encoded prompts of equal length.
+        tokens: the most that it writes.
+    """
+    model, own = vlm.model, vlm.model.generation_config
+    # Whatever a call leaves open `generate` fills in from here: a repetition penalty, a number of beams.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=tokens, eos_token_id=vlm.end, pad_token_id=vlm.end
+    )
+    try:
+        with vlm.arithmetic():
+            ids = model.generate(**inputs)
+    finally:
+        model.generation_config = own
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def _right(model: Any, batch: Batch) -> dict[int, bool]:

@@ -1,17 +1,21 @@
 """Two questions to the flow of merged models, asked whichever way they come out.
 
-Does vision damage go with lost image flow in shallow layers? And does a λ that is chosen without labels, as the largest
-that leaves the image flow close to what it was, come near the best one?
+Does vision damage go with lost image flow in shallow layers? And does a λ that is chosen without labels of its
+expert, as the largest that leaves the image flow close to what it was, come near the best one?
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import permutations as orders
+from itertools import product
+from math import factorial, prod
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import false_discovery_control, rankdata
 
 from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured
 from anchors.injection.flow_tables import MEASURES, profiles
+from anchors.stats import interval, resampling
 
 PERMUTATIONS = 9999
 EPSILONS = np.geomspace(0.003, 30, 121)
@@ -34,7 +38,8 @@ def accuracies(rows: pd.DataFrame, vision: str) -> pd.DataFrame:
             part = own[own["scenario"] == scenario][["strength", "value"]]
             found.append(part.assign(seed=seed, expert=expert, what=name))
     long = pd.concat(found, ignore_index=True)
-    wide = long.pivot(index=[*KEY, "strength"], columns="what", values="value").reset_index()
+    wide = long.pivot(index=[*KEY, "strength"], columns="what", values="value")
+    wide = wide.reindex(columns=["skill", "vision"]).reset_index()  # either may not have been measured
     return wide.rename_axis(columns=None).sort_values([*KEY, "strength"], ignore_index=True)
 
 
@@ -73,8 +78,12 @@ def damage(measured: Measured, permutations: int = PERMUTATIONS) -> tuple[pd.Dat
     """Does the drop of vision accuracy go with lost image flow? By measure, metric and half of the layers.
 
     `rho` is Spearman's over all settings (training, expert, λ > 0); its p permutes settings freely, which is generous,
-    since both grow with λ. `within` is the correlation of the ranks after each λ's mean is taken off, and its p permutes
-    whole curves (training, expert) among each other: does flow say more about damage than λ does? Both p are two-sided.
+    since both grow with λ. `within` is the correlation of the ranks after the mean of each training at each λ is taken off,
+    and its p permutes the whole curves of a training's experts among each other, since trainings differ by more than
+    chance: does flow say more about damage than λ does? Both p are two-sided. T trainings of E experts have (E!)^T such
+    orders, all of which are tried when they are no more than asked for, and `within_p` cannot be below `least_p`, one
+    over the orders tried. The rows are correlated tests of one question (18 of them, where all was measured): `q` and
+    `within_q` are the p of Benjamini and Yekutieli (2001), who bound the false discovery rate whatever the dependence.
 
     Returns:
         The correlations, and the points (columns of `losses` and `drop`).
@@ -95,26 +104,47 @@ def damage(measured: Measured, permutations: int = PERMUTATIONS) -> tuple[pd.Dat
             "settings": lost.size,
             "curves": len(lost),
         }
-        found.append(facts | _correlations(lost, dropped, permutations))
-    return pd.DataFrame(found), points
+        trainings = wide.index.get_level_values("seed").to_numpy()
+        found.append(facts | _correlations(lost, dropped, trainings, permutations))
+    table = pd.DataFrame(found)
+    return table.assign(q=_corrected(table["p"]), within_q=_corrected(table["within_p"])), points
 
 
-def _correlations(lost: np.ndarray, dropped: np.ndarray, permutations: int) -> dict[str, float]:
-    """Of two [curves, strengths] arrays."""
+def _correlations(
+    lost: np.ndarray, dropped: np.ndarray, trainings: np.ndarray, permutations: int
+) -> dict[str, float]:
+    """Of two [curves, strengths] arrays, and the training of each curve."""
     if np.isnan(lost).any() or np.ptp(lost) == 0 or np.ptp(dropped) == 0:
-        return dict.fromkeys(("rho", "p", "within", "within_p"), np.nan)
+        return dict.fromkeys(("rho", "p", "within", "within_p", "least_p"), np.nan)
     rng = np.random.default_rng(0)
     a, b = (rankdata(x).reshape(x.shape) for x in (lost, dropped))
     flat = rng.permuted(np.broadcast_to(b.ravel(), (permutations, b.size)), axis=1)
     rho, free = _correlation(a, b), _correlation(a, flat.reshape(-1, *b.shape))
-    left, right = a - a.mean(0), b - b.mean(0)
-    order = rng.permuted(np.broadcast_to(np.arange(len(b)), (permutations, len(b))), axis=1)
+    left, right = (x - pd.DataFrame(x).groupby(trainings).transform("mean").to_numpy() for x in (a, b))
+    order = _within(trainings, permutations, rng)
     within, curves = _correlation(left, right), _correlation(left, right[order])
-    enough = len(lost) > 2 and not np.isnan(within)
+    enough = len(order) > 1 and not np.isnan(within)
     return {
         "rho": float(rho), "p": _p(free, rho), "within": float(within) if enough else np.nan,
-        "within_p": _p(curves, within) if enough else np.nan,
+        "within_p": float(_as_large(curves, within).mean()) if enough else np.nan,
+        "least_p": 1 / len(order) if enough else np.nan,
     }  # fmt: skip
+
+
+def _within(trainings: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """[orders, curves] that keep every curve in its training: all, or what was found and so many random ones."""
+    members = [np.flatnonzero(trainings == t) for t in np.unique(trainings)]
+
+    def drawn() -> Iterator[list[np.ndarray]]:
+        yield members
+        for _ in range(most):
+            yield [rng.permutation(own) for own in members]
+
+    few = prod(factorial(len(own)) for own in members) <= most
+    found = list(product(*(orders(own) for own in members)) if few else drawn())
+    made = np.empty((len(found), len(trainings)), int)
+    made[:, np.concatenate(members)] = [np.concatenate(parts) for parts in found]
+    return made
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -125,7 +155,17 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _p(drawn: np.ndarray, found: np.ndarray) -> float:
-    return float((1 + (np.abs(drawn) >= abs(found) - 1e-12).sum()) / (1 + len(drawn)))
+    return float((1 + _as_large(drawn, found).sum()) / (1 + len(drawn)))
+
+
+def _as_large(drawn: np.ndarray, found: np.ndarray) -> np.ndarray:
+    return np.abs(drawn) >= abs(found) - 1e-12
+
+
+def _corrected(p: pd.Series) -> pd.Series:
+    """For the number of tests that there are."""
+    known = p.dropna()
+    return pd.Series(false_discovery_control(known, method="by") if len(known) else [], known.index, float)
 
 
 def distances(measured: Measured) -> pd.DataFrame:
@@ -149,14 +189,17 @@ def choices(measured: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
 
         flow      the largest λ of the grid up to which the distance stays within ε (by measure)
         norms     the λ of the grid nearest to c ‖τ_v‖ / ‖τ_e‖
-        fixed     the λ of the grid nearest to 0.3, to 1, or the one that is best for the other experts
+        fixed     the λ of the grid nearest to 0.3, to 1 (named by the one that was taken), or the one that is best for the
+                  other experts
 
-    ε, c and the best fixed λ are those with the least mean regret on all *other* experts, over all trainings; with a
-    single expert only the fixed rules are left. Of several equally good ones the middle one is taken.
+    ε, c and the best fixed λ are those with the least mean regret on all *other* experts, over all trainings: no labels
+    of the expert itself are used, but those of the others are. With a single expert only the fixed rules are left. Of
+    several equally good ones the middle one is taken.
 
     Returns:
         One row per rule, training and expert: parameter, strength, utility, regret, best; and one row per rule: mean
-        regret with its bootstrap interval over trainings and experts.
+        regret with its bootstrap interval over trainings, and experts within them. Both are empty where no expert was
+        measured on its own scenario.
     """
     accuracy = accuracies(measured.rows, measured.vision).dropna()
     alone = accuracy[accuracy["strength"] == 0].set_index(KEY)["vision"].clip(lower=1e-9)
@@ -210,18 +253,16 @@ def _rules(
     everywhere = np.broadcast_to(np.arange(len(grid)), (len(units), len(grid)))
     rules["best fixed"] = (grid, everywhere)
     for value in (0.3, 1.0):
-        rules[f"fixed {value:g}"] = (np.array([value]), np.full((len(units), 1), nearest(np.array(value))))
+        place = int(nearest(np.array(value)))
+        rules[f"fixed {grid[place]:g}"] = (grid[[place]], np.full((len(units), 1), place))
     return rules
 
 
 def _mean_regret(table: pd.DataFrame, resamples: int = 9999) -> pd.DataFrame:
     wide = table.pivot(index=KEY, columns="rule", values="regret")[list(dict.fromkeys(table["rule"]))]
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(wide), size=(resamples, len(wide)))
-    means = wide.to_numpy()[drawn].mean(1)
-    low, high = (
-        np.quantile(means, [0.025, 0.975], axis=0) if len(wide) > 1 else np.full((2, wide.shape[1]), np.nan)
-    )
+    # Experts of one training share its base and its VLM: the training is drawn, then its experts.
+    weights = resampling(wide.index.to_frame(index=False), resamples if len(wide) > 1 else 0)
+    regret, low, high = interval(weights @ wide.to_numpy() / weights.sum(1, keepdims=True))
     return pd.DataFrame(
-        {"rule": wide.columns, "regret": wide.mean().to_numpy(), "low": low, "high": high, "units": len(wide)}
+        {"rule": wide.columns, "regret": regret, "low": low, "high": high, "units": len(wide)}
     )

@@ -6,14 +6,15 @@ its answer, the suite's separator between them. The label word is the word of th
 the target is the last token before the model has to know what it saw.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from PIL import Image
 
 from anchors.errors import AnchorsError
+from anchors.injection.evaluate import greedy
 from anchors.injection.flow import ImagePrompt
 from anchors.injection.suite import Example, Suite, pictures
 from anchors.injection.vlm import VisionLanguageModel
@@ -104,18 +105,26 @@ def _in_turns(examples: Sequence[Example], count: int) -> list[Example]:
     return [e for _, _, e in sorted(turns, key=lambda turn: turn[:2])[:count]]
 
 
+def _place(example: Example) -> tuple[int, int]:
+    """Where the label word stands in the answer: the last place where the label is a whole word, or else all of it."""
+    whole = (0, len(example.answer))
+    if not example.label:
+        return whole
+    found = re.finditer(rf"(?<!\w){re.escape(example.label)}(?!\w)", example.answer)
+    return [whole, *(match.span() for match in found)][-1]
+
+
 def _word(example: Example) -> str:
     """The label word of an example."""
-    if example.label is not None and example.label in example.answer:
-        return example.label
-    return example.answer
+    start, end = _place(example)
+    return example.answer[start:end]
 
 
 def _span(suite: Suite, example: Example) -> tuple[int, int]:
-    """Where the label word stands in the written answer."""
-    word = _word(example)
-    first = suite.written(example).index(word)
-    return first, first + len(word)
+    """Where the label word stands in the written answer, in which the template's own words are no label."""
+    before = suite.answer.index("{answer}")
+    start, end = _place(example)
+    return before + start, before + end
 
 
 def _first_tokens(vlm: VisionLanguageModel, suite: Suite) -> Callable[[Example], int]:
@@ -167,7 +176,6 @@ def _written(
     return ImagePrompt(text, shown, tuple(labels), begins, answer, query.number)
 
 
-@torch.no_grad()
 def own_answers(vlm: VisionLanguageModel, suite: Suite, scenario: str, batch: int = 32) -> dict[int, str]:
     """What the model, as it is now, answers to the demonstrations of a scenario, by greedy decoding."""
     examples = suite.examples(scenario, "demonstration")
@@ -177,14 +185,10 @@ def own_answers(vlm: VisionLanguageModel, suite: Suite, scenario: str, batch: in
         length = vlm.encode([suite.prompt(example)], [[shown[id(example)]]]).ids.shape[1]
         by_length.setdefault(length, []).append(example)
     said = {}
-    for length, own in by_length.items():  # as many tokens: no padding
+    for own in by_length.values():  # as many tokens: no padding
         for start in range(0, len(own), batch):
             part = own[start : start + batch]
             inputs = vlm.encode([suite.prompt(e) for e in part], [[shown[id(e)]] for e in part])
-            with vlm.arithmetic():
-                ids = vlm.model.generate(
-                    **inputs.tensors, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=vlm.end, pad_token_id=vlm.end,
-                )  # fmt: skip
-            texts = vlm.tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
-            said |= {e.number: text.strip() for e, text in zip(part, texts, strict=True)}
+            texts = greedy(vlm, inputs.tensors, NEW_TOKENS)
+            said |= {e.number: text for e, text in zip(part, texts, strict=True)}
     return said

@@ -5,6 +5,8 @@ again computes only what no file holds yet.
 """
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -217,6 +219,7 @@ class World:
             "vlm": self.vlm.fingerprint, "precision": self.vlm.precision, "shots": wanted.shots,
             "prompts": wanted.prompts, "examples": wanted.examples, "drawing": wanted.seed, "separator": suite.separator,
             "data": {name: suite.fingerprint(suite.examples(name, None)) for name in sorted(asked)},
+            "label_words": {name: _labels(suite, name) for name in sorted(asked)},
             **prints, **({"recipe": replace(wanted.recipe, strength=1.0).as_dict()} if prints else {}),
         }  # fmt: skip
 
@@ -278,6 +281,12 @@ class World:
     def _language_model(self, source: str) -> LanguageModel:
         half = self.vlm.precision in ("bfloat16", "float16")
         return load(source, device=str(self.vlm.device), precision="tf32" if half else self.vlm.precision)
+
+
+def _labels(suite: Suite, scenario: str) -> str:
+    """Digest of the examples' labels: they say where label words stand, and a suite's fingerprint is without them."""
+    labels = [e.label for e in suite.examples(scenario, None)]
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]
 
 
 def _parts(drawn: Drawn, size: int) -> Iterator[list[Any]]:

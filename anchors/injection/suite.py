@@ -7,6 +7,7 @@ beside it, one example a line. Both are described at `Suite` and `Example`.
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ IMAGE = "<image>"
 """Where an image stands in a prompt; `VisionLanguageModel.encode` replaces it."""
 GREY = 128
 """Of blank images: close to zero after the usual normalisation by mean ½ and standard deviation ½."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of images. Pillow's other readers are rarely used and some start programs: a suite may come from anybody."""
 
 Shown = Literal["own", "blank", "shuffled"]
 
@@ -60,7 +64,8 @@ class Suite:
         seed: of the training of its models; suites that differ only in it are repetitions of one experiment.
         template: of a prompt, with `{image}` and `{question}`.
         answer: how the answer continues the prompt, with `{answer}`.
-        caption: the question that makes the VLM describe an image in the words of `Example.text`; None where it cannot.
+        caption: the question that makes the VLM describe an image in the words of `Example.text`; None where it cannot
+            (an empty one in the file is none).
         vision: the scenario that the VLM was trained on, in which retention is measured.
         models: `vlm`, `base`, `experts` (by scenario) and `upper` (by scenario, VLMs fine-tuned on it, optional).
         scenarios: the examples of each.
@@ -88,11 +93,12 @@ class Suite:
         folder = Path(folder)
         path = folder / "suite.json"
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = json.loads(path.read_text(encoding="utf-8-sig"))
             models = facts["models"]
             named = {
-                "template": facts["template"], "vision": facts["vision"], "base": models["base"],
-                "vlm": models["vlm"], "experts": models["experts"],
+                "template": facts["template"], "vision": str(facts["vision"]), "base": models["base"],
+                "vlm": models["vlm"], "experts": models["experts"], "seed": int(facts.get("seed", 0)),
+                "answer": facts.get("answer", " {answer}"),
             }  # fmt: skip
         except OSError as error:
             raise AnchorsError(
@@ -104,17 +110,27 @@ class Suite:
                 f"{str(path)!r} does not describe a suite: {type(error).__name__} {error}.",
                 "It needs template, vision, and models with vlm, base and experts.",
             ) from error
-        if "{image}" not in named["template"] or "{question}" not in named["template"]:
-            raise AnchorsError(
-                f"The template {named['template']!r} of {str(path)!r} lacks {{image}} or {{question}}.",
-                'For example "{image} {question} =".',
-            )
+        for name, fields, like in (
+            ("template", ("{image}", "{question}"), "{image} {question} ="),
+            ("answer", ("{answer}",), " {answer}"),
+        ):
+            if not isinstance(named[name], str) or any(field not in named[name] for field in fields):
+                raise AnchorsError(
+                    f"The {name} {named[name]!r} of {str(path)!r} lacks {' or '.join(fields)}.",
+                    f'For example "{like}".',
+                )
+        for role, found in (("experts", models["experts"]), ("upper", models.get("upper") or {})):
+            if not isinstance(found, dict):
+                raise AnchorsError(
+                    f"{role} in models of {str(path)!r} is {type(found).__name__}, not an object.",
+                    f'For example "{role}": {{"instruction": "../{role}/instruction"}}.',
+                )
         scenarios = {
             name: _read(folder, name) for name in dict.fromkeys([named["vision"], *named["experts"]])
         }
         return cls(
-            folder, str(facts.get("name", folder.name)), int(facts.get("seed", 0)), named["template"],
-            facts.get("answer", " {answer}"), facts.get("caption"), named["vision"], models, scenarios,
+            folder, str(facts.get("name", folder.name)), named["seed"], named["template"], named["answer"],
+            facts.get("caption") or None, named["vision"], models, scenarios,
             facts.get("separator", cls.separator),
         )  # fmt: skip
 
@@ -231,9 +247,13 @@ def pictures(examples: Sequence[Example], shown: Shown = "own", seed: int = 0) -
 
 def _picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                return picture.convert("RGB")
+    except (
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
         raise AnchorsError(
             f"The image {str(path)!r} cannot be read: {error}", "Build the suite again."
         ) from error
@@ -249,19 +269,29 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read(folder: Path, name: str) -> tuple[Example, ...]:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise AnchorsError(
+            f"A scenario of {str(folder)!r} is called {name!r}.", "Letters, digits, - and _ make a name."
+        )
     path = folder / f"{name}.jsonl"
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise AnchorsError(
             f"The scenario {name!r} has no file: {error.strerror or error}: {str(path)!r}.",
             "Every scenario with an expert, and the vision scenario, is a file NAME.jsonl beside suite.json.",
         ) from error
+    except UnicodeDecodeError as error:
+        raise AnchorsError(f"{str(path)!r} is not UTF-8: {error}.", "Save it as UTF-8.") from error
     found = []
     for number, line in enumerate(lines):
         try:
             x = json.loads(line)
             image = folder / x["image"] if x.get("image") else None
+            if image is not None and not image.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"the image {x['image']!r} is outside the suite's folder")
+            if x["question"] is None or x["answer"] is None:
+                raise ValueError("question or answer is null")
             example = Example(
                 number, image, str(x.get("text", "")), str(x["question"]), str(x["answer"]),
                 str(x.get("kind", name)), str(x.get("split", "test")),

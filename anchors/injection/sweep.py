@@ -23,7 +23,7 @@ from anchors.injection.grid import Grid, facts_of, setting_of
 from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Example, Shown, Suite
-from anchors.injection.tables import ORACLE, REFERENCE, VLM
+from anchors.injection.tables import ORACLE, REFERENCE, VLM, chosen_apart
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
 from anchors.results import Run
@@ -52,7 +52,7 @@ class Sweep:
     Attributes:
         grid: the settings.
         scenarios: which skills; None is all that have an expert.
-        split: on which results are reported; settings are chosen on `tune`, where there is one.
+        split: on which results are reported; settings are chosen on `tune` where the scenario and vision both have one.
         limit: at most so many examples of each split.
         controls: blank and shuffled images at every setting, not only for the VLM alone.
         batch: prompts at once; None chooses by their length.
@@ -97,7 +97,9 @@ class Swept:
         rows: columns seed, scenario, setting, mask, condition, split, kind, number, correct: one per answer. Conditions
             are skill, blank and shuffled (the scenario's questions) and vision (those of the vision scenario).
         settings: one row per seed, scenario, setting and mask: its recipe, tensors changed, norm ‖m − v‖, `relative`
-            (the norm over ‖v‖ of what changed) and `dose` (the norm over ‖τ_e‖, so that task arithmetic's is λ_e).
+            (the norm over ‖v‖ of what changed) and `dose`: the norm over ‖τ_e‖, so that task arithmetic's is λ_e. ‖τ_e‖
+            is without embedding and head, the norm is of all that changed: where embeddings are merged, too, the dose
+            of task arithmetic is larger than λ_e.
         configs: what the rows depend on, one per suite and scenario.
         notes: what a reader must know.
     """
@@ -130,9 +132,7 @@ def sweep(
         AnchorsError: suites that do not belong together, models that do not fit, no memory.
     """
     _require_siblings(suites, wanted)
-    references = {
-        (suite.seed, skill): _references(suite, skill) for suite in suites for skill in wanted.skills(suite)
-    }
+    references, notes = _shared_references(suites, wanted)
     recipes: tuple[Recipe, ...] = ()
     found, configs, finished = [], [], count(1)
     for suite in suites:
@@ -140,9 +140,9 @@ def sweep(
         if recipes and recipes != wanted.grid.recipes(world.vlm.n_layers):
             raise AnchorsError("The suites' VLMs differ in their layers: they are not one experiment.")
         recipes = wanted.grid.recipes(world.vlm.n_layers)
-        total = sum(len(own) + len(recipes) for own in references.values())
+        total = len(suites) * sum(len(own) + len(recipes) for own in references.values())
         for skill in wanted.skills(suite):
-            named = [(name, 0, name) for name in references[suite.seed, skill]]
+            named = [(name, 0, name) for name in references[skill]]
             units = {
                 (suite.seed, skill, setting, mask): what
                 for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
@@ -153,7 +153,7 @@ def sweep(
             found.append(rows)
             configs.append(config)
         del world  # before the next VLM comes
-    return _swept(pd.concat(found, ignore_index=True), recipes, configs)
+    return _swept(pd.concat(found, ignore_index=True), recipes, configs, wanted.split, notes)
 
 
 def _measured(
@@ -308,6 +308,21 @@ def _references(suite: Suite, skill: str) -> list[str]:
     return [name for name in REFERENCES if there.get(name, True)]
 
 
+def _shared_references(suites: Sequence[Suite], wanted: Sweep) -> tuple[dict[str, list[str]], list[str]]:
+    """By scenario the references that all suites have, and notes on those that only some have: over all trainings
+    these have no accuracy."""
+    found, notes = {}, []
+    for skill in wanted.skills(suites[0]):
+        own = [_references(suite, skill) for suite in suites]
+        found[skill] = [name for name in own[0] if all(name in other for other in own)]
+        notes += [
+            f"{skill}: the reference {name!r} is left out, since not every suite has what it needs."
+            for name in REFERENCES
+            if name not in found[skill] and any(name in other for other in own)
+        ]
+    return found, notes
+
+
 def _require_siblings(suites: Sequence[Suite], wanted: Sweep) -> None:
     seeds = [s.seed for s in suites]
     if doubles := sorted({s for s in seeds if seeds.count(s) > 1}):
@@ -343,7 +358,9 @@ def _enough_memory() -> Iterator[None]:
         ) from error
 
 
-def _swept(rows: pd.DataFrame, recipes: Sequence[Recipe], configs: list[dict[str, Any]]) -> Swept:
+def _swept(
+    rows: pd.DataFrame, recipes: Sequence[Recipe], configs: list[dict[str, Any]], split: str, notes: list[str]
+) -> Swept:
     facts = pd.DataFrame(
         [*({"setting": n, "mask": 0, "family": REFERENCE} for n in REFERENCES), *map(facts_of, recipes)]
     )
@@ -352,11 +369,12 @@ def _swept(rows: pd.DataFrame, recipes: Sequence[Recipe], configs: list[dict[str
     units = measured[["seed", "scenario"]].drop_duplicates()
     settings = units.merge(facts, how="cross").merge(measured, on=list(IDENTITY))
     rows = rows[ROWS].astype(dict.fromkeys(("scenario", "setting", "condition", "split", "kind"), "category"))
-    notes = []
-    if "tune" not in set(rows["split"]):
-        notes.append(
-            "There is no split `tune`: settings were chosen on the examples they are reported on, which flatters the best."
-        )
+    notes = notes + [
+        f"{scenario}: settings were chosen on the examples they are reported on ({split}), which flatters the best: the "
+        "scenario and vision do not both have a split `tune` apart from it."
+        for scenario, own in rows.groupby("scenario", sort=False, observed=True)
+        if not chosen_apart(own, split)
+    ]
     if (trainings := rows["seed"].nunique()) < 3:
         notes.append(
             f"{trainings} training{'s' * (trainings != 1)} only: the intervals hardly know how much trainings differ."

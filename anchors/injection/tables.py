@@ -80,7 +80,8 @@ def tables(
 
     Returns:
         summary: every setting and reference of every scenario; best: the setting of each family that was chosen on
-        `tune`, see `best_table`; matched, sensitivity and scenarios: see the functions of these names.
+        `tune` (on `split` itself where `chosen_apart` says no), see `best_table`; matched, sensitivity and scenarios:
+        see the functions of these names.
     """
     parts: dict[str, list[pd.DataFrame]] = {}
     chosen: dict[str, tuple[Samples, pd.DataFrame, str]] = {}
@@ -89,10 +90,10 @@ def tables(
         mine = rows[rows["scenario"] == scenario]
         names = list(own["setting"])
         test = Samples.of(mine[mine["split"] == split], names, resamples)
-        tune = mine[mine["split"] == "tune"]
-        ahead = Samples.of(tune, names, 0) if len(tune) else test
+        apart = chosen_apart(mine, split)
+        ahead = Samples.of(mine[mine["split"] == "tune"], names, 0) if apart else test
         summary = summary_table(own, test)
-        best = best_table(own, ahead, test, "tune" if len(tune) else split)
+        best = best_table(own, ahead, test, "tune" if apart else split)
         found = {
             "summary": summary, "best": best, "matched": matched_table(own, test), "sensitivity": sensitivity_table(own, test)
         }  # fmt: skip
@@ -107,6 +108,15 @@ def tables(
         for name, found in parts.items()
     }
     return made | {"scenarios": scenario_table(chosen)}
+
+
+def chosen_apart(rows: pd.DataFrame, split: str) -> bool:
+    """Whether settings of a scenario can be chosen on other examples than those that are reported on: every training
+    has `tune` examples of the skill and of vision, and `tune` is not itself what is reported on."""
+    tune = rows[rows["split"] == "tune"]
+    there = set(zip(tune["seed"], tune["condition"], strict=True))
+    wanted = {(seed, condition) for seed in rows["seed"].unique() for condition in ("skill", "vision")}
+    return split != "tune" and wanted <= there
 
 
 def summary_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
@@ -136,8 +146,8 @@ def front(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"]) -> B
 
 
 def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str) -> pd.DataFrame:
-    """Of each family, and of all (`any`), the setting of highest skill that keeps `RETENTION` of the VLM's vision, both on
-    the tune split; its accuracies on the test split.
+    """Of each family, and of all (`any`), the setting of highest skill that keeps `RETENTION` of the VLM's vision, both
+    in the samples `tune`; its accuracies in the samples `test`. `split` names what `tune` was drawn from.
 
     The VLM alone is a candidate, too: where no setting keeps enough, it is chosen. `difference` is the skill minus the
     one of the setting chosen for task arithmetic, paired; `ceiling` the best that could have been chosen with a look
@@ -162,7 +172,7 @@ def matched_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
 
     A line is a family at one density. `by` strength: its setting with λ_e = `at`. `by` dose: skill and vision at
     ‖m − v‖ = at · ‖τ_e‖, interpolated along the line between its settings and the VLM alone (dose 0), and missing beyond
-    its last one. Task arithmetic has dose λ_e. Differences are paired, to task arithmetic.
+    its last one. Task arithmetic has dose λ_e (more, where embeddings are merged, too: ‖τ_e‖ is without them). Differences are paired, to task arithmetic.
     """
     own = settings[_injected(settings)]
     anchor = own[(own["family"] == ANCHOR)].sort_values("strength")
@@ -230,8 +240,9 @@ def sensitivity_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
 def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.DataFrame:
     """Which scenarios can be injected: at task arithmetic with λ 1, and at the setting chosen on the tune split.
 
-    `recovered` is (skill − VLM alone) / (text oracle − VLM alone): how much of what the expert knows arrives. `rank` is
-    by it, and `rank_share` the share of resamples with this very rank.
+    `recovered` is (skill − VLM alone) / (text oracle − VLM alone): how much of what the expert knows arrives; missing
+    where the oracle is no better than the VLM alone. `rank` is by it, among the scenarios that have one, and
+    `rank_share` the share of resamples with this very rank, of those in which all of them have one.
     """
     tables = []
     for how in ("task-arithmetic λ=1", "best"):
@@ -251,14 +262,17 @@ def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.D
                 )
         values = np.stack(recovered, axis=1)
         # Equal ones share the better rank.
-        ranks = 1 + (values[:, None, :] > values[:, :, None]).sum(2)
+        ranks = np.where(np.isnan(values), np.nan, 1 + (values[:, None, :] > values[:, :, None]).sum(2))
+        ranked = ~np.isnan(values[:, ~np.isnan(values[0])]).any(1)
         rows = []
         for i, (scenario, (test, name)) in enumerate(found.items()):
             row = {"scenario": scenario, "how": how, "setting": name}
             for condition in ("skill", "vision", "net"):
                 row |= _estimate(condition, test.at(name, condition))
             row |= _estimate("recovered", values[:, i])
-            row |= {"rank": int(ranks[0, i]), "rank_share": _share(ranks[1:, i] == ranks[0, i])}
+            there = not np.isnan(ranks[0, i])
+            same = (ranks[1:, i] == ranks[0, i])[ranked[1:]]
+            row |= {"rank": ranks[0, i], "rank_share": _share(same) if there else np.nan}
             rows.append(row)
         tables.append(pd.DataFrame(rows))
     return pd.concat(tables, ignore_index=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -305,7 +306,7 @@ def load_vlm(
         model = AutoModelForImageTextToText.from_pretrained(
             place, revision=revision, dtype=DTYPES[precision], use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         raise AnchorsError(
             f"The vision-language model {name!r} could not be loaded: {error}",
             "It must hold config.json, processor and tokenizer files and weights as safetensors.",
