@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anchors.injection.sources import Sources
 
 DEFAULT = "merge"
+SHARD_SIZE = "1GB"
 
 
 class MergeOrCommand(TyperGroup):
@@ -109,7 +110,7 @@ def merge(
         str | None,
         _option(
             "Where",
-            "λ_e of each layer: numbers with commas, or a file of them.",
+            "λ_e of each layer: numbers with commas, or a file of them; the rest then takes --strength, 0 unless given.",
             "--per-layer",
             metavar="LIST",
         ),
@@ -137,7 +138,7 @@ def merge(
     ] = False,
     shard_size: Annotated[
         str, _option("Output", "Largest file of weights, e.g. 500MB.", "--shard-size")
-    ] = "1GB",
+    ] = SHARD_SIZE,
     force: Annotated[
         bool,
         _option("Output", "Merge even models that look unrelated to --base.", "--force"),
@@ -183,6 +184,8 @@ def merge(
             sources = Sources.open(*models, embeddings=embeddings if dry_run else "keep")
         recipe.require_depth(sources.n_layers)
         if inspect:
+            if to is not None or shard_size != SHARD_SIZE:
+                common.print_notes(["--inspect writes nothing: --out and --shard-size are for merging."])
             _inspect(models, recipe, as_json)
             return
         if dry_run:

@@ -92,11 +92,12 @@ def inspection(found: "Inspection", title: str) -> Table:
     rows = found.layers.to_dict(orient="records")
     for row in [*rows, {"layer": "all"} | dict(found.total)]:
         ratio = row["norm_vlm"] / row["norm_expert"] if row["norm_expert"] else float("nan")
-        norms = (row["norm_vlm"], row["norm_expert"], row["norm_base"], ratio)
+        norms = (row["norm_vlm"], row["norm_expert"], row["norm_base"])
         shares = (row["cosine"], row["conflicts"], row["zeros_vlm"], row["zeros_expert"])
-        cells = [*(f"{x:.3g}" for x in norms), *(f"{x:.2f}" for x in shares)]
+        cells = [f"{ratio:.3g}", *(f"{x:.2f}" for x in shares)]
         table.add_row(
             str(row["layer"]),
+            *(f"{x:.3g}" for x in norms),  # of damaged models nan, which must be seen
             *("" if cell == "nan" else cell for cell in cells),
             end_section=bool(rows) and row is rows[-1],
         )

@@ -94,7 +94,7 @@ def test_options_reach_the_recipe(tmp_path):
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["recipe"] == {
-        "method": "dare", "strength": 1.0, "vlm_strength": 0.9, "density": 0.25, "seed": 3, "layers": None,
+        "method": "dare", "strength": 0.0, "vlm_strength": 0.9, "density": 0.25, "seed": 3, "layers": None,
         "per_layer": [0.0, 0.25, 1.0], "embeddings": "shared-rows", "options": {"rescale": "none", "drop": "both"},
     }  # fmt: skip
     assert facts["changed"] == 30
@@ -122,6 +122,34 @@ def test_inspecting_prints_both_task_vectors_by_layer_and_writes_nothing(tmp_pat
         assert any(line.split()[:1] == [row] for line in result.stdout.splitlines()), row
     assert "warning" not in result.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", [["-o", "out"], ["--shard-size", "20KB"]])
+def test_inspecting_says_that_it_writes_nothing(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*three("llava"), "--inspect", *option)
+    assert result.exit_code == 0
+    assert "--inspect writes nothing" in flat(result.stderr)
+    assert not list(tmp_path.iterdir())
+    assert "writes nothing" not in invoke(*three("llava"), "--inspect").output
+
+
+def test_inspecting_shows_damage(tmp_path):
+    own, name = saved("llava"), "model.layers.1.mlp.up_proj.weight"
+    expert = changed_copy(own.expert, tmp_path / "damaged", {name: torch.full((24, 16), torch.nan)})
+    result = invoke(*with_expert(own, expert), "--inspect")
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
+    assert rows["1"][2] == rows["all"][2] == "nan"
+    assert rows["0"][2] != "nan"
+    assert "NaN or infinite in" in flat(result.stderr)
+
+
+def test_shards_of_no_size_are_refused(tmp_path):
+    result = invoke(*three("llava"), "--shard-size", "0KB", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "is not a size of shards" in flat(result.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_inspecting_warns_of_a_wrong_anchor():

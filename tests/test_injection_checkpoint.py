@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from anchors.errors import AnchorsError
 from anchors.injection.checkpoint import INDEX, SINGLE, Checkpoint
+from anchors.injection.inspection import inspect
 from anchors.injection.merge import merge
 from anchors.injection.recipe import Recipe
 
@@ -158,6 +159,7 @@ def test_models_of_the_hub(models: Saved, tmp_path: Path, monkeypatch: pytest.Mo
     assert same(weights(tmp_path / "out"), weights(tmp_path / "plain"))
     facts = json.loads((tmp_path / "out" / "injection.json").read_text())
     assert facts["models"]["expert"] == {"name": "org/expert", "commit": commit}
+    assert facts["identity"]["written"] == dict.fromkeys(("vlm", "base", "expert"), commit)
     shard_of(tmp_path / "hub" / "models--org--vlm" / "snapshots" / commit).unlink()
     with pytest.raises(AnchorsError, match="lacks 1 of its"):
         merge("org/vlm", "org/expert", "org/base", Recipe(strength=0.5), tmp_path / "again")
@@ -172,3 +174,136 @@ def test_fingerprints(copies: Saved) -> None:
     assert Checkpoint.open(copies.expert).fingerprint == before["expert"]
     rewrite(copies.expert, lambda held: held | {"model.norm.weight": held["model.norm.weight"] + 1})
     assert Checkpoint.open(copies.expert).fingerprint != before["expert"]
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("policy", ["shared-rows", "by-token"])
+def test_rows_are_not_merged_unproved(policy: str, copies: Saved, tmp_path: Path) -> None:
+    without_tokenizer(copies.expert)
+    with pytest.raises(AnchorsError, match=f"{policy} needs the tokenizers .* none in .*expert") as error:
+        run(copies, tmp_path / "out", Recipe(strength=0.5, embeddings=policy))
+    assert "keep" in error.value.remedy
+    assert nothing_at(tmp_path / "out")
+
+
+def test_tokenizers_run_no_code_and_ask_nothing(
+    copies: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
+    without_tokenizer(copies.expert)
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (copies.expert / "tokenizer_config.json").write_text(json.dumps(own))
+    (copies.expert / "own.py").write_text("raise SystemExit")
+    with pytest.raises(AnchorsError, match=r"The tokenizer in .*expert' cannot be read"):
+        run(copies, tmp_path / "out", Recipe(strength=0.5, embeddings="by-token"))
+    assert not asked
+
+
+@pytest.mark.parametrize("error", [ImportError("needs sentencepiece"), RuntimeError("odd"), Exception("raw")])
+def test_tokenizers_that_cannot_be_read(
+    error: Exception, models: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(AnchorsError, match=f"cannot be read: {error}"):
+        run(models, tmp_path / "out", Recipe(strength=0.5, embeddings="by-token"))
+
+
+def test_a_model_in_two_roles(copies: Saved, tmp_path: Path) -> None:
+    shutil.copytree(copies.vlm, tmp_path / "twin")
+    for vlm in (copies.vlm, tmp_path / "twin"):
+        with pytest.raises(AnchorsError, match="is given as the base, but is the vision-language model"):
+            merge(copies.vlm, copies.expert, vlm, Recipe(), tmp_path / "out")
+        with pytest.raises(AnchorsError, match="is given as the expert, but is the vision-language model"):
+            merge(copies.vlm, vlm, copies.base, Recipe(), tmp_path / "out")
+    shutil.copytree(copies.base, tmp_path / "language")
+    held = weights(copies.base)
+    rewrite(tmp_path / "language", lambda _: {n: t + 0.01 for n, t in held.items()})
+    with pytest.raises(AnchorsError, match="has no eyes"):
+        merge(tmp_path / "language", copies.expert, copies.base, Recipe(), tmp_path / "out")
+    assert nothing_at(tmp_path / "out")
+
+
+def test_a_base_of_zeros(copies: Saved, tmp_path: Path) -> None:
+    rewrite(copies.base, lambda held: {n: torch.zeros_like(t) for n, t in held.items()})
+    with pytest.raises(AnchorsError, match="is inf for the vision-language model"):
+        run(copies, tmp_path / "out")
+    found = inspect(copies.vlm, copies.expert, copies.base)
+    assert any("is inf ‖b‖" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(("role", "name"), [("vlm", "vision-language model"), ("expert", "expert")])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 4}, "num_attention_heads 2, not 4"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 1, not 2"),
+        ({"head_dim": 4}, "head_dim 8, not 4"),
+        ({"hidden_act": "gelu"}, "activation silu, not gelu"),
+    ],
+)
+def test_the_same_shapes_cut_otherwise(
+    changes: dict, said: str, role: str, name: str, copies: Saved, tmp_path: Path
+) -> None:
+    configure(getattr(copies, role), **changes)
+    with pytest.raises(AnchorsError, match=f"otherwise than the {name}: it has {said}") as error:
+        run(copies, tmp_path / "out")
+    assert "--force" in error.value.remedy
+    assert any(said in warning for warning in inspect(copies.vlm, copies.expert, copies.base).warnings)
+    assert any(said in note for note in run(copies, tmp_path / "out", force=True).notes)
+
+
+def configure(folder: Path, **changes: object) -> None:
+    """Change the configuration of a language model or tower; None takes a key away."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    text |= changes
+    for key in [key for key in changes if changes[key] is None]:
+        del text[key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta 10000.0, not 500000.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta 10000.0, not 500000.0"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling {'rope_type': 'default'}"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-06, not 1e-05"),
+        ({"sliding_window": 4096}, "sliding_window off, not 4096"),
+    ],
+)  # fmt: skip
+def test_what_a_longer_training_changed_is_a_note(
+    changes: dict, said: str, copies: Saved, tmp_path: Path
+) -> None:
+    configure(copies.base, sliding_window="off")
+    configure(copies.expert, **changes)
+    report = run(copies, tmp_path / "out")
+    assert len(report.notes) == 1
+    assert said in report.notes[0]
+    assert inspect(copies.vlm, copies.expert, copies.base).warnings == report.notes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": None, "rope_parameters": None, "rms_norm_eps": None, "hidden_act": "swish"},
+        {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None},
+        {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        {"sliding_window": 4096, "use_sliding_window": False},
+    ],
+)  # fmt: skip
+def test_what_is_only_written_otherwise_is_no_difference(
+    changes: dict, copies: Saved, tmp_path: Path
+) -> None:
+    configure(copies.base, sliding_window="off")
+    configure(copies.vlm, **changes)
+    assert run(copies, tmp_path / "out").notes == ()

@@ -1,5 +1,6 @@
 """A merge that is broken off, anywhere and anyhow: nothing half-written, and the same command goes on."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -9,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from injection_families import Saved
-from injection_merging import models, nothing_at, run, same, weights  # noqa: F401 - a fixture among them
-from safetensors.torch import load_file
+from injection_merging import copies, models, nothing_at, rewrite, run, same, weights  # noqa: F401 - a fixture among them
+from safetensors.torch import load_file, save_file
 
 from anchors.errors import AnchorsError
+from anchors.injection import draft as drafts
+from anchors.injection.checkpoint import SINGLE, Checkpoint
+from anchors.injection.draft import write_shard
 from anchors.injection.merge import merge
 from anchors.injection.recipe import Recipe
 
@@ -174,4 +179,125 @@ def test_files_that_may_not_grow(models: Saved, tmp_path: Path) -> None:
             run(models, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert nothing_at(tmp_path / "out")
+
+
+def stopped(models: Saved, out: Path, at: int = 30) -> Path:
+    """The draft of a merge that was broken off."""
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(models, out, shard_size="5KB", report=stop)
+    return out.parent / f".{out.name}.draft"
+
+
+def test_a_shards_numbers_are_on_the_disk_before_its_name(
+    models: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(drafts.os, "fsync", lambda handle: sizes.append(os.fstat(handle).st_size))
+    model = Checkpoint.open(models.expert)
+    write_shard(tmp_path / "shard", model.entries, model.tensor)
+    assert sizes == [(tmp_path / "shard").stat().st_size]
+
+
+def test_one_number_of_a_source_that_changed(copies: Saved, tmp_path: Path) -> None:
+    """Where the sample of the fingerprint does not look."""
+    name, extra = "vision_tower.extra.weight", torch.zeros(64, 64)
+    rewrite(copies.vlm, lambda held: held | {name: extra})
+    before = Checkpoint.open(copies.vlm).fingerprint
+    run(copies, tmp_path / "out")
+    extra.view(-1)[250] = 1
+    rewrite(copies.vlm, lambda held: held | {name: extra})
+    assert Checkpoint.open(copies.vlm).fingerprint == before
+    with pytest.raises(AnchorsError, match=r"written\.vlm\.model\.safetensors"):
+        run(copies, tmp_path / "out")
+
+
+def test_a_model_that_is_no_longer_whole_is_not_reported(models: Saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(models, out, shard_size="20KB")
+    last = sorted(out.glob("*.safetensors"))[-1]
+    held = last.read_bytes()
+    for spoil in (last.unlink, lambda: last.write_bytes(held[:-1])):
+        spoil()
+        with pytest.raises(AnchorsError, match="no longer whole") as error:
+            run(models, out, shard_size="20KB")
+        assert "Delete it" in error.value.remedy
+    last.write_bytes(held)
+    assert "already" in run(models, out, shard_size="20KB").notes[0]
+    last.unlink()
+    run(models, tmp_path / "wide", shard_size="20KB")
+    (out / "model.safetensors.index.json").unlink()
+    held = {name: tensor.float() for name, tensor in weights(tmp_path / "wide").items()}
+    save_file(held, out / SINGLE)
+    with pytest.raises(AnchorsError, match="no longer whole"):
+        run(models, out, shard_size="20KB")
+
+
+def test_interrupted_while_resuming(models: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path) -> bool:
+        raise KeyboardInterrupt
+
+    draft = stopped(models, tmp_path / "out")
+    there = sorted(draft.glob("*.safetensors"))
+    with monkeypatch.context() as patched:
+        patched.setattr(drafts, "_whole", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(models, tmp_path / "out", shard_size="5KB")
+    assert there
+    assert sorted(draft.glob("*.safetensors")) == there
+    assert run(models, tmp_path / "out", shard_size="5KB").notes == (
+        f"Went on after {len(there)} finished shards.",
+    )
+
+
+@pytest.mark.parametrize("shards", [[], ["model.safetensors"], None, "all", 3])
+def test_a_journal_of_another_shape(shards: object, models: Saved, tmp_path: Path) -> None:
+    draft = stopped(models, tmp_path / "out")
+    journal = json.loads((draft / "journal.json").read_text())
+    (draft / "journal.json").write_text(json.dumps(journal | {"shards": shards}))
+    assert run(models, tmp_path / "out", shard_size="5KB").notes == ()
+    assert len(weights(tmp_path / "out")) == 73
+
+
+def test_something_is_put_into_out_meanwhile(models: Saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def put(done: int, total: int, name: str) -> None:
+        if done == total:
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(AnchorsError, match="was put into") as error:
+        run(models, out, shard_size="5KB", report=put)
+    assert "kept in .out.draft" in error.value.remedy
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    seen = []
+    report = run(models, out, shard_size="5KB", report=lambda done, *_: seen.append(done))
+    assert seen == [73]  # nothing is made again
+    assert "Went on" in report.notes[0]
+    assert not {"journal.json", "lock"} & {path.name for path in out.iterdir()}
+
+
+def test_killed_between_its_last_two_steps(
+    models: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(drafts, "_tidy", lambda out: None)
+        run(models, out)
+    assert {"journal.json", "lock"} <= {path.name for path in out.iterdir()}
+    assert "already" in run(models, out).notes[0]
+    assert not {"journal.json", "lock"} & {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["0KB", "0.0GB", "-1GB", "nanGB", "infGB", "GB", "", "5 apples"])
+def test_sizes_that_are_none(size: str, models: Saved, tmp_path: Path) -> None:
+    with pytest.raises(AnchorsError, match="is not a size of shards"):
+        run(models, tmp_path / "out", shard_size=size)
     assert nothing_at(tmp_path / "out")

@@ -1,5 +1,6 @@
 """Task vectors measured before a merge, and signs of a wrong anchor."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,23 @@ def test_a_frozen_tower_and_an_idle_expert(tmp_path: Path) -> None:
     assert found.total["norm_vlm"] == 0
     (tmp_path / "idle").mkdir()
     assert only(look(tmp_path / "idle", plus(BASE, TOWER), BASE, BASE), "nothing to inject")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", ["vision-language model", "expert", "base"])
+def test_numbers_that_are_none(number: float, role: str, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    roles = ("vision-language model", "expert", "base")
+    three = dict(zip(roles, (plus(BASE, TOWER), plus(BASE, EXPERT), dict(BASE)), strict=True))
+    three[role] = three[role] | {
+        name: three[role][name].clone().index_put_((torch.tensor(3),), torch.tensor(number))
+    }
+    found = look(tmp_path, *three.values())
+    assert f"NaN or infinite in language_model.{name} of the {role}:" in found.warnings[0]
+    column = {"vision-language model": "norm_vlm", "expert": "norm_expert", "base": "norm_base"}[role]
+    finite = found.layers[column].map(math.isfinite)
+    assert found.layers["layer"].tolist() == [0, 1]
+    assert finite.tolist() == [True, False]
+    assert not math.isfinite(found.total[column])
+    odd = found.rows[~found.rows[column].map(math.isfinite)]
+    assert odd[["layer", "module"]].to_numpy().tolist() == [[1, "mlp"]]

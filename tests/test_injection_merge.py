@@ -52,6 +52,7 @@ def in_memory(models: Saved, recipe: Recipe) -> dict[str, torch.Tensor]:
 def test_reloads_and_equals_the_one_in_memory(family: str, tmp_path: Path) -> None:
     models, recipe = saved(family, BF16, SHARD), RECIPES["dare"]
     report = run(models, tmp_path / "out", recipe, shard_size=SHARD)
+    assert report.notes == ()  # configurations agree
     model, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
     )

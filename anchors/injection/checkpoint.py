@@ -154,6 +154,14 @@ class Checkpoint:
                 digest.update(raw[start : start + _SAMPLE].tobytes())
         return digest.hexdigest()[:16]
 
+    def stamp(self) -> str | dict[str, list[int]]:
+        """What changes whenever the weights are written again, if only in one number: the commit of a hub model, else
+        size and time (ns) of each file."""
+        if self.commit is not None:
+            return self.commit
+        found = {file.name: file.stat() for file in self._files}
+        return {name: [own.st_size, own.st_mtime_ns] for name, own in found.items()}
+
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
     """The memory of a tensor as a flat array of bytes, without a copy where it is contiguous."""

@@ -61,7 +61,9 @@ class Layout:
                 filename_pattern="model{suffix}.safetensors",
                 max_shard_size=shard_size,
             )
-        except ValueError as error:
+            if float(shard_size.strip()[:-2]) <= 0:
+                raise ValueError("no room for anything")
+        except (ValueError, OverflowError) as error:
             raise AnchorsError(
                 f"{shard_size!r} is not a size of shards.", "Give one like 500MB or 5GB."
             ) from error
@@ -82,12 +84,14 @@ class Draft:
         identity: JSON-able: what the numbers depend on.
         finished: facts of the shards that are there, by file name.
         notes: what was found when the draft was opened.
+        fresh: whether it holds nothing of an earlier call.
     """
 
     out: Path
     identity: dict[str, Any]
     finished: dict[str, Facts] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fresh: bool = False
 
     @property
     def folder(self) -> Path:
@@ -111,7 +115,7 @@ class Draft:
         """
         draft = cls(out.resolve(), json.loads(json.dumps(identity)))
         try:
-            if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            if _taken(out):
                 raise AnchorsError(
                     f"{str(out)!r} is there already; it would be overwritten.",
                     "Choose another --out, or delete it.",
@@ -124,7 +128,7 @@ class Draft:
                     yield draft
                 except BaseException:
                     (draft.folder / _PART).unlink(missing_ok=True)
-                    if not draft.finished:
+                    if draft.fresh and not draft.finished:
                         draft.discard()
                     raise
         except OSError as error:
@@ -159,7 +163,7 @@ class Draft:
         """Add the index and the files that go with the weights, check everything, and make the draft OUT.
 
         Raises:
-            AnchorsError: what was written is not what should be there.
+            AnchorsError: what was written is not what should be there; something else is in OUT by now.
         """
         if len(layout.shards) > 1:
             where = {name: file for file, names in layout.shards.items() for name in names}
@@ -168,17 +172,23 @@ class Draft:
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, self.folder / path.name)
         _write_json(self.folder / FACTS, facts)
-        written = Checkpoint.open(self.folder).entries
         wanted = {name: entry for names in layout.shards.values() for name, entry in names.items()}
-        wrong = [n for n in sorted({*written, *wanted}) if _kind(written.get(n)) != _kind(wanted.get(n))]
-        if wrong:
+        if wrong := _wrong(self.folder, wanted):
             raise AnchorsError(
                 f"{len(wrong)} tensors in {str(self.folder)!r} are not what they should be: {wrong[:_SHOWN]}.",
                 "Delete the folder and run the same command again; if it comes back, the disk is at fault.",
             )
-        for name in (_JOURNAL, _LOCK):
-            (self.folder / name).unlink()
-        self.folder.replace(self.out)
+        try:
+            self.folder.replace(self.out)
+        except OSError as error:
+            if not _taken(self.out):
+                raise
+            raise AnchorsError(
+                f"Something was put into {str(self.out)!r} meanwhile; it would be overwritten.",
+                f"Move that away, then run the same command again: what was made is kept in {self.folder.name}.",
+            ) from error
+        # Not before: a draft without its journal would be made anew.
+        _tidy(self.out)
 
     def discard(self) -> None:
         """Throw the draft away."""
@@ -188,14 +198,15 @@ class Draft:
         """Take up the shards of a journal of this configuration; begin anew where there is none."""
         try:
             journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
-            before, shards = journal["identity"], journal["shards"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            before, shards = journal["identity"], dict(journal["shards"].items())
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             before, shards = None, {}
         if before is not None and before != self.identity:
             self.notes += (
                 f"A draft of another configuration was thrown away ({difference(before, self.identity)}).",
             )
             shards = {}
+        self.fresh = not shards
         self.finished = {file: facts for file, facts in shards.items() if _whole(self.folder / file)}
         if self.finished:
             self.notes += (f"Went on after {len(self.finished)} finished shards.",)
@@ -245,13 +256,16 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
             written.result()
             written = pool.submit(file.write, raw)
         written.result()
+        # Sizes alone tell whether a shard is whole, so its numbers must be on the disk before its name is.
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def finished(out: Path, identity: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any] | None:
     """The facts of a model that was written here with the same identity; None where there is no model of ours.
 
     Raises:
-        AnchorsError: it was written with another one.
+        AnchorsError: it was written with another one, or does not hold all tensors (of `entries`) any more.
     """
     try:
         facts = json.loads((out / FACTS).read_text(encoding="utf-8"))
@@ -263,6 +277,16 @@ def finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             f"{str(out)!r} holds a merge of another configuration ({difference(before, identity)}).",
             "Choose another --out, or delete it.",
         )
+    try:
+        wrong, reason = _wrong(out, entries), None
+    except AnchorsError as error:
+        wrong, reason = [error.message], error
+    if wrong:
+        raise AnchorsError(
+            f"{str(out)!r} was made by this command, but is no longer whole: {', '.join(wrong[:_SHOWN])}.",
+            "Delete it and run the same command again.",
+        ) from reason
+    _tidy(out)
     return facts
 
 
@@ -291,6 +315,23 @@ def _whole(file: Path) -> bool:
     except AnchorsError:
         return False
     return True
+
+
+def _taken(out: Path) -> bool:
+    """Whether there is something that must not be overwritten."""
+    return out.is_file() or (out.is_dir() and any(out.iterdir()))
+
+
+def _tidy(out: Path) -> None:
+    """Take away what only a draft needs."""
+    for name in (_JOURNAL, _LOCK):
+        (out / name).unlink(missing_ok=True)
+
+
+def _wrong(folder: Path, wanted: Mapping[str, Entry]) -> list[str]:
+    """Names of tensors that a model lacks, has too many, or has in another type or shape."""
+    written = Checkpoint.open(folder).entries
+    return [n for n in sorted({*written, *wanted}) if _kind(written.get(n)) != _kind(wanted.get(n))]
 
 
 def _kind(entry: Entry | None) -> tuple | None:

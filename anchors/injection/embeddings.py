@@ -69,7 +69,8 @@ def align(
 
     - `keep`: the vision-language model's embedding and head stay as they are.
     - `shared-rows`: rows of equal number that are the same token in all three, for tokenizers that only differ in what
-      comes after. Rows of no token (padding) stay. Without vocabularies: the first rows, as many as all three have.
+      comes after. Rows of no token (padding) stay. Without vocabularies nothing is proved: the first rows, as many as all
+      three have, for callers who know that they are the same tokens (merges from disk demand the tokenizers).
     - `by-token`: rows of the same token string, wherever they are.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors.injection.anchor import UNRELATED
+from anchors.injection.anchor import UNRELATED, differing, ratio
 from anchors.injection.merge import Report
 from anchors.injection.sources import Source, Sources
 
@@ -28,12 +28,14 @@ FURTHER = 3.0
 ROUNDED = 0.5
 """Share of exactly zero deltas above which the type on disk has swallowed most of a training."""
 
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Inspection:
     """Two task vectors, measured.
 
-    The tables have these columns, NaN where there is nothing to divide by:
+    The tables have these columns, NaN where there is nothing to divide by, or a model holds NaN or infinity:
         entries: numbers.
         norm_base, norm_vlm, norm_expert, distance: ‖b‖, ‖τ_v‖, ‖τ_e‖, ‖v − e‖ (Frobenius).
         cosine: of τ_v and τ_e.
@@ -45,7 +47,8 @@ class Inspection:
         rows: one row per layer (NA outside layers) and module (attention, mlp, norm, embedding, head).
         layers: one row per layer.
         total: the measures over everything.
-        warnings: signs of a wrong anchor or of a useless expert, as sentences; none if all is well.
+        warnings: tensors with NaN or infinity, configurations that differ, signs of a wrong anchor or of a useless
+            expert, as sentences; none if all is well.
     """
 
     rows: pd.DataFrame
@@ -71,19 +74,26 @@ def inspect(
     """
     sources = Sources.open(vlm, expert, base, embeddings)
     names = list(sources.merged())
-    rows = []
+    rows, broken = [], []
     for done, name in enumerate(names, 1):
         where = {"layer": sources.pairs[name][0].layer, "module": sources.part(name)}
-        rows.append(where | _sums(*(tensor.float() for tensor in sources.shared(name))))
+        tensors = [tensor.float() for tensor in sources.shared(name)]
+        rows.append(where | _sums(*tensors))
+        for role, tensor in zip(("base", "vision-language model", "expert"), tensors, strict=True):
+            if not torch.isfinite(tensor).all():
+                broken.append(f"{name} of the {role}")
         if report is not None:
             report(done, len(names), name)
     sums = pd.DataFrame(rows).astype({"layer": "Int64"})
-    total = _measures(sums.drop(columns=["layer", "module"]).sum().to_frame().T).iloc[0].to_dict()
+    layers = sums.drop(columns="module").dropna(subset=["layer"])
+    total = _measures(sums.drop(columns=["layer", "module"]).sum(skipna=False).to_frame().T).iloc[0].to_dict()
     return Inspection(
-        _measures(sums.groupby(["layer", "module"], dropna=False, sort=False).sum()).reset_index(),
-        _measures(sums.drop(columns="module").dropna().groupby("layer").sum()).reset_index(),
+        _measures(
+            sums.groupby(["layer", "module"], dropna=False, sort=False).sum(skipna=False)
+        ).reset_index(),
+        _measures(layers.groupby("layer").sum(skipna=False)).reset_index(),
         total,
-        warnings_of(total),
+        (*_damaged(broken), *differing(sources), *warnings_of(total)),
     )
 
 
@@ -100,8 +110,8 @@ def warnings_of(total: Mapping[str, float]) -> tuple[str, ...]:
     for role, norm in (("tower", vlm), ("expert", expert)):
         if norm > UNRELATED * base:
             found.append(
-                f"Little of the base is left in the {role} (‖τ‖ is {norm / base:.2f} ‖b‖): it was trained from another "
-                "model."
+                f"Little of the base is left in the {role} (‖τ‖ is {ratio(norm, base):.2f} ‖b‖): it was trained from "
+                "another model."
             )
     if total["distance"] < NEARER * vlm:
         found.append(
@@ -125,6 +135,16 @@ def warnings_of(total: Mapping[str, float]) -> tuple[str, ...]:
                 "of the type on disk. Take a float32 checkpoint if there is one."
             )
     return tuple(found)
+
+
+def _damaged(broken: list[str]) -> tuple[str, ...]:
+    if not broken:
+        return ()
+    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    return (
+        f"There are numbers that are NaN or infinite in {', '.join(broken[:_SHOWN])}{more}: the checkpoint is damaged, "
+        "or its training broke.",
+    )
 
 
 def _sums(

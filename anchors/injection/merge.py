@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anchors.errors import AnchorsError
-from anchors.injection.anchor import require_anchor
+from anchors.injection.anchor import differing, require_anchor
 from anchors.injection.draft import Draft, Layout, finished
 from anchors.injection.recipe import Recipe, merge_tensor
 from anchors.injection.sources import Source, Sources, by_rows
@@ -49,7 +49,8 @@ class MergeReport:
         seconds: what it took; of a merge that was broken off, the last part.
         memory: highest anonymous memory of this process meanwhile, in bytes (sampled; None where the system does
             not tell).
-        notes: what happened on the way: shards found, a draft thrown away, a merge that was done already.
+        notes: what a reader must know: configurations that differ, shards found, a draft thrown away, a merge that was
+            done already.
     """
 
     out: Path
@@ -112,23 +113,26 @@ def merge(
         report: told of every tensor.
 
     Raises:
-        AnchorsError: a model cannot be read, or does not fit, or is no kin (`require_anchor`); `out` is something else; the disk is full; a merged
-            number is not finite; nothing in the tower changed although it should. `out` is untouched then.
+        AnchorsError: a model cannot be read, or does not fit, or is no kin (`require_anchor`); `out` is something else,
+            or a merge that is no longer whole; the disk is full; a merged number is not finite; nothing in the tower
+            changed although it should. `out` is untouched then.
     """
     recipe, out, began = recipe or Recipe(), Path(out), time.perf_counter()
     sources = Sources.open(vlm, expert, base, recipe.embeddings)
     recipe.require_depth(sources.n_layers)
+    layout = Layout.of(sources.vlm.entries, shard_size)
     if not force:
         require_anchor(sources)
-    layout = Layout.of(sources.vlm.entries, shard_size)
+    notes = differing(sources)
     identity = {
         "recipe": recipe.as_dict(),
         "models": sources.facts(),
+        "written": {role: model.stamp() for role, model in sources.roles().items()},
         "shard_size": shard_size,
         "version": version("label-anchors"),
     }
-    if (before := finished(out, identity)) is not None:
-        notes = ("It was there already, from the same models and recipe.",)
+    if (before := finished(out, identity, sources.vlm.entries)) is not None:
+        notes += ("It was there already, from the same models and recipe.",)
         return MergeReport(
             out, recipe, pd.DataFrame(before["tensors"]), before["seconds"], before["memory"], notes
         )
@@ -168,7 +172,7 @@ def merge(
             tensors=rows,
         )
         draft.publish(layout, facts, _companions(sources.vlm.folder))
-    return MergeReport(out, recipe, pd.DataFrame(rows), seconds, memory, draft.notes)
+    return MergeReport(out, recipe, pd.DataFrame(rows), seconds, memory, notes + draft.notes)
 
 
 def wants_change(recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anchors.errors import AnchorsError
 from anchors.injection.checkpoint import Checkpoint
-from anchors.injection.embeddings import Rows, Vocabulary, align
+from anchors.injection.embeddings import POLICIES, Rows, Vocabulary, align
 from anchors.injection.mapping import Pair, Tower, agree, tower
 
 Source = str | Path | Checkpoint
@@ -39,17 +39,24 @@ class Sources:
 
     @classmethod
     def open(cls, vlm: Source, expert: Source, base: Source, embeddings: str = "keep") -> "Sources":
-        """Open the three and find out how they belong together; reads no weights.
+        """Open the three and find out how they belong together; weights only where tied heads must be told.
 
         Raises:
-            AnchorsError: a model cannot be opened; base or expert do not fit the tower; no such policy, or one
-                that these models do not allow.
+            AnchorsError: a model cannot be opened; one is given twice; the vision-language model is a language model;
+                base or expert do not fit the tower; no such policy, or one that these models do not allow.
         """
         own, *others = (Checkpoint.open(source) for source in (vlm, base, expert))
+        for model, role in zip(others, ("base", "expert"), strict=True):
+            _require_another(own, model, role)
         towers = [
             tower(own.shapes, model.shapes, name)
             for model, name in zip(others, ("the base", "the expert"), strict=True)
         ]
+        if not towers[0].kept:
+            raise AnchorsError(
+                f"{own.name!r} has no eyes: there is no tensor outside its language tower.",
+                "Give a vision-language model first, then the expert.",
+            )
         pairs = {pair.vlm: (pair, other) for pair, other in agree(*towers)}
         if embeddings != "keep":
             pairs = _tied(own, others, towers, pairs)
@@ -118,6 +125,15 @@ def part_of(pair: Pair) -> str:
     return "attention" if "attn" in module or "attention" in module else "mlp"
 
 
+def _require_another(vlm: Checkpoint, model: Checkpoint, role: str) -> None:
+    alike = (vlm.shapes, vlm.dtypes) == (model.shapes, model.dtypes)
+    if vlm.folder.resolve() == model.folder.resolve() or (alike and vlm.fingerprint == model.fingerprint):
+        raise AnchorsError(
+            f"{model.name!r} is given as the {role}, but is the vision-language model.",
+            "Base and expert are language models; the base is the one that both others were made from.",
+        )
+
+
 def _tied(
     vlm: Checkpoint,
     others: Sequence[Checkpoint],
@@ -147,9 +163,19 @@ def _rows(
 ) -> Rows | None:
     name, own = next((name, own) for name, own in pairs.items() if own[0].kind == "embedding")
     base, expert = (model.shapes[pair.llm][0] for model, pair in zip(others, own, strict=True))
-    vocabularies = [] if policy == "keep" else [_vocabulary(model.folder) for model in (vlm, *others)]
-    known = vocabularies and None not in vocabularies
-    return align(policy, (vlm.shapes[name][0], base, expert), tuple(vocabularies) if known else None)
+    sizes = (vlm.shapes[name][0], base, expert)
+    if policy not in POLICIES or policy == "keep":
+        return align(policy, sizes)
+    models = (vlm, *others)
+    vocabularies = tuple(_vocabulary(model.folder) for model in models)
+    if None in vocabularies:
+        lacking = [repr(model.name) for model, own in zip(models, vocabularies, strict=True) if own is None]
+        raise AnchorsError(
+            f"The embedding policy {policy} needs the tokenizers of all three models, to prove which rows are the same "
+            f"token; there is none in {' and '.join(lacking)}.",
+            "Put the tokenizer's files beside the model, or take --embeddings keep.",
+        )
+    return align(policy, sizes, vocabularies)
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:
@@ -159,8 +185,8 @@ def _vocabulary(folder: Path) -> Vocabulary | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:  # whatever the files, or a package that is missing, make of it
         raise AnchorsError(
             f"The tokenizer in {str(folder)!r} cannot be read: {error}", "Take --embeddings keep."
         ) from error
