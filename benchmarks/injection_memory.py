@@ -28,8 +28,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer as Words
+from tokenizers import models as kinds
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from anchors.injection.checkpoint import Checkpoint, Entry
 from anchors.injection.draft import write_shard
@@ -114,6 +116,9 @@ def prepare(folder: Path, layers: int) -> None:
     save(folder / "tower", shapes, text, base | {2: 0.001})
     inside = {f"language_model.{name}": shape for name, shape in shapes.items()}
     save(folder / "vlm", eyes() | inside, both, base | {2: 0.001}, "language_model.")
+    words = kinds.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word0")
+    for place in folder.iterdir():
+        PreTrainedTokenizerFast(tokenizer_object=Words(words)).save_pretrained(place)
 
 
 def anonymous(pid: int) -> int:
