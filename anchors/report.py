@@ -1,6 +1,5 @@
 """Everything a verb leaves behind: rows, tables, figure, pages."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 from anchors.check import check, hidden_labels
 from anchors.errors import CertificateError
 from anchors.models import LanguageModel
-from anchors.results import provenance, write_atomic, write_table
+from anchors.results import plain, provenance, write_atomic, write_table
 from anchors.runner import Analysis, Measured, Sample, measure
 from anchors.summaries import Rows, Tables, tables_of
 from anchors.tasks.data import Data
@@ -41,18 +40,6 @@ class Report:
         """The tables as plain data; missing values are null."""
         tables = {name: plain(table) for name, table in self.tables.items()}
         return tables | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
-
-
-def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table as plain data; missing values are null."""
-    rows = table.astype(object).to_dict(orient="records")
-    return [
-        {
-            k: None if v is pd.NA or (isinstance(v, float) and not math.isfinite(v)) else v
-            for k, v in row.items()
-        }
-        for row in rows
-    ]
 
 
 @dataclass(frozen=True)

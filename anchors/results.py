@@ -6,6 +6,7 @@ atomically; running the same command again computes only what no file holds yet.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -97,6 +98,18 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise AnchorsError(f"The table {str(path)!r} cannot be read: {error}") from error
     facts = (table.schema.metadata or {}).get(METADATA_KEY, b"{}")
     return table.to_pandas(), json.loads(facts)
+
+
+def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as plain data; missing values are null."""
+    rows = table.astype(object).to_dict(orient="records")
+    return [
+        {
+            k: None if v is pd.NA or (isinstance(v, float) and not math.isfinite(v)) else v
+            for k, v in row.items()
+        }
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)

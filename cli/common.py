@@ -189,11 +189,32 @@ def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: i
     return short(value) if low is None or low != low else f"{short(value)} [{short(low)}, {short(high)}]"
 
 
+def option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    """An option in a panel of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def new_table(title: str, *columns: str, caption: str = "[95 % bootstrap interval]", **how: Any) -> Table:
+    """An empty table; `how` is of every column."""
+    made = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        made.add_column(escape(name), **how)
+    return made
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """`0.5,1` as numbers; None where nothing was given."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise AnchorsError(
+            f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1"
+        ) from error
+
+
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
     """One row per condition, one column per metric, and the difference of the first metric to the baseline."""
-    table = Table(
-        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = new_table(title)
     table.add_column("condition", overflow="fold")
     for metric in metrics:
         table.add_column(metric.replace("_", " "))
@@ -218,11 +239,7 @@ def layer_table(summary: "pd.DataFrame", title: str) -> Table:
     keys = [c for c in ("task", "condition", "metric") if c in summary and summary[c].nunique() > 1]
     value = "value" if "value" in summary else "share"
     bounds = ["low", "high"] if value == "value" else ["share_low", "share_high"]
-    table = Table(
-        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in (*keys, *(f"layer {layer}" for layer in shown)):
-        table.add_column(name)
+    table = new_table(title, *keys, *(f"layer {layer}" for layer in shown))
     groups = summary.groupby(keys, sort=False) if keys else [((), summary)]
     for key, part in groups:
         own = part.dropna(subset=["layer"]).set_index("layer")

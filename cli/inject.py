@@ -54,10 +54,6 @@ app.command("sweep")(inject_sweep.sweep)
 app.command("flow")(inject_flow.flow)
 
 
-def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
-
-
 @app.command(DEFAULT, hidden=True)
 def merge(
     vlm: Annotated[
@@ -74,14 +70,17 @@ def merge(
     ] = None,
     base: Annotated[
         str | None,
-        _option("Models", "Language model that both were made from, the anchor: the same.", "--base", "-b"),
+        common.option(
+            "Models", "Language model that both were made from, the anchor: the same.", "--base", "-b"
+        ),
     ] = None,
     method: Annotated[
-        str, _option("Method", "How task vectors become one tower; `--method help` lists all.", "--method")
+        str,
+        common.option("Method", "How task vectors become one tower; `--method help` lists all.", "--method"),
     ] = "task-arithmetic",
     strength: Annotated[
         float | None,
-        _option(
+        common.option(
             "Method",
             "λ_e, of the expert's task vector; default: the method's own, 1 for most.",
             "--strength",
@@ -89,26 +88,30 @@ def merge(
         ),
     ] = None,
     vlm_strength: Annotated[
-        float, _option("Method", "λ_v, of the vision-language model's task vector.", "--vlm-strength")
+        float, common.option("Method", "λ_v, of the vision-language model's task vector.", "--vlm-strength")
     ] = 1.0,
     density: Annotated[
         float | None,
-        _option("Method", "Share of a task vector that is kept; default: the method's own.", min=0, max=1),
+        common.option(
+            "Method", "Share of a task vector that is kept; default: the method's own.", min=0, max=1
+        ),
     ] = None,
-    seed: Annotated[int, _option("Method", "Of random masks.", min=0)] = 0,
+    seed: Annotated[int, common.option("Method", "Of random masks.", min=0)] = 0,
     option: Annotated[
         list[str] | None,
-        _option(
+        common.option(
             "Method", "The method's own, e.g. convention=paper or rescale=none; may be repeated.", "--option"
         ),
     ] = None,
     layers: Annotated[
         str | None,
-        _option("Where", "Inject only there, e.g. 8-15; norm, embedding and head then stay.", "--layers"),
+        common.option(
+            "Where", "Inject only there, e.g. 8-15; norm, embedding and head then stay.", "--layers"
+        ),
     ] = None,
     per_layer: Annotated[
         str | None,
-        _option(
+        common.option(
             "Where",
             "λ_e of each layer: numbers with commas, or a file of them; the rest then takes --strength, 0 unless given.",
             "--per-layer",
@@ -117,7 +120,7 @@ def merge(
     ] = None,
     embeddings: Annotated[
         str,
-        _option(
+        common.option(
             "Where",
             "keep (the VLM's embedding and head), shared-rows (merge rows of equal number) or by-token "
             "(rows of equal token string).",
@@ -125,25 +128,27 @@ def merge(
         ),
     ] = "keep",
     to: Annotated[
-        Path | None, _option("Output", "Folder of the merged model; must not be there.", "--out", "-o")
+        Path | None, common.option("Output", "Folder of the merged model; must not be there.", "--out", "-o")
     ] = None,
     inspect: Annotated[
-        bool, _option("Output", "Only compare the task vectors by layer; write nothing.", "--inspect")
+        bool, common.option("Output", "Only compare the task vectors by layer; write nothing.", "--inspect")
     ] = False,
     dry_run: Annotated[
         bool,
-        _option(
+        common.option(
             "Output", "Only show what belongs to what and what would change; write nothing.", "--dry-run"
         ),
     ] = False,
     shard_size: Annotated[
-        str, _option("Output", "Largest file of weights, e.g. 500MB.", "--shard-size")
+        str, common.option("Output", "Largest file of weights, e.g. 500MB.", "--shard-size")
     ] = SHARD_SIZE,
     force: Annotated[
         bool,
-        _option("Output", "Merge even models that look unrelated to --base.", "--force"),
+        common.option("Output", "Merge even models that look unrelated to --base.", "--force"),
     ] = False,
-    as_json: Annotated[bool, _option("Output", "Print what was found or done as JSON.", "--json")] = False,
+    as_json: Annotated[
+        bool, common.option("Output", "Print what was found or done as JSON.", "--json")
+    ] = False,
 ) -> None:
     """Put an expert's skill into a vision-language model by merging its weights into the language tower.
 
@@ -248,11 +253,13 @@ def _merge(
         )
     common.print_notes(list(report.notes))
     if as_json:
+        from anchors.results import plain
+
         facts = ("changed", "kept", "relative", "seconds", "memory")
         common.print_json(
             {"out": str(report.out), "recipe": recipe.as_dict()}
             | {name: getattr(report, name) for name in facts}
-            | {"modules": inject_show.records(report.by_module())}
+            | {"modules": plain(report.by_module())}
         )
         return
     out.print(inject_show.changes(report))
@@ -281,9 +288,13 @@ def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) 
             *models, embeddings=recipe.embeddings, report=lambda done, total, _: progress(done, total)
         )
     if as_json:
-        tables = {name: inject_show.records(getattr(found, name)) for name in ("layers", "rows")}
+        import pandas as pd
+
+        from anchors.results import plain
+
+        tables = {name: plain(getattr(found, name)) for name in ("layers", "rows")}
         common.print_json(
-            tables | {"total": inject_show.cleaned(found.total), "warnings": list(found.warnings)}
+            tables | {"total": plain(pd.DataFrame([found.total]))[0], "warnings": list(found.warnings)}
         )
         return
     out.print(inject_show.inspection(found, f"{models[0].name}, {models[1].name}"))

@@ -1,16 +1,14 @@
 """`anchors inject flow`: information flow from images and text, before and after an injection."""
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import err, estimate, out
+from anchors.cli.common import err, estimate, new_table, out
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ def flow(
     command again computes only what is missing.
     """
     with common.reporting():
-        from anchors.results import require_writable
+        from anchors.results import plain, require_writable
 
         require_writable(to)
         with err.status("loading torch and transformers"):
@@ -88,7 +86,7 @@ def flow(
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         wanted = Wanted(
-            Recipe(method=method, density=density), _numbers(strengths), shots, prompts, examples,
+            Recipe(method=method, density=density), _with_none(strengths), shots, prompts, examples,
             _names(scenarios), _names(experts), seed,
         )  # fmt: skip
         opened = [Suite.open(folder) for folder in suites]
@@ -100,7 +98,7 @@ def flow(
             tables, files, notes = write(measured, opened, wanted, to)
         common.print_notes(notes)
         if as_json:
-            common.print_json({name: _records(table) for name, table in tables.items()})
+            common.print_json({name: plain(table) for name, table in tables.items()})
             return
         title = f"{opened[0].name}, {method}"
         for table in (_strengths(tables, title), _damage(tables, title), _regret(tables, title)):
@@ -109,13 +107,8 @@ def flow(
         common.print_files(files)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        found = sorted({float(part) for part in text.split(",")} | {0.0})
-    except ValueError as error:
-        raise AnchorsError(
-            f"--strengths {text!r} is not a list of numbers.", "For example: --strengths 0,0.5,1"
-        ) from error
+def _with_none(text: str) -> tuple[float, ...]:
+    found = sorted({*common.numbers(text, "--strengths"), 0.0})
     if len(found) < 2 or found[0] < 0:
         raise AnchorsError(
             f"--strengths {text!r} needs a λ above 0 and none below.", "For example: --strengths 0,0.5,1"
@@ -127,28 +120,19 @@ def _names(text: str) -> tuple[str, ...] | None:
     return None if text == "all" else tuple(name.strip() for name in text.split(","))
 
 
-def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    return table.astype(object).where(table.notna(), None).to_dict(orient="records")
-
-
-def _table(title: str, caption: str, columns: Iterable[str]) -> Table:
-    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name)
-    return table
-
-
 def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     from anchors.figures.inject_flow import PATHS
 
     found, right = tables["strengths"], tables["accuracy"].set_index(["scenario", "expert", "strength"])
     own = found[(found["measure"] == "share") & (found["labels"] == "gold")]
     metrics = [m for m in PATHS if (own["metric"] == m).any()]
-    table = _table(
+    paths = (f"{PATHS[m][0]}, {half}" for m in metrics if m[2] == "i" for half in ("shallow", "deep"))
+    table = new_table(
         f"Share of the flow that comes from images and text: {title}",
-        "into label words and into the target; mean over layers of the shallow and of the deep half [95 % bootstrap interval]",
-        ("scenario", "expert", "λ", "accuracy", *(f"{PATHS[m][0]}, {h}" for m in metrics if m[2] == "i" for h in ("shallow", "deep"))),
-    )  # fmt: skip
+        *("scenario", "expert", "λ", "accuracy", *paths),
+        caption="into label words and into the target; mean over layers of the shallow and of the deep half "
+        "[95 % bootstrap interval]",
+    )
     for (scenario, expert, strength), part in own.groupby(["scenario", "expert", "strength"], sort=False):
         cells = part.set_index(["metric", "part"])
         shown = [
@@ -165,11 +149,11 @@ def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
 def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     if "damage" not in tables:
         return None
-    table = _table(
+    table = new_table(
         f"Does vision damage go with lost image flow? {title}",
-        "Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p"
+        *("measure", "flow", "layers", "ρ", "p", "q", "ρ beyond λ", "p", "q", "settings"),
+        caption="Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p"
         f"{_least(tables['damage'])}; q: p corrected for the number of these tests",
-        ("measure", "flow", "layers", "ρ", "p", "q", "ρ beyond λ", "p", "q", "settings"),
     )
     for row in tables["damage"].itertuples():
         numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.q:.3f}"]
@@ -188,11 +172,11 @@ def _least(damage: "pd.DataFrame") -> str:
 def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     if "regret" not in tables:
         return None
-    table = _table(
+    table = new_table(
         f"Choosing λ: {title}",
-        "regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention; "
+        *("rule", "mean regret", "chosen λ by expert"),
+        caption="regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention; "
         "ε, c and the best fixed λ are fitted with labels of the other experts",
-        ("rule", "mean regret", "chosen λ by expert"),
     )
     for row in tables["regret"].itertuples():
         own = tables["choices"][tables["choices"]["rule"] == row.rule]

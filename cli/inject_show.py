@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
+from anchors.cli import common
 
+if TYPE_CHECKING:
     from anchors.injection.inspection import Inspection
     from anchors.injection.merge import MergeReport
     from anchors.injection.methods import Method
@@ -124,18 +123,6 @@ def changes(report: "MergeReport") -> Table:
     return table
 
 
-def records(rows: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Rows for JSON, which knows no NaN."""
-    return [cleaned(row) for row in rows.to_dict(orient="records")]
-
-
-def cleaned(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of one row."""
-    import pandas as pd
-
-    return {name: None if pd.isna(value) else value for name, value in row.items()}
-
-
 def _place(module: str) -> int:
     order = ("embedding", "attention", "mlp", "norm", "head")
     return order.index(module) if module in order else len(order)
@@ -153,7 +140,4 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
-    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(escape(name), overflow="fold")
-    return table
+    return common.new_table(title, *columns, caption=caption, overflow="fold")

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import estimate, out
-from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +112,7 @@ def sweep(
         transformers_logging.set_verbosity_error()
         wanted = Sweep(
             Grid(
-                grid, _names(methods), _numbers(strengths, "--strengths"), _numbers(densities, "--densities"), draws,
+                grid, _names(methods), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
                 _names(layers), _names(embeddings) or ("keep",),
             ),
             _names(scenarios), split, limit, controls, batch,
@@ -141,21 +139,9 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise AnchorsError(
-            f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1"
-        ) from error
-
-
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for i, name in enumerate(columns):
-        table.add_column(name, overflow="fold", no_wrap=i == 0)
+    table = common.new_table(title, *columns, overflow="fold")
+    table.columns[0].no_wrap = True
     return table
 
 

@@ -27,83 +27,91 @@ app.command("probe")(nsa_probe.probe)
 app.command("bench")(nsa_bench.bench)
 
 
-def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
-
-
 @app.command("train")
 def train(
     out: Annotated[
-        Path, _option("Output", "Folder of the model; the same command goes on there.", "--out", "-o")
+        Path, common.option("Output", "Folder of the model; the same command goes on there.", "--out", "-o")
     ],
-    attention: Annotated[str, _option("Model", "nsa or full.")] = "nsa",
-    layers: Annotated[int, _option("Model", "Layers.", min=1)] = 6,
-    width: Annotated[int, _option("Model", "Size of the residual stream.", min=1)] = 256,
+    attention: Annotated[str, common.option("Model", "nsa or full.")] = "nsa",
+    layers: Annotated[int, common.option("Model", "Layers.", min=1)] = 6,
+    width: Annotated[int, common.option("Model", "Size of the residual stream.", min=1)] = 256,
     hidden: Annotated[
-        int | None, _option("Model", "Size of the MLPs; twice the width by default.", min=1)
+        int | None, common.option("Model", "Size of the MLPs; twice the width by default.", min=1)
     ] = None,
-    heads: Annotated[int, _option("Model", "Query heads.", min=1)] = 4,
+    heads: Annotated[int, common.option("Model", "Query heads.", min=1)] = 4,
     groups: Annotated[
-        int | None, _option("Model", "Key-value heads; half the query heads by default.", min=1)
+        int | None, common.option("Model", "Key-value heads; half the query heads by default.", min=1)
     ] = None,
     head_dim: Annotated[
-        int | None, _option("Model", "Size of a head; width / heads by default.", min=1)
+        int | None, common.option("Model", "Size of a head; width / heads by default.", min=1)
     ] = None,
-    rope_theta: Annotated[float, _option("Model", "Base of the rotary embedding.")] = 10000.0,
-    bias: Annotated[bool, _option("Model", "Biases in the projections of attention.", "--bias")] = False,
-    init: Annotated[float, _option("Model", "Standard deviation of new weights.")] = 0.02,
-    l: Annotated[int, _option("NSA", "Tokens of a compression block.", "--l")] = 32,
-    d: Annotated[int, _option("NSA", "Stride of the compression blocks.", "--d")] = 16,
-    lp: Annotated[int, _option("NSA", "Tokens of a selection block, l'.", "--lp")] = 64,
-    n: Annotated[int, _option("NSA", "Selected blocks, those that always are included.", "--n")] = 16,
-    w: Annotated[int, _option("NSA", "Tokens of the sliding window.", "--w")] = 512,
-    n_init: Annotated[int, _option("NSA", "First blocks, always selected.")] = 1,
-    n_local: Annotated[int, _option("NSA", "Last blocks, always selected.")] = 2,
-    phi: Annotated[str, _option("NSA", "How keys and values are compressed: mean, linear or mlp.")] = "mlp",
-    backend: Annotated[str, _option("NSA", "auto, reference or triton.")] = "auto",
+    rope_theta: Annotated[float, common.option("Model", "Base of the rotary embedding.")] = 10000.0,
+    bias: Annotated[
+        bool, common.option("Model", "Biases in the projections of attention.", "--bias")
+    ] = False,
+    init: Annotated[float, common.option("Model", "Standard deviation of new weights.")] = 0.02,
+    l: Annotated[int, common.option("NSA", "Tokens of a compression block.", "--l")] = 32,
+    d: Annotated[int, common.option("NSA", "Stride of the compression blocks.", "--d")] = 16,
+    lp: Annotated[int, common.option("NSA", "Tokens of a selection block, l'.", "--lp")] = 64,
+    n: Annotated[int, common.option("NSA", "Selected blocks, those that always are included.", "--n")] = 16,
+    w: Annotated[int, common.option("NSA", "Tokens of the sliding window.", "--w")] = 512,
+    n_init: Annotated[int, common.option("NSA", "First blocks, always selected.")] = 1,
+    n_local: Annotated[int, common.option("NSA", "Last blocks, always selected.")] = 2,
+    phi: Annotated[
+        str, common.option("NSA", "How keys and values are compressed: mean, linear or mlp.")
+    ] = "mlp",
+    backend: Annotated[str, common.option("NSA", "auto, reference or triton.")] = "auto",
     text: Annotated[
-        Path | None, _option("Data", "Train on windows of this text file instead of episodes.", "--text")
+        Path | None,
+        common.option("Data", "Train on windows of this text file instead of episodes.", "--text"),
     ] = None,
     tokenizer: Annotated[
-        str | None, _option("Data", "For --text: directory or hub id; a token per byte by default.")
+        str | None, common.option("Data", "For --text: directory or hub id; a token per byte by default.")
     ] = None,
-    tokens: Annotated[int, _option("Data", "Length of a sequence.", "--tokens", "-T", min=2)] = 1024,
-    classes: Annotated[str, _option("Data", "Classes of an episode: a number, or a range as 4-8.")] = "4-8",
-    words: Annotated[str, _option("Data", "Words of a text: a number or a range.")] = "5-8",
-    keywords: Annotated[int, _option("Data", "Words that make a class.", min=1)] = 4,
-    keyword_rate: Annotated[float, _option("Data", "Share of a text's words that are its class's.")] = 0.5,
+    tokens: Annotated[int, common.option("Data", "Length of a sequence.", "--tokens", "-T", min=2)] = 1024,
+    classes: Annotated[
+        str, common.option("Data", "Classes of an episode: a number, or a range as 4-8.")
+    ] = "4-8",
+    words: Annotated[str, common.option("Data", "Words of a text: a number or a range.")] = "5-8",
+    keywords: Annotated[int, common.option("Data", "Words that make a class.", min=1)] = 4,
+    keyword_rate: Annotated[
+        float, common.option("Data", "Share of a text's words that are its class's.")
+    ] = 0.5,
     burstiness: Annotated[
-        float, _option("Data", "Probability that a text has the class of one of the last ones.")
+        float, common.option("Data", "Probability that a text has the class of one of the last ones.")
     ] = 0.0,
-    recent: Annotated[int, _option("Data", "How many texts back that one may stand.", min=1)] = 8,
-    skew: Annotated[float, _option("Data", "Zipf exponent of the classes' frequencies.")] = 0.0,
-    label_words: Annotated[int, _option("Data", "Words that can name a class.")] = 32,
-    vocabulary: Annotated[int, _option("Data", "Words that texts are made of.")] = 256,
-    steps: Annotated[int, _option("Optimisation", "Steps.", min=1)] = 2000,
-    batch: Annotated[int, _option("Optimisation", "Sequences per step.", "--batch", "-b", min=1)] = 32,
-    lr: Annotated[float, _option("Optimisation", "Highest learning rate.")] = 1e-3,
-    last_lr: Annotated[float, _option("Optimisation", "Share of it that is left at the end.")] = 0.1,
-    warmup: Annotated[int, _option("Optimisation", "Steps of warm-up.", min=0)] = 100,
-    weight_decay: Annotated[float, _option("Optimisation", "On matrices.")] = 0.1,
-    clip: Annotated[float, _option("Optimisation", "Longest gradient.")] = 1.0,
+    recent: Annotated[int, common.option("Data", "How many texts back that one may stand.", min=1)] = 8,
+    skew: Annotated[float, common.option("Data", "Zipf exponent of the classes' frequencies.")] = 0.0,
+    label_words: Annotated[int, common.option("Data", "Words that can name a class.")] = 32,
+    vocabulary: Annotated[int, common.option("Data", "Words that texts are made of.")] = 256,
+    steps: Annotated[int, common.option("Optimisation", "Steps.", min=1)] = 2000,
+    batch: Annotated[int, common.option("Optimisation", "Sequences per step.", "--batch", "-b", min=1)] = 32,
+    lr: Annotated[float, common.option("Optimisation", "Highest learning rate.")] = 1e-3,
+    last_lr: Annotated[float, common.option("Optimisation", "Share of it that is left at the end.")] = 0.1,
+    warmup: Annotated[int, common.option("Optimisation", "Steps of warm-up.", min=0)] = 100,
+    weight_decay: Annotated[float, common.option("Optimisation", "On matrices.")] = 0.1,
+    clip: Annotated[float, common.option("Optimisation", "Longest gradient.")] = 1.0,
     text_weight: Annotated[
-        float, _option("Optimisation", "Weight of the tokens that are no label words, in episodes.")
+        float, common.option("Optimisation", "Weight of the tokens that are no label words, in episodes.")
     ] = 0.1,
     begin: Annotated[
-        Path | None, _option("Optimisation", "Folder of a model to begin with, for a curriculum.", "--from")
+        Path | None,
+        common.option("Optimisation", "Folder of a model to begin with, for a curriculum.", "--from"),
     ] = None,
-    seed: Annotated[int, _option("Optimisation", "Of weights and data.", min=0)] = 0,
+    seed: Annotated[int, common.option("Optimisation", "Of weights and data.", min=0)] = 0,
     grow: Annotated[
         float,
-        _option("Optimisation", "Share of the steps in which episodes grow from easy to what is asked."),
+        common.option(
+            "Optimisation", "Share of the steps in which episodes grow from easy to what is asked."
+        ),
     ] = 0.4,
     device: common.Device = "auto",
-    every: Annotated[int, _option("Output", "Steps between rows of the log.", min=1)] = 20,
-    evaluate: Annotated[int, _option("Output", "Steps between evaluations.", min=1)] = 200,
-    save: Annotated[int, _option("Output", "Steps between checkpoints.", min=1)] = 500,
-    held_out: Annotated[int, _option("Output", "Held-out sequences of an evaluation.", min=1)] = 64,
-    half: Annotated[bool, _option("Output", "Publish the weights in bfloat16.", "--half")] = False,
-    as_json: Annotated[bool, _option("Output", "Print the result as JSON.", "--json")] = False,
+    every: Annotated[int, common.option("Output", "Steps between rows of the log.", min=1)] = 20,
+    evaluate: Annotated[int, common.option("Output", "Steps between evaluations.", min=1)] = 200,
+    save: Annotated[int, common.option("Output", "Steps between checkpoints.", min=1)] = 500,
+    held_out: Annotated[int, common.option("Output", "Held-out sequences of an evaluation.", min=1)] = 64,
+    half: Annotated[bool, common.option("Output", "Publish the weights in bfloat16.", "--half")] = False,
+    as_json: Annotated[bool, common.option("Output", "Print the result as JSON.", "--json")] = False,
 ) -> None:
     """Train a small causal model, with NSA or full attention, on episodes of few-shot classification or on a text.
 
@@ -118,7 +126,7 @@ def train(
 @app.command("curves")
 def curves(
     folders: Annotated[list[Path], typer.Argument(help="Folders of trainings.")],
-    out: Annotated[Path, _option("Output", "The figure, without its ending.", "--out", "-o")] = Path(
+    out: Annotated[Path, common.option("Output", "The figure, without its ending.", "--out", "-o")] = Path(
         "results/nsa/curves"
     ),
 ) -> None:
@@ -245,7 +253,7 @@ def _leave(result: "Trained", o: dict[str, Any]) -> None:
         return
     from anchors.figures.nsa_train import draw
     from anchors.figures.style import save
-    from anchors.report import plain
+    from anchors.results import plain
 
     name = f"{o['attention']} attention"
     files = save(

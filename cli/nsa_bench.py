@@ -53,8 +53,7 @@ def bench(
     with common.reporting():
         from anchors.nsa import bench as benchmark
         from anchors.nsa.geometry import Geometry
-        from anchors.report import plain
-        from anchors.results import require_writable
+        from anchors.results import plain, require_writable
 
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate, out
+from anchors.cli.common import estimate, new_table, out
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
@@ -150,19 +148,10 @@ def probe(
         common.print_files(result.files)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=escape(title), caption="[95 % bootstrap interval]", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        table.add_column(name)
-    return table
-
-
 def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     if (found := tables.get("selection")) is None:
         return None
-    table = _table(
+    table = new_table(
         f"Selection of label words' blocks: {title}",
         "label words",
         "layer",
@@ -186,7 +175,7 @@ def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     found = tables["branches"]
     if "share" not in found:
         return None
-    table = _table(
+    table = new_table(
         f"Share of each branch: {title}",
         "layer",
         *(f"S_{p} {b}" for p in ("wp", "pq") for b in ("cmp", "slc", "win")),
@@ -206,7 +195,7 @@ def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     if (found := tables.get("summary")) is None:
         return None
     untouched = found.loc[(found["condition"] == "none") & (found["metric"] == "accuracy")]
-    table = _table(
+    table = new_table(
         f"Interventions: {title}, untouched accuracy "
         + "".join(estimate(*row) for row in untouched[["value", "low", "high"]].to_numpy()),
         "condition",

@@ -104,7 +104,7 @@ def run(
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]
         plan = {e.name: _grid(e, data, only) for e in chosen}
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
-        from anchors.report import plain
+        from anchors.results import plain
 
         printed: dict[str, Any] = {}
         failed = []
