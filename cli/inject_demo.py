@@ -52,6 +52,12 @@ def demo(
         bool,
         typer.Option(help="Also train the VLM on each skill with pictures, as the upper bound of injection."),
     ] = True,
+    questions: Annotated[
+        bool,
+        typer.Option(
+            help="Teach the base the vision questions in text, before it gets eyes; without, the projector has to."
+        ),
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the accuracies as JSON.", rich_help_panel="Output")
     ] = False,
@@ -77,7 +83,7 @@ def demo(
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         size = sizes[scale].with_steps(steps_factor)
-        builder = Builder(to, size, seed, Team.made(device).device, base, upper)
+        builder = Builder(to, size, seed, Team.made(device).device, base, upper, questions)
         with _bar() as report:
             built = builder.build(report)
         if as_json:

@@ -71,12 +71,18 @@ def bench(
             tables["nsa-decode"] = benchmark.bench_decode(
                 names[0], lengths, _numbers(batches), say=say, **options
             )
+        from anchors.figures.nsa_bench import draw
+        from anchors.figures.style import save
+
+        files = [to / f"{name}.parquet" for name in tables]
+        if tables["nsa-bench"]["ms"].notna().any():
+            files += save(draw(tables["nsa-bench"], names[0]), to / "nsa-bench")
         if as_json:
             common.print_json({name: plain(table) for name, table in tables.items()})
             return
         for name, table in tables.items():
             out.print(_shown(name, table))
-        common.print_files([to / f"{name}.parquet" for name in tables])
+        common.print_files(files)
 
 
 COLUMNS = (

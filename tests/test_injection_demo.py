@@ -39,7 +39,7 @@ def short(scale: Scale, **more: object) -> Scale:
         scale,
         **stages,
         **few,
-        base=SHORT if scale.base else None,
+        base=SHORT,
         experts=dict.fromkeys(SKILLS, SHORT),
         **more,
     )

@@ -91,6 +91,33 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
     assert table.ms.notna().tolist() == [True, False]
 
 
+def test_the_figure_has_a_line_for_each():
+    import pandas as pd
+
+    from anchors.figures.nsa_bench import draw
+
+    rows = [
+        {"implementation": name, "part": part, "direction": direction, "shape": "s", "pattern": pattern, "tokens": length,
+         "ms": length * factor, "iqr": 0.1}
+        for length in (2048, 1024)
+        for direction, factor in (("forward", 1.0), ("backward", 3.0))
+        for name, part, pattern in (
+            ("ours", "all", "chosen"), ("ours", "slc", "chosen"), ("ours", "cmp", "chosen"), ("ours", "slc", "hot"),
+            ("sdpa-cudnn", "full", "chosen"),
+        )
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.loc[table.implementation == "sdpa-cudnn", "ms"] = None
+    figure = draw(table, "model")
+    assert [axes.get_title() for axes in figure.axes] == ["forward", "backward"]
+    for axes, factor in zip(figure.axes, (1.0, 3.0), strict=True):
+        lines = [container.lines[0] for container in axes.containers]
+        assert [line.get_linestyle() for line in lines] == ["-", "--"]
+        for line in lines:
+            assert line.get_xdata().tolist() == [1024, 2048]
+            assert line.get_ydata().tolist() == [1024 * factor, 2048 * factor]
+
+
 @needs_interpreter
 def test_decode_rows(tmp_path):
     from anchors.nsa.bench import bench_decode

@@ -74,6 +74,8 @@ class Builder:
         device: where training runs.
         base: directory or GGUF file of the language model; None for the scale's own.
         upper: whether the upper bounds are trained, too.
+        questions: whether the base learns the caption and the vision questions, in text, before it gets eyes. Without,
+            the projector has to teach them, and becomes a prompt that no injection can overrule.
     """
 
     folder: Path
@@ -82,6 +84,7 @@ class Builder:
     device: torch.device
     base: str | None = None
     upper: bool = True
+    questions: bool = True
 
     @cached_property
     def world(self) -> World:
@@ -104,7 +107,7 @@ class Builder:
         """By folder: steps, and what makes it."""
         scale = self.scale
         found: dict[str, Any] = {
-            "base": (scale.base.steps if scale.base else 0, self._base),
+            "base": (scale.base.steps if self._lessons else 0, self._base),
             "stages/vision": (scale.classify.steps, self._vision),
             "stages/projector": (scale.project.steps, self._projector),
             "vlm": (scale.gentle.steps, self._vlm),
@@ -180,7 +183,10 @@ class Builder:
     def _claim(self) -> None:
         """Write down what this demonstration is, or see that it is the same one."""
         path = self.folder / "demo.json"
-        identity = {"scale": json.loads(json.dumps(asdict(self.scale))), "seed": self.seed, "base": self.base}
+        identity = {
+            "scale": json.loads(json.dumps(asdict(self.scale))), "seed": self.seed, "base": self.base,
+            "questions": self.questions,
+        }  # fmt: skip
         if not path.is_file():
             text = json.dumps(provenance(**identity), indent=1) + "\n"
             write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
@@ -257,17 +263,23 @@ class Builder:
         model = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
         return model.to(self.device), AutoProcessor.from_pretrained(place)
 
+    @property
+    def _lessons(self) -> list[tuple[Task, float]]:
+        """What the base is taught."""
+        lore, plain = self.world.lore, self._plain
+        words = [(task, len(plain) / len(lore)) for task in lore]
+        return [*plain, *words] if self.questions else words
+
     def _base(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
-        if self.scale.base is None:
+        if self.scale.language is None:
             model, tokenizer = models.given_language_model(self.base)
-            model.to(self.device).eval()
-            encoder = Encoder(self.world, tokenizer)
         else:
             tokenizer = models.tiny_tokenizer(self.world)
-            encoder = Encoder(self.world, tokenizer)
-            model = models.new_language_model(self.scale, tokenizer, context=256).to(self.device)
-            lore = [(task, len(self._plain) / len(self.world.lore)) for task in self.world.lore]
-            pools = self._pools("base", encoder, [*self._plain, *lore], seen=False)
+            model = models.new_language_model(self.scale, tokenizer, context=256)
+        model.to(self.device).eval()
+        encoder = Encoder(self.world, tokenizer)
+        if self._lessons:
+            pools = self._pools("base", encoder, self._lessons, seen=False)
             groups = [(list(model.parameters()), self.scale.base.lr)]
             self._train("base", model, groups, self.scale.base, pools, told)
         model.save_pretrained(draft)

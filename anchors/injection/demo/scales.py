@@ -42,7 +42,7 @@ class Scale:
         patch: width of a patch; every patch is one token.
         vision: the vision tower.
         language: the language tower; None for a given one.
-        base: its training; None for a given one.
+        base: its training on texts; of a given one, further training.
         classify: of the vision tower, by itself.
         project: of the projector alone.
         gentle: of projector and language tower together.
@@ -64,7 +64,7 @@ class Scale:
     patch: int
     vision: Tower
     language: Tower | None
-    base: Stage | None
+    base: Stage
     classify: Stage
     project: Stage
     gentle: Stage
@@ -94,7 +94,7 @@ class Scale:
             return replace(stage, steps=max(1, round(stage.steps * factor)))
 
         names = ("base", "classify", "project", "gentle", "upper")
-        changed = {name: longer(stage) for name in names if (stage := getattr(self, name)) is not None}
+        changed = {name: longer(getattr(self, name)) for name in names}
         experts = {skill: longer(stage) for skill, stage in self.experts.items()}
         return replace(self, experts=experts, **changed)
 
@@ -123,16 +123,17 @@ LARGE = Scale(
     patch=16,
     vision=Tower(layers=6, width=256, heads=8, hidden=1024),
     language=None,
-    base=None,
+    base=Stage(steps=150, lr=3e-5, items=160),
     classify=Stage(steps=1500, lr=1e-3, items=256),
-    project=Stage(steps=500, lr=1e-3, items=160),
-    gentle=Stage(steps=400, lr=2e-4, items=160, lm_lr=2e-5),
+    project=Stage(steps=800, lr=1e-3, items=160),
+    gentle=Stage(steps=500, lr=2e-4, items=160, lm_lr=2e-5),
     experts=dict.fromkeys(
         ("instruction", "crosslingual", "mathematics"), Stage(steps=250, lr=3e-5, items=160)
     ),
     upper=Stage(steps=250, lr=1e-4, items=160, lm_lr=3e-5),
     copies=8,
     drawings=14000,
+    held_out={"test": 150, "tune": 50, "demonstration": 100},
     rows=4000,
 )
 

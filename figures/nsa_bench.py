@@ -1,0 +1,56 @@
+"""Time of NSA, full attention and peers over the length of the text."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from anchors.figures.pieces import legend
+from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
+
+NAMES = {
+    "ours": ("NSA", BLUE), "sdpa-flash": ("FlashAttention-2", ORANGE), "sdpa-cudnn": ("cuDNN", VERMILION),
+    "fla": ("fla-core", GREEN), "xunhaolai": ("XunhaoLai", PURPLE), "flex": ("FlexAttention", SKY),
+    "eager": ("eager", GREY),
+}  # fmt: skip
+WHOLE = {"all": "all of it", "full": "full attention"}
+
+
+def draw(table: pd.DataFrame, model: str) -> Figure:
+    """A panel for each direction; both axes are logarithmic.
+
+    Solid are whole attentions, dashed the selected branch alone, on the same blocks.
+
+    Args:
+        table: rows of `anchors.nsa.bench.bench`; of several shapes or patterns only the first are drawn.
+        model: for the title; empty for none.
+    """
+    own = table[(table["shape"] == table["shape"].iloc[0]) & (table["pattern"] == table["pattern"].iloc[0])]
+    own = own[own["ms"].notna()]
+    directions = [d for d in ("forward", "backward") if (own["direction"] == d).any()]
+    figure = Figure(figsize=(4.6 * len(directions), 3.4), layout="constrained")
+    for axes, direction in zip(
+        figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True
+    ):
+        _panel(axes, own[own["direction"] == direction])
+        axes.set(title=direction, xlabel="tokens", ylabel="ms")
+    if model:
+        figure.suptitle(plain(model), fontsize=10)
+    legend(figure)
+    return figure
+
+
+def _panel(axes: Axes, own: pd.DataFrame) -> None:
+    for parts, line, what in ((WHOLE, "-", WHOLE), (("slc",), "--", {"slc": "selected branch"})):
+        for name, (label, colour) in NAMES.items():
+            rows = own[(own["implementation"] == name) & own["part"].isin(parts)].sort_values("tokens")
+            if len(rows):
+                text = f"{label}, {what[rows['part'].iloc[0]]}"
+                axes.errorbar(
+                    rows["tokens"], rows["ms"], rows["iqr"] / 2, fmt=line, marker="o", markersize=3, color=colour, label=text
+                )  # fmt: skip
+    lengths = sorted(set(own["tokens"]))
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
