@@ -30,7 +30,7 @@ def sweep(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="With commas, options behind colons: task-arithmetic,ties,dare:rescale=none.",
+            help="With commas, options behind colons: task-arithmetic:vlm_strength=0.8,ties,dare:rescale=none.",
             rich_help_panel="Grid",
         ),
     ] = None,

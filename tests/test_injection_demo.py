@@ -173,6 +173,8 @@ class TestPictures:
             kinds = {task.kind for task in world(name).tasks(scenario)}
             assert {e.item.asked.kind for e in own if e.split == "test"} == kinds
             assert {e.split for e in own} == set(HELD_OUT)
+            first = [e.item.scene.is_digit for e in own if e.split == "test"][:20]
+            assert sum(first) == (20 if name == "tiny" else 10)
 
 
 class TestPrompts:

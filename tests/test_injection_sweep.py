@@ -23,6 +23,7 @@ from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Suite
 from anchors.injection.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
+from anchors.injection.sweep_report import _edges
 from anchors.injection.tables import Samples, tables
 from anchors.injection.vlm import load_vlm
 from anchors.models import load
@@ -79,6 +80,14 @@ def test_grid_options_and_refusals() -> None:
     (recipe,) = grid.recipes(3)
     assert recipe == Recipe("dare", 1.0, density=0.25, options=(("rescale", "none"),))
     assert "rescale=none" in family_of(recipe)
+    (weaker,) = Grid(methods=("dare:vlm_strength=0.5",), strengths=(1.0,), densities=(0.2,), draws=1).recipes(
+        3
+    )
+    assert weaker == Recipe("dare", 1.0, vlm_strength=0.5, density=0.2)
+    assert family_of(weaker) == "dare λv=0.5"
+    assert facts_of(weaker)["options"] == '{"vlm_strength": 0.5}'
+    with pytest.raises(AnchorsError, match="density is 'few'"):
+        Grid(methods=("ties:density=few",))
     assert facts_of(recipe)["density"] == 0.25
     assert facts_of(Recipe("dare"))["density"] == 0.5
     for methods in (("tis",), ("dare:rescale",), ("ties:rescale=l1",)):
@@ -296,3 +305,11 @@ def test_command_refuses(suites: list[Suite], tmp_path: Path, wrong: str, said: 
     )
     assert failed.exit_code == 2, failed.output
     assert said in " ".join(failed.output.split())
+
+
+def test_a_strength_at_the_edge_of_the_grid_is_told() -> None:
+    best = pd.DataFrame({
+        "scenario": ["a", "a", "a", "b"], "family": ["any", "ties", "tsv-m", "ties"], "edge": [True, True, True, False]
+    })  # fmt: skip
+    (note,) = _edges(best)
+    assert note.startswith("a: the λ chosen for ties, tsv-m is the largest")

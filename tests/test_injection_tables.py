@@ -95,6 +95,11 @@ def test_the_best_is_chosen_without_the_test_examples(known: dict[str, pd.DataFr
     worse = made(TRUTH | {(r, "vision"): 0.5 for r in TA.values()})
     chosen = tables(worse.rows, worse.settings, resamples=0)["best"].set_index("family")
     assert chosen.loc["task-arithmetic", "setting"] == "VLM alone"
+    assert not found["edge"].any()
+    assert not chosen["edge"].any()
+    more = made(TRUTH | {(TA[1.5], "vision"): 1.0})
+    edge = tables(more.rows, more.settings, resamples=0)["best"].set_index("family")["edge"]
+    assert edge.to_dict() == {"any": True, "task-arithmetic": True, "dare": False}
     tuneless = worse.rows[worse.rows["split"] == "test"]
     assert set(tables(tuneless, worse.settings, resamples=0)["best"]["chosen_on"]) == {"test"}
 

@@ -13,6 +13,7 @@ literal twin is the tile loop. What the taps read, |Σ_h P ⊙ dP|, is formed in
 `no_type_check` keeps run-time checkers of shapes off what Triton compiles: they wrap functions.
 """
 
+from functools import cache
 from typing import no_type_check
 
 import torch
@@ -52,7 +53,7 @@ def _oldest(block, window, BLOCK: tl.constexpr, WINDOWED: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _nearest(tile, PRECISION: tl.constexpr):
+def nearest(tile, PRECISION: tl.constexpr):
     """Rounded to TF32: the tensor cores only cut off, an error of one sign, which no sum averages out."""
     if PRECISION == "tf32" and tile.dtype == tl.float32:
         return ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -65,7 +66,7 @@ def load_rows(pointer, stride, rows, length, DIM: tl.constexpr, WIDTH: tl.conste
     columns = tl.arange(0, WIDTH)
     inside = (rows < length)[:, None] & (columns < DIM)[None, :]
     tile = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    return _nearest(tile, PRECISION)
+    return nearest(tile, PRECISION)
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _times(left, right, PRECISION: tl.constexpr):
     if right.dtype == tl.bfloat16:
         return tl.dot(left.to(tl.bfloat16), right)
     # Slopes leave float16's range easily; in TF32 it loses nothing.
-    return tl.dot(_nearest(left, PRECISION), right.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(nearest(left, PRECISION), right.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
@@ -275,7 +276,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     shape = _shape(call)
     with torch.cuda.device_of(q):
         _forward[triton.cdiv(length, shape["BLOCK"]), heads, batch](
-            q, k, v, z, lse, *map(_strides, (q, k, v, z)), length, window, call.scale, heads, call.groups,
+            q, k, v, z, lse, *map(strides, (q, k, v, z)), length, window, call.scale, heads, call.groups,
             **shape, **_tuning("forward", call), WINDOWED=window < length, PRECISION=precision_of(q.dtype),
         )  # fmt: skip
     return z, lse
@@ -291,7 +292,7 @@ def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
     live = torch.empty(batch, blocks, dtype=torch.int32, device=z.device)
     with torch.cuda.device_of(z):
         _inner[blocks, batch](
-            z, dz, inner, live, _strides(z), _strides(dz), length, heads,
+            z, dz, inner, live, strides(z), strides(dz), length, heads,
             DIM_V=shape["DIM_V"], WIDTH_V=shape["WIDTH_V"], BLOCK=shape["BLOCK"],
         )  # fmt: skip
     return Slopes(dz, lse, inner, live, shape["BLOCK"], window_of(call) or length, precision_of(z.dtype))
@@ -307,23 +308,23 @@ def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tens
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     shape = _shape(call)
     blocks = triton.cdiv(length, shape["BLOCK"])
-    common = (*map(_strides, (q, k, v, slopes.dz)),)
+    common = (*map(strides, (q, k, v, slopes.dz)),)
     with torch.cuda.device_of(q):
         _dq[blocks, heads, batch](
-            q, k, v, slopes.dz, dq, slopes.lse, slopes.inner, slopes.live, *common, _strides(dq),
+            q, k, v, slopes.dz, dq, slopes.lse, slopes.inner, slopes.live, *common, strides(dq),
             length, slopes.window, call.scale, heads, call.groups,
             **shape, **_tuning("dq", call), WINDOWED=slopes.window < length, PRECISION=slopes.precision,
         )  # fmt: skip
         _dkv[blocks, k.shape[1], batch](
             q, k, v, slopes.dz, dk, dv, slopes.lse, slopes.inner, slopes.live,
-            *common, _strides(dk), _strides(dv), length, slopes.window, call.scale, heads, call.groups,
+            *common, strides(dk), strides(dv), length, slopes.window, call.scale, heads, call.groups,
             **shape, **_tuning("dkv", call), WINDOWED=slopes.window < length, PRECISION=slopes.precision,
             BLOCKS=triton.next_power_of_2(blocks),
         )  # fmt: skip
     return dq, dk, dv
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
@@ -337,6 +338,7 @@ def width_of(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program's tiles may take; where nothing is compiled, those of an H100."""
     if device.type != "cuda":

@@ -36,7 +36,8 @@ class Grid:
 
     Attributes:
         size: small (a first look) or full.
-        methods: names, with options of theirs behind colons: `ties`, `dare:rescale=none`.
+        methods: names, with options of theirs behind colons: `ties`, `dare:rescale=none`; also with one `density` or
+            `vlm_strength` (λ_v) for all settings: `task-arithmetic:vlm_strength=0.8`.
         strengths: λ_e.
         densities: of the methods that drop entries.
         draws: masks of each random method.
@@ -105,6 +106,8 @@ def setting_of(recipe: Recipe) -> str:
 def family_of(recipe: Recipe) -> str:
     """The method, with what is no number to tune: options, layers and embeddings."""
     parts = [recipe.method, *(f"{name}={value}" for name, value in recipe.options)]
+    if recipe.vlm_strength != 1:
+        parts.append(f"λv={recipe.vlm_strength:g}")
     if recipe.layers is not None:
         parts.append(f"layers {recipe.layers[0]}–{recipe.layers[1]}")
     return " ".join(parts + ([recipe.embeddings] if recipe.embeddings != "keep" else []))
@@ -115,10 +118,13 @@ def facts_of(recipe: Recipe) -> dict[str, Any]:
     layers = "all" if recipe.layers is None else f"{recipe.layers[0]}-{recipe.layers[1]}"
     # The method's own density is a density, too.
     density = recipe.parameters().get("density")
+    options = dict(recipe.options) | (
+        {} if recipe.vlm_strength == 1 else {"vlm_strength": recipe.vlm_strength}
+    )
     return {
         "setting": setting_of(recipe), "mask": recipe.seed, "family": family_of(recipe), "method": recipe.method,
         "strength": recipe.strength, "density": None if density is None else float(density), "layers": layers,
-        "embeddings": recipe.embeddings, "options": json.dumps(dict(recipe.options)),
+        "embeddings": recipe.embeddings, "options": json.dumps(options),
     }  # fmt: skip
 
 
@@ -134,8 +140,10 @@ def _first(text: str, embeddings: str) -> Recipe:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
-    density = options.pop("density", None)
-    return Recipe(name, density=density, options=tuple(options.items()), embeddings=embeddings)
+    own = {key: options.pop(key) for key in ("density", "vlm_strength") if key in options}
+    if wrong := [key for key, value in own.items() if not isinstance(value, int | float)]:
+        raise AnchorsError(f"{wrong[0]} is {own[wrong[0]]!r} in {text!r}; it must be a number.")
+    return Recipe(name, options=tuple(options.items()), embeddings=embeddings, **own)
 
 
 def _spans(layers: Sequence[str], count: int) -> list[tuple[int, int] | None]:

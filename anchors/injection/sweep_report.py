@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from anchors.injection.suite import Suite
 from anchors.injection.sweep import Sweep, sweep
 from anchors.injection.tables import tables
@@ -33,10 +35,9 @@ def report(
         AnchorsError: see `anchors.injection.sweep.sweep`.
     """
     found = sweep(suites, wanted, out=out, device=device, precision=precision, progress=progress)
-    facts = provenance(
-        model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=found.notes
-    )
     made = tables(found.rows, found.settings, wanted.split)
+    notes = found.notes + _edges(made["best"])
+    facts = provenance(model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=notes)
     files = write_rows(out, {NAME: found.rows}, facts, csv=csv)
     files += write_tables(out, NAME, made | {"settings": found.settings}, facts)
     from anchors.figures import inject_sweep
@@ -44,4 +45,13 @@ def report(
 
     for name, figure in inject_sweep.draw(made, suites[0].name).items():
         files += save(figure, out / f"{NAME}_{name}")
-    return Report(made, files, found.notes, facts)
+    return Report(made, files, notes, facts)
+
+
+def _edges(best: pd.DataFrame) -> list[str]:
+    found = best[best["edge"] & (best["family"] != "any")]
+    return [
+        f"{scenario}: the λ chosen for {', '.join(own['family'])} is the largest that was tried; larger ones may be better "
+        "(--strengths)."
+        for scenario, own in found.groupby("scenario", sort=False)
+    ]

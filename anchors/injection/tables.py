@@ -151,7 +151,7 @@ def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str)
 
     The VLM alone is a candidate, too: where no setting keeps enough, it is chosen. `difference` is the skill minus the
     one of the setting chosen for task arithmetic, paired; `ceiling` the best that could have been chosen with a look
-    at the test split.
+    at the test split. `edge` says that the chosen λ is the largest of several: a larger one may be better.
     """
     rows = []
     families = dict.fromkeys(settings.loc[_injected(settings), "family"])
@@ -163,7 +163,7 @@ def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str)
         row["ceiling"] = test.at(_choose(settings, test, None if family == "any" else family))[0]
         if ANCHOR in picked:
             row |= _estimate("difference", test.at(name) - test.at(picked[ANCHOR]))
-        rows.append(row)
+        rows.append(row | {"edge": _at_the_edge(settings, name)})
     return pd.DataFrame(rows)
 
 
@@ -300,6 +300,12 @@ def _choose(settings: pd.DataFrame, samples: Samples, family: str | None) -> str
     # Of equally skilled ones the one that forgot least.
     skill, vision = (samples.values[name][0, allowed] for name in ("skill", "vision"))
     return settings["setting"].iloc[allowed[np.lexsort((vision, skill))[-1]]]
+
+
+def _at_the_edge(settings: pd.DataFrame, name: str) -> bool:
+    chosen = settings[settings["setting"] == name].iloc[0]
+    tried = settings.loc[settings["family"] == chosen["family"], "strength"]
+    return bool(tried.nunique() > 1 and chosen["strength"] == tried.max())
 
 
 def _share(found: np.ndarray) -> np.ndarray | float:

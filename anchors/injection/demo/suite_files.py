@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,19 @@ class Example:
 
 
 def examples(world: World, pictures: Pictures, seed: int) -> dict[str, list[Example]]:
-    """One question of each scenario about every held-out picture; kinds take turns."""
+    """One question of each scenario about every held-out picture.
+
+    Kinds of questions take turns, and so do digits and objects: the first so many examples are a fair part of all.
+    """
     found: dict[str, list[Example]] = {}
+    drawn = pictures.of(*HELD_OUT)
+    kinds = [[n for n in drawn if pictures.scenes[n].is_digit is digit] for digit in (True, False)]
+    numbers = [n for pair in zip_longest(*kinds) for n in pair if n is not None]
     for order, scenario in enumerate(SCENARIOS):
         rng = np.random.default_rng([seed, 2, order])
         own: list[Example] = []
         turns: dict[bool, int] = {}
-        for number in pictures.of(*HELD_OUT):
+        for number in numbers:
             scene = pictures.scenes[number]
             tasks = [task for task in world.tasks(scenario) if task.fits(scene)]
             turn = turns.get(scene.is_digit, 0)

@@ -20,22 +20,19 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors.attention.kernels import LOG2E, dense, precision_of, strides
 from anchors.errors import AnchorsError
 from anchors.nsa.kernels import lists
 from anchors.nsa.kernels.tiles import (
     LN2,
-    LOG2E,
     NEVER,
     UNION,
     demand,
-    dense,
     key_offsets,
     key_tile,
     load_rows,
-    precision,
     query_rows,
     save_rows,
-    strides,
     tile_bounds,
     times,
     tuned,
@@ -255,7 +252,7 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, tuning)
             q, k, v, o, lse, *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
-            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision(q.dtype),
+            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
 

@@ -22,11 +22,12 @@ import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors.attention.kernels import LOG2E, dense, precision_of, strides
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import lists, selection
 from anchors.nsa.kernels.attention import Branch, Tuning, attend, attend_last, tile_of, walked
 from anchors.nsa.kernels.backward import inner_kernel, key_kernel, query_kernel, sum_kernel
-from anchors.nsa.kernels.tiles import LOG2E, NEVER, demand, dense, precision, strides, tuned, widths
+from anchors.nsa.kernels.tiles import NEVER, demand, tuned, widths
 
 
 def inner(
@@ -92,7 +93,7 @@ def query_gradient(
             q.shape[1], k.shape[1], past, scale, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             inner.stride(-1), gate.stride(-1), BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns,
             PARTS=max(1, branch.lp // columns), ENTRIES=padded, PEEL=bool(settings["peel"]),
-            ACCUMULATE=onto is not None, **shape, PRECISION=precision(q.dtype),
+            ACCUMULATE=onto is not None, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
     return dq
@@ -141,7 +142,7 @@ def key_gradients(
             q.shape[1], keys, past, scale, scale * LOG2E.value, heads, groups, *branch.sizes,
             inner.stride(-1), gate.stride(-1), BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns,
             PARTS=max(1, branch.lp // columns), SPLITS=splits, SPLIT=triton.next_power_of_2(settings.get("split", 1)),
-            PEEL=bool(settings["peel"]), **shape, PRECISION=precision(q.dtype),
+            PEEL=bool(settings["peel"]), **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
         if branch.name == "selected":

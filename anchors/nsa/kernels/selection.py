@@ -23,10 +23,11 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors.attention.kernels import LOG2E, dense, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
-from anchors.nsa.kernels.tiles import LOG2E, dense, load_rows, precision, query_rows
+from anchors.nsa.kernels.tiles import load_rows, query_rows
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
 
@@ -334,7 +335,7 @@ def _launch_score(
             columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp,
             PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
             BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
-            PRECISION=precision(q.dtype), **table,
+            PRECISION=precision_of(q.dtype), **table,
         )  # fmt: skip
 
 

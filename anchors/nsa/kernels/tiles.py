@@ -8,7 +8,6 @@ that no load of a loop over tiles needs a mask.
 `no_type_check` keeps run-time checkers of shapes off what Triton compiles: they wrap functions.
 """
 
-from functools import cache
 from typing import Any, no_type_check
 
 import torch
@@ -16,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anchors.attention.kernels import nearest, shared_memory, width_of
 from anchors.errors import AnchorsError
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1e30)
 """A log₂ Σ exp beside which every score is nothing: the pattern of its row is exactly 0."""
@@ -93,39 +92,19 @@ ROOM = 160 << 10
 """Bytes of shared memory per program that the table reckons with: an A100 has them."""
 
 
-@cache
-def _room(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def tuned(kernel: str, like: Tensor, width: int, tuning: dict[str, Any] | None) -> Settings:
     """The settings of a kernel for a dtype and a head width, with those of `tuning[kernel]` put over them."""
     row = next((size for size in (NARROW, USUAL) if width <= size), WIDE)
     settings = dict(TUNING[kernel, str(like.dtype).removeprefix("torch."), row])
-    if like.is_cuda and _room(like.device) < ROOM:
+    if shared_memory(like.device) < ROOM:
         settings |= {"rows": min(settings["rows"], 64), "keys": min(settings["keys"], 32), "num_stages": 1}
     return settings | ({} if tuning is None else tuning.get(kernel, {}))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch's own products are, three TF32 products where those are exact."""
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "tf32x3" if exact else "tf32"
-
-
 def widths(dim: int, dim_v: int) -> dict[str, int]:
     """The compile-time head widths of a kernel: real, and padded to powers of two."""
-    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (dim, dim_v))
+    width, width_v = width_of(dim), width_of(dim_v)
     return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v}
-
-
-def dense(x: Tensor) -> Tensor:
-    """The same tensor with neighbouring entries of the last dimension side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
 
 
 def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
@@ -148,15 +127,6 @@ def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
     if scale <= 0:
         raise AnchorsError(f"The scale is {scale}.", "It must be positive.")
     return heads // groups
-
-
-@triton.jit
-@no_type_check
-def nearest(tile, PRECISION: tl.constexpr):
-    """Rounded to TF32: the tensor cores only cut off, an error of one sign, which no sum averages out."""
-    if PRECISION == "tf32" and tile.dtype == tl.float32:
-        return ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tile
 
 
 @triton.jit
