@@ -25,7 +25,7 @@ from anchors.errors import AnchorsError
 if TYPE_CHECKING:
     from anchors.injection.demo.build import Built
 
-SCALES = ("tiny", "135m")
+SCALES = ("tiny", "135m-digits", "135m")
 
 
 def demo(
@@ -34,13 +34,16 @@ def demo(
         typer.Option("--out", "-o", help="Folder; the same command goes on there.", rich_help_panel="Output"),
     ],
     scale: Annotated[
-        str, typer.Option(help="tiny (minutes on one core) or 135m (minutes on one GPU).")
+        str,
+        typer.Option(
+            help="tiny (minutes on one core), 135m-digits (an hour on one core) or 135m (minutes on one GPU)."
+        ),
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
     base: Annotated[
         str | None,
         typer.Option(
-            help="For 135m: directory or .gguf file of the language model; default: SmolLM2-135M-Instruct.",
+            help="For 135m and 135m-digits: directory or .gguf file of the language model; default: SmolLM2-135M-Instruct.",
             rich_help_panel="Model",
         ),
     ] = None,

@@ -77,7 +77,7 @@ class TestWorld:
         own = world(name)
         scenes = list(own.scenes())
         assert (
-            len({own.describe(scene) for scene in scenes}) == len(scenes) == (10 if name == "tiny" else 226)
+            len({own.describe(scene) for scene in scenes}) == len(scenes) == (226 if name == "135m" else 10)
         )
 
     def test_labels_stand_in_answers(self, name: str) -> None:
@@ -143,7 +143,8 @@ class TestPictures:
         assert not held_out & trained
         kinds = 2 if name == "135m" else 1
         assert [len(found.of(split)) for split in HELD_OUT] == [kinds * scale.held_out[s] for s in HELD_OUT]
-        originals = (1797 - 500) * 2 + (600 - 500) * (name == "135m")
+        held = sum(scale.held_out.values())
+        originals = (1797 - held) * 2 + (600 - held) * (name == "135m")
         assert len(found.of("train")) == originals
 
     def test_the_seed_decides(self) -> None:
@@ -174,7 +175,7 @@ class TestPictures:
             assert {e.item.asked.kind for e in own if e.split == "test"} == kinds
             assert {e.split for e in own} == set(HELD_OUT)
             first = [e.item.scene.is_digit for e in own if e.split == "test"][:20]
-            assert sum(first) == (20 if name == "tiny" else 10)
+            assert sum(first) == (10 if name == "135m" else 20)
 
 
 class TestPrompts:

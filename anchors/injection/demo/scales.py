@@ -1,4 +1,5 @@
-"""The sizes of the demonstration: `tiny` for minutes on one core, `135m` for minutes on one GPU. Every count is here."""
+"""The sizes of the demonstration: `tiny` for minutes on one core, `135m` for minutes on one GPU, `135m-digits` for an hour on
+one core. Every count is here."""
 
 from dataclasses import dataclass, field, replace
 
@@ -137,4 +138,20 @@ LARGE = Scale(
     rows=4000,
 )
 
-SCALES = {scale.name: scale for scale in (TINY, LARGE)}
+DIGITS = replace(
+    LARGE,
+    name="135m-digits",
+    vision=Tower(layers=3, width=128, heads=4, hidden=512),
+    base=Stage(steps=50, lr=3e-5, items=24),
+    classify=Stage(steps=400, lr=1e-3, items=64),
+    project=Stage(steps=300, lr=2e-3, items=16),
+    gentle=Stage(steps=80, lr=3e-4, items=16, lm_lr=2e-5),
+    experts=dict.fromkeys(("instruction", "crosslingual", "mathematics"), Stage(steps=60, lr=5e-5, items=24)),
+    upper=Stage(steps=60, lr=3e-4, items=16, lm_lr=5e-5),
+    drawings=0,
+    held_out={"test": 100, "tune": 20, "demonstration": 20},
+    rows=1500,
+    shots=(0,),
+)
+
+SCALES = {scale.name: scale for scale in (TINY, DIGITS, LARGE)}

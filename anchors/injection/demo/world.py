@@ -6,7 +6,7 @@ on the questions of one skill, on texts only. So a question of a skill about a p
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class World:
     """Everything that can be seen and asked.
 
     Attributes:
-        name: `tiny` or `135m`.
+        name: `tiny`, `135m` or `135m-digits`.
         template: of a prompt, with `{image}` and `{question}`.
         answer: how an answer follows on a prompt.
         separator: between a demonstration's answer and the next prompt.
@@ -124,7 +124,7 @@ class World:
 
 def world(name: str) -> World:
     """The world of a scale."""
-    return {"tiny": _tiny, "135m": _large}[name]()
+    return {"tiny": _tiny, "135m": _large, "135m-digits": _large_digits}[name]()
 
 
 def _fixed(kind: str, about: str, question: str, answer: Callable[[Scene], str]) -> Task:
@@ -330,4 +330,21 @@ def _large() -> World:
         },
         shapes=tuple(SHAPES),
         colours=tuple(COLOURS),
+    )
+
+
+def _large_digits() -> World:
+    """The larger world without its objects."""
+    whole = _large()
+
+    def kept(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        return tuple(task for task in tasks if task.about != "objects")
+
+    return replace(
+        whole,
+        name="135m-digits",
+        vision=kept(whole.vision),
+        skills={skill: kept(tasks) for skill, tasks in whole.skills.items()},
+        shapes=(),
+        colours=(),
     )
