@@ -9,7 +9,7 @@ from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import estimate, out
-from anchors.cli.setting import Setting, measurement, words
+from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
     from anchors.runner import Analysis
@@ -36,7 +36,7 @@ def causal(
         from anchors.causal import Causal
         from anchors.flow.analysis import InformationFlow
 
-        chosen: list[Analysis] = [Causal(stride=stride, positions=words(positions))]
+        chosen: list[Analysis] = [Causal(stride=stride, positions=common.words(positions))]
         return [*chosen, InformationFlow()] if flow else chosen
 
     result = setting.report("causal", analyses)

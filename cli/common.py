@@ -212,6 +212,11 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         ) from error
 
 
+def words(text: str | None) -> tuple[str, ...] | None:
+    """`a, b` as words; None where nothing was given."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
     """One row per condition, one column per metric, and the difference of the first metric to the baseline."""
     table = new_table(title)

@@ -6,7 +6,7 @@ import typer
 
 from anchors.cli import common
 from anchors.cli.common import estimate, out, summary_table
-from anchors.cli.setting import Setting, measurement, words
+from anchors.cli.setting import Setting, measurement
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def compress(
         if positions not in (*RULES, "reference"):
             raise AnchorsError(f"--positions {positions!r} is not one of {', '.join((*RULES, 'reference'))}.")
 
-        chosen: list[Analysis] = [Compression(words(methods), positions, draws, top)]  # type: ignore[arg-type]
+        chosen: list[Analysis] = [Compression(common.words(methods), positions, draws, top)]  # type: ignore[arg-type]
         return [*chosen, Speed(rule=positions)] if speed else chosen  # type: ignore[arg-type]
 
     result = setting.report("compress", analyses)

@@ -21,11 +21,10 @@ from rich.table import Table
 from anchors.cli import common
 from anchors.cli.common import err, out
 from anchors.errors import AnchorsError
+from anchors.injection.demo.scales import SCALES
 
 if TYPE_CHECKING:
     from anchors.injection.demo.build import Built
-
-SCALES = ("tiny", "135m-digits", "135m")
 
 
 def demo(
@@ -81,11 +80,10 @@ def demo(
             from transformers.utils import logging as transformers_logging
 
             from anchors.injection.demo.build import Builder
-            from anchors.injection.demo.scales import SCALES as sizes
             from anchors.nsa.team import Team
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        size = sizes[scale].with_steps(steps_factor)
+        size = SCALES[scale].with_steps(steps_factor)
         builder = Builder(to, size, seed, Team.made(device).device, base, upper, questions)
         with _bar() as report:
             built = builder.build(report)

@@ -87,7 +87,7 @@ def flow(
         transformers_logging.set_verbosity_error()
         wanted = Wanted(
             Recipe(method=method, density=density), _with_none(strengths), shots, prompts, examples,
-            _names(scenarios), _names(experts), seed,
+            common.words(None if scenarios == "all" else scenarios), common.words(None if experts == "all" else experts), seed,
         )  # fmt: skip
         opened = [Suite.open(folder) for folder in suites]
         with common.progress_bar("settings") as progress:
@@ -114,10 +114,6 @@ def _with_none(text: str) -> tuple[float, ...]:
             f"--strengths {text!r} needs a λ above 0 and none below.", "For example: --strengths 0,0.5,1"
         )
     return tuple(found)
-
-
-def _names(text: str) -> tuple[str, ...] | None:
-    return None if text == "all" else tuple(name.strip() for name in text.split(","))
 
 
 def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:

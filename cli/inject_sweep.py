@@ -112,10 +112,10 @@ def sweep(
         transformers_logging.set_verbosity_error()
         wanted = Sweep(
             Grid(
-                grid, _names(methods), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
-                _names(layers), _names(embeddings) or ("keep",),
+                grid, common.words(methods), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
+                common.words(layers), common.words(embeddings) or ("keep",),
             ),
-            _names(scenarios), split, limit, controls, batch,
+            common.words(scenarios), split, limit, controls, batch,
         )  # fmt: skip
         with common.progress_bar("settings") as progress:
             result = report(
@@ -133,10 +133,6 @@ def sweep(
                     out.print(table)
         out.print(_scenarios(result.tables["scenarios"]))
         common.print_files(result.files)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -6,7 +6,7 @@ import typer
 
 from anchors.cli import common
 from anchors.cli.common import out, summary_table
-from anchors.cli.setting import Setting, measurement, numbers, words
+from anchors.cli.setting import Setting, measurement, numbers
 
 if TYPE_CHECKING:
     from anchors.runner import Analysis
@@ -36,7 +36,7 @@ def isolate(
     def analyses() -> "list[Analysis]":
         from anchors.isolation import Isolation
 
-        return [Isolation(layers, words(sides), words(positions), top)]
+        return [Isolation(layers, common.words(sides), common.words(positions), top)]
 
     result = setting.report("isolate", analyses)
     if setting.as_json:

@@ -59,11 +59,11 @@ def bench(
         geometry = Geometry(l, d, lp, n, w)
         lengths, names = _numbers(tokens), tuple(s.strip() for s in shapes.split(";"))
         options = {"geometry": geometry, "repeats": repeats, "seed": seed, "out": to}
-        chosen = {} if implementations is None else {"implementations": _words(implementations)}
+        chosen = {} if implementations is None else {"implementations": common.words(implementations)}
         say = common.err.print
         tables = {
             "nsa-bench": benchmark.bench(
-                names, lengths, _words(patterns), backward=backward, say=say, **chosen, **options
+                names, lengths, common.words(patterns), backward=backward, say=say, **chosen, **options
             )
         }
         if decode:
@@ -105,11 +105,7 @@ def _shown(name: str, table: "pd.DataFrame") -> Table:
 def _numbers(text: str) -> tuple[int, ...]:
     from anchors.errors import AnchorsError
 
-    parts = _words(text)
+    parts = common.words(text)
     if not parts or not all(part.isdigit() and int(part) for part in parts):
         raise AnchorsError(f"{text!r} is not a list of numbers.", "For example: 8192,65536")
     return tuple(map(int, parts))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -172,11 +172,6 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`a,b` as words."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def batch(text: str) -> int | None:
     """`auto` or a number."""
     if text != "auto" and not (text.isdigit() and int(text)):

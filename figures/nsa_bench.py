@@ -13,7 +13,7 @@ NAMES = {
     "fla": ("fla-core", GREEN), "xunhaolai": ("XunhaoLai", PURPLE), "flex": ("FlexAttention", SKY),
     "eager": ("eager", GREY),
 }  # fmt: skip
-WHOLE = {"all": "all of it", "full": "full attention"}
+WHOLE, SELECTED = {"all": "all of it", "full": "full attention"}, {"slc": "selected branch"}
 
 
 def draw(table: pd.DataFrame, model: str) -> Figure:
@@ -41,11 +41,11 @@ def draw(table: pd.DataFrame, model: str) -> Figure:
 
 
 def _panel(axes: Axes, own: pd.DataFrame) -> None:
-    for parts, line, what in ((WHOLE, "-", WHOLE), (("slc",), "--", {"slc": "selected branch"})):
+    for parts, line in ((WHOLE, "-"), (SELECTED, "--")):
         for name, (label, colour) in NAMES.items():
             rows = own[(own["implementation"] == name) & own["part"].isin(parts)].sort_values("tokens")
             if len(rows):
-                text = f"{label}, {what[rows['part'].iloc[0]]}"
+                text = f"{label}, {parts[rows['part'].iloc[0]]}"
                 axes.errorbar(
                     rows["tokens"], rows["ms"], rows["iqr"] / 2, fmt=line, marker="o", markersize=3, color=colour, label=text
                 )  # fmt: skip

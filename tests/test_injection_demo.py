@@ -281,6 +281,17 @@ class TestBuild:
             Builder(tmp_path, scale, 1, CPU).build()
         with pytest.raises(AnchorsError, match="another scale"):
             Builder(tmp_path, scale.with_steps(3), 0, CPU).build()
+        with pytest.raises(AnchorsError, match="another questions"):
+            Builder(tmp_path, scale, 0, CPU, questions=False).build()
+
+    def test_a_base_without_questions_learns_words_or_nothing(self, tmp_path: Path) -> None:
+        for scale, lore in ((short(TINY), True), (small_large(), False)):
+            plain, taught = (Builder(tmp_path, scale, 0, CPU, questions=q) for q in (False, True))
+            kinds = {task.kind for task in (plain.world.caption, *plain.world.vision)}
+            assert not kinds & {task.kind for task, _ in plain._lessons}
+            assert kinds <= {task.kind for task, _ in taught._lessons}
+            assert bool(plain._lessons) is lore
+            assert plain.stages()["base"][0] == (SHORT.steps if lore else 0)
 
     def test_the_larger_scale(self, large: Path) -> None:
         suite = Suite.open(large / "suite")
