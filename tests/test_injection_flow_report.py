@@ -113,6 +113,9 @@ def test_demonstrations_are_of_the_query_s_kind(suite):
         assert prompt.answer[1] == len(prompt.text)
     with pytest.raises(AnchorsError, match="too few for 5"):
         draw(vlm, suite, "vision", shots=5, count=2)
+    silent = dict.fromkeys((e.number for e in suite.examples("vision", "demonstration")), "")
+    with pytest.raises(AnchorsError, match="itself answers 0 demonstrations"):
+        draw(vlm, suite, "vision", shots=2, count=2, said=silent)
     with pytest.raises(AnchorsError, match="no expert 'cooking'"):
         flow_report.replace(WANTED, experts=("cooking",)).of(suite)
 

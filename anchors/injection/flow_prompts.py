@@ -62,7 +62,7 @@ def draw(
             query's answer is nobody's.
 
     Raises:
-        AnchorsError: too few demonstrations of a kind.
+        AnchorsError: too few demonstrations of a kind, or too few that the model itself answers.
     """
     queries = _in_turns(suite.examples(scenario, "test"), count)
     pool: dict[str, list[Example]] = {}
@@ -76,6 +76,12 @@ def draw(
     for query in queries:
         taken = [] if said is not None else [query]
         own = pool.get(query.kind, [])
+        if said is not None and len(own) < shots:
+            raise AnchorsError(
+                f"{vlm.name!r} itself answers {len(own)} demonstrations of kind {query.kind!r} with any word at all: too few "
+                f"for {shots}.",
+                "Is it trained? Show fewer with --shots, or add examples with the split `demonstration`.",
+            )
         for place in rng.permutation(len(own)):
             if len(taken) == shots + (said is None):
                 break
