@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from anchors.cli import common
+from anchors.cli import common, setting
 from anchors.cli.common import out
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def bench(
 
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)
-        lengths, names = _numbers(tokens), tuple(s.strip() for s in shapes.split(";"))
+        lengths, names = setting.numbers(tokens, "--tokens"), tuple(s.strip() for s in shapes.split(";"))
         options = {"geometry": geometry, "repeats": repeats, "seed": seed, "out": to}
         chosen = {} if implementations is None else {"implementations": common.words(implementations)}
         say = common.err.print
@@ -69,7 +69,7 @@ def bench(
         if decode:
             del options["seed"]
             tables["nsa-decode"] = benchmark.bench_decode(
-                names[0], lengths, _numbers(batches), say=say, **options
+                names[0], lengths, setting.numbers(batches, "--batches"), say=say, **options
             )
         from anchors.figures.nsa_bench import draw
         from anchors.figures.style import save
@@ -100,12 +100,3 @@ def _shown(name: str, table: "pd.DataFrame") -> Table:
         cells = ["" if x != x or x is None else f"{x:.3g}" if isinstance(x, float) else str(x) for x in row]
         shown.add_row(*(escape(cell) for cell in cells))
     return shown
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    from anchors.errors import AnchorsError
-
-    parts = common.words(text)
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise AnchorsError(f"{text!r} is not a list of numbers.", "For example: 8192,65536")
-    return tuple(map(int, parts))
