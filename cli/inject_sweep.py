@@ -78,6 +78,15 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Prompts at once; default: by length.", rich_help_panel="Protocol"),
     ] = None,
+    retention: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of the VLM's vision that a setting must keep to be chosen; changing it computes nothing anew.",
+            rich_help_panel="Protocol",
+        ),
+    ] = 0.95,
     device: common.Device = "auto",
     precision: common.Precision = "auto",
     to: Annotated[
@@ -115,7 +124,7 @@ def sweep(
                 grid, common.words(methods), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
                 common.words(layers), common.words(embeddings) or ("keep",),
             ),
-            common.words(scenarios), split, limit, controls, batch,
+            common.words(scenarios), split, limit, controls, batch, retention,
         )  # fmt: skip
         with common.progress_bar("settings") as progress:
             result = report(
@@ -159,7 +168,8 @@ def _references(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
 
 def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     found = tables["best"]
-    title = f"{scenario}: best setting that keeps the VLM's vision, chosen on {found['chosen_on'].iloc[0]}"
+    kept, chosen_on = found[["retention", "chosen_on"]].iloc[0]
+    title = f"{scenario}: best setting that keeps {100 * kept:g} % of the VLM's vision, chosen on {chosen_on}"
     table = _table(title, "family", "setting", "skill", "vision", "net of blank", "Δ skill")
     for row in found.to_dict(orient="records"):
         family, setting = row["family"], row["setting"].removeprefix(f"{row['family']} ")

@@ -9,7 +9,7 @@ from matplotlib.ticker import MultipleLocator
 
 from anchors.figures.pieces import grid, legend
 from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
-from anchors.injection.tables import ANCHOR, REFERENCE, RETENTION, VLM
+from anchors.injection.tables import ANCHOR, REFERENCE, VLM
 
 COLOURS = {
     "task-arithmetic": BLUE, "dare": SKY, "ties": VERMILION, "dare-ties": "#117733", "magnitude": ORANGE,
@@ -29,20 +29,23 @@ def draw(tables: dict[str, pd.DataFrame], suite: str) -> dict[str, Figure]:
     """The pictures of a sweep, by name: `pareto`; `strength` and `dose` of what is injected everywhere; `layers`, ranges
     of them beside the whole tower."""
     summary = tables["summary"]
-    found = {"pareto": pareto(summary, suite)}
+    retention = float(tables["best"]["retention"].iloc[0])
+    found = {"pareto": pareto(summary, suite, retention)}
     lines = _lines(summary, tables["best"])
     everywhere = lines[lines["layers"] == "all"]
     if everywhere["strength"].nunique() > 1:
-        found["strength"] = curves(summary, everywhere, suite, "strength", "λ", ("skill", "vision", "blank"))
+        found["strength"] = curves(
+            summary, everywhere, suite, retention, "strength", "λ", ("skill", "vision", "blank")
+        )
         axis = "norm added / norm of the expert's task vector"
-        found["dose"] = curves(summary, everywhere, suite, "dose", axis, ("skill", "vision"))
+        found["dose"] = curves(summary, everywhere, suite, retention, "dose", axis, ("skill", "vision"))
     ranged = lines[lines["method"].isin(set(lines.loc[lines["layers"] != "all", "method"]))]
     if ranged["strength"].nunique() > 1:
-        found["layers"] = curves(summary, ranged, suite, "strength", "λ", ("skill", "vision"))
+        found["layers"] = curves(summary, ranged, suite, retention, "strength", "λ", ("skill", "vision"))
     return found
 
 
-def pareto(summary: pd.DataFrame, suite: str) -> Figure:
+def pareto(summary: pd.DataFrame, suite: str, retention: float) -> Figure:
     """One panel per scenario: every setting by what the VLM keeps and what it gains; the front is drawn through."""
     scenarios = list(dict.fromkeys(summary["scenario"]))
     figure, columns = grid(len(scenarios), width=3.6, height=3.5, across=3)
@@ -76,7 +79,7 @@ def pareto(summary: pd.DataFrame, suite: str) -> Figure:
             )
         _front(panel, own)
         panel.plot(alone["vision"], alone["skill"], "*", color="black", markersize=9, zorder=4, label=VLM)
-        panel.axvspan(RETENTION * alone["vision"], 1.02, color="0.94", zorder=0)
+        panel.axvspan(retention * alone["vision"], 1.02, color="0.94", zorder=0)
         _references(panel, own)
         least = min(settings["vision"].min(), 0.9)
         panel.set(
@@ -86,14 +89,20 @@ def pareto(summary: pd.DataFrame, suite: str) -> Figure:
     legend(figure, columns=6)
     figure.suptitle(
         f"Skill against retained vision in {plain(suite)}: filled on the front, larger with λ, "
-        f"grey at least {RETENTION:.0%} of the VLM's vision",
+        f"grey at least {100 * retention:g} % of the VLM's vision",
         fontsize=10,
     )  # fmt: skip
     return figure
 
 
 def curves(
-    summary: pd.DataFrame, lines: pd.DataFrame, suite: str, by: str, axis: str, quantities: tuple[str, ...]
+    summary: pd.DataFrame,
+    lines: pd.DataFrame,
+    suite: str,
+    retention: float,
+    by: str,
+    axis: str,
+    quantities: tuple[str, ...],
 ) -> Figure:
     """One row per scenario, one panel per quantity: every family at its best density, from the VLM alone on."""
     scenarios = list(dict.fromkeys(summary["scenario"]))
@@ -120,13 +129,13 @@ def curves(
                     low, high = line[f"{quantity}_low"], line[f"{quantity}_high"]
                     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             if quantity == "vision":
-                least = RETENTION * alone["vision"].iloc[0]
+                least = retention * alone["vision"].iloc[0]
                 panel.axhline(
                     least,
                     color="0.6",
                     linewidth=0.8,
                     linestyle=":",
-                    label=f"{RETENTION:.0%} of the VLM's vision",
+                    label=f"{100 * retention:g} % of the VLM's vision",
                 )
             panel.set_ylim(-0.03, 1.03)
             panel.yaxis.set_major_locator(MultipleLocator(0.25))

@@ -100,6 +100,9 @@ def test_the_best_is_chosen_without_the_test_examples(known: dict[str, pd.DataFr
     more = made(TRUTH | {(TA[1.5], "vision"): 1.0})
     edge = tables(more.rows, more.settings, resamples=0)["best"].set_index("family")["edge"]
     assert edge.to_dict() == {"any": True, "task-arithmetic": True, "dare": False}
+    loose = tables(worse.rows, worse.settings, resamples=0, retention=0.4)
+    assert loose["best"].set_index("family").loc["task-arithmetic", "setting"] != "VLM alone"
+    assert set(loose["best"]["retention"]) == {0.4}
     tuneless = worse.rows[worse.rows["split"] == "test"]
     assert set(tables(tuneless, worse.settings, resamples=0)["best"]["chosen_on"]) == {"test"}
 

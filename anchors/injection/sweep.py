@@ -23,7 +23,7 @@ from anchors.injection.grid import Grid, facts_of, setting_of
 from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Example, Shown, Suite
-from anchors.injection.tables import ORACLE, REFERENCE, VLM, chosen_apart
+from anchors.injection.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_apart
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
 from anchors.results import Run
@@ -56,6 +56,7 @@ class Sweep:
         limit: at most so many examples of each split.
         controls: blank and shuffled images at every setting, not only for the VLM alone.
         batch: prompts at once; None chooses by their length.
+        retention: the share of the VLM's vision that a setting must keep to be chosen; the rows do not depend on it.
     """
 
     grid: Grid = field(default_factory=Grid)
@@ -64,6 +65,7 @@ class Sweep:
     limit: int | None = None
     controls: bool = True
     batch: int | None = None
+    retention: float = RETENTION
 
     def skills(self, suite: Suite) -> tuple[str, ...]:
         """The scenarios of a suite that are swept.

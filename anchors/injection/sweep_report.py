@@ -35,7 +35,7 @@ def report(
         AnchorsError: see `anchors.injection.sweep.sweep`.
     """
     found = sweep(suites, wanted, out=out, device=device, precision=precision, progress=progress)
-    made = tables(found.rows, found.settings, wanted.split)
+    made = tables(found.rows, found.settings, wanted.split, retention=wanted.retention)
     notes = found.notes + _edges(made["best"])
     facts = provenance(model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=notes)
     files = write_rows(out, {NAME: found.rows}, facts, csv=csv)

@@ -15,7 +15,7 @@ from anchors.errors import AnchorsError
 from anchors.stats import RESAMPLES, interval, resampling
 
 RETENTION = 0.95
-"""Of the uninjected VLM's vision: what a setting must keep to be chosen."""
+"""Of the uninjected VLM's vision: what a setting must keep to be chosen, unless another share is asked for."""
 NEAR = 0.9
 """Of the best skill: what counts as near it."""
 CONDITIONS = ("skill", "vision", "blank", "shuffled")
@@ -69,7 +69,11 @@ class Samples:
 
 
 def tables(
-    rows: pd.DataFrame, settings: pd.DataFrame, split: str = "test", resamples: int = RESAMPLES
+    rows: pd.DataFrame,
+    settings: pd.DataFrame,
+    split: str = "test",
+    resamples: int = RESAMPLES,
+    retention: float = RETENTION,
 ) -> dict[str, pd.DataFrame]:
     """All tables of a sweep.
 
@@ -77,6 +81,7 @@ def tables(
         rows, settings: of `anchors.injection.sweep.Swept`.
         split: on which results are reported.
         resamples: of the bootstrap.
+        retention: the share of the VLM's vision that a setting must keep to be chosen.
 
     Returns:
         summary: every setting and reference of every scenario; best: the setting of each family that was chosen on
@@ -93,9 +98,9 @@ def tables(
         apart = chosen_apart(mine, split)
         ahead = Samples.of(mine[mine["split"] == "tune"], names, 0) if apart else test
         summary = summary_table(own, test)
-        best = best_table(own, ahead, test, "tune" if apart else split)
+        best = best_table(own, ahead, test, "tune" if apart else split, retention)
         found = {
-            "summary": summary, "best": best, "matched": matched_table(own, test), "sensitivity": sensitivity_table(own, test)
+            "summary": summary, "best": best, "matched": matched_table(own, test), "sensitivity": sensitivity_table(own, test, retention)
         }  # fmt: skip
         for name, table in found.items():
             parts.setdefault(name, []).append(table.assign(scenario=scenario))
@@ -145,8 +150,10 @@ def front(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"]) -> B
     return ~better.any(1)
 
 
-def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str) -> pd.DataFrame:
-    """Of each family, and of all (`any`), the setting of highest skill that keeps `RETENTION` of the VLM's vision, both
+def best_table(
+    settings: pd.DataFrame, tune: Samples, test: Samples, split: str, retention: float
+) -> pd.DataFrame:
+    """Of each family, and of all (`any`), the setting of highest skill that keeps the share `retention` of the VLM's vision, both
     in the samples `tune`; its accuracies in the samples `test`. `split` names what `tune` was drawn from.
 
     The VLM alone is a candidate, too: where no setting keeps enough, it is chosen. `difference` is the skill minus the
@@ -155,12 +162,14 @@ def best_table(settings: pd.DataFrame, tune: Samples, test: Samples, split: str)
     """
     rows = []
     families = dict.fromkeys(settings.loc[_injected(settings), "family"])
-    picked = {f: _choose(settings, tune, None if f == "any" else f) for f in ["any", *families]}
+    picked = {f: _choose(settings, tune, None if f == "any" else f, retention) for f in ["any", *families]}
     for family, name in picked.items():
-        row = {"family": family, "setting": name, "chosen_on": split, "tune_skill": tune.at(name)[0]}
+        row = {
+            "family": family, "setting": name, "chosen_on": split, "retention": retention, "tune_skill": tune.at(name)[0]
+        }  # fmt: skip
         for condition in (*CONDITIONS, "net"):
             row |= _estimate(condition, test.at(name, condition))
-        row["ceiling"] = test.at(_choose(settings, test, None if family == "any" else family))[0]
+        row["ceiling"] = test.at(_choose(settings, test, None if family == "any" else family, retention))[0]
         if ANCHOR in picked:
             row |= _estimate("difference", test.at(name) - test.at(picked[ANCHOR]))
         rows.append(row | {"edge": _at_the_edge(settings, name)})
@@ -212,15 +221,15 @@ def between(points: Float[np.ndarray, " points"], at: float) -> Float[np.ndarray
     return weights
 
 
-def sensitivity_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
+def sensitivity_table(settings: pd.DataFrame, test: Samples, retention: float) -> pd.DataFrame:
     """How much of each family hangs on its numbers: lowest and highest skill over its settings, and the shares of settings
-    that come near (`NEAR`) the family's best skill, that keep the VLM's vision (`RETENTION`), and that do both, where
+    that come near (`NEAR`) the family's best skill, that keep the share `retention` of the VLM's vision, and that do both, where
     the best is then the best of those that keep it. No skill beyond the VLM's own is near any."""
     rows = []
     for family in dict.fromkeys(settings.loc[_injected(settings), "family"]):
         mask = (settings["family"] == family).to_numpy()
         skill = test.values["skill"][:, mask]
-        kept = test.values["vision"][:, mask] >= RETENTION * test.at(VLM, "vision")[:, None]
+        kept = test.values["vision"][:, mask] >= retention * test.at(VLM, "vision")[:, None]
         most = np.where(kept, skill, -np.inf).max(1, keepdims=True)
         row = {
             "family": family,
@@ -293,9 +302,9 @@ def _injected(settings: pd.DataFrame) -> Bool[np.ndarray, " settings"]:
     return (settings["family"] != REFERENCE).to_numpy()
 
 
-def _choose(settings: pd.DataFrame, samples: Samples, family: str | None) -> str:
+def _choose(settings: pd.DataFrame, samples: Samples, family: str | None, retention: float) -> str:
     mask = _injected(settings) if family is None else (settings["family"] == family).to_numpy()
-    kept = samples.values["vision"][0] >= RETENTION * samples.at(VLM, "vision")[0]
+    kept = samples.values["vision"][0] >= retention * samples.at(VLM, "vision")[0]
     allowed = np.flatnonzero((mask & kept) | (settings["setting"] == VLM).to_numpy())
     # Of equally skilled ones the one that forgot least.
     skill, vision = (samples.values[name][0, allowed] for name in ("skill", "vision"))
