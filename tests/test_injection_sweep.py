@@ -280,12 +280,15 @@ def test_command_without_task_arithmetic(
         "1",
         "--scenarios",
         "instruction",
+        "--retention",
+        "0.5",
         "--device",
         "cpu",
         "-o",
     ]
     shown = CliRunner().invoke(app, [str(suites[0].folder), *grid, str(swept[1])])
     assert shown.exit_code == 0, shown.output
+    assert "best setting that keeps 50 % of the VLM's vision" in " ".join(shown.stdout.split())
     assert "equal norm added" not in shown.stdout
 
 
