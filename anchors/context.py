@@ -1,12 +1,13 @@
 """Demonstrations run once: keys and values on which any number of queries continue, with unchanged numbers."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -72,6 +73,11 @@ class Context:
         )
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the forward pass of a model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None = None) -> Context:
     """Run tokens, after those of `context` if given; open the seam around it for edits and probes."""
@@ -79,10 +85,9 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     cache = DynamicCache() if context is None else context.cache()
     tokens = torch.tensor([list(ids)], device=model.device)
     steps = torch.arange(start, start + len(ids), device=model.device)[None]
+    past = {"use_cache": True, cache_argument(model.model): cache}
     with model.arithmetic():
-        model.model(
-            input_ids=tokens, position_ids=steps, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        model.model(input_ids=tokens, position_ids=steps, logits_to_keep=1, **past)
     before, stood = (context.ids, context.positions) if context else ((), ())
     return Context(
         ids=(*before, *ids),

@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
 from anchors.attention.seam import route
 from anchors.attention.streaming import triton_runs
-from anchors.context import Context
+from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
 from anchors.nsa.config import NSAConfig
@@ -94,7 +94,7 @@ class LanguageModel:
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         past: dict[str, Any] = {"use_cache": False}
         if context is not None:
-            past = {"use_cache": True, "past_key_values": context.cache(len(ids))}
+            past = {"use_cache": True, cache_argument(self.model): context.cache(len(ids))}
             steps = steps + context.next
         with self.arithmetic():
             logits = self.model(input_ids=ids, position_ids=steps, logits_to_keep=kept, **past).logits

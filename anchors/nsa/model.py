@@ -102,14 +102,24 @@ class NativeSparseAttention(nn.Module):
         past_key_values: Cache | None = None,
         position_ids: Int[Tensor, "#batch tokens"] | None = None,
         cu_seqlens: Int[Tensor, " sequences_and_one"] | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], None]:
         """The layer's output; in a cache it continues the tokens there.
 
         Args:
+            past_key_values, cache: the cache, under its name before and since transformers 5.24.
             position_ids: where the tokens stand; after those of the cache unless given.
             cu_seqlens: bounds of sequences packed into one row, which do not see each other; no cache then.
         """
+        cache = past_key_values if cache is None else cache
+        unheard = [name for name, given in kwargs.items() if isinstance(given, Cache)]
+        if unheard:
+            raise AnchorsError(
+                f"This transformers hands a layer its cache as {unheard[0]!r}, a name that NSA does not know: it would be "
+                "ignored.",
+                "Use a version of transformers that label-anchors declares.",
+            )
         if not hidden_states.numel():
             raise AnchorsError(
                 f"There is nothing to attend to: the input has the shape {tuple(hidden_states.shape)}.",
@@ -125,7 +135,7 @@ class NativeSparseAttention(nn.Module):
                     f"The bounds {cu_seqlens.tolist()} do not divide {hidden_states.shape[1]} tokens.",
                     "Begin with 0, end with the number of tokens, and give no positions: each sequence starts at 0.",
                 )
-            if len(hidden_states) != 1 or past_key_values is not None:
+            if len(hidden_states) != 1 or cache is not None:
                 raise AnchorsError(
                     "Packed sequences come as one row, without a cache.", "Reshape to [1, tokens, …]."
                 )
@@ -133,7 +143,7 @@ class NativeSparseAttention(nn.Module):
             return torch.cat([self(part)[0] for part in parts if part.shape[1]], dim=1), None
         batch, tokens, _ = hidden_states.shape
         home = hidden_states.device
-        cached = None if past_key_values is None else _cached_positions(past_key_values, self.layer_idx, home)
+        cached = None if cache is None else _cached_positions(cache, self.layer_idx, home)
         past = 0 if cached is None else cached.shape[-1]
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=home)[None]
@@ -152,19 +162,19 @@ class NativeSparseAttention(nn.Module):
             raw = _rotate(raw, cos, sin)
         keys = torch.stack([raw, *(_rotate(keys[:, :, c], cos, sin) for c in (1, 2))], dim=2)
         positions = position_ids
-        if past_key_values is not None:
-            keys, values = past_key_values.update(
+        if cache is not None:
+            keys, values = cache.update(
                 keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
             )
             keys, values = (x.transpose(1, 2).unflatten(2, (3, self.groups)) for x in (keys, values))
             if keys.shape[1] != past + tokens:
                 raise AnchorsError(
-                    f"{type(past_key_values).__name__} returns {keys.shape[1]} keys for {past + tokens} tokens.",
+                    f"{type(cache).__name__} returns {keys.shape[1]} keys for {past + tokens} tokens.",
                     "NSA needs a cache that grows: DynamicCache, transformers' default.",
                 )
             rows = max(len(cached), len(position_ids))
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
-            past_key_values.layers[self.layer_idx].positions = positions
+            cache.layers[self.layer_idx].positions = positions
         sparse = Sparse(
             kv=self._branches(keys, values, positions, hidden_states),
             v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
