@@ -66,8 +66,16 @@ def view(
         if labels is not None and template is None and task is None:
             template = "{text}\n" + text.rstrip().splitlines()[-1] + "{label}"
         chosen = common.tasks_from([task] if task else [], template, labels, policy)[0]
+        from anchors.places import require_another
         from anchors.results import provenance, require_writable, write_atomic
 
+        read = [None if prompt == "-" else prompt, task, model]
+        require_another(to, read)
+        if maps is not None:
+            require_another(maps, [*read, to], "--maps")
+            if maps.resolve() == to.resolve():
+                raise AnchorsError(f"--maps {str(maps)!r} is the page, too.", "Give them different names.")
+            require_writable(maps.parent)
         require_writable(to.parent)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.tasks.drawing import Drawn, within_context

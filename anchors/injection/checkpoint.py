@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchors.errors import AnchorsError
+from anchors.places import require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -95,7 +96,9 @@ class Checkpoint:
             )
         entries: dict[str, Entry] = {}
         files = {}
-        for file, wanted in _weights(folder).items():
+        weights = _weights(folder)
+        require_inside(folder, weights)
+        for file, wanted in weights.items():
             files[file], found = opened(file)
             if absent := sorted(wanted - set(found)) if wanted is not None else ():
                 raise AnchorsError(

@@ -9,6 +9,7 @@ The draft lies beside OUT, on the same file system. It becomes OUT, in one step,
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from anchors.results import write_atomic
 FACTS = "injection.json"
 """The file in OUT that says what it was made from."""
 _JOURNAL, _PART, _LOCK = "journal.json", "shard.part", "lock"
+_OURS = re.compile(r"lock|shard\.part|\.?journal.*\.json|model.*\.safetensors")
 _SHOWN = 3
 
 Facts = list[dict[str, Any]]
@@ -113,6 +115,8 @@ class Draft:
             AnchorsError: there is a model already; another process is at it; too little space; nothing can be
                 written. Shards that were finished stay for the next time.
         """
+        if out.is_symlink():
+            raise AnchorsError(f"{str(out)!r} is a link.", "Give the folder itself as --out.")
         draft = cls(out.resolve(), json.loads(json.dumps(identity)))
         try:
             if _taken(out):
@@ -120,6 +124,7 @@ class Draft:
                     f"{str(out)!r} is there already; it would be overwritten.",
                     "Choose another --out, or delete it.",
                 )
+            draft._require_own()
             draft.folder.mkdir(parents=True, exist_ok=True)
             with _locked(draft.folder / _LOCK, out):
                 try:
@@ -157,7 +162,7 @@ class Draft:
         write_shard(part, entries, tensor)
         part.replace(self.folder / file)
         self.finished[file] = facts
-        self._journal()
+        self._write_journal()
 
     def publish(self, layout: Layout, facts: dict[str, Any], companions: Sequence[Path]) -> None:
         """Add the index and the files that go with the weights, check everything, and make the draft OUT.
@@ -169,6 +174,7 @@ class Draft:
             where = {name: file for file, names in layout.shards.items() for name in names}
             _write_json(self.folder / INDEX, {"metadata": {"total_size": layout.total}, "weight_map": where})
         for path in companions:
+            # Companions were found to lie in the model's folder: no link is followed out of it.
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, self.folder / path.name)
         _write_json(self.folder / FACTS, facts)
@@ -194,13 +200,21 @@ class Draft:
         """Throw the draft away."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _require_own(self) -> None:
+        """Refuse a folder of the draft's name that no merge has made: it would be emptied."""
+        there = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        foreign = not all(map(_OURS.fullmatch, there)) and _journal(self.folder) is None
+        if self.folder.is_symlink() or self.folder.is_file() or foreign:
+            what = "a link" if self.folder.is_symlink() else "no draft of a merge"
+            raise AnchorsError(
+                f"{str(self.folder)!r} is {what}; what it holds would be lost.",
+                "Move or delete it, or choose another --out.",
+            )
+
     def _resume(self) -> None:
         """Take up the shards of a journal of this configuration; begin anew where there is none."""
-        try:
-            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
-            before, shards = journal["identity"], dict(journal["shards"].items())
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            before, shards = None, {}
+        journal = _journal(self.folder)
+        before, shards = (None, {}) if journal is None else (journal["identity"], dict(journal["shards"]))
         if before is not None and before != self.identity:
             self.notes += (
                 f"A draft of another configuration was thrown away ({difference(before, self.identity)}).",
@@ -212,10 +226,10 @@ class Draft:
             self.notes += (f"Went on after {len(self.finished)} finished shards.",)
         for path in self.folder.iterdir():
             if path.name not in {*self.finished, _LOCK}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._journal()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._write_journal()
 
-    def _journal(self) -> None:
+    def _write_journal(self) -> None:
         _write_json(self.folder / _JOURNAL, {"identity": self.identity, "shards": self.finished})
 
     def _demand_space(self, total: int) -> None:
@@ -308,8 +322,22 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def _journal(folder: Path) -> dict[str, Any] | None:
+    """The journal of a draft; None where there is none, or something else."""
+    try:
+        journal = json.loads((folder / _JOURNAL).read_text(encoding="utf-8"))
+        fits = isinstance(journal["identity"], dict) and all(
+            Path(file).name == file and isinstance(facts, list) for file, facts in journal["shards"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return journal if fits else None
+
+
 def _whole(file: Path) -> bool:
     """Whether a shard is there as it was written: not so after a power failure."""
+    if file.is_symlink():
+        return False
     try:
         opened(file)
     except AnchorsError:
@@ -351,7 +379,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
     except ImportError:  # not on Windows
         yield
         return
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

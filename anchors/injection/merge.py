@@ -6,6 +6,7 @@ One tensor at a time is read from the three models, merged in float32 (`merge_te
 vision-language model has on disk, and written; memory is that of a few tensors, whatever the size of models and shards.
 """
 
+import json
 import math
 import threading
 import time
@@ -26,6 +27,7 @@ from anchors.injection.anchor import differing, require_anchor
 from anchors.injection.draft import Draft, Layout, finished
 from anchors.injection.recipe import Recipe, merge_tensor
 from anchors.injection.sources import Source, Sources, by_rows
+from anchors.places import require_inside
 from anchors.results import provenance
 
 Report = Callable[[int, int, str], None]
@@ -124,6 +126,7 @@ def merge(
     if not force:
         require_anchor(sources)
     notes = differing(sources)
+    companions = _companions(sources.vlm.folder)
     identity = {
         "recipe": recipe.as_dict(),
         "models": sources.facts(),
@@ -152,6 +155,7 @@ def merge(
             report(done, total, "")
         for file, entries in layout.shards.items():
             draft.write(file, entries, made)
+        _require_unchanged(sources, identity["written"], draft)
         rows = [fact for file in layout.shards for fact in draft.finished[file]]
         if wants_change(recipe) and not any(row["changed"] for row in rows):
             draft.discard()
@@ -171,7 +175,7 @@ def merge(
             memory=memory,
             tensors=rows,
         )
-        draft.publish(layout, facts, _companions(sources.vlm.folder))
+        draft.publish(layout, facts, companions)
     return MergeReport(out, recipe, pd.DataFrame(rows), seconds, memory, notes + draft.notes)
 
 
@@ -231,9 +235,30 @@ def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def _companions(folder: Path) -> list[Path]:
-    """What goes with the weights of a model, no code among it."""
+    """What goes with the weights of a model, no code among it.
+
+    Raises:
+        AnchorsError: one is a link out of the model's folder.
+    """
     found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
-    return sorted(found - {path for pattern in _OWN for path in folder.glob(pattern)})
+    chosen = sorted(found - {path for pattern in _OWN for path in folder.glob(pattern)})
+    require_inside(folder, chosen)
+    return chosen
+
+
+def _require_unchanged(sources: Sources, written: dict[str, Any], draft: Draft) -> None:
+    """Refuse a result whose models were written again while it was made, and throw it away."""
+    for role, model in sources.roles().items():
+        try:
+            now = model.stamp()
+        except OSError:
+            now = None
+        if json.loads(json.dumps(now)) != json.loads(json.dumps(written[role])):
+            draft.discard()
+            raise AnchorsError(
+                f"{model.name!r} was written again while it was merged: the result would be a mixture, and is thrown away.",
+                "Run the same command again once nothing writes there.",
+            )
 
 
 def _relative(tensors: pd.DataFrame) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from anchors.errors import AnchorsError
+from anchors.places import file_name
 
 Policy = Literal["first", "last", "all"]
 """Which tokens of a label word are its label-word positions p_k, when it has several."""
@@ -59,6 +60,7 @@ class Task:
     hub: Hub | None = None
 
     def __post_init__(self) -> None:
+        file_name(self.name, "the task")
         for placeholder in ("{text}", "{label}"):
             count = self.template.count(placeholder)
             if count != 1:

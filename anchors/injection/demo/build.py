@@ -155,6 +155,11 @@ class Builder:
             # A suite written before there were upper bounds does not name them.
             if facts.get("upper", True) or not self.upper:
                 return Built(target, facts)
+        elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise AnchorsError(
+                f"{str(target)!r} is there, but no stage of a demonstration; it would be overwritten.",
+                "Choose another --out.",
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
         wall, cpu = time.perf_counter(), time.process_time()

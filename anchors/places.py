@@ -1,0 +1,72 @@
+"""Where things may be read and written: nothing outside `--out` is touched, nothing outside a model's folder is read."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from anchors.errors import AnchorsError
+
+
+def require_inside(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuse files of a model's folder that are links to somewhere else.
+
+    In a snapshot of the hub's cache every file is a link to the blobs beside it; those belong to the model.
+
+    Args:
+        folder: of the model.
+        paths: files in it; of a directory, everything below counts.
+
+    Raises:
+        AnchorsError: one leads out of the folder.
+    """
+    homes = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":
+        homes.append((folder.absolute().parents[1] / "blobs").resolve())
+    for path in paths:
+        for own in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+            real = own.resolve()
+            if not any(real.is_relative_to(home) for home in homes):
+                raise AnchorsError(
+                    f"{str(own)!r} is a link to {str(real)!r}, outside the model's folder.",
+                    "Put a copy of the file in its place, if it belongs to the model.",
+                )
+
+
+def require_another(out: Path, inputs: Iterable[str | Path | None], option: str = "--out") -> None:
+    """Refuse an output that would take the place of something that is read.
+
+    Args:
+        out: the file to be written.
+        inputs: files that are read, or folders, of which no file may be replaced; what is no path here is no matter.
+        option: what the user called the output.
+
+    Raises:
+        AnchorsError: it is one of them, or lies in one.
+    """
+    target = out.expanduser().resolve()
+    for source in inputs:
+        place = Path(str(source)).expanduser()
+        if source is None or not place.exists():
+            continue
+        if target == place.resolve() or (place.is_dir() and target.is_relative_to(place.resolve())):
+            raise AnchorsError(
+                f"{option} {str(out)!r} would be written over {str(source)!r}, which is read.",
+                f"Choose another {option}.",
+            )
+
+
+def file_name(text: str, what: str) -> str:
+    """A name that becomes part of a file's name, as it is.
+
+    Raises:
+        AnchorsError: it holds what would lead into another folder, or no file system takes.
+    """
+    if (
+        text in ("", ".", "..")
+        or any(sign in "/\\\0" or ord(sign) < 32 for sign in text)
+        or len(text.encode()) > 150
+    ):
+        raise AnchorsError(
+            f"The name {text[:80]!r} of {what} cannot be part of a file's name.",
+            "Use letters, digits, spaces, dots, - and _, at most 150 bytes.",
+        )
+    return text
