@@ -1,0 +1,122 @@
+"""The lengths of a prompt at which a model's configuration changes its attention."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Change:
+    """A length beyond which attention is another than below it.
+
+    Attributes:
+        length: the longest prompt, in tokens, that is still on the near side.
+        what: what begins beyond it.
+        rotary: beyond it the positions of the whole row are encoded otherwise: rows of the two sides cannot share a
+            batch, and keys made on one side cannot be read from the other.
+        each: beyond it every length is encoded in its own way (dynamic NTK), so that no two lengths share a batch.
+    """
+
+    length: int
+    what: str
+    rotary: bool = False
+    each: bool = False
+
+
+def changes(config: PreTrainedConfig) -> tuple[Change, ...]:
+    """The changes that a configuration (of its text part) names, by length, without doubles.
+
+    Read are sliding windows and local attention, attention chunks, sparse indices (top-k of tokens or of blocks of
+    them), and rotary or attention scaling that depends on the original context: longrope, dynamic NTK, YaRN, Llama 4's
+    temperature.
+
+    Example:
+        >>> changes(MistralConfig(sliding_window=16))
+        (Change(length=16, what='sliding window', rotary=False, each=False),)
+    """
+    text = config.get_text_config(decoder=True)
+    found = {*_windows(text), *_indices(text), *_rotary(text)}
+    return tuple(sorted((c for c in found if c.length > 0), key=lambda c: (c.length, c.what)))
+
+
+def side(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
+    """On which side of every rotary change a prompt lies: prompts with equal sides may share a batch or a context."""
+    return tuple((length if c.each else 1) if length > c.length else 0 for c in found if c.rotary)
+
+
+def _values(config: PreTrainedConfig, name: str) -> Iterator[Any]:
+    """A setting of the configuration, or of those of its layers where they have their own."""
+    try:
+        yield getattr(config, name, None)
+    except AttributeError:  # some configurations raise where the value differs by layer
+        yield None
+    try:
+        own = dict(getattr(config, "per_layer_config", None) or {})
+    except (AttributeError, TypeError, ValueError):  # configurations of several towers have no layers of their own
+        own = {}
+    for part in own.values():
+        yield part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+
+
+def _numbers(config: PreTrainedConfig, name: str) -> Iterator[int]:
+    for value in _values(config, name):
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield value
+
+
+def _windows(config: PreTrainedConfig) -> Iterator[Change]:
+    kinds = getattr(config, "layer_types", None)
+
+    def some(*words: str) -> bool:
+        return kinds is None or any(word in str(kind) for kind in kinds for word in words)
+
+    if getattr(config, "use_sliding_window", None) is not False and some("sliding", "compressed", "local"):
+        yield from (Change(n, "sliding window") for n in _numbers(config, "sliding_window"))
+    if some("chunked"):
+        yield from (Change(n, "attention chunk") for n in _numbers(config, "attention_chunk_size"))
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        yield from (Change(n, "local attention") for n in _numbers(config, "window_size"))
+    yield from (Change(n, "kept keys (top-k)") for n in _numbers(config, "keep_window_size"))
+
+
+def _indices(config: PreTrainedConfig) -> Iterator[Change]:
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if kinds and not any("index" in kind or "sparse" in kind for kind in kinds):
+        return
+    rates = getattr(config, "compress_rates", None) or {}
+    rate = min(rates.values(), default=1) if isinstance(rates, dict) else 1
+    yield from (Change(n * rate, "sparse index (top-k)") for n in _numbers(config, "index_topk"))
+    for block in _numbers(config, "index_block_size"):
+        blocks = next(_numbers(config, "index_topk_blocks"), 0)
+        yield Change(block * blocks, "sparse index (top-k)")
+    for budget in _numbers(config, "indexer_budget"):
+        tail = next(_numbers(config, "indexer_compress_ratio"), 1) - 1  # an incomplete block is always seen
+        yield Change(budget + tail, "sparse index (top-k)")
+
+
+def _rotary(config: PreTrainedConfig) -> Iterator[Change]:
+    for parameters in _values(config, "rope_parameters"):
+        own = parameters if isinstance(parameters, dict) else {}
+        by_type = [part for part in own.values() if isinstance(part, dict)]
+        for rope in by_type or [own]:
+            yield from _scaled(config, rope)
+    if getattr(config, "attn_temperature_tuning", False):
+        yield from (Change(n - 1, "attention temperature") for n in _numbers(config, "floor_scale"))
+
+
+def _scaled(config: PreTrainedConfig, rope: dict[str, Any]) -> Iterator[Change]:
+    kind = rope.get("rope_type", rope.get("type")) or ""
+    original = rope.get("original_max_position_embeddings")
+    if kind == "longrope":
+        original = original or getattr(config, "original_max_position_embeddings", None)
+        if original:
+            yield Change(int(original), "longrope's original context", rotary=True)
+    elif "dynamic" in kind:
+        if longest := getattr(config, "max_position_embeddings", None):
+            yield Change(int(longest), "dynamic NTK", rotary=True, each=True)
+    elif kind == "yarn" and original:
+        yield Change(int(original), "YaRN's original context")
+    if original and rope.get("llama_4_scaling_beta"):
+        yield Change(int(original), "attention temperature")
