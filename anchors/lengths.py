@@ -54,8 +54,8 @@ def _values(config: PreTrainedConfig, name: str) -> Iterator[Any]:
         yield None
     try:
         own = dict(getattr(config, "per_layer_config", None) or {})
-    except (AttributeError, TypeError, ValueError):  # configurations of several towers have no layers of their own
-        own = {}
+    except (AttributeError, TypeError, ValueError):
+        own = {}  # no layers of its own, as in a configuration of several towers
     for part in own.values():
         yield part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 

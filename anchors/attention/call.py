@@ -144,7 +144,11 @@ class AttentionCall:
 
     def fused(self) -> Float[Tensor, "batch heads query dim_v"]:
         """The output through torch's fused kernel; only where `fusable`."""
-        mask = self.mask
+        mask, causal = self.mask, self.mask is None and self.causal and self.q.shape[2] > 1
+        if causal and self.past:
+            # The kernel aligns its causal mask with the first key, not with the last one.
+            rows = torch.arange(self.q.shape[2], device=self.q.device)
+            mask, causal = self.visible(rows, slice(0, self.k.shape[2])), False
         if mask is not None and mask.is_floating_point():
             mask = mask.to(self.q.dtype)  # the CPU kernel misreads a mask of another dtype
         return F.scaled_dot_product_attention(
@@ -152,7 +156,7 @@ class AttentionCall:
             self.k,
             self.v,
             attn_mask=mask,
-            is_causal=self.mask is None and self.causal and self.q.shape[2] > 1,
+            is_causal=causal,
             scale=self.scale,
             enable_gqa=self.groups > 1,
         )

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from anchors.attention import gptj
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
+from anchors.attention.selection import chosen_blocks, chosen_keys
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
 
@@ -84,6 +85,8 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     form: Callable[..., AttentionCall] = AttentionCall,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -103,6 +106,11 @@ def attend(
         raise RoutingError(
             f"{type(module).__name__} asks for attention dropout {dropout}.", "Call model.eval()."
         )
+    if indices is not None:
+        attention_mask = chosen_keys(indices, attention_mask, key.shape[2])
+    if block_indices is not None:
+        places = kwargs.get("position_ids")
+        attention_mask = chosen_blocks(module, block_indices, attention_mask, key.shape[2], places)
     session = _active.get()
     known = session is not None and module in session.layer_of
     call = form(

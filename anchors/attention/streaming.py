@@ -5,7 +5,7 @@ With z = A v and dz = ∂L/∂z, a tile of rows needs A (recomputed from q and k
     A ⊙ ∂L/∂A = A ⊙ (dz vᵀ)
     ∂L/∂s     = A ⊙ ∂L/∂A − A · Σ_j (A ⊙ ∂L/∂A)          (s = masked scores)
 
-The product that saliency wants is therefore a by-product of the gradient itself, and no tensor of size
+∂L/∂s is the mask's gradient, too, where a family makes its mask from what it sees (Doge). The product that saliency wants is therefore a by-product of the gradient itself, and no tensor of size
 layers × heads × T² ever exists. The literal twin is `AttentionCall.pattern` under plain autograd.
 
 On CUDA the Triton kernels of `kernels` do the same without writing any tile to memory, where they know the
@@ -80,7 +80,7 @@ def fused_kernels(call: AttentionCall, taps: Sequence[Tap]) -> ModuleType | None
 
 class _Streaming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, leaf, call, taps):
+    def forward(ctx, q, k, v, mask, leaf, call, taps):
         ctx.call, ctx.taps = call, taps
         ctx.set_materialize_grads(False)
         ctx.kernels = fused_kernels(call, taps)
@@ -102,22 +102,23 @@ class _Streaming(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):  # type: ignore[override]
         if dz is None:
-            return (None,) * 6
+            return (None,) * 7
         # The autocast of whoever differentiates reaches this far, and would round the tiles.
         with torch.autocast(dz.device.type, enabled=False):
             return (*_Streaming.differentiate(ctx, dz), None, None, None)
 
     @staticmethod
-    def differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, z, lse = ctx.saved_tensors
         call: AttentionCall = ctx.call
         dtype, groups = call.compute_dtype, call.groups
-        wanted = ctx.needs_input_grad[0]
+        wanted = any(ctx.needs_input_grad[:3])
+        dmask = torch.zeros_like(call.mask, dtype=dtype) if ctx.needs_input_grad[3] else None
         if ctx.kernels is not None:
             slopes = ctx.kernels.slopes(call, z, lse, dz)
             for tap in ctx.taps:
                 tap.fused(call, slopes)
-            return ctx.kernels.gradients(call, slopes) if wanted else (None, None, None)
+            return (*(ctx.kernels.gradients(call, slopes) if wanted else (None, None, None)), None)
         if wanted:
             dq = torch.zeros_like(q, dtype=dtype)
             dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
@@ -133,17 +134,22 @@ class _Streaming(torch.autograd.Function):
             product = grouped(dz_tile, v_tile.transpose(-1, -2), groups).mul_(pattern)
             for tap in ctx.taps:
                 tap.tile(call, rows, keys, product)
+            if not wanted and dmask is None:
+                continue
+            ds = product.addcmul_(pattern, product.sum(-1, keepdim=True), value=-1)
+            if dmask is not None:
+                dmask[..., rows, keys] += ds.sum_to_size(*dmask.shape[:2], *ds.shape[2:])
             if not wanted:
                 continue
             dv[:, :, keys] += grouped_transposed(pattern, dz_tile, groups)
-            ds = product.addcmul_(pattern, product.sum(-1, keepdim=True), value=-1)
             if call.softcap is not None:
                 ds.mul_(1 - (scores / call.softcap).square())
             dq[:, :, part] = grouped(ds, k_tile, groups).mul_(call.scale)
             dk[:, :, keys] += grouped_transposed(ds, q_tile, groups).mul_(call.scale)
+        dmask = None if dmask is None else dmask.to(call.mask.dtype)
         if not wanted:
-            return None, None, None
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            return None, None, None, dmask
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
 
 
 def streaming(call: AttentionCall, taps: Sequence[Tap]) -> Tensor:
@@ -153,4 +159,4 @@ def streaming(call: AttentionCall, taps: Sequence[Tap]) -> Tensor:
     first layer, too, is tapped while nothing below it is differentiated.
     """
     leaf = torch.zeros((), device=call.q.device, requires_grad=True)
-    return _Streaming.apply(call.q, call.k, call.v, leaf, call, tuple(taps))
+    return _Streaming.apply(call.q, call.k, call.v, call.mask, leaf, call, tuple(taps))
