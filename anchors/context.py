@@ -1,6 +1,7 @@
 """Demonstrations run once: keys and values on which any number of queries continue, with unchanged numbers."""
 
 import inspect
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from anchors.errors import AnchorsError
@@ -25,51 +26,80 @@ class Context:
     Attributes:
         ids: the tokens.
         positions: the position of each.
-        keys, values: by layer, [1, kv_heads, tokens, dim], after rotary embedding.
+        keys, values: by layer, as the family caches them, [1, kv_heads, tokens, dim]: after rotary embedding; the
+            latent ones where it caches those (DeepSeek); None in a layer that reads those of an earlier one.
         next: position of the token that follows.
+        length: how many tokens had been run when they were encoded. Some rotary embeddings depend on it.
+        indices: by layer, the keys of a sparse index, [1, (1,) tokens, dim]; None in a layer without.
+        kinds: by layer, the class of transformers' cache layer that holds this.
     """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
-    keys: tuple[Float[Tensor, "1 kv_heads tokens dim"], ...]
-    values: tuple[Float[Tensor, "1 kv_heads tokens dim_v"], ...]
+    keys: tuple[Float[Tensor, "1 kv_heads tokens dim"] | None, ...]
+    values: tuple[Float[Tensor, "1 kv_heads tokens dim_v"] | None, ...]
     next: int
+    length: int
+    indices: tuple[Float[Tensor, "1 *one tokens index_dim"] | None, ...]
+    kinds: tuple[type, ...]
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        """Memory of the keys and values, and of the keys of an index."""
+        held = (t for t in (*self.keys, *self.values, *self.indices) if t is not None)
+        return sum(t.numel() * t.element_size() for t in held)
 
     def cache(self, batch: int = 1) -> DynamicCache:
         """A fresh transformers cache for a batch, sharing this memory until it grows.
 
-        Plain layers throughout: a sliding window is the mask's business, and a cache that forgot what is outside
-        the window could not be cut.
+        Layers without a window throughout: a sliding window is the mask's business, and a cache that forgot what is
+        outside the window could not be cut.
         """
         cache = DynamicCache()
         positions = torch.tensor([self.positions])
-        for keys, values in zip(self.keys, self.values, strict=True):
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys = keys.expand(batch, -1, -1, -1)
-            layer.values = values.expand(batch, -1, -1, -1)
+        for kind, keys, values, index in zip(self.kinds, self.keys, self.values, self.indices, strict=True):
+            layer = kind()
+            if keys is not None and values is not None:
+                layer.lazy_initialization(keys, values)
+                layer.keys = keys.expand(batch, -1, -1, -1)
+                layer.values = values.expand(batch, -1, -1, -1)
+            if index is not None:
+                grow = getattr(layer, "update_indexer", None) or layer.update_index
+                grow(index.expand(batch, *index.shape[1:]))
             layer.positions = positions
             cache.layers.append(layer)
         return cache
 
     def keep(self, tokens: Sequence[int], next: int) -> "Context":
-        """Only some of the tokens, by index; what follows starts at position `next`."""
+        """Only some of the tokens, by index; what follows starts at position `next`.
+
+        Raises:
+            AnchorsError: no token, or a family that counts blocks of keys.
+        """
         if not tokens:
             raise AnchorsError(
                 "No token of the demonstrations is to be kept.", "Keep the label words at least."
             )
-        index = torch.tensor(list(tokens))
+        if any(hasattr(kind, "update_index") for kind in self.kinds):
+            raise AnchorsError(
+                "The sparse index of this family chooses blocks of neighbouring keys: without some of the tokens "
+                "the blocks would be others.",
+                "Compress the demonstrations of another model.",
+            )
+        chosen = torch.tensor(list(tokens))
+
+        def kept(held: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+            return tuple(None if x is None else x.index_select(-2, chosen.to(x.device)) for x in held)
+
         return Context(
             ids=tuple(self.ids[i] for i in tokens),
             positions=tuple(self.positions[i] for i in tokens),
-            keys=tuple(k.index_select(2, index.to(k.device)) for k in self.keys),
-            values=tuple(v.index_select(2, index.to(v.device)) for v in self.values),
+            keys=kept(self.keys),
+            values=kept(self.values),
             next=next,
+            length=self.length,
+            indices=kept(self.indices),
+            kinds=self.kinds,
         )
 
 
@@ -78,24 +108,69 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def fresh_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache of the kind the family itself makes, but without windows.
+
+    Raises:
+        AnchorsError: a layer keeps more than keys and values (a recurrent or convolutional state, compressed keys).
+    """
+    cache = DynamicCache(config=model.config)
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):
+        if kinds[i] in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            cache.layers[i] = DynamicLayer()
+        elif kinds[i] not in ("DynamicIndexedLayer", "DummyLayer") and not hasattr(layer, "update_index"):
+            raise AnchorsError(
+                f"Layer {i} of {type(model).__name__} caches more than keys and values (a state, {kinds[i]}): "
+                "demonstrations cannot be run once and shared by many queries.",
+                "Use flow or view, which run every prompt as a whole, or another model.",
+            )
+    # Where all layers are plain, the cache grows as many as are used.
+    return DynamicCache() if all(type(layer) is DynamicLayer for layer in cache.layers) else cache
+
+
 @torch.no_grad()
 def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None = None) -> Context:
-    """Run tokens, after those of `context` if given; open the seam around it for edits and probes."""
+    """Run tokens, after those of `context` if given; open the seam around it for edits and probes.
+
+    Raises:
+        AnchorsError: the model's cache holds other things than the keys and values of these tokens, or `context`
+            cannot be continued that far (see `LanguageModel.demand_one_side`).
+    """
     start = 0 if context is None else context.next
-    cache = DynamicCache() if context is None else context.cache()
+    model.demand_one_side([start + len(ids)], None if context is None else context.length)
+    cache = fresh_cache(model.model) if context is None else context.cache()
     tokens = torch.tensor([list(ids)], device=model.device)
     steps = torch.arange(start, start + len(ids), device=model.device)[None]
+    # A tensor: with a number some families drop positions on the way, and their keys would be missing.
+    last = torch.tensor([len(ids) - 1], device=model.device)
     past = {"use_cache": True, cache_argument(model.model): cache}
     with model.arithmetic():
-        model.model(input_ids=tokens, position_ids=steps, logits_to_keep=1, **past)
+        model.model(input_ids=tokens, position_ids=steps, logits_to_keep=last, **past)
     before, stood = (context.ids, context.positions) if context else ((), ())
-    return Context(
+    layers = cache.layers
+    found = Context(
         ids=(*before, *ids),
         positions=(*stood, *range(start, start + len(ids))),
-        keys=tuple(layer.keys for layer in cache.layers),
-        values=tuple(layer.values for layer in cache.layers),
+        keys=tuple(getattr(layer, "keys", None) for layer in layers),
+        values=tuple(getattr(layer, "values", None) for layer in layers),
         next=start + len(ids),
+        length=start + len(ids),
+        indices=tuple(getattr(x, "indexer_keys", getattr(x, "idx_keys", None)) for x in layers),
+        kinds=tuple(type(layer) for layer in layers),
     )
+    _demand_filled(model, found)
+    return found
+
+
+def _demand_filled(model: "LanguageModel", found: Context) -> None:
+    held = [t.shape[-2] for t in (*found.keys, *found.indices) if t is not None]
+    if not held or set(held) != {len(found.ids)}:
+        raise AnchorsError(
+            f"The cache of {model.name} holds {sorted(set(held)) or 'no'} keys of {len(found.ids)} tokens: "
+            "demonstrations cannot be run once and shared by many queries.",
+            "Use flow or view, which run every prompt as a whole, or another model.",
+        )
 
 
 def shared_demonstrations(prompts: Sequence[Prompt]) -> tuple[int, ...]:

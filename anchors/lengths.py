@@ -1,10 +1,14 @@
 """The lengths of a prompt at which a model's configuration changes its attention."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
+
+from anchors.errors import AnchorsError
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,74 @@ def changes(config: PreTrainedConfig) -> tuple[Change, ...]:
 def side(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
     """On which side of every rotary change a prompt lies: prompts with equal sides may share a batch or a context."""
     return tuple((length if c.each else 1) if length > c.length else 0 for c in found if c.rotary)
+
+
+def groups(found: tuple[Change, ...], lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of prompts that may share a batch, in order of their first one."""
+    by_side: dict[tuple[int, ...], list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_side.setdefault(side(found, length), []).append(i)
+    return list(by_side.values())
+
+
+def demand_one_side(
+    found: tuple[Change, ...], lengths: Sequence[int], encoded: int | None = None, name: str = "The model"
+) -> None:
+    """Refuse what would be computed with the positions of another length.
+
+    Args:
+        found: of `changes`.
+        lengths: of the rows of a batch, cached tokens included, in tokens.
+        encoded: at which length the cached keys were made, if there are any.
+        name: of the model, for the error.
+
+    Raises:
+        AnchorsError: they lie on different sides of a rotary change.
+    """
+    everything = [*lengths, *([] if encoded is None else [encoded])]
+    if not everything:
+        return
+    low, high = min(everything), max(everything)
+    if side(found, low) == side(found, high):
+        return
+    change = next(c for c in found if c.rotary and (high > c.length))
+    what = (
+        f"prompts of {low} and {high} tokens share a batch"
+        if encoded is None
+        else f"demonstrations run at {encoded} tokens are continued to {max(lengths)}"
+    )
+    remedy = (
+        "Run them in separate batches."
+        if encoded is None
+        else f"Use another number of --shots, so that all lies on one side of {change.length} tokens."
+    )
+    raise AnchorsError(
+        f"{name} encodes positions otherwise in prompts longer than {change.length} tokens ({change.what}), and {what}.",
+        remedy,
+    )
+
+
+def without_memory(model: nn.Module) -> None:
+    """Let rotary embeddings of dynamic length forget earlier prompts.
+
+    transformers keeps the frequencies of the longest prompt so far until a short one comes; a fresh model computes
+    those of the prompt at hand. Here every call is one of a fresh model.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {"": kinds}
+        dynamic = [name for name, kind in by_layer.items() if isinstance(kind, str) and "dynamic" in kind]
+        if dynamic:
+            module.register_forward_pre_hook(partial(_forget, dynamic))
+
+
+def _forget(layer_types: list[str], module: Any, args: tuple) -> None:
+    for name in layer_types:
+        prefix = f"{name}_" if name else ""
+        original = getattr(module, f"{prefix}original_inv_freq")
+        home = getattr(module, f"{prefix}inv_freq").device
+        module.register_buffer(f"{prefix}inv_freq", original.to(home), persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def _values(config: PreTrainedConfig, name: str) -> Iterator[Any]:

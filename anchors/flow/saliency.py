@@ -15,8 +15,9 @@ from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.seam import seam
 from anchors.attention.taps import Slopes
-from anchors.errors import AnchorsError, CertificateError
+from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import Sums, flow_sums
+from anchors.lengths import groups
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt
 
@@ -92,6 +93,11 @@ class FlowTap:
 
     def begin(self, call: AttentionCall, z: Tensor, dz: Tensor) -> None:
         batch, keys, layer = z.shape[0], call.k.shape[2], call.layer
+        if keys != z.shape[2]:
+            raise RoutingError(
+                f"Layer {layer} attends to {keys} keys in a prompt of {z.shape[2]} tokens: they are not its tokens.",
+                "Models that attend to compressed keys cannot be analysed: there is no flow between words to read.",
+            )
         like = {"dtype": call.compute_dtype, "device": z.device}
         self.rows[layer] = torch.zeros(*self.wanted.shape, keys, **like)
         self.total[layer] = torch.zeros(batch, **like)
@@ -186,7 +192,8 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
 
     Args:
         model: on the seam.
-        prompts: with their right answers; run as one batch.
+        prompts: with their right answers; run as one batch, or as several where the family encodes positions by the
+            length of the longest row (longrope, dynamic NTK).
         maps: layers whose whole T × T map is wanted.
 
     Raises:
@@ -200,6 +207,9 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     unknown = [layer for layer in maps if not 0 <= layer < model.n_layers]
     if unknown:
         raise AnchorsError(f"The model has no layers {unknown}.", f"It has layers 0 to {model.n_layers - 1}.")
+    parts = groups(model.changes, [len(prompt.ids) for prompt in prompts])
+    if len(parts) > 1:
+        return _joined([flow(model, [prompts[i] for i in part], maps=maps) for part in parts], parts)
     batch = collate(prompts, model.device)
     wanted = torch.cat([batch.labels, batch.target[:, None]], dim=1)
     tap = FlowTap(frozenset(range(model.n_layers)), wanted, frozenset(maps))
@@ -231,6 +241,27 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
         loss=loss.detach().float().cpu(),
         identity_error=relative,
         maps={layer: tap.full[layer].float().cpu() for layer in maps},
+    )
+
+
+def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:
+    """Flows of some prompts each, as one of all of them in their order."""
+    order = torch.tensor([i for part in parts for i in part]).argsort()
+
+    def put(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))[order]
+
+    def padded(maps: Tensor) -> Tensor:
+        missing = width - maps.shape[-1]
+        return F.pad(maps, (0, missing, 0, missing))
+
+    width = max((m.shape[-1] for one in found for m in one.maps.values()), default=0)
+    return Flow(
+        sums=Sums(*(put([getattr(one.sums, name) for one in found]) for name in ("s_wp", "s_pq", "s_ww"))),
+        probabilities=put([one.probabilities for one in found]),
+        loss=put([one.loss for one in found]),
+        identity_error=torch.stack([one.identity_error for one in found]).amax(0),
+        maps={layer: put([padded(one.maps[layer]) for one in found]) for layer in found[0].maps},
     )
 
 
