@@ -13,7 +13,7 @@ from anchors.context import Context, Queries, answer, encode, queries, shared_de
 from anchors.errors import AnchorsError, CertificateError
 from anchors.icl import joined, outcomes
 from anchors.models import LanguageModel
-from anchors.patching import patch, streams
+from anchors.patching import demand_one_stream, patch, streams
 from anchors.runner import Cell, Record
 from anchors.tasks.drawing import Drawn, demonstrations, derangement, random_positions
 from anchors.tasks.prompts import Prompt, build, label_tokens
@@ -109,13 +109,16 @@ class Causal:
         other = build(cell.task, model.tokenizer, shown, query.text, query.label)
         where = places(prompt, other, self.positions, rng)
 
-        own = encode(model, ids)
+        with streams(model, chosen) as own_entering:
+            own = encode(model, ids)
         with streams(model, chosen) as entering:
             exchanged = encode(model, other.ids[: len(ids)])
+        demand_one_stream(model, own_entering, entering)
+        del own_entering
         # All contexts of a seed are held at once, because its batches come one after the other. Layers below the
         # patched one are A's own tensors, not copies: half of the memory of one context per layer and condition.
         patched = {
-            (condition, layer): patch(model, own, layer, where[condition], entering[layer])
+            (condition, layer): patch(model, own, layer, where[condition], entering[layer].stream)
             for condition in self.positions
             for layer in chosen
         }
@@ -219,7 +222,7 @@ def places(
 def _demand_equal(patched: Context, exchanged: Context) -> None:
     """All that differs was exchanged before the first layer: the keys and values must be B's."""
     pairs = zip((*patched.keys, *patched.values), (*exchanged.keys, *exchanged.values), strict=True)
-    error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
     if not error < 1e-3:
         raise CertificateError(
             f"With all that differs patched before layer 0, keys and values differ by {error:.1e} from prompt B's.",

@@ -1,7 +1,6 @@
 """Demonstrations run once: keys and values on which any number of queries continue, with unchanged numbers."""
 
 import inspect
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,8 +1,9 @@
 """Putting the residual stream of one run into another, on shared demonstrations."""
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anchors.context import Context, encode
-from anchors.errors import RoutingError
+from anchors.errors import AnchorsError, RoutingError
 from anchors.models import LanguageModel
 
 
@@ -26,9 +27,10 @@ def patch(
 
     Raises:
         RoutingError: the patch did not take place exactly once.
+        AnchorsError: several residual streams.
     """
 
-    def replaced(hidden: Tensor) -> Tensor:
+    def replaced(hidden: Tensor, beside: dict[str, Tensor]) -> Tensor:
         index = torch.tensor(list(positions), device=hidden.device)
         return hidden.index_copy(1, index, stream.to(hidden).index_select(1, index))
 
@@ -38,18 +40,30 @@ def patch(
         found,
         keys=own.keys[:layer] + found.keys[layer:],
         values=own.values[:layer] + found.values[layer:],
+        indices=own.indices[:layer] + found.indices[layer:],
     )
 
 
-@contextmanager
-def streams(
-    model: LanguageModel, layers: Sequence[int]
-) -> Iterator[dict[int, Float[Tensor, "1 tokens width"]]]:
-    """Keep the residual stream entering each of some layers, in the one run inside."""
-    found: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Entering:
+    """What enters a layer in one run.
 
-    def kept(layer: int, hidden: Tensor) -> Tensor:
-        found[layer] = hidden
+    Attributes:
+        stream: the residual stream.
+        beside: the other tensors that the layer is handed, by name.
+    """
+
+    stream: Float[Tensor, "1 tokens width"]
+    beside: dict[str, Tensor]
+
+
+@contextmanager
+def streams(model: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Entering]]:
+    """Keep what enters each of some layers, in the one run inside."""
+    found: dict[int, Entering] = {}
+
+    def kept(layer: int, hidden: Tensor, beside: dict[str, Tensor]) -> Tensor:
+        found[layer] = Entering(hidden, beside)
         return hidden
 
     with ExitStack() as stack:
@@ -58,17 +72,55 @@ def streams(
         yield found
 
 
+def demand_one_stream(model: LanguageModel, own: dict[int, Entering], other: dict[int, Entering]) -> None:
+    """Make sure that two prompts which differ at some tokens differ before a layer in its residual stream alone.
+
+    Raises:
+        AnchorsError: a layer is handed more that depends on the tokens (per-layer embeddings, keys and values or an
+            index shared with an earlier layer), so that patching the stream would leave half of prompt A in place.
+    """
+    for layer, entering in own.items():
+        beside = other[layer].beside
+        differing = [
+            name
+            for name, tensor in entering.beside.items()
+            if name not in beside
+            or tensor.shape != beside[name].shape
+            or not torch.equal(tensor, beside[name])
+        ]
+        if differing:
+            raise AnchorsError(
+                f"Layer {layer} of {type(model.model).__name__} sees the tokens by another way than the residual stream "
+                f"({', '.join(differing)}): patching the stream would exchange only a part of what enters it.",
+                "Use another model for causal; flow, isolate and readout do not rest on this.",
+            )
+
+
+Change = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
 @contextmanager
-def _entering(model: LanguageModel, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put `change(stream)` in the place of the residual stream entering a layer, in the one run inside."""
+def _entering(model: LanguageModel, layer: int, change: Change) -> Iterator[None]:
+    """Put `change(stream, other tensors)` in the place of the residual stream entering a layer, in the one run inside."""
     fired = 0
+
+    def changed(stream: Tensor, beside: dict[str, Tensor]) -> Tensor:
+        if stream.dim() != 3:
+            raise AnchorsError(
+                f"{type(model.model).__name__} carries several residual streams through its layers (of shape "
+                f"{list(stream.shape)}): there is none to be exchanged at a position.",
+                "Use another model for causal; flow, isolate and readout do not rest on this.",
+            )
+        return change(stream, beside)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         nonlocal fired
         fired += 1
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        name = next(iter(bound.arguments)) if args else "hidden_states"
+        others = {key: value for key, value in bound.arguments.items() if key != name}
+        bound.arguments[name] = changed(bound.arguments[name], dict(_tensors("", others)))
+        return bound.args, bound.kwargs
 
     handle = block(model, layer).register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -80,6 +132,15 @@ def _entering(model: LanguageModel, layer: int, change: Callable[[Tensor], Tenso
             f"The residual stream entered layer {layer} {fired} times instead of once.",
             "Run the model exactly once inside; a model that shares layers cannot be patched.",
         )
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested arguments, with their names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value, 1):
+            yield from _tensors(f"{name} {key}".strip(), part)
 
 
 def block(model: LanguageModel, layer: int) -> nn.Module:

@@ -46,7 +46,7 @@ def fast(lm, own, exchanged, positions, layer):
     context = encode(lm, own.ids[: own.query])
     with streams(lm, [layer]) as entering:
         encode(lm, exchanged.ids[: own.query])
-    patched = patch(lm, context, layer, positions, entering[layer])
+    patched = patch(lm, context, layer, positions, entering[layer].stream)
     return answer(lm, patched, queries([own], own.query, lm.device))[0, list(own.label_ids)]
 
 
