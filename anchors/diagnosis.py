@@ -24,12 +24,17 @@ from anchors.tasks.task import Task
 
 @dataclass
 class TargetQueries:
-    """A probe that keeps the query vectors at each example's target, all heads concatenated.
+    """A probe that keeps the query vectors at each example's target, all heads concatenated, and the keys there are.
+
+    The keys are those of the attention, not of the cache, which holds latent ones in some families (DeepSeek) and
+    none in layers that read those of an earlier one.
 
     Attributes:
         layers: the one layer where it looks.
         target: q of each example, as a row of the call's queries.
         found: [batch, heads · dim].
+        keys: [batch, kv_heads, tokens, dim].
+        groups: query heads per key-value head.
     """
 
     layers: frozenset[int]
@@ -39,6 +44,7 @@ class TargetQueries:
         batch, heads, _, dim = call.q.shape
         place = self.target.to(call.q.device)[:, None, None, None].expand(-1, heads, -1, dim)
         self.found = call.q.gather(2, place).reshape(batch, heads * dim)
+        self.keys, self.groups = call.k, call.groups
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Diagnosis:
                 probabilities = label_probabilities(answer(model, context, asked), asked)
             vectors.append(probe.found.double().cpu())
             found += outcomes(cell.task, asked, probabilities)
-        keys = label_keys(model, context.keys[layer], prompts[0].label_positions, prompts[0].label_classes)
+        keys = label_keys(probe.keys[:1], probe.groups, prompts[0].label_positions, prompts[0].label_classes)
         whole = predicted_confusion(torch.cat(vectors).numpy(), keys.double().cpu().numpy(), self.components)
         labels = cell.task.labels
         said = [
@@ -118,19 +124,21 @@ class Diagnosis:
 
 
 def label_keys(
-    model: LanguageModel,
     keys: Float[Tensor, "1 kv_heads tokens dim"],
+    groups: int,
     positions: Sequence[int],
     classes: Sequence[int],
 ) -> Float[Tensor, "classes width"]:
     """The key of each class in one layer: mean over its label-word positions, as wide as the queries.
 
-    Of a layer of sparse attention it is the key of the selected branch.
+    Of a layer of native sparse attention it is the key of the selected branch.
+
+    Args:
+        keys: of the layer's attention.
+        groups: query heads per key-value head.
+        positions, classes: of the label words.
     """
-    module = model.modules[0]
-    keys = module.keys_read(keys) if hasattr(module, "keys_read") else keys
-    heads = model.model.config.get_text_config().num_attention_heads
-    wide = keys[0].repeat_interleave(heads // keys.shape[1], dim=0)
+    wide = keys[0].repeat_interleave(groups, dim=0)
     flat = wide[:, list(positions)].transpose(0, 1).flatten(1)
     return torch.stack(
         [flat[[i for i, own in enumerate(classes) if own == c]].mean(0) for c in sorted(set(classes))]

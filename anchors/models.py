@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.activations import ACT2FN, NewGELUActivation
 
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
-from anchors.attention.seam import route
+from anchors.attention.call import AttentionCall
+from anchors.attention.seam import route, seam
 from anchors.attention.streaming import triton_runs
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError
@@ -84,6 +85,15 @@ class LanguageModel:
     def changes(self) -> tuple[Change, ...]:
         """The lengths at which this model's attention changes; see `anchors.lengths`."""
         return changes(self.model.config)
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Query heads by layer, as its attention has them: in some families layers differ (Laguna, OpenELM)."""
+        probe = _Heads(frozenset(range(self.n_layers)))
+        ids = torch.arange(4, device=self.device)[None]
+        with torch.no_grad(), seam(self.modules, probes=[probe]):
+            self.model(input_ids=ids, use_cache=False)
+        return tuple(probe.found[layer] for layer in range(self.n_layers))
 
     def demand_one_side(self, lengths: Sequence[int], encoded: int | None = None) -> None:
         """Refuse rows, or a context encoded at some length, that the family's rotary embedding tells apart by length.
@@ -159,6 +169,19 @@ class LanguageModel:
             return TransformerBridge.boot_transformers(
                 self.name, hf_model=plain, tokenizer=tokenizer, dtype=self.model.dtype
             )
+
+
+@dataclass
+class _Heads:
+    """A probe that counts the query heads of the layers it names."""
+
+    layers: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self.found: dict[int, int] = {}
+
+    def see(self, call: AttentionCall) -> None:
+        self.found[call.layer] = call.q.shape[1]
 
 
 def load(

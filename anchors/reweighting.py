@@ -27,6 +27,8 @@ from anchors.tasks.drawing import Drawn, demonstrations
 from anchors.tasks.prompts import Prompt, build
 from anchors.tasks.task import Task
 
+NAME = "re-weighting"
+
 
 @dataclass(frozen=True)
 class Reweighting:
@@ -96,8 +98,8 @@ class Reweighting:
         ]
         values = [
             Record(f"beta/{label_of[i]}/{head}", float(beta.beta[layer, head, i]), "reweighted", layer)
-            for layer in range(beta.beta.shape[0])
-            for head in range(beta.beta.shape[1])
+            for layer, heads in enumerate(beta.heads)
+            for head in range(heads)
             for i in range(beta.beta.shape[2])
         ]
         losses = [Record("training_loss", loss, f"epoch-{e:02}") for e, loss in enumerate(beta.losses)]
@@ -119,16 +121,21 @@ class Beta:
     """Fitted β and what it belongs to.
 
     Attributes:
-        beta: [layers, heads, label words].
+        beta: [layers, heads, label words]; 0 beyond the heads of a layer that has fewer than another one.
         classes: the class of each label word, in the order of the last axis.
         losses: mean training loss of each epoch, in nats.
         facts: provenance, when loaded from a file.
+        heads: how many each layer has; by default as many as the second axis of `beta`.
     """
 
     beta: Float[Tensor, "layers heads labels"]
     classes: tuple[int, ...]
     losses: tuple[float, ...] = ()
     facts: dict | None = None
+    heads: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", self.heads or (self.beta.shape[1],) * self.beta.shape[0])
 
     def demand(self, model: LanguageModel) -> None:
         """Refuse a model that it was not fitted on.
@@ -136,11 +143,12 @@ class Beta:
         Raises:
             AnchorsError: other layers or heads, or other weights or tokenizer.
         """
-        shape, fitted = (model.n_layers, _heads(model)), (self.facts or {}).get("fingerprint")
-        if tuple(self.beta.shape[:2]) != shape or (fitted and fitted != model.fingerprint):
+        fitted = (self.facts or {}).get("fingerprint")
+        if self.heads != model.heads or (fitted and fitted != model.fingerprint):
+            own, other = _counted(self.heads), _counted(model.heads)
             raise AnchorsError(
-                f"This β has {self.beta.shape[0]} layers of {self.beta.shape[1]} heads and was fitted on "
-                f"{(self.facts or {}).get('model', 'an unknown model')}; {model.name} has {shape[0]} of {shape[1]}.",
+                f"This β has {own} and was fitted on {(self.facts or {}).get('model', 'an unknown model')}; "
+                f"{model.name} has {other}.",
                 "Fit it on the model it is to be applied to.",
             )
 
@@ -152,8 +160,9 @@ class Beta:
         """
         columns = torch.tensor([self._columns(p) for p in prompts], device=device)
         target = torch.tensor([p.target for p in prompts], device=device)
-        beta = self.beta.to(device)
-        return scale(range(len(beta)), target, columns, beta.__getitem__, "re-weighting")
+        return scale(
+            range(len(self.heads)), target, columns, _by_layer(self.beta.to(device), self.heads), NAME
+        )
 
     def _columns(self, prompt: Prompt) -> list[int]:
         """The label-word positions of a prompt in this β's order: the n-th of a class goes to the n-th of it."""
@@ -174,6 +183,7 @@ class Beta:
         header = {
             "label-anchors": json.dumps(facts),
             "classes": json.dumps(self.classes),
+            "heads": json.dumps(self.heads),
             "losses": json.dumps(self.losses),
         }
         write_atomic(path, lambda draft: save_file({"beta": self.beta.contiguous().cpu()}, draft, header))
@@ -185,6 +195,7 @@ class Beta:
             with safe_open(path, "pt") as file:
                 header, beta = file.metadata() or {}, file.get_tensor("beta")
             classes = tuple(json.loads(header["classes"]))
+            heads = tuple(json.loads(header.get("heads", "[]")))
             losses, facts = tuple(json.loads(header["losses"])), json.loads(header["label-anchors"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise AnchorsError(
@@ -194,7 +205,7 @@ class Beta:
             raise AnchorsError(
                 f"The β in {str(path)!r} is not finite.", "Remove the file; it is fitted anew."
             )
-        return cls(beta, classes, losses, facts)
+        return cls(beta, classes, losses, facts, heads)
 
 
 def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[Prompt]:
@@ -236,19 +247,29 @@ def fit(
     with label_head(model, prompts[0].label_ids):
         held = [encode(model, p.ids[len(context.ids) : -1], context) for p in prompts]
         return _train(
-            beta, prompts, learning_rate, epochs, batch, seed,
+            model, beta, prompts, learning_rate, epochs, batch, seed,
             lambda i: one_token_loss(model, held[i], prompts[i], beta),
         )  # fmt: skip
 
 
 def new_beta(model: LanguageModel, prompt: Prompt) -> nn.Parameter:
-    """β = 0 for the label words of a prompt, [layers, heads, labels]: it changes nothing."""
-    shape = (model.n_layers, _heads(model), len(prompt.label_positions))
+    """β = 0 for the label words of a prompt, [layers, heads, labels]: it changes nothing.
+
+    Where layers have different numbers of heads, it has the largest, and what is beyond a layer's own stays 0.
+    """
+    shape = (model.n_layers, max(model.heads), len(prompt.label_positions))
     return nn.Parameter(torch.zeros(shape, device=model.device))
 
 
-def _heads(model: LanguageModel) -> int:
-    return model.model.config.get_text_config().num_attention_heads
+def _by_layer(
+    beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]
+) -> Callable[[int], Float[Tensor, "own_heads labels"]]:
+    return lambda layer: beta[layer, : heads[layer]]
+
+
+def _counted(heads: Sequence[int]) -> str:
+    counts = sorted(set(heads))
+    return f"{len(heads)} layers of {' or '.join(map(str, counts))} heads"
 
 
 def one_token_loss(
@@ -259,7 +280,7 @@ def one_token_loss(
     Inside `label_head`, so that the logits are those of the label words.
     """
     last = torch.tensor([[prompt.ids[-1]]], device=model.device)
-    edit = _row_edit(prompt, beta)
+    edit = _row_edit(prompt, beta, model.heads)
     with torch.enable_grad(), seam(model.modules, edits=[edit]):
         logits = model.logits_at(last, torch.zeros(1, dtype=torch.long, device=model.device), before)
     return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
@@ -270,7 +291,7 @@ def literal_loss(
 ) -> Float[Tensor, ""]:
     """The same loss from the whole prompt and the whole vocabulary, as the definition says."""
     ids = torch.tensor([prompt.ids], device=model.device)
-    with torch.enable_grad(), seam(model.modules, edits=[_edit(prompt, beta)]):
+    with torch.enable_grad(), seam(model.modules, edits=[_edit(prompt, beta, model.heads)]):
         logits = model.model(input_ids=ids, use_cache=False).logits[:, -1, list(prompt.label_ids)]
     return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
 
@@ -286,26 +307,30 @@ def literal_fit(
     """`fit` with whole prompts in every step: the twin it is compared with."""
     beta = new_beta(model, prompts[0])
     step = lambda i: literal_loss(model, prompts[i], beta)  # noqa: E731
-    return _train(beta, prompts, learning_rate, epochs, batch, seed, step)
+    return _train(model, beta, prompts, learning_rate, epochs, batch, seed, step)
 
 
-def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"]) -> Edit:
+def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
     target = torch.tensor([prompt.target], device=beta.device)
     columns = torch.tensor([prompt.label_positions], device=beta.device)
-    return scale(range(len(beta)), target, columns, beta.__getitem__, "re-weighting")
+    return scale(range(len(beta)), target, columns, _by_layer(beta, heads), NAME)
 
 
-def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"]) -> Edit:
+def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
     """`_edit` where the target's row is all that is run: the rows of all layers are made at once."""
     columns = torch.tensor(prompt.label_positions, device=beta.device)
     ones = beta.new_ones(*beta.shape[:2], 1, len(prompt.ids))
     rows = ones.index_copy(3, columns, beta.exp()[:, :, None]).unbind()
     return Edit(
-        frozenset(range(len(rows))), weight=lambda call: rows[call.layer], name="re-weighting", neutral=True
+        frozenset(range(len(rows))),
+        weight=lambda call: rows[call.layer][: heads[call.layer]],
+        name=NAME,
+        neutral=True,
     )
 
 
 def _train(
+    model: LanguageModel,
     beta: nn.Parameter,
     prompts: Sequence[Prompt],
     learning_rate: float,
@@ -335,7 +360,7 @@ def _train(
             f"The training of β diverged: losses {[round(x, 3) for x in losses]}.",
             "Lower the learning rate, or use --precision float32.",
         )
-    return Beta(beta.detach(), tuple(prompts[0].label_classes), tuple(losses))
+    return Beta(beta.detach(), tuple(prompts[0].label_classes), tuple(losses), heads=model.heads)
 
 
 @contextmanager

@@ -111,8 +111,8 @@ def test_label_keys_are_as_wide_as_the_queries(lm, make_cell):
     prompt = make_cell(shots=2).prompts[0].prompt
     context = encode(lm, prompt.ids[: prompt.query])
     keys = context.keys[1]
-    found = label_keys(lm, keys, prompt.label_positions, prompt.label_classes)
     heads, dim = lm.model.config.get_text_config().num_attention_heads, keys.shape[-1]
+    found = label_keys(keys, heads // keys.shape[1], prompt.label_positions, prompt.label_classes)
     assert found.shape == (2, heads * dim)
     for c, head in itertools.product(range(2), range(heads)):
         own = [p for p, k in zip(prompt.label_positions, prompt.label_classes, strict=True) if k == c]

@@ -189,12 +189,6 @@ class NativeSparseAttention(nn.Module):
         )  # fmt: skip
         return self.o_proj(o.reshape(batch, tokens, -1)), None
 
-    def keys_read(
-        self, cached: Float[Tensor, "batch cached tokens dim"]
-    ) -> Float[Tensor, "batch groups tokens dim"]:
-        """Of a cache's keys, those of the selected branch."""
-        return cached[:, self.groups : 2 * self.groups]
-
     def _branches(self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor) -> Branches:
         l, d = self.geometry.l, self.geometry.d
         kc = compress(keys[:, :, 0], self.phi_k, l=l, d=d)
