@@ -137,22 +137,3 @@ def _labels(model: LanguageModel, task: Task) -> tuple[bool, str]:
     words = label_tokens(task, model.tokenizer)
     shown = [" ".join(repr(model.tokenizer.decode([t])) for t in word) for word in words]
     return True, ", ".join(shown)
-
-
-def hidden_labels(model: LanguageModel, prompts: Iterable[Prompt]) -> str | None:
-    """A warning when a sliding window hides label words from the target, whose flow is then exactly zero there."""
-    config = model.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * model.n_layers
-    sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
-    if not window or not sliding or getattr(config, "use_sliding_window", True) is False:
-        return None
-    hidden = sum(
-        prompt.target - position >= window for prompt in prompts for position in prompt.label_positions
-    )
-    if not hidden:
-        return None
-    return (
-        f"{hidden} label words stand outside the sliding window of {window} tokens of {len(sliding)} of "
-        f"{model.n_layers} layers; their flow to the target is zero there by construction."
-    )

@@ -29,6 +29,12 @@ class Change:
     each: bool = False
 
 
+WINDOW, CHUNK, LOCAL = "sliding window", "attention chunk", "local attention"
+KEPT, INDEX = "kept keys (top-k)", "sparse index (top-k)"
+HIDING = (WINDOW, CHUNK, LOCAL, KEPT, INDEX)
+"""What hides some of the earlier tokens from a query."""
+
+
 def changes(config: PreTrainedConfig) -> tuple[Change, ...]:
     """The changes that a configuration (of its text part) names, by length, without doubles.
 
@@ -145,12 +151,12 @@ def _windows(config: PreTrainedConfig) -> Iterator[Change]:
         return kinds is None or any(word in str(kind) for kind in kinds for word in words)
 
     if getattr(config, "use_sliding_window", None) is not False and some("sliding", "compressed", "local"):
-        yield from (Change(n, "sliding window") for n in _numbers(config, "sliding_window"))
+        yield from (Change(n, WINDOW) for n in _numbers(config, "sliding_window"))
     if some("chunked"):
-        yield from (Change(n, "attention chunk") for n in _numbers(config, "attention_chunk_size"))
+        yield from (Change(n, CHUNK) for n in _numbers(config, "attention_chunk_size"))
     if "local" in (getattr(config, "attention_layers", None) or ()):
-        yield from (Change(n, "local attention") for n in _numbers(config, "window_size"))
-    yield from (Change(n, "kept keys (top-k)") for n in _numbers(config, "keep_window_size"))
+        yield from (Change(n, LOCAL) for n in _numbers(config, "window_size"))
+    yield from (Change(n, KEPT) for n in _numbers(config, "keep_window_size"))
 
 
 def _indices(config: PreTrainedConfig) -> Iterator[Change]:
@@ -159,13 +165,13 @@ def _indices(config: PreTrainedConfig) -> Iterator[Change]:
         return
     rates = getattr(config, "compress_rates", None) or {}
     rate = min(rates.values(), default=1) if isinstance(rates, dict) else 1
-    yield from (Change(n * rate, "sparse index (top-k)") for n in _numbers(config, "index_topk"))
+    yield from (Change(n * rate, INDEX) for n in _numbers(config, "index_topk"))
     for block in _numbers(config, "index_block_size"):
         blocks = next(_numbers(config, "index_topk_blocks"), 0)
-        yield Change(block * blocks, "sparse index (top-k)")
+        yield Change(block * blocks, INDEX)
     for budget in _numbers(config, "indexer_budget"):
         tail = next(_numbers(config, "indexer_compress_ratio"), 1) - 1  # an incomplete block is always seen
-        yield Change(budget + tail, "sparse index (top-k)")
+        yield Change(budget + tail, INDEX)
 
 
 def _rotary(config: PreTrainedConfig) -> Iterator[Change]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from anchors.check import check, hidden_labels
+from anchors.check import check
 from anchors.errors import CertificateError
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance, write_atomic, write_table
 from anchors.runner import Analysis, Measured, Sample, measure
+from anchors.sight import hidden_labels
 from anchors.summaries import Rows, Tables, tables_of
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, draw, within_context
