@@ -1,6 +1,8 @@
 """Tiny models of every architecture that is converted, and their GGUF files, laid out as llama.cpp's converter does."""
 
+import copy
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,10 +167,8 @@ def laid_out(arch: str, m: PreTrainedModel) -> dict[str, np.ndarray]:
             continue
         if arch in ("llama", "granite") and ("q_proj" in name or "k_proj" in name):
             heads = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
-            w = torch.cat(
-                [row for head in w.chunk(heads) for pair in zip(*head.chunk(2), strict=True) for row in pair]
-            )
-            w = w.reshape(weights[name].shape)
+            pairs = [zip(*head.chunk(2), strict=True) for head in w.chunk(heads)]
+            w = torch.stack([row for head in pairs for pair in head for row in pair])
         if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight"):
             w = w + 1
         if arch == "gpt2" and any(part in name for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -260,3 +260,71 @@ def write(
     out.write_tensors_to_file()
     out.close()
     return path
+
+
+def variants() -> dict[str, tuple[str, PreTrainedConfig, dict[str, Any], dict[str, np.ndarray]]]:
+    """By name: architecture, configuration, further keys, further tensors. Every architecture, every rotary scaling."""
+    made = {arch: (arch, config, {}, {}) for arch, config in CONFIGS.items()}
+
+    def with_rope(
+        name: str, arch: str, rope: dict, keys: dict, tensors: dict | None = None, **more: Any
+    ) -> None:
+        config = copy.deepcopy(CONFIGS[arch])
+        config.rope_parameters = config.rope_parameters | rope
+        for field, value in more.items():
+            setattr(config, field, value)
+        made[name] = arch, config, keys, tensors or {}
+
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 3.0}
+    with_rope("llama-linear", "llama", {"rope_type": "linear", "factor": 3.0}, linear)
+    with_rope(
+        "llama-linear-old-key", "llama", {"rope_type": "linear", "factor": 3.0}, {"rope.scale_linear": 3.0}
+    )
+    with_rope(
+        "qwen2-yarn", "qwen2",
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
+    )  # fmt: skip
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    factors = np.array([llama3_factor(5000.0 ** (i / 4), 64) for i in range(4)], np.float32)
+    with_rope("llama-llama3", "llama", {"rope_type": "llama3", **llama3}, {}, {"rope_freqs.weight": factors})
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 8e5}
+    with_rope("gemma3-linear", "gemma3", {"full_attention": full}, linear | {"rope.scaling.factor": 8.0})
+    short, long = np.array([1.1, 1.3], np.float32), np.array([2.0, 7.0], np.float32)
+    with_rope(
+        "phi3-longrope", "phi3",
+        {
+            "rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist(),
+            "original_max_position_embeddings": 512, "attention_factor": 1.2, "factor": 2.0,
+        },
+        {"rope.scaling.original_context_length": 512, "rope.scaling.attn_factor": 1.2},
+        {"rope_factors_short.weight": short, "rope_factors_long.weight": long},
+        original_max_position_embeddings=512,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    parallel = copy.deepcopy(CONFIGS["stablelm"])
+    parallel.use_parallel_residual, parallel.use_qkv_bias = True, False
+    made["stablelm-parallel"] = "stablelm", parallel, {}, {}
+    old = copy.deepcopy(CONFIGS["falcon"])
+    old.num_kv_heads, old.new_decoder_architecture, old.multi_query = 1, False, True
+    made["falcon-7b"] = "falcon", old, {}, {}
+    biased = copy.deepcopy(CONFIGS["llama"])
+    biased.attention_bias = biased.mlp_bias = True
+    made["llama-bias"] = "llama", biased, {}, {}
+    return made
+
+
+def llama3_factor(wavelength_per_turn: float, context: int) -> float:
+    """By how much Llama 3.1 divides a frequency, as its authors write it (llama_models, `apply_scaling`), factor 8."""
+    wavelength = 2 * math.pi * wavelength_per_turn
+    if wavelength < context / 4:
+        return 1.0
+    if wavelength > context:
+        return 8.0
+    smooth = (context / wavelength - 1) / (4 - 1)
+    return 1 / ((1 - smooth) / 8 + smooth)

@@ -18,8 +18,8 @@ from anchors.errors import AnchorsError
 from anchors.gguf.reading import GGUFFile
 
 _REQUIRED = object()
-# Llama 3.1 and later: the width of the ramp between scaled and plain frequencies, and the context trained on.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Llama 3.1 and later: the ramp between scaled and plain frequencies.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 # What transformers raises for values that do not go together.
@@ -214,7 +214,7 @@ def _divided(factors: np.ndarray, theta: float, context: int) -> dict[str, Any]:
     """Frequencies divided by `rope_freqs.weight`: in the form of Llama 3 if that gives these numbers, else as a list.
 
     Llama 3: with s = (L/λ − 1)/(4 − 1) clipped to [0, 1], λ the wavelength and L the context trained on, a frequency is
-    multiplied by (1 − s)/F + s. L follows from any factor between 1 and F.
+    multiplied by (1 − s)/F + s. L follows from any factor between 1 and F; where there is none, powers of two are tried.
     """
     if (factors == 1.0).all():
         return {}
@@ -224,7 +224,7 @@ def _divided(factors: np.ndarray, theta: float, context: int) -> dict[str, Any]:
     share = (1 / factors - 1 / largest) / (1 - 1 / largest)
     between = (factors > 1.0) & (factors < largest)
     lengths = {round(length) for length in (wavelengths * (low + share * (high - low)))[between].tolist()}
-    for length in sorted(lengths | {_LLAMA3["original_max_position_embeddings"]}):
+    for length in sorted(lengths) + [2**power for power in range(4, 24)]:
         ramp = np.clip((length / wavelengths - low) / (high - low), 0, 1)
         if np.allclose(factors, 1 / ((1 - ramp) / largest + ramp), rtol=1e-5, atol=0):
             return (
@@ -429,12 +429,15 @@ def _gemma3(k: Keys) -> dict[str, Any]:
     window, layers = k("attention.sliding_window", 0), fields["num_hidden_layers"]
     kinds = _windows(k, layers, pattern=6) if window else ["full_attention"] * layers
     sliding = {"rope_type": "default", "rope_theta": k("rope.freq_base_swa", 10000.0)}
+    full = _rope(k, fields)
+    if full["rope_type"] not in ("default", "linear"):
+        k.file.refuse("it scales frequencies in another way than Gemma 3 does, by one factor in some layers")
     return {
         "model_type": "gemma3_text",
         **fields,
         "rms_norm_eps": k("attention.layer_norm_rms_epsilon"),
         # Only the layers that see everything are scaled.
-        "rope_parameters": {"full_attention": _rope(k, fields), "sliding_attention": sliding},
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
         "query_pre_attn_scalar": _attention_scale(fields, layers_of_27b=62),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": k("final_logit_softcapping", 0.0) or None,

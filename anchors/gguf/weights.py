@@ -38,7 +38,8 @@ def parameters(file: GGUFFile, config: PreTrainedConfig) -> tuple[str, dict[str,
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {name: tuple(w.shape) for name, w in model.state_dict().items() if name not in tied}
     sources = _sources(file, config, list(wanted))
-    unused = set(file.tensors) - _FREQUENCIES - {name for names in sources.values() for name in names}
+    read = _FREQUENCIES if getattr(config, "rope_parameters", None) else set()
+    unused = set(file.tensors) - read - {name for names in sources.values() for name in names}
     if unused:
         file.refuse(
             f"its {_list(unused)} {'has' if len(unused) == 1 else 'have'} no place in a {type(model).__name__}"
@@ -77,7 +78,7 @@ def _sources(file: GGUFFile, config: PreTrainedConfig, names: list[str]) -> dict
         if not all(tensor in file.tensors for tensor in tensors):
             missing.append(name)
     if missing:
-        named = {f"{source} for {name}" for name in missing for source in sources[name]}
+        named = {f"{s} for {name}" for name in missing for s in sources[name] if s not in file.tensors}
         file.refuse(f"it has no tensor {_list(named)}")
     return sources
 
