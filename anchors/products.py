@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from anchors.preparation import Alteration
+
 FEWEST_ROWS = 256
 """Below this many rows the weights' way through memory takes longer than the arithmetic."""
 
@@ -109,9 +111,14 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
     return type(module).forward(module, x)
 
 
-def split_products(model: nn.Module) -> None:
-    """Let the linear layers of a frozen float32 model on CUDA multiply by `frozen`, where that is faster."""
-    for module in model.modules():
-        # A forward that accelerate has replaced already (weights that are elsewhere) stays.
-        if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
-            module.forward = partial(_forward, module)
+def split_products(model: nn.Module) -> list[Alteration]:
+    """The linear layers of a frozen float32 model on CUDA, multiplying by `frozen` where that is faster."""
+    return [
+        Alteration.of(module, "forward", partial(_forward, module))
+        for module in model.modules()
+        # A forward that accelerate has replaced already (weights that are elsewhere) stays, and so does a weight that
+        # only stands for numbers: a quantised one says that it is float32.
+        if type(module) in (nn.Linear, Conv1D)
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+    ]

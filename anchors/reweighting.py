@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from anchors.context import Context, answer, encode, queries, shared_demonstrati
 from anchors.errors import AnchorsError
 from anchors.icl import joined, label_probabilities, outcomes
 from anchors.models import LanguageModel
+from anchors.preparation import apply, is_plain_linear, wide_products
 from anchors.results import provenance, write_atomic
 from anchors.runner import Cell, Record
 from anchors.tasks.drawing import Drawn, demonstrations
@@ -370,17 +371,34 @@ def label_head(model: LanguageModel, label_ids: Sequence[int]) -> Iterator[None]
     What a family does to its logits afterwards (a factor, a soft cap) acts entry by entry and stays the same.
     """
     whole = model.model.get_output_embeddings()
-    rows = torch.tensor(list(label_ids), device=whole.weight.device)
-    cut = nn.Linear(
-        whole.weight.shape[1], len(rows), bias=getattr(whole, "bias", None) is not None, device="meta"
-    )
-    cut.weight = nn.Parameter(whole.weight.detach()[rows], requires_grad=False)
-    if cut.bias is not None:
-        cut.bias = nn.Parameter(whole.bias.detach()[rows], requires_grad=False)
-    for hook in whole._forward_hooks.values():
-        cut.register_forward_hook(hook)
+    rows = torch.tensor(list(label_ids), device=model.device)
+    plain = is_plain_linear(whole) and not whole._forward_hooks and "_hf_hook" not in vars(whole)
+    cut = _rows_of(whole, rows) if plain else _Chosen(whole, rows)
+    if plain and model.model.dtype in (torch.bfloat16, torch.float16):
+        apply(wide_products(cut))
     model.model.set_output_embeddings(cut)
     try:
         yield
     finally:
         model.model.set_output_embeddings(whole)
+
+
+def _rows_of(whole: nn.Linear, rows: Int[Tensor, " labels"]) -> nn.Linear:
+    """A plain output matrix cut to some of its rows."""
+    cut = nn.Linear(whole.in_features, len(rows), bias=whole.bias is not None, device="meta")
+    cut.weight = nn.Parameter(whole.weight.detach()[rows.to(whole.weight.device)], requires_grad=False)
+    if whole.bias is not None:
+        cut.bias = nn.Parameter(whole.bias.detach()[rows.to(whole.bias.device)], requires_grad=False)
+    return cut
+
+
+class _Chosen(nn.Module):
+    """Some logits of a head that is more than its weight (an adapter, a quantised product): the literal twin."""
+
+    def __init__(self, whole: nn.Module, rows: Int[Tensor, " labels"]) -> None:
+        super().__init__()
+        self.whole, self.rows = whole, rows
+
+    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch labels"]:
+        logits = self.whole(hidden)
+        return logits[..., self.rows.to(logits.device)]

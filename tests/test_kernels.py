@@ -272,13 +272,14 @@ def test_products_interpreted():
     ("rows", "inner", "columns"), [(512, 1600, 4800), (300, 6400, 1600), (257, 100, 1004)]
 )
 def test_products_are_float32_accurate(rows, inner, columns, monkeypatch):
+    from anchors.preparation import apply
     from anchors.products import split_products
 
     x = torch.randn(rows, inner, device="cuda")
     slope = torch.randn(rows, columns, device="cuda")
     for plain, layer in zip(layers(inner, columns, "cuda"), layers(inner, columns, "cuda"), strict=True):
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-        split_products(layer)
+        apply(split_products(layer))
         found, again, ieee = through(layer, x, slope), through(layer, x, slope), through(plain, x, slope)
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
         tf32 = through(plain, x, slope)
@@ -294,10 +295,11 @@ def test_products_are_float32_accurate(rows, inner, columns, monkeypatch):
 @needs_cuda
 def test_products_that_are_left_alone():
     """Few rows, and weights that learn."""
+    from anchors.preparation import apply
     from anchors.products import FEWEST_ROWS, split_products
 
     (layer, *_), (plain, *_) = layers(64, 96, "cuda"), layers(64, 96, "cuda")
-    split_products(layer)
+    apply(split_products(layer))
     few = torch.randn(FEWEST_ROWS - 1, 64, device="cuda")
     assert torch.equal(layer(few), plain(few))
     layer.requires_grad_(True)

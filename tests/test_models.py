@@ -14,6 +14,7 @@ from anchors import gguf, models
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.models import load
+from anchors.preparation import apply, fused_gelu
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.task import TASKS
@@ -38,7 +39,7 @@ def test_the_fused_gelu_is_the_same_function():
     x = torch.linspace(-20, 20, 4001, dtype=torch.float64, requires_grad=True)
     before = block(x)
     slope = torch.autograd.grad(before.sum(), x)[0]
-    models.fuse_gelu(block)
+    apply(fused_gelu(block))
     assert not isinstance(block[0], NewGELUActivation)
     after = block(x)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)

@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from anchors.errors import AnchorsError
 from anchors.injection.routing import prove, route_tower
-from anchors.models import DTYPES, LanguageModel, fingerprint
+from anchors.loading import Origin, processor_of, vision_language_model
+from anchors.models import DTYPES, LanguageModel, fingerprint, placed
+from anchors.preparation import Alteration, apply, beyond, guarded
+from anchors.soundness import sound
 
 PLACE = "<image>"
 """Stands for an image in texts given to `VisionLanguageModel.encode`."""
@@ -69,6 +65,7 @@ class VisionLanguageModel:
         precision: the arithmetic, one of `anchors.models.DTYPES`.
         image_token_id: the token at whose places the model puts image features.
         modules: attention modules of the language tower, by layer, when it is on the seam; else empty.
+        altered: what was changed in the model beside that; see `anchors.preparation.undone`.
     """
 
     model: PreTrainedModel
@@ -79,6 +76,7 @@ class VisionLanguageModel:
     precision: str
     image_token_id: int
     modules: tuple[nn.Module, ...] = ()
+    altered: tuple[Alteration, ...] = ()
 
     arithmetic = LanguageModel.arithmetic
 
@@ -279,38 +277,21 @@ def load_vlm(
         routed: put the language tower on the seam (see `route_tower`).
 
     Raises:
-        AnchorsError: it cannot be found or read, or is no vision-language model.
+        AnchorsError: it cannot be found or read, is not whole (see `anchors.load`), or is no vision-language model.
         RoutingError: the tower's attention does not pass through the seam.
 
     Example:
         >>> vlm = load_vlm("HuggingFaceTB/SmolVLM-256M-Instruct", routed=True)
         >>> inputs = vlm.encode(["<image> What is this? Answer:"], [[picture]], [" a cat"])
     """
-    if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
-    if precision == "auto":
-        precision = "tf32" if where.type == "cuda" else "float32"
-    if precision not in DTYPES:
-        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+    where, precision = placed(device, precision)
     name = str(source)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    place = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not place.is_dir():
         raise AnchorsError(f"The model {name!r} is not a directory.", "Give a hub id or a directory.")
-    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    try:
-        processor = AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            place, revision=revision, dtype=DTYPES[precision], use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        raise AnchorsError(
-            f"The vision-language model {name!r} could not be loaded: {error}",
-            "It must hold config.json, processor and tokenizer files and weights as safetensors.",
-        ) from error
+    origin = Origin(str(place) if place.is_dir() else name, name, revision)
+    model = vision_language_model(origin, dtype=DTYPES[precision])
+    processor = processor_of(origin)
     return prepare_vlm(model.to(where), processor, name, precision, routed=routed)
 
 
@@ -337,6 +318,9 @@ def prepare_vlm(
             "Convert it to a fast tokenizer (tokenizer.json).",
         )
     model.eval().requires_grad_(False)
+    sound(model, name)
+    embedding = model.get_input_embeddings()
+    made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
     images = processor.image_processor.to_json_string().encode()
     vlm = VisionLanguageModel(
         model=model,
@@ -347,6 +331,7 @@ def prepare_vlm(
         precision=precision,
         image_token_id=image_token_id,
         modules=route_tower(model) if routed else (),
+        altered=made,
     )
     if routed:
         prove(vlm)
