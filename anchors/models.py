@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
 from anchors.attention.call import AttentionCall
-from anchors.attention.seam import route, seam
+from anchors.attention.seam import own_attention, route, seam
 from anchors.context import Context, cache_argument
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, brief
 from anchors.gguf import converted
 from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
@@ -319,9 +319,27 @@ def prepare(
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(model, tokenizer),
         precision=precision,
-        modules=route(model),
+        modules=_routed(model, name),
         altered=made,
     )
+
+
+def _routed(model: PreTrainedModel, name: str) -> tuple[nn.Module, ...]:
+    """`route`, telling a model that does not run by itself from one that only fails on the seam."""
+    try:
+        return route(model)
+    except AnchorsError:
+        raise
+    except Exception as error:
+        try:
+            with own_attention(model), torch.no_grad():
+                model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+        except Exception as alone:  # noqa: BLE001 - the model's own error is what is told
+            raise AnchorsError(
+                f"The model {name!r} does not run, by itself either: {brief(alone)}",
+                "Its configuration makes no model: do the key-value heads divide the heads, do sizes fit each other?",
+            ) from error
+        raise
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, samples: int = 64) -> str:
