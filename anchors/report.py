@@ -1,7 +1,7 @@
 """Everything a verb leaves behind: rows, tables, figure, pages."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def report(
         precision=model.precision,
         device=str(model.device),
         parts=[
-            m.config | {"data_source": p.data.source, "seeds": list(p.how.seeds), "examples": p.how.examples}
+            m.config
+            | {"data_source": p.data.source, "read": asdict(p.data.facts(p.task))}
+            | {"seeds": list(p.how.seeds), "examples": p.how.examples}
             for p, m in zip(parts, measured, strict=True)
         ],
         notes=notes,
@@ -138,7 +140,9 @@ def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
     Raises:
         CertificateError: it failed.
     """
-    drawn = draw(task, data, model.tokenizer, Draw(shots=how.shots, seed=how.seeds[0]), 1)
+    drawn = draw(
+        task, data, model.tokenizer, Draw(shots=how.shots, seed=how.seeds[0]), 1, context=model.context
+    )
     first, _ = within_context(drawn, model.context, skip=True)
     if first and (failed := [f for f in check(model, [first[0].prompt], [], quick=True) if not f.ok]):
         raise CertificateError(
@@ -154,6 +158,8 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
         notes.append(f"{task.name}: {found.skipped} prompts longer than the context were left out.")
     if found.prompts + found.skipped < len(how.seeds) * how.examples:
         notes.append(f"{task.name}: the test part of {data.source} has only {len(data.test)} examples.")
+    if caution := data.facts(task).caution():
+        notes.append(f"{task.name}: {caution}")
     if hidden := hidden_labels(model, [d.prompt for d in found.first]):
         notes.append(f"{task.name}: {hidden}")
     return notes

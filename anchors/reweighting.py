@@ -210,9 +210,9 @@ class Beta:
 
 
 def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[Prompt]:
-    """Extra examples of each class, as prompts on the demonstrations of a seed; none of them a demonstration."""
+    """Extra examples of each class, as prompts on the demonstrations of a seed; none shown there or asked about."""
     shown = demonstrations(cell.task, cell.data, cell.how)
-    texts = {e.text for e in shown}
+    texts = {e.text for e in shown} | cell.data.repeated
     rng = np.random.default_rng([cell.how.seed, 5])
     chosen = []
     for c, label in enumerate(cell.task.labels):

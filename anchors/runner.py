@@ -157,6 +157,8 @@ def config_of(
         "fresh": analysis.fresh,
         "control": how.control,
     }
+    # What may be shown was more in 0.4.0; other data keep their runs.
+    drawn = {"left_out": data.left_out} if data.left_out else {}
     # Seconds depend on more than the numbers do.
     machine = {
         "device": str(model.device),
@@ -164,7 +166,7 @@ def config_of(
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
-    return config | ({"machine": machine} if getattr(analysis, "timed", False) else {})
+    return config | drawn | ({"machine": machine} if getattr(analysis, "timed", False) else {})
 
 
 def _cells(
@@ -175,7 +177,7 @@ def _cells(
     skipped = 0
     for seed in how.seeds:
         drawing = Draw(how.shots, seed, analysis.fresh, how.control)
-        drawn = draw(task, data, model.tokenizer, drawing, how.examples)
+        drawn = draw(task, data, model.tokenizer, drawing, how.examples, context=model.context)
         numbers = {id(d): number for number, d in enumerate(drawn)}
         fitting, left_out = within_context(drawn, model.context, skip=how.skip_too_long)
         skipped += left_out

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from anchors.models import LanguageModel
+    from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
 err = Console(stderr=True, highlight=False)
@@ -92,10 +93,22 @@ def tasks_from(
     from anchors.tasks.task import task
 
     words = None if labels is None else [word.strip() for word in labels.split(",")]
-    wanted = [name for text in names for name in text.split(",")]
+    wanted = [name.strip() for text in names for name in text.split(",")]
     if template is not None and words is not None and not wanted:
         return [task(None, template=template, labels=words, policy=policy)]
-    return [task(name, template=template, labels=words, policy=policy) for name in wanted or ["sst2"]]
+    found = [task(name, template=template, labels=words, policy=policy) for name in wanted or ["sst2"]]
+    called = [each.name for each in found]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise AnchorsError(
+            f"--task names {twice[0]!r} twice: its results would bear the same name.", "Name it once."
+        )
+    return found
+
+
+def print_data(tasks: "Sequence[Task]", sets: "Sequence[Data]") -> None:
+    """What was read, a line a task, on standard error."""
+    for task, data in zip(tasks, sets, strict=True):
+        err.print(f"[dim]{escape(f'{task.name}: {data.facts(task).read()}')}[/]")
 
 
 def load_model(

@@ -103,6 +103,8 @@ def run(
         if only is not None and len(chosen) > 1:
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]
         plan = {e.name: _grid(e, data, only) for e in chosen}
+        sets = {task.name: (task, own) for grid in plan.values() for _, task, own in grid}
+        common.print_data(*zip(*sets.values(), strict=True))
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.results import plain
 
@@ -162,11 +164,13 @@ def _grid(experiment: "Experiment", source: str | None, only: tuple[str, ...] | 
     from anchors.tasks.data import read
     from anchors.tasks.task import task
 
+    names = [name for cells in experiment.cells for name in cells.tasks if only is None or name in only]
+    sets = {name: read(task(name), source) for name in dict.fromkeys(names)}
     chosen = [
-        (cells, cells.task(name), read(task(name), source))
+        (cells, cells.task(name), sets[name])
         for cells in experiment.cells
         for name in cells.tasks
-        if only is None or name in only
+        if name in sets
     ]
     if not chosen:
         known = sorted({name for cells in experiment.cells for name in cells.tasks})

@@ -33,7 +33,7 @@ DataSource = Annotated[
         "--data",
         "-d",
         help="builtin, hub, a directory (train and test files, by task) or a file: JSON lines, CSV, TSV, "
-        "parquet with columns text and label.",
+        "parquet with columns text and label. Labels are label words or their numbers from 0 on.",
         rich_help_panel="Task",
     ),
 ]
@@ -128,6 +128,7 @@ class Setting:
         check_protocol(self.seeds, self.control, self.batch_size)
         tasks = self.tasks()
         sets = self.sets(tasks)
+        common.print_data(tasks, sets)
         out = Path("results") / verb if self.out is None else self.out
         require_writable(out)
         with common.err.status("loading torch and transformers"):

@@ -51,21 +51,31 @@ def view(
 ) -> None:
     """Write the page for one prompt: tokens by role, flow by layer, label probabilities.
 
-    Label words are found where they follow the template's prefix, e.g. after "\\nSentiment:". With --labels and no
-    --template, the prefix is what the prompt's last line holds.
+    Label words are found where the template puts them, e.g. after "\\nSentiment:". With --labels and no --template,
+    what stands before them is the prompt's last line.
     """
     with common.reporting():
         from anchors.errors import AnchorsError
 
         try:
-            text = sys.stdin.read() if prompt == "-" else Path(prompt).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
+        except OSError as error:
             raise AnchorsError(f"The prompt {prompt!r} cannot be read: {error}") from error
+        from anchors.tasks.files import decode
+
+        text = decode(content, f"The prompt {prompt!r}").replace("\r\n", "\n").replace("\r", "\n")
         if not text.strip():
             raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.")
         if labels is not None and template is None and task is None:
-            template = "{text}\n" + text.rstrip().splitlines()[-1] + "{label}"
-        chosen = common.tasks_from([task] if task else [], template, labels, policy)[0]
+            from anchors.tasks.prompts import task_of
+
+            chosen = task_of(text, [word.strip() for word in labels.split(",")], policy)
+        else:
+            chosen, *others = common.tasks_from([task] if task else [], template, labels, policy)
+            if others:
+                raise AnchorsError(
+                    f"A page shows one prompt of one task; --task {task!r} names several.", "Name one."
+                )
         from anchors.places import require_another
         from anchors.results import provenance, require_writable, write_atomic
 

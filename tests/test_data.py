@@ -71,7 +71,7 @@ def test_text_that_looks_like_a_missing_value_stays_text(tmp_path):
         ("a.csv", "", "is empty"),
         ("a.csv", "text,label\n", "no rows"),
         ("a.csv", "sentence,label\nx,Negative\n", r"lacks the column \['text'\]"),
-        ("a.csv", "text,label\nx,Neutral\n", r"Row 1 of a.csv has the label 'Neutral'.*\['Negative', 'Positive'\]"),
+        ("a.csv", "text,label\nx,Neutral\n", r"Line 2 of a.csv has the label 'Neutral'.*\['Negative', 'Positive'\]"),
         ("a.csv", "text,label\nx,7\n", "has the label"),
         ("a.csv", "text,label\n ,Negative\n", "has no text"),
         ("a.jsonl", "{broken", "cannot be read"),

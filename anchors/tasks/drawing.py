@@ -46,22 +46,40 @@ class Drawn:
     prompt: Prompt
 
 
-def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, examples: int) -> list[Drawn]:
+def draw(
+    task: Task,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    how: Draw,
+    examples: int,
+    *,
+    context: int | None = None,
+) -> list[Drawn]:
     """The first `examples` prompts of a seed's endless, reproducible list.
 
     Prompt i depends on the seed and on i alone, so that asking for more keeps the earlier ones. Queries come in a
-    seeded random order of the test set; the order of the demonstrations is random in every prompt.
+    seeded random order of the test set; the order of the demonstrations is random in every prompt. No prompt shows
+    its own query as a demonstration, nor a text under two labels.
+
+    Raises:
+        AnchorsError: too few examples; more demonstrations than tokens in the model's `context`, if given, which is
+            known before any of them is tokenised; see also `tokenise`.
     """
     if examples < 1:
         raise AnchorsError(f"examples = {examples}: it must be at least 1.")
+    if context is not None and how.shots * len(task.labels) >= context:
+        raise AnchorsError(
+            f"{how.shots * len(task.labels)} demonstrations do not fit into the model's context of {context} tokens.",
+            "Use fewer --shots.",
+        )
     words = label_tokens(task, tokenizer)
     order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
     drawn: list[Drawn] = []
     shown: list[Example] = []
     for number, index in enumerate(order[:examples]):
-        if how.fresh or not drawn:
-            shown = demonstrations(task, data, how, number)
         query = data.test[int(index)]
+        if how.fresh or not drawn:
+            shown = demonstrations(task, data, how, number, query.text)
         prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
         if how.control == "random-positions":
             rng = np.random.default_rng([how.seed, 2, number if how.fresh else 0])
@@ -70,12 +88,25 @@ def draw(task: Task, data: Data, tokenizer: PreTrainedTokenizerBase, how: Draw, 
     return drawn
 
 
-def demonstrations(task: Task, data: Data, how: Draw, number: int = 0) -> list[Example]:
-    """What prompt `number` of a seed shows, in order; the same for all of them unless `how.fresh`."""
+def demonstrations(
+    task: Task, data: Data, how: Draw, number: int = 0, query: str | None = None
+) -> list[Example]:
+    """What prompt `number` of a seed shows, in order; the same for all of them unless `how.fresh`.
+
+    Left out are texts that training examples hold under two labels, and the text that is asked about: with fresh
+    demonstrations that of `query`, with shared ones every text of the test part, so that asking more moves nothing.
+    """
+    asked = data.repeated & {query} if how.fresh else data.repeated
     by_class = [data.train_by_class.get(c, []) for c in range(len(task.labels))]
-    few = [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]
-    if few and not how.fresh:
-        raise AnchorsError(f"Fewer than {how.shots} training examples for {few}.", "Ask for fewer shots.")
+    if asked:
+        by_class = [[e for e in pool if e.text not in asked] for pool in by_class]
+    least = 1 if how.fresh else how.shots
+    if few := [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < least]:
+        why = " that are neither asked about nor stand under two labels" if data.left_out else ""
+        raise AnchorsError(
+            f"Fewer than {least} training examples for {few}{why}.",
+            "Ask for fewer shots." if least > 1 else "Add examples.",
+        )
     rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
     shown = [pool[int(i)] for pool in by_class for i in rng.choice(len(pool), how.shots, replace=how.fresh)]
     shown = [shown[i] for i in rng.permutation(len(shown))]

@@ -1,9 +1,10 @@
 """From a task and examples to token ids and the positions that matter.
 
 A prompt is joined from pieces whose roles are known; the tokenizer's character offsets carry the roles over to tokens.
-Token ids are never searched.
+Token ids are never searched. A label word is tokenised in its place, and the query as if its label followed.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError
 from anchors.tasks.data import Example
-from anchors.tasks.task import Task
+from anchors.tasks.task import Policy, Task
 
 Role = Literal["text", "format", "label", "target"]
 
@@ -67,26 +68,62 @@ class Prompt:
         return self.demonstrations.index(QUERY)
 
 
+STAND_IN = "x"
+"""A text before which and behind which label words are tokenised when there is no prompt yet."""
+
+
 def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
-    """The tokens of every label word, as they are where the word follows the template's prefix.
+    """The tokens of every label word in its place: between the template's prefix and what follows in a demonstration.
 
     Raises:
         AnchorsError: two labels share the token at which the prediction is read, or their tokens coincide under
             the policy; or a label word melts with the template into one token.
     """
-    words = []
-    for label in task.labels:
-        ids, spans = _encode(tokenizer, task.prefix + task.space + label)
-        start = len(task.prefix)
-        own = [i for i, (a, b) in enumerate(spans) if b > max(a, start)]
-        if not own or spans[own[0]][0] < start:
-            raise AnchorsError(
-                f"The tokenizer melts the label word {label!r} with the template's {task.prefix[-8:]!r}.",
-                "End the part before {label} with a character that stays a token of its own, such as ':'.",
-            )
-        words.append(tuple(ids[i] for i in own))
+    before, prefix, _ = task.pieces
+    text = before + STAND_IN + prefix
+    words, heads = [], set()
+    for label in range(len(task.labels)):
+        ids, _, (first, last) = _in_place(text, task, label, tokenizer)
+        words.append(tuple(ids[first:last]))
+        heads.add(tuple(ids[:first]))
+    if len(heads) > 1:
+        raise AnchorsError(
+            f"Which label word follows changes the tokens of the template's {prefix[-8:]!r} before it.",
+            "End the part before {label} with a character that stays a token of its own, such as ':'.",
+        )
     _refuse_collisions(task, tokenizer, words)
     return tuple(words)
+
+
+def _in_place(
+    text: str, task: Task, label: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]], tuple[int, int]]:
+    """Tokens and spans of a prompt that goes on with a label and the next demonstration; where the label's tokens are.
+
+    Raises:
+        AnchorsError: a token of the label word reaches beyond it.
+    """
+    before, prefix, after = task.pieces
+    word = task.space + task.labels[label]
+    start, end = len(text), len(text) + len(word)
+    whole = text + word + after + task.separator + before
+    ids, spans = _encode(tokenizer, whole)
+    if any(b > len(whole) for _, b in spans):
+        raise AnchorsError("The tokenizer's offsets run past the text.", "Its offset mapping cannot be used.")
+    seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
+    first = 1 + max((i for i, a, _ in seen if a < start), default=-1)
+    last = 1 + max((i for i, a, _ in seen if a < end), default=-1)
+    if last <= first or (first and spans[first - 1][1] > start):
+        raise AnchorsError(
+            f"The tokenizer melts the label word {task.labels[label]!r} with the template's {prefix[-8:]!r}.",
+            "End the part before {label} with a character that stays a token of its own, such as ':'.",
+        )
+    if spans[last - 1][1] > end:
+        raise AnchorsError(
+            f"The tokenizer melts the label word {task.labels[label]!r} with what follows it, {whole[end : end + 8]!r}.",
+            "Begin what follows {label} with a character that stays a token of its own, such as a line break.",
+        )
+    return ids, spans, (first, last)
 
 
 def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: list[tuple[int, ...]]) -> None:
@@ -96,6 +133,12 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
             other = words[j]
             names = f"{task.labels[j]!r} and {task.labels[i]!r}"
             shown = [tokenizer.convert_ids_to_tokens(list(w)) for w in (other, one)]
+            if one[0] == other[0] and not tokenizer.decode([one[0]]).strip():
+                raise AnchorsError(
+                    f"The tokenizer keeps the white space before the labels {names} as a token of its own, "
+                    f"{shown[1][0]!r}: the prediction is read at that token, so they cannot be told apart.",
+                    "Put a line break instead of white space right before {label}.",
+                )
             if one[0] == other[0]:
                 raise AnchorsError(
                     f"The labels {names} begin with the same token: {shown[0]} and {shown[1]}. "
@@ -120,20 +163,30 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     words: tuple[tuple[int, ...], ...],
     gold: int | None,
+    *,
+    typed: bool = False,
 ) -> Prompt:
     """Tokenise joined pieces and carry their roles over to tokens by character offsets.
 
-    A token that touches a label word is `label`; one that touches text and format is what its first visible
-    character belongs to; one without characters (BOS) is `format`.
+    The tokens are those of the prompt when its label follows, so that the last one is what stands before a label word
+    in the demonstrations, too. A token that touches a label word is `label`; one that touches text and format is what
+    its first visible character belongs to; one without characters (BOS) is `format`.
+
+    Args:
+        pieces, task, gold: what to tokenise.
+        words: of `label_tokens`.
+        typed: somebody wrote the whole prompt, so that control tokens in its texts are meant.
+
+    Raises:
+        AnchorsError: a label word has other tokens here than `words` says, or melts with its neighbours; a control
+            token in a text, or one that the tokenizer puts in front by itself.
     """
     text = "".join(piece.text for piece in pieces)
     owner = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
-    ids, spans = _encode(tokenizer, text)
-    if any(b > len(text) for _, b in spans):
-        raise AnchorsError("The tokenizer's offsets run past the text.", "Its offset mapping cannot be used.")
-    # A trailing special token (EOS) would stand behind the target.
-    while spans and spans[-1][0] == spans[-1][1]:
-        ids, spans = ids[:-1], spans[:-1]
+    ids, spans, (first, last) = _in_place(text, task, 0, tokenizer)
+    _demand_same(ids[first:last], task, 0, tokenizer, words)
+    ids, spans = ids[:first], spans[:first]
+    _refuse_controls(text, ids, spans, [] if typed else [pieces[p].role == "text" for p in owner], tokenizer)
     roles: list[Role] = []
     demonstrations: list[int] = []
     members: dict[int, list[int]] = {}
@@ -156,12 +209,7 @@ def tokenise(
     for piece, tokens in sorted(members.items()):
         label = pieces[piece].label
         assert label is not None  # noqa: S101 - a piece with the role `label` has one
-        if tuple(ids[t] for t in tokens) != words[label]:
-            raise AnchorsError(
-                f"The label word {task.labels[label]!r} is {tokenizer.convert_ids_to_tokens([ids[t] for t in tokens])} "
-                f"in this prompt, but {tokenizer.convert_ids_to_tokens(list(words[label]))} by itself.",
-                "What follows the label word in the template changes its tokens; end the demonstration with a newline.",
-            )
+        _demand_same([ids[t] for t in tokens], task, label, tokenizer, words)
         kept = {"first": tokens[:1], "last": tokens[-1:], "all": tokens}[task.policy]
         positions += kept
         classes += [label] * len(kept)
@@ -180,6 +228,47 @@ def tokenise(
         label_ids=tuple(word[0] for word in words),
         gold=gold,
     )
+
+
+def _demand_same(
+    ids: Sequence[int],
+    task: Task,
+    label: int,
+    tokenizer: PreTrainedTokenizerBase,
+    words: tuple[tuple[int, ...], ...],
+) -> None:
+    if tuple(ids) != words[label]:
+        raise AnchorsError(
+            f"The label word {task.labels[label]!r} is {tokenizer.convert_ids_to_tokens(list(ids))} in this prompt, but "
+            f"{tokenizer.convert_ids_to_tokens(list(words[label]))} behind {STAND_IN + task.prefix!r}.",
+            "What stands around the label word changes its tokens; put it between a colon and a line break.",
+        )
+
+
+def _refuse_controls(
+    text: str,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    is_text: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse a typed BOS beside the tokenizer's own, and control tokens in texts."""
+    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    if controls.isdisjoint(ids):
+        return
+    own = {i for i, (a, b) in zip(ids, spans, strict=True) if a == b}
+    for i, (a, b) in zip(ids, spans, strict=True):
+        if a < b and i in controls & own:
+            raise AnchorsError(
+                f"The prompt holds {text[a:b]!r}, which the tokenizer puts in front by itself: the model would see it twice.",
+                "Leave it out.",
+            )
+        if a < b and i in controls and any(is_text[a:b]):
+            raise AnchorsError(
+                f"A text holds {text[a:b]!r}, which is a control token of this tokenizer, not text: "
+                f"{text[max(0, a - 30) : b + 10]!r}.",
+                "Remove it from the data, or write it otherwise.",
+            )
 
 
 def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Piece]:
@@ -213,58 +302,107 @@ def build(
 def from_text(
     text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, truth: str | None = None
 ) -> Prompt:
-    """A prompt that somebody wrote as a whole: label words are found where they follow the template's prefix.
+    """A prompt that somebody wrote as a whole: label words are found where the template puts them.
 
     Args:
-        text: demonstrations and query; it must end where the label is to be predicted.
-        task: its label words are looked for after its prefix (`\\nSentiment:` for `Review: {text}\\nSentiment:{label}`).
+        text: demonstrations and query; it must end where the label is to be predicted (white space there is ignored).
+        task: its label words are looked for between what its template has before and after them (`\\nSentiment: ` for
+            `Review: {text}\\nSentiment:{label}`). Where that is white space alone, a label word ends its line.
         truth: the right label of the query, if known.
 
     Raises:
-        AnchorsError: no label word found, or the text does not end with the prefix.
+        AnchorsError: no label word found, or the text does not end with the prefix; see also `tokenise`.
     """
-    text = text.rstrip()
-    prefix = task.prefix
-    if not text.endswith(prefix.strip()):
+    prefix, body = task.prefix, text.rstrip()
+    closing = prefix.rstrip()
+    if not body.endswith(closing):
         raise AnchorsError(
-            f"The prompt must end with the template's {prefix.strip()!r}; it ends with {text[-20:]!r}.",
+            f"The prompt must end with the template's {closing!r}; it ends with {body[-20:]!r}.",
             "The label is predicted after the last character of the prompt.",
         )
     if truth is not None and truth not in task.labels:
         raise AnchorsError(f"{truth!r} is not one of the labels {list(task.labels)}.")
+    text = body.removesuffix(closing) + prefix
     parts: list[Piece] = []
-    rest, number = text, 0
-    while (cut := rest.find(prefix)) >= 0 and rest[cut + len(prefix) :]:
-        head, tail = rest[: cut + len(prefix)], rest[cut + len(prefix) :]
-        found = [(i, word) for i, word in enumerate(task.labels) if tail.startswith(task.space + word)]
-        if not found:
+    mark = prefix if prefix.strip() else prefix + task.space
+    start, cut, number = 0, text.find(mark), 0
+    while 0 <= cut < len(text) - len(prefix):
+        at = cut + len(prefix)
+        label = _label_at(text, at, task)
+        if label is None and prefix.strip():
+            written = [f"{task.space}{word}{task.pieces[2]}" for word in task.labels]
             raise AnchorsError(
-                f"After {prefix.strip()!r} stands {tail[:20]!r}, which is not one of the labels {list(task.labels)}.",
-                "Check --labels and the spelling in the prompt.",
+                f"After {prefix.strip()!r} stands {text[at : at + 20]!r}, which is not one of the labels {written}.",
+                "Check --labels, --template and the spelling in the prompt.",
             )
-        label, word = max(found, key=lambda pair: len(pair[1]))
-        parts += [*_roles(head, task, number), Piece(task.space + word, "label", number, label)]
-        rest, number = tail[len(task.space + word) :], number + 1
-    parts += _roles(rest, task, number, QUERY)
-    if not any(part.role == "label" for part in parts):
+        if label is not None:
+            parts += [*_roles(text[start:at], task, number)]
+            parts += [Piece(task.space + task.labels[label], "label", number, label)]
+            start, number = at + len(task.space + task.labels[label]), number + 1
+            cut = start - 1
+        cut = text.find(mark, cut + 1)
+    parts += _roles(text[start:], task, number, QUERY)
+    if not number:
         raise AnchorsError(
             "The prompt holds no demonstration: no label word stands after the template's prefix.",
             f"Write each demonstration as {task.template!r}.",
         )
     words = label_tokens(task, tokenizer)
     gold = None if truth is None else task.labels.index(truth)
-    return tokenise([part for part in parts if part.text], task, tokenizer, words, gold)
+    return tokenise([part for part in parts if part.text], task, tokenizer, words, gold, typed=True)
+
+
+_LINE_END = re.compile(r"[ \t]*(\n|\Z)")
+
+
+def _label_at(text: str, at: int, task: Task) -> int | None:
+    """The class of the longest label word that stands here as the template writes it, and ends here."""
+    before, prefix, after = task.pieces
+    joint = task.separator + before
+    found = []
+    for label, word in enumerate(task.labels):
+        written = task.space + word + after
+        end = at + len(written)
+        ends = (joint and text.startswith(joint, end)) or _LINE_END.match(text, end)
+        if prefix.strip():
+            ends = ends or after or not (word[-1].isalnum() and text[end : end + 1].isalnum())
+        if ends and text.startswith(written, at):
+            found.append((len(word), label))
+    return max(found)[1] if found else None
+
+
+def task_of(text: str, labels: Sequence[str], policy: Policy | None = None) -> Task:
+    """The task of a prompt that somebody wrote, from its label words: its last line is what stands before them.
+
+    What is written between that line and a label word, and after it, is read from the demonstrations.
+    """
+    last = text.rstrip().split("\n")[-1]
+    words = "|".join(re.escape(word) for word in sorted(labels, key=len, reverse=True))
+    found = re.findall(rf"^{re.escape(last)}([ \t]*\n?)(?:{words})(?!\w)(.*)$", text, re.MULTILINE)
+    gaps, afters = ({pair[side].rstrip(" \t") if side else pair[side] for pair in found} for side in (0, 1))
+    gap, after = (each.pop() if len(each) == 1 else "" for each in (gaps, afters))
+    return Task(
+        "own",
+        "{text}\n" + last + gap + "{label}" + after,
+        tuple(labels),
+        policy or "first",
+        colon_space=not found or bool(gap),
+    )
 
 
 def _roles(chunk: str, task: Task, number: int, owner: int | None = None) -> list[Piece]:
     """Cut a chunk `\\nReview: some text\\nSentiment:` into separator, format, text, format.
 
-    The separator belongs to the demonstration before.
+    The separator, and what the template has after the label word, belong to the demonstration before.
     """
-    before, prefix, _ = task.pieces
-    opening = chunk.find(before) if before and before in chunk else 0
-    start = opening + len(before) if before and before in chunk else 0
-    end = len(chunk) - len(prefix) if chunk.endswith(prefix) else len(chunk)
+    before, prefix, after = task.pieces
+    joint = after + task.separator if number else ""
+    opening = chunk.find(before) if before else -1
+    begins = opening >= 0
+    if not begins:
+        opening = len(joint) if chunk.startswith(joint) else 0
+    start = opening + len(before) if begins else opening
+    end = max(len(chunk) - len(prefix) if chunk.endswith(prefix) else len(chunk), 0)
     start = min(start, end)
     opening = min(opening, start)
     separator = Piece(chunk[:opening], "format", max(number - 1, 0))

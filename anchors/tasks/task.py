@@ -2,13 +2,15 @@
 
 import json
 import tomllib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from anchors.errors import AnchorsError
 from anchors.places import file_name
+from anchors.tasks.files import decode
 
 Policy = Literal["first", "last", "all"]
 """Which tokens of a label word are its label-word positions p_k, when it has several."""
@@ -43,13 +45,16 @@ class Task:
 
     Attributes:
         name: short name.
-        template: with `{text}` and `{label}`, for example `Review: {text}\\nSentiment:{label}`. White space right
-            before `{label}` belongs to the label word; where there is none, one space is put there.
+        template: with `{text}` and `{label}`, for example `Review: {text}\\nSentiment:{label}`. It stands as written;
+            white space right before `{label}` belongs to the label word. The one convention: where `{label}` follows
+            a colon, a space is put between them (`Sentiment: Positive`), as the paper's templates mean it.
         labels: the label words, in the order of the class numbers, without their leading space.
         policy: which tokens of a label word of several tokens are its positions. The prediction is always read
             at the first token, the only one that can follow the target position.
         separator: between demonstrations.
         hub: pinned source for `--data hub`, or None.
+        colon_space: False for `Sentiment:Positive`. Label words in a script without spaces (full-width ones, as Chinese
+            and Japanese) have none anyway.
     """
 
     name: str
@@ -58,8 +63,26 @@ class Task:
     policy: Policy = "first"
     separator: str = "\n"
     hub: Hub | None = None
+    colon_space: bool = True
 
     def __post_init__(self) -> None:
+        for key in ("name", "template", "policy", "separator"):
+            if not isinstance(value := getattr(self, key), str):
+                raise AnchorsError(
+                    f"The {key} of a task is {value!r}, not a string.", "Write it in quotation marks."
+                )
+        if not isinstance(self.labels, tuple):
+            raise AnchorsError(
+                f"The label words of task {self.name!r} are {self.labels!r}, not a tuple of strings.",
+                'For example: ("Negative", "Positive").',
+            )
+        if strangers := [label for label in self.labels if not isinstance(label, str)]:
+            raise AnchorsError(
+                f"The label word {strangers[0]!r} of task {self.name!r} is not a string.",
+                "Write it in quotation marks.",
+            )
+        if not isinstance(self.colon_space, bool):
+            raise AnchorsError(f"colon_space = {self.colon_space!r}: it is true or false.")
         file_name(self.name, "the task")
         for placeholder in ("{text}", "{label}"):
             count = self.template.count(placeholder)
@@ -82,6 +105,11 @@ class Task:
             raise AnchorsError(
                 f"Label words must be different and not empty; got {list(self.labels)}.", "Rename one."
             )
+        if padded := [label for label in self.labels if label != label.strip()]:
+            raise AnchorsError(
+                f"The label word {padded[0]!r} begins or ends with white space.",
+                "White space belongs into the template, right before or after {label}.",
+            )
         if self.policy not in POLICIES:
             raise AnchorsError(
                 f"Unknown label-word policy {self.policy!r}.", f"One of {', '.join(POLICIES)}."
@@ -94,11 +122,11 @@ class Task:
 
     @property
     def space(self) -> str:
-        """The white space that a label word carries in front."""
+        """The white space that a label word carries in front: what the template says, or a space after a colon."""
         between = self.template.split("{text}")[1].split("{label}")[0]
-        if between.endswith("\n"):
-            return ""
-        return between[len(between.rstrip(" \t")) :] or " "
+        if between.endswith(":") and self.colon_space and not all(map(_without_spaces, self.labels)):
+            return " "
+        return between[len(between.rstrip(" \t")) :]
 
     @property
     def pieces(self) -> tuple[str, str, str]:
@@ -106,8 +134,18 @@ class Task:
         return self.template.split("{text}")[0], self.prefix, self.template.split("{label}")[1]
 
     def identity(self) -> dict:
-        """What makes results of this task comparable: template, labels, policy and separator."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "hub")}
+        """What makes results of this task comparable: template, labels, policy and separator.
+
+        Where 0.4.0 put a space before the label word and none stands there, that is a part of it.
+        """
+        facts = {k: v for k, v in asdict(self).items() if k not in ("name", "hub", "colon_space")}
+        between = self.template.split("{text}")[1].split("{label}")[0]
+        return facts if self.space or between.endswith("\n") else facts | {"space": ""}
+
+
+def _without_spaces(word: str) -> bool:
+    """Whether a word begins in a script whose letters are full-width, which writes no spaces."""
+    return unicodedata.east_asian_width(word[0]) in "WF"
 
 
 TASKS: dict[str, Task] = {
@@ -184,7 +222,7 @@ def task(
     """One of the four tasks, a TOML file, or a task of one's own.
 
     Args:
-        name: `sst2`, `trec`, `agnews`, `emo`; a `.toml` file with the keys of `Task`; or a name for a new task.
+        name: `sst2`, `trec`, `agnews`, `emo`; a `.toml` file with the keys of `Task` (without `hub`); or a name for a new task.
         template, labels, policy: override those of the named task; both of the first two make a new one.
 
     Raises:
@@ -194,7 +232,7 @@ def task(
         key: value
         for key, value in {
             "template": None if template is None else template.replace("\\n", "\n"),
-            "labels": None if labels is None else tuple(labels),
+            "labels": labels if labels is None or isinstance(labels, str) else tuple(labels),
             "policy": policy,
         }.items()
         if value is not None
@@ -220,16 +258,37 @@ def task(
 
 def _from_toml(path: Path) -> Task:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(decode(path.read_bytes(), f"The task file {str(path)!r}"))
     except OSError as error:
         raise AnchorsError(f"The task file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except AnchorsError:
+        raise
+    except ValueError as error:
         raise AnchorsError(f"The task file {str(path)!r} is not TOML: {error}") from error
-    allowed = {"name", "template", "labels", "policy", "separator"}
+    except RecursionError as error:
+        raise AnchorsError(
+            f"The task file {str(path)!r} is nested too deep.", "A task is a flat table."
+        ) from error
+    allowed = {"name", "template", "labels", "policy", "separator", "colon_space"}
     unknown, missing = table.keys() - allowed, {"template", "labels"} - table.keys()
     if unknown or missing:
         raise AnchorsError(
             f"The task file {str(path)!r} has unknown keys {sorted(unknown)} and lacks {sorted(missing)}.",
             f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
         )
-    return Task(**{"name": path.stem, **table, "labels": tuple(table["labels"])})
+    try:
+        return Task(**{"name": path.stem, **table, "labels": _words(table["labels"])})
+    except AnchorsError as error:
+        raise AnchorsError(f"The task file {str(path)!r}: {error.message}", error.remedy) from error
+
+
+def _words(labels: Any) -> tuple[str, ...]:
+    """Label words of a TOML list; a whole number is the word of its digits."""
+    fit = isinstance(labels, list) and all(
+        isinstance(label, str | int) and not isinstance(label, bool) for label in labels
+    )
+    if not fit:
+        raise AnchorsError(
+            f"labels = {labels!r} is not a list of strings.", 'For example: labels = ["Negative", "Positive"]'
+        )
+    return tuple(map(str, labels))
