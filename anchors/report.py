@@ -9,6 +9,7 @@ import pandas as pd
 
 from anchors.check import check
 from anchors.errors import CertificateError
+from anchors.identity import Identity
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance, write_atomic, write_table
 from anchors.runner import Analysis, Measured, Sample, measure
@@ -110,7 +111,7 @@ def report(
     facts = provenance(
         model=model.name,
         revision=model.revision,
-        fingerprint=model.fingerprint,
+        fingerprint=Identity(measured[0].config["model"]).digest,
         precision=model.precision,
         device=str(model.device),
         parts=[
@@ -153,7 +154,7 @@ def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
     """What a reader must know before believing the numbers of a part."""
     task, data, how = part.task, part.data, part.how
-    notes = []
+    notes = list(found.notes)
     if found.skipped:
         notes.append(f"{task.name}: {found.skipped} prompts longer than the context were left out.")
     if found.prompts + found.skipped < len(how.seeds) * how.examples:

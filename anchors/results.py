@@ -1,18 +1,22 @@
 """One result shape: long tidy tables in parquet, with their provenance, written so that nothing is lost.
 
 A run is a folder named by a hash of what its numbers depend on. Each finished batch is one file in it, written
-atomically; running the same command again computes only what no file holds yet.
+atomically and named by what it holds; running the same command again computes only what no whole file holds yet.
 """
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +25,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from xxhash import xxh3_64_hexdigest
 
 from anchors.errors import AnchorsError
 
@@ -29,27 +35,92 @@ METADATA_KEY = b"label-anchors"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a draft beside the target, then move it there in one step.
+    """Let `write` fill a draft beside the target, then move it there in one step; it is on the disk before its name is.
 
     Raises:
         AnchorsError: the place cannot be written; the target is untouched.
     """
-    draft = None
+    draft = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=f".draft{path.suffix}"
+        )
         draft = Path(name)
+        _lock(handle)
         write(draft)
         draft.chmod(0o644)  # mkstemp makes private files; results are meant to be shared
+        _sync(draft)
         draft.replace(path)
-    except OSError as error:
-        raise AnchorsError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", "Choose another --out."
-        ) from error
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _unwritable(path: Path, error: Exception) -> AnchorsError:
+    reason = getattr(error, "strerror", None) or str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+    return AnchorsError(
+        f"{str(path)!r} cannot be written: {reason}.",
+        "Make room there, or choose another --out; what is finished is kept."
+        if full
+        else "Choose another --out.",
+    )
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_DRAFT = re.compile(r"\..+-[a-z0-9_]{8}\.draft(\.\w+)?")
+_STALE = 60.0
+"""Seconds: a younger draft is left alone, whoever made it."""
+_ABANDONED = 86400.0
+"""Seconds after which a draft is nobody's where locks tell nothing."""
+
+
+def clear_drafts(folder: Path) -> None:
+    """Take away what killed processes left of files they were writing in a folder; a draft that is being written stays."""
+    for path in folder.glob(".*.draft*"):
+        if not _DRAFT.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            continue
+        try:
+            age = time.time() - path.stat().st_mtime
+            if age > _STALE:
+                handle = os.open(path, os.O_RDWR)
+                try:
+                    free = _lock(handle)
+                finally:
+                    os.close(handle)
+                if free or (free is None and age > _ABANDONED):
+                    path.unlink()
+        except OSError:
+            continue  # somebody else's, or gone meanwhile
+
+
+def _lock(handle: int) -> bool | None:
+    """Hold an open file until it is closed or the process ends: False where another holds it, None where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, some network file systems
+        return None
+    return True
 
 
 def require_writable(folder: Path) -> None:
@@ -57,6 +128,7 @@ def require_writable(folder: Path) -> None:
     probe = folder / f".writable-{os.getpid()}"
     write_atomic(probe, lambda draft: draft.write_text("ok"))
     probe.unlink(missing_ok=True)
+    clear_drafts(folder)
 
 
 def key_of(config: dict[str, Any]) -> str:
@@ -120,48 +192,167 @@ class Run:
         folder: where the batches lie.
         config: what the numbers depend on; nothing else does.
         identity: the columns that name one unit of work; all of its rows are written at once.
+        notes: what was found when the folder was opened.
     """
 
     folder: Path
     config: dict[str, Any]
     identity: tuple[str, ...] = ("seed", "number")
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, out: Path, kind: str, config: dict[str, Any]) -> "Run":
-        """Open or make the folder of a configuration under `out/runs`."""
-        run = cls.at(out, kind, config)
-        text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-        if not (run.folder / "config.json").is_file():
-            write_atomic(run.folder / "config.json", lambda draft: draft.write_text(text, encoding="utf-8"))
-        return run
+    def open(
+        cls,
+        out: Path,
+        kind: str,
+        config: dict[str, Any],
+        identity: tuple[str, ...] = ("seed", "number"),
+        *,
+        model: str | None = None,
+    ) -> "Run":
+        """Open or make the folder of a configuration under `out/runs`; what was cut there is set aside.
+
+        Args:
+            out: results folder.
+            kind: of the analysis.
+            config: what the numbers depend on.
+            identity: the columns that name one unit of work.
+            model: what the model is called: rows of another model under this name are told of.
+        """
+        run = cls.at(out, kind, config, identity)
+        path = run.folder / "config.json"
+        written = config | {_MADE: {"model": model, "label-anchors": version("label-anchors")}}
+        if (told := _config_in(run.folder)) is None or _key(told) != _key(written):
+            text = json.dumps(written, indent=1, sort_keys=True) + "\n"
+            write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        clear_drafts(run.folder)
+        damaged = [path for path in run._batches() if run._batch(path) is None]
+        notes = [f"{set_aside(path)} was cut or changed; its prompts are measured anew." for path in damaged]
+        if model is not None and not run._batches():
+            notes += run._others(kind, model)
+        return replace(run, notes=tuple(notes))
 
     @classmethod
-    def at(cls, out: Path, kind: str, config: dict[str, Any]) -> "Run":
-        """The run of a configuration, whether or not there is anything of it."""
-        return cls(out / "runs" / f"{kind}-{key_of(config)}", config)
+    def at(
+        cls, out: Path, kind: str, config: dict[str, Any], identity: tuple[str, ...] = ("seed", "number")
+    ) -> "Run":
+        """The run of a configuration, whether or not there is anything of it; nothing is written or moved."""
+        return cls(out / "runs" / f"{kind}-{key_of(config)}", config, identity)
 
     def rows(self) -> pd.DataFrame | None:
         """All rows so far, each unit of work once; None when there are none."""
-        frames = [pd.read_parquet(path) for path in sorted(self.folder.glob("batch-*.parquet"))]
-        if not frames:
-            return None
         taken: set[tuple] = set()
         kept = []
-        for frame in frames:
+        for frame in self._frames():
             units = pd.MultiIndex.from_frame(frame[list(self.identity)])
             kept.append(frame[~units.isin(taken)] if taken else frame)
             taken |= set(units)
-        return pd.concat(kept, ignore_index=True)
+        return pd.concat(kept, ignore_index=True) if kept else None
 
-    def done(self) -> set[tuple[int, ...]]:
+    def done(self) -> set[tuple]:
         """The units of work that are already there."""
-        units: set[tuple[int, ...]] = set()
-        for path in self.folder.glob("batch-*.parquet"):
-            frame = pd.read_parquet(path, columns=list(self.identity))
-            units |= set(frame.drop_duplicates().itertuples(index=False, name=None))
+        units: set[tuple] = set()
+        for frame in self._frames():
+            units |= set(frame[list(self.identity)].drop_duplicates().itertuples(index=False, name=None))
         return units
 
-    def append(self, rows: pd.DataFrame, units: Iterable[tuple[int, ...]]) -> None:
+    def append(self, rows: pd.DataFrame, units: Iterable[tuple]) -> None:
         """Write the rows of some units of work, all or nothing."""
+        buffer = io.BytesIO()
+        rows.to_parquet(buffer, index=False)
+        content = buffer.getvalue()
         name = hashlib.sha256(repr(sorted(units)).encode()).hexdigest()[:16]
-        write_atomic(self.folder / f"batch-{name}.parquet", lambda draft: rows.to_parquet(draft, index=False))
+        path = self.folder / f"batch-{name}-{xxh3_64_hexdigest(content)}.parquet"
+        write_atomic(path, lambda draft: draft.write_bytes(content))
+
+    def _batches(self) -> list[Path]:
+        return sorted(self.folder.glob("batch-*.parquet"))
+
+    def _frames(self) -> Iterator[pd.DataFrame]:
+        for path in self._batches():
+            if (frame := self._batch(path)) is not None:
+                yield frame
+
+    def _batch(self, path: Path) -> pd.DataFrame | None:
+        """The rows of a batch; None where the file is not the one that was written.
+
+        Raises:
+            AnchorsError: it may not be read.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise AnchorsError(
+                f"{str(path)!r} cannot be read: {error.strerror or error}.", "Choose another --out."
+            ) from error
+        if not path.stem.endswith(f"-{xxh3_64_hexdigest(content)}"):
+            return None
+        return pd.read_parquet(io.BytesIO(content))
+
+    def _others(self, kind: str, model: str) -> list[str]:
+        """Notes on runs that measured the same of a model of this name, and what of it was different."""
+        notes = []
+        for folder in sorted(self.folder.parent.glob(f"{kind}-*")):
+            told = _config_in(folder)
+            if folder == self.folder or told is None or not next(folder.glob("batch-*.parquet"), None):
+                continue
+            made = told.get(_MADE) or {}
+            same = [_key({k: v for k, v in c.items() if k not in _IDENTITY}) for c in (told, self.config)]
+            if same[0] == same[1] and made.get("model", model) == model:
+                notes.append(
+                    f"The rows in {str(folder)!r} were made under another identity ({_difference(told, self.config)}): they are "
+                    "kept as they are, none of them is used, and everything is measured anew."
+                )
+        return notes
+
+
+_MADE = "made_by"
+_IDENTITY = (_MADE, "model", "software", "version", "vlm", "base", "expert", "upper")
+
+
+def _key(config: dict[str, Any]) -> str:
+    return key_of({k: v for k, v in config.items() if k != _MADE})
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    """What a run says of itself; None where it says nothing, or its file was cut."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """In words, what of two identities is different."""
+    found = []
+    for name in _IDENTITY[1:]:
+        one, other = before.get(name), after.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            parts = [part for part in {**one, **other} if one.get(part) != other.get(part)]
+            if name == "software":
+                parts = [f"{part} {one.get(part)}, now {other.get(part)}" for part in parts]
+            found.append(", ".join(parts) if name in ("model", "software") else f"{name}: {', '.join(parts)}")
+        elif isinstance(other, dict) or one is None:
+            found.append("an earlier version of label-anchors, which knew less of it")
+        else:
+            found.append(f"{name} {one}, now {other}")
+    return "; ".join(dict.fromkeys(found))
+
+
+def set_aside(path: Path) -> str:
+    """Move a damaged file out of the way and keep it; returns its new name.
+
+    Raises:
+        AnchorsError: the folder cannot be written.
+    """
+    count = 1
+    while (target := path.with_name(f"{path.name}.damaged-{count}")).exists():
+        count += 1
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return str(target)

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, answer, encode, queries, shared_demonstrations
+from anchors.digest import file_digest
 from anchors.errors import AnchorsError
 from anchors.icl import joined, label_probabilities, outcomes
 from anchors.models import LanguageModel
 from anchors.preparation import apply, is_plain_linear, wide_products
-from anchors.results import provenance, write_atomic
+from anchors.results import Run, provenance, write_atomic
 from anchors.runner import Cell, Record
 from anchors.tasks.drawing import Drawn, demonstrations
 from anchors.tasks.prompts import Prompt, build
@@ -67,6 +68,22 @@ class Reweighting:
     def passes(self) -> float:
         return 2 + 0.1 * self.epochs
 
+    def settings(self) -> dict[str, Any]:
+        """The fields, with what is in the file of β in place of its name.
+
+        Raises:
+            AnchorsError: the file cannot be read.
+        """
+        if self.beta is None:
+            return asdict(self)
+        try:
+            return asdict(self) | {"beta": file_digest(Path(self.beta))}
+        except OSError as error:
+            raise AnchorsError(
+                f"{self.beta!r} does not hold a fitted β: {error.strerror or error}.",
+                "Give the .safetensors file that `anchors reweight` left in its run.",
+            ) from error
+
     def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, "Beta"]:
         context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
         kept = cell.folder / f"beta-{cell.how.seed}.safetensors" if self.beta is None else Path(self.beta)
@@ -74,6 +91,11 @@ class Reweighting:
             beta = Beta.load(kept)
             beta.demand(model)
             return context, beta
+        if any(seed == cell.how.seed for seed, _ in Run(cell.folder, {}).done()):
+            raise AnchorsError(
+                f"{str(kept)!r} is gone, and rows beside it were made with it.",
+                f"Remove the folder {str(cell.folder)!r}: everything in it is measured anew.",
+            )
         prompts = training_prompts(model, cell, self.per_class)
         beta = fit(model, context, prompts, self.learning_rate, self.epochs, self.batch, cell.how.seed)
         beta.save(
@@ -142,14 +164,25 @@ class Beta:
         """Refuse a model that it was not fitted on.
 
         Raises:
-            AnchorsError: other layers or heads, or other weights or tokenizer.
+            AnchorsError: other layers or heads, or another identity (see `anchors.identity`).
         """
         fitted = (self.facts or {}).get("fingerprint")
-        if self.heads != model.heads or (fitted and fitted != model.fingerprint):
+        name = (self.facts or {}).get("model", "an unknown model")
+        if self.heads != model.heads:
             own, other = _counted(self.heads), _counted(model.heads)
             raise AnchorsError(
-                f"This β has {own} and was fitted on {(self.facts or {}).get('model', 'an unknown model')}; "
-                f"{model.name} has {other}.",
+                f"This β has {own} and was fitted on {name}; {model.name} has {other}.",
+                "Fit it on the model it is to be applied to.",
+            )
+        if fitted and len(fitted) < 32:
+            raise AnchorsError(
+                f"This β was fitted on {name} by an earlier version of label-anchors, which looked at a sample of the weights only: "
+                "it cannot be told whether this is the same model.",
+                "Fit it again.",
+            )
+        if fitted and fitted != model.fingerprint:
+            raise AnchorsError(
+                f"This β was fitted on {name} with other weights, adapters, configuration or tokenizer than {model.name} has.",
                 "Fit it on the model it is to be applied to.",
             )
 
@@ -200,11 +233,13 @@ class Beta:
             losses, facts = tuple(json.loads(header["losses"])), json.loads(header["label-anchors"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise AnchorsError(
-                f"{str(path)!r} does not hold a fitted β: {error}", "Remove the file; it is fitted anew."
+                f"{str(path)!r} does not hold a fitted β: {error}",
+                "Where it lies in a run's folder, remove that: β is fitted anew, and its rows are measured anew.",
             ) from error
         if not torch.isfinite(beta).all():
             raise AnchorsError(
-                f"The β in {str(path)!r} is not finite.", "Remove the file; it is fitted anew."
+                f"The β in {str(path)!r} is not finite.",
+                "Where it lies in a run's folder, remove that: β is fitted anew, and its rows are measured anew.",
             )
         return cls(beta, classes, losses, facts, heads)
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from anchors.errors import AnchorsError
+from anchors.identity import Identity, held, software
 from anchors.lengths import side
 from anchors.models import LanguageModel
 from anchors.results import Run
@@ -101,6 +102,7 @@ class Measured:
         config: what the rows depend on.
         folder: where the run keeps its batches and tensors.
         first: the prompts of the first seed.
+        notes: what a reader must know of how the rows came to be: files that were damaged, rows of another identity.
     """
 
     rows: pd.DataFrame
@@ -108,6 +110,7 @@ class Measured:
     config: dict
     folder: Path
     first: tuple[Drawn, ...]
+    notes: tuple[str, ...] = ()
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """What the rows come to, with intervals; the main table is `summary`. See `anchors.summaries`."""
@@ -144,12 +147,16 @@ class Sample:
 def config_of(
     model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample
 ) -> dict[str, Any]:
-    """What the rows of an analysis depend on; its hash names the run."""
+    """What the rows of an analysis depend on; its hash names the run.
+
+    An analysis whose numbers hang on more than its fields (a file that one of them names) says so in `settings`.
+    """
     config = {
         "kind": analysis.kind,
         "version": analysis.version,
-        "settings": asdict(analysis),
-        "model": model.fingerprint,
+        "settings": analysis.settings() if hasattr(analysis, "settings") else asdict(analysis),
+        "model": dict(model.identity.parts),
+        "software": software(),
         "precision": model.precision,
         "task": task.identity(),
         "data": data.fingerprint,
@@ -222,8 +229,33 @@ def measure(
     Raises:
         AnchorsError: see `draw`, `within_context` and the analysis.
     """
+    with held(model.model, found := model.identity):
+        return _measured(model, analysis, task, data, how, out, progress, unknown_code(found))
+
+
+def unknown_code(found: Identity) -> tuple[str, ...]:
+    """A note on code in a model by which it cannot be known again."""
+    if not found.unknown:
+        return ()
+    more = f" and {len(found.unknown) - 1} more" if len(found.unknown) > 1 else ""
+    return (
+        f"The model runs code that cannot be known again: {found.unknown[0]}{more}. Its rows are kept apart, and never taken up.",
+    )
+
+
+def _measured(
+    model: LanguageModel,
+    analysis: Analysis,
+    task: Task,
+    data: Data,
+    how: Sample,
+    out: Path | None,
+    progress: Callable[[int, int], None],
+    notes: tuple[str, ...],
+) -> Measured:
     config = config_of(model, analysis, task, data, how)
-    run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), analysis.kind, config)
+    out = out or Path(tempfile.mkdtemp(prefix="anchors-"))
+    run = Run.open(out, analysis.kind, config, model=model.name)
     cells, skipped = _cells(model, analysis, task, data, how, run.folder)
     total = sum(len(units) for _, units in cells.values())
     if not total:
@@ -262,7 +294,8 @@ def measure(
     }.items():
         rows.insert(0, name, value)
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
-    return Measured(rows, skipped, config, run.folder, cells[how.seeds[0]][0].prompts)
+    first = cells[how.seeds[0]][0].prompts
+    return Measured(rows, skipped, config, run.folder, first, notes + run.notes)
 
 
 def _frame(

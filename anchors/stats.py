@@ -84,20 +84,29 @@ def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray,
 GROUP = ["task", "shots", "control"]
 
 
+def refuse_models(rows: pd.DataFrame) -> None:
+    """Raises:
+    AnchorsError: rows of several models.
+    """
+    models = sorted(set(rows["model"])) if "model" in rows else []
+    if len(models) > 1:
+        raise AnchorsError(f"The rows are of several models: {models}.", "Summarise one model at a time.")
+
+
 def refuse_doubles(rows: pd.DataFrame) -> None:
-    """Every value must be there once: rows of two models, or of two label sets under one name, must not be averaged.
+    """Rows must be of one model and every value there once: nothing is averaged over models or over two label sets under one
+    name. Every summary calls this first.
 
     Raises:
-        AnchorsError: some values are there several times.
+        AnchorsError: rows of several models, or values that are there several times.
     """
-    identity = [*GROUP, "seed", "number", "condition", "metric", "layer"]
-    doubles = rows.duplicated(identity)
+    refuse_models(rows)
+    identity = [*GROUP, "seed", "number", "condition", "metric", "layer", "group", "head", "place"]
+    doubles = rows.duplicated([name for name in identity if name in rows])
     if doubles.any():
-        models = sorted(set(rows["model"])) if "model" in rows else []
         raise AnchorsError(
-            f"{int(doubles.sum())} values stand there more than once for the same prompt, condition and metric"
-            + (f": the rows are of {models}." if len(models) > 1 else "."),
-            "Summarise one model and one set of label words at a time.",
+            f"{int(doubles.sum())} values stand there more than once for the same prompt, condition and metric.",
+            "Summarise one run and one set of label words at a time.",
         )
 
 
@@ -254,9 +263,14 @@ def flow_summary(
     Returns:
         One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples. With a single
         example there are no intervals: low and high are missing.
+
+    Raises:
+        AnchorsError: rows of several models, or values that are there several times.
     """
+    rows = rows[rows["metric"].isin(SUMS)]
+    refuse_doubles(rows)
     tables = []
-    for key, group in rows[rows["metric"].isin(SUMS)].groupby(GROUP, sort=False):
+    for key, group in rows.groupby(GROUP, sort=False):
         wide = {
             metric: part.pivot_table(index=["seed", "number"], columns="layer", values="value")
             for metric, part in group.groupby("metric")

@@ -219,12 +219,15 @@ def _measure(lm: "LanguageModel", experiment: "Experiment", parts: "list[Part]",
 
 def _left(lm: "LanguageModel", parts: "list[Part]", to: Path) -> list[dict]:
     """Prompts left by part, and the seconds they may take: tokens to run, times the time of one here."""
+    from anchors.identity import held
     from anchors.runner import outstanding
 
     rate = None
     found = []
+    identity = lm.identity
     for part in parts:
-        left, total, tokens = outstanding(lm, part.analysis, part.task, part.data, part.how, out=to)
+        with held(lm.model, identity):
+            left, total, tokens = outstanding(lm, part.analysis, part.task, part.data, part.how, out=to)
         if left and rate is None:
             rate = _seconds_per_token(lm)
         seconds = tokens * part.analysis.passes * (rate or 0)

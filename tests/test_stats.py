@@ -235,7 +235,7 @@ def test_prompts_of_a_batch_count_as_one_timing():
 
 def test_rows_of_two_models_are_refused():
     both = pd.concat([rows_of({1: [1, 0]}).assign(model="one"), rows_of({1: [0, 0]}).assign(model="other")])
-    with pytest.raises(AnchorsError, match=r"more than once.*one.*other"):
+    with pytest.raises(AnchorsError, match=r"several models.*one.*other"):
         summarise(both)
 
 

@@ -55,3 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'anchors.injection' has no attribute {name!r}")
     return getattr(import_module(f"anchors.injection.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

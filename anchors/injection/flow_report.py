@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from anchors.errors import AnchorsError
+from anchors.identity import software
 from anchors.injection.evaluate import Prepared, prepare, score
 from anchors.injection.flow import ImageBatch, collate, image_flow
 from anchors.injection.flow_prompts import Drawn, draw, own_answers
@@ -102,12 +103,14 @@ class Measured:
         ratios: by seed and expert ‖τ_v‖ / ‖τ_e‖ over the tower without embedding and head.
         vision: name of the scenario that the VLM could do before.
         configs: one per run on disk.
+        notes: what was found there that a reader must know.
     """
 
     rows: pd.DataFrame
     ratios: pd.DataFrame
     vision: str
     configs: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
 
 def measure(
@@ -141,6 +144,7 @@ def measure(
         )
     total = sum(len(units) for suite in suites for units in wanted.plan(suite).values())
     found, ratios, configs, finished = [], [], [], 0
+    notes: list[str] = []
     for suite in suites:
         world = World(
             suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision, routed=True)
@@ -149,8 +153,9 @@ def measure(
             vectors, prints = world.vectors(expert)
             if vectors is not None:
                 ratios.append({"seed": suite.seed, "expert": expert, "ratio": norm_ratio(world.vlm, vectors)})
-            run = replace(Run.open(out, KIND, world.config(expert, prints)), identity=IDENTITY)
+            run = Run.open(out, KIND, world.config(expert, prints), IDENTITY, model=world.vlm.name)
             configs.append(run.config)
+            notes += [note for note in run.notes if note not in notes]
             done = run.done()
             keys = [(suite.seed, expert, *unit) for unit in units]
             for key in sorted(keys, key=lambda key: key not in done):
@@ -164,7 +169,7 @@ def measure(
             del vectors
             gc.collect()
     rows = pd.concat(found, ignore_index=True)
-    return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs)
+    return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(notes))
 
 
 def norm_ratio(vlm: VisionLanguageModel, vectors: TaskVectors) -> float:
@@ -201,22 +206,22 @@ class World:
     def _kept(self) -> dict[Any, Any]:
         return {}
 
-    def vectors(self, expert: str) -> tuple[TaskVectors | None, dict[str, str]]:
-        """The task vectors of an expert, and fingerprints of the models they are made of."""
+    def vectors(self, expert: str) -> tuple[TaskVectors | None, dict[str, Any]]:
+        """The task vectors of an expert, and the identities of the models they are made of."""
         if expert == NOBODY:
             return None, {}
         model = self._language_model(self.suite.model("experts", expert))
         sides = (self.vlm, self.base, model)
         made = TaskVectors.of(*(s.model for s in sides), tokenizers=tuple(s.tokenizer for s in sides))
-        return made, {"base": self.base.fingerprint, "expert": model.fingerprint}
+        return made, {"base": dict(self.base.identity.parts), "expert": dict(model.identity.parts)}
 
-    def config(self, expert: str, prints: dict[str, str]) -> dict[str, Any]:
+    def config(self, expert: str, prints: dict[str, Any]) -> dict[str, Any]:
         """What the rows depend on, beside the unit."""
         suite, wanted = self.suite, self.wanted
         asked = {suite.vision, *([expert] if expert != NOBODY else wanted.of(suite)[0])}
         return {
             "kind": KIND, "version": VERSION, "suite": suite.name, "seed": suite.seed, "name": expert,
-            "vlm": self.vlm.fingerprint, "precision": self.vlm.precision, "shots": wanted.shots,
+            "vlm": dict(self.vlm.identity.parts), "software": software(), "precision": self.vlm.precision, "shots": wanted.shots,
             "prompts": wanted.prompts, "examples": wanted.examples, "drawing": wanted.seed, "separator": suite.separator,
             "data": {name: suite.fingerprint(suite.examples(name, None)) for name in sorted(asked)},
             "label_words": {name: _labels(suite, name) for name in sorted(asked)},

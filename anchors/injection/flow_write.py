@@ -73,7 +73,7 @@ def write(
 
 
 def _notes(measured: Measured) -> list[str]:
-    notes = []
+    notes = list(measured.notes)
     rows = measured.rows
     seeds = rows["seed"].nunique()
     if seeds < 3:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anchors.digest import marks
 from anchors.errors import AnchorsError
 from anchors.injection.embeddings import Rows, Vocabulary, align
 from anchors.injection.mapping import Pair, Tower, agree, tower
@@ -47,11 +48,11 @@ class _Kept:
         """What was prepared for this recipe from these very numbers; else nothing yet."""
         # Not torch's version counters: fused optimizers and writes to `.data` leave them as they are.
         weights = (*tower, *others)
-        marks = torch.stack([_content(own) for own in weights]).tolist() + [own.data_ptr() for own in weights]
-        if marks != self.marks:
+        found = [*marks(weights), *(own.data_ptr() for own in weights)]
+        if found != self.marks:
             norms = torch.stack([_norm(own.float()) for own in tower])
             # The tensors are held, so that an address means what it meant.
-            self.weights, self.marks, self.size, self.recipe = weights, marks, float(_norm(norms)), None
+            self.weights, self.marks, self.size, self.recipe = weights, found, float(_norm(norms)), None
         recipe = replace(recipe, strength=1.0, vlm_strength=1.0, layers=None, per_layer=None)
         if recipe != self.recipe:
             self.recipe, self.prepared = recipe, {}
@@ -230,12 +231,6 @@ def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors) -> Inje
         )
     kept = len(vectors.pairs) - len(changes)
     return Injected(recipe, len(changes), kept, norm, norm / (vectors._kept.size or 1.0))
-
-
-def _content(tensor: Tensor) -> Tensor:
-    """The sum of the bits as integers: another one where any training or edit has been."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ image, on a grey one and on another example's, and the questions of the vision s
 running the same sweep again, or a larger one, computes only what no file holds yet.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -17,7 +16,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from anchors.digest import file_digest, text_digest
 from anchors.errors import AnchorsError
+from anchors.identity import software
+from anchors.injection.checkpoint import Checkpoint
 from anchors.injection.evaluate import Prepared, captions, evaluate, evaluate_text, prepare, score
 from anchors.injection.grid import Grid, facts_of, setting_of
 from anchors.injection.memory import TaskVectors, inject
@@ -149,21 +151,22 @@ def sweep(
                 (suite.seed, skill, setting, mask): what
                 for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
             }
-            rows, config = _measured(
+            rows, config, told = _measured(
                 world, skill, units, out, lambda total=total: progress(next(finished), total)
             )
             found.append(rows)
             configs.append(config)
+            notes += [note for note in told if note not in notes]
         del world  # before the next VLM comes
     return _swept(pd.concat(found, ignore_index=True), recipes, configs, wanted.split, notes)
 
 
 def _measured(
     world: "World", skill: str, units: dict[tuple, Recipe | str], out: Path, tick: Callable[[], None]
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of these units, of which those are measured that `out` does not hold; and what they depend on."""
+) -> tuple[pd.DataFrame, dict[str, Any], tuple[str, ...]]:
+    """The rows of these units, of which those are measured that `out` does not hold; what they depend on; and notes."""
     bench = Bench(world, skill, world.language_model(world.suite.model("experts", skill)))
-    run = replace(Run.open(out, KIND, bench.config()), identity=IDENTITY)
+    run = Run.open(out, KIND, bench.config(), IDENTITY, model=world.vlm.name)
     done = run.done()
     for unit in sorted(units, key=lambda unit: unit not in done):
         if unit not in done:
@@ -172,7 +175,7 @@ def _measured(
         tick()
     found = run.rows()
     assert found is not None  # noqa: S101 - the VLM alone is there
-    return found[pd.MultiIndex.from_frame(found[list(IDENTITY)]).isin(units)], run.config
+    return found[pd.MultiIndex.from_frame(found[list(IDENTITY)]).isin(units)], run.config, run.notes
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,9 @@ class Bench:
         vision = world.wanted.examples(suite, suite.vision)
         return {
             "kind": KIND, "version": VERSION, "suite": suite.name, "seed": suite.seed, "scenario": self.skill,
-            "vlm": world.vlm.fingerprint, "base": world.base.fingerprint, "expert": self.expert.fingerprint,
-            "upper": _digest(suite.model("upper", self.skill)) if suite.has("upper", self.skill) else None,
+            "vlm": dict(world.vlm.identity.parts), "base": dict(world.base.identity.parts),
+            "expert": dict(self.expert.identity.parts), "software": software(),
+            "upper": _upper(suite.model("upper", self.skill)) if suite.has("upper", self.skill) else None,
             "precision": world.vlm.precision, "controls": world.wanted.controls, "split": world.wanted.split,
             "examples": suite.fingerprint(self.examples), "vision": suite.fingerprint(vision),
         }  # fmt: skip
@@ -339,13 +343,14 @@ def _require_siblings(suites: Sequence[Suite], wanted: Sweep) -> None:
         )
 
 
-def _digest(source: str) -> str:
-    """Of the weights in a directory; the name of a hub's model."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if Path(source).is_dir() else source
+def _upper(source: str) -> str:
+    """What an upper bound is, without loading it: the commit of a hub's model, else all bytes of its files but what is for
+    readers."""
+    model = Checkpoint.open(source)
+    if model.commit is not None:
+        return model.commit
+    files = sorted(path for path in model.folder.iterdir() if path.is_file() and path.suffix != ".md")
+    return text_digest({path.name: file_digest(path) for path in files})
 
 
 @contextmanager

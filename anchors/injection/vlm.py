@@ -4,7 +4,6 @@ What differs between families (how an image token multiplies, which tensors go a
 processor; what a mask or a position is, to the model itself.
 """
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from anchors.errors import AnchorsError
+from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
 from anchors.loading import Origin, processor_of, vision_language_model
-from anchors.models import DTYPES, LanguageModel, fingerprint, placed
+from anchors.models import DTYPES, LanguageModel, placed
 from anchors.preparation import Alteration, apply, beyond, guarded
 from anchors.soundness import sound
 
@@ -61,7 +61,6 @@ class VisionLanguageModel:
         processor: turns texts and images into tensors.
         tokenizer: the processor's, a fast one.
         name: what the user called it.
-        fingerprint: hash over a sample of every weight, the tokenizer and how images are prepared.
         precision: the arithmetic, one of `anchors.models.DTYPES`.
         image_token_id: the token at whose places the model puts image features.
         modules: attention modules of the language tower, by layer, when it is on the seam; else empty.
@@ -72,13 +71,22 @@ class VisionLanguageModel:
     processor: ProcessorMixin
     tokenizer: PreTrainedTokenizerBase
     name: str
-    fingerprint: str
     precision: str
     image_token_id: int
     modules: tuple[nn.Module, ...] = ()
     altered: tuple[Alteration, ...] = ()
 
     arithmetic = LanguageModel.arithmetic
+
+    @property
+    def identity(self) -> Identity:
+        """What the numbers depend on, as the model is now: weights, configuration, tokenizer, how images are prepared."""
+        return identity(self.model, self.tokenizer, self.processor)
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of `identity`."""
+        return self.identity.digest
 
     @property
     def n_layers(self) -> int:
@@ -321,13 +329,11 @@ def prepare_vlm(
     sound(model, name)
     embedding = model.get_input_embeddings()
     made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
-    images = processor.image_processor.to_json_string().encode()
     vlm = VisionLanguageModel(
         model=model,
         processor=processor,
         tokenizer=tokenizer,
         name=name,
-        fingerprint=hashlib.sha256(fingerprint(model, tokenizer).encode() + images).hexdigest()[:16],
         precision=precision,
         image_token_id=image_token_id,
         modules=route_tower(model) if routed else (),

@@ -68,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'anchors.nsa' has no attribute {name!r}")
     return getattr(import_module(f"anchors.nsa.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,8 @@ intervention is run. What the rows come to is in `anchors.summaries.nsa_probe`.
 
 import copy
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from anchors.attention.seam import seam
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, collate, label_loss
+from anchors.identity import software
 from anchors.models import LanguageModel, load
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.config import NSAConfig
@@ -27,8 +30,8 @@ from anchors.nsa.model import NativeSparseAttention
 from anchors.nsa.probe_interventions import effects
 from anchors.nsa.probe_taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.vocabulary import SPECIALS, Vocabulary
-from anchors.results import Run, write_atomic
-from anchors.runner import out_of_memory
+from anchors.results import Run, set_aside, write_atomic
+from anchors.runner import out_of_memory, unknown_code
 from anchors.tasks.prompts import Prompt
 
 KIND = "nsa_probe"
@@ -262,14 +265,22 @@ def measure(
             f"Episodes of {probe.episodes.tokens} tokens exceed the model's {model.context} positions.",
             f"Use --tokens {model.context} or fewer.",
         )
+    found = model.identity
     config = {
-        "kind": KIND, "version": VERSION, "model": model.fingerprint, "precision": model.precision,
+        "kind": KIND, "version": VERSION, "model": dict(found.parts), "software": software(), "precision": model.precision,
         "episodes": probe.episodes.facts(), "demonstrations": probe.demonstrations,
         "interventions": probe.interventions, "vectors": probe.vectors,
     }  # fmt: skip
-    run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), KIND, config)
-    done = run.done()
+    run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), KIND, config, model=model.name)
     wanted = [(probe.seed, number) for number in range(probe.prompts)]
+    done = run.done()
+    notes = [*unknown_code(found), *run.notes]
+    for unit in [unit for unit in wanted if unit in done]:
+        path = _vectors(run.folder, unit)
+        if not _whole(path):
+            done.discard(unit)
+            what = f"{set_aside(path)} was cut or changed" if path.exists() else f"{str(path)!r} is gone"
+            notes.append(f"{what}; its prompt is probed anew.")
     finished = sum(unit in done for unit in wanted)
     progress(finished, probe.prompts)
     for seed, number in wanted:
@@ -288,7 +299,7 @@ def measure(
                 f"A prompt of {len(prompt.ids)} tokens does not fit into memory: its patterns are formed whole.",
                 "Use fewer --tokens or another --device.",
             ) from error
-        _write_vectors(run.folder / f"vectors-{seed}-{number}.npz", look, places, prompt)
+        _write_vectors(_vectors(run.folder, (seed, number)), look, places, prompt)
         run.append(_frame(seed, number, found), [(seed, number)])
         finished += 1
         progress(finished, probe.prompts)
@@ -296,7 +307,7 @@ def measure(
     assert rows is not None  # noqa: S101 - there is at least one prompt
     rows = rows[(rows["seed"] == probe.seed) & (rows["number"] < probe.prompts)]
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
-    return Probed(rows, _read_vectors(run.folder, wanted), config, notes_on(rows, geometry))
+    return Probed(rows, _read_vectors(run.folder, wanted), config, [*notes, *notes_on(rows, geometry)])
 
 
 def _frame(seed: int, number: int, found: list[Measure]) -> pd.DataFrame:
@@ -310,15 +321,26 @@ def _frame(seed: int, number: int, found: list[Measure]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(("layer", "group", "head", "place"), "Int32"))
 
 
+def _vectors(folder: Path, unit: tuple[int, int]) -> Path:
+    return folder / f"vectors-{unit[0]}-{unit[1]}.npz"
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of vectors is there as it was written: a zip archive knows the checksums of its parts."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
 def _write_vectors(path: Path, look: Look, places: Places, prompt: Prompt) -> None:
-    if not look.vectors:
-        return
     arrays = {
         f"{layer}/{kind}": x.astype(np.float32)
         for layer, own in look.vectors.items()
         for kind, x in own.items()
     }
-    tokens = np.array([prompt.ids[p] for p in places.labels[look.read]])
+    tokens = np.array([prompt.ids[p] for p in places.labels[look.read]], dtype=np.int64)
     write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))
 
 
@@ -326,10 +348,7 @@ def _read_vectors(folder: Path, units: list[tuple[int, int]]) -> pd.DataFrame:
     """Columns number, token, layer, kind, vector: one row per prompt, label word, layer and kind."""
     rows: list[tuple] = []
     for seed, number in units:
-        path = folder / f"vectors-{seed}-{number}.npz"
-        if not path.is_file():
-            continue
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(_vectors(folder, (seed, number)), allow_pickle=False) as found:
             for name in found.files:
                 if name != "token":
                     layer, kind = name.split("/")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from anchors.errors import AnchorsError
-from anchors.stats import GROUP, RESAMPLES, interval, resampling
+from anchors.stats import GROUP, RESAMPLES, interval, refuse_doubles, resampling
 
 
 def causal_summary(
@@ -25,6 +25,7 @@ def causal_summary(
         One row per task, condition, metric (`follow`, `flipped`, `released`, `differs`) and layer: value, low, high,
         examples, seeds. Layer n of n layers is the end, where nothing is left to patch.
     """
+    refuse_doubles(rows)
     tables = []
     for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
         whole = group[group["metric"].isin(["follow_denominator", "differs"])]

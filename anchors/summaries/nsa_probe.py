@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.stats import false_discovery_control
 
 from anchors.nsa import probe_metrics as metrics
-from anchors.stats import interval, resampling
+from anchors.stats import interval, refuse_doubles, resampling
 
 PERMUTATIONS = 1000
 BRANCHES = ("cmp", "slc", "win")
@@ -47,6 +47,7 @@ class Samples(NamedTuple):
 
 def probe_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Tables by name; `summary` is the accuracy under interventions. Tables without rows are left out."""
+    refuse_doubles(rows)
     places = ("layer", "group", "head", "place")
     rows = rows.assign(**{name: rows[name].astype("Int32").fillna(-1).astype(int) for name in places})
     made = {

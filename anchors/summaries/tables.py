@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from anchors.stats import GROUP, SUMS, interval, refuse_doubles, resampling, summarise
+from anchors.stats import GROUP, SUMS, interval, refuse_doubles, refuse_models, resampling, summarise
 
 LOYALTIES = ("accuracy", "label_loyalty", "word_loyalty")
 
@@ -16,6 +16,7 @@ def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     `classes`: precision, recall and F1 of every label with intervals. `confusion`: task, condition, gold, predicted,
     prompts.
     """
+    refuse_doubles(rows)
     classes, confusion = [], []
     for key, group in rows[rows["number"] >= 0].groupby([*GROUP, "condition"], sort=False):
         facts = dict(zip([*GROUP, "condition"], key, strict=True))
@@ -55,6 +56,7 @@ def reduced(rows: pd.DataFrame) -> pd.DataFrame:
     `hidden_random` is the mean over draws, `hidden_random_top` the draw of each task and seed with the best label
     loyalty (draws of different seeds have nothing to do with each other).
     """
+    refuse_doubles(rows)
     draws = rows["condition"].str.startswith("hidden_random/")
     if not draws.any():
         return rows
@@ -70,6 +72,7 @@ def reduced(rows: pd.DataFrame) -> pd.DataFrame:
 
 def compression_sizes(rows: pd.DataFrame) -> pd.DataFrame:
     """L_demo, L_x, kept tokens and bytes, by task and method, means over seeds."""
+    refuse_doubles(rows)
     seed_level = rows[(rows["number"] < 0) & (rows["metric"] != "prompts")]
     return seed_level.groupby([*GROUP, "condition", "metric"], as_index=False)["value"].mean()
 
@@ -120,6 +123,7 @@ def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def reweighting_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Accuracy and loss with and without β, and β itself: mean over seeds by layer, head and label word."""
+    refuse_doubles(rows)
     beta = rows[rows["metric"].str.startswith("beta/")]
     parts = beta["metric"].str.removeprefix("beta/").str.rsplit("/", n=1, expand=True)
     table = beta.assign(label=parts[0], head=parts[1].astype(int))
@@ -132,6 +136,7 @@ def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     `tokens`: position, role, text. `flows`: layer, from_, to, value.
     """
+    refuse_models(rows)  # a token's text may stand there several times
     tokens = rows[rows["metric"].str.startswith("token/")]
     parts = tokens["metric"].str.split("/", n=2, expand=True)
     flows = rows[rows["metric"].str.startswith("flow/")]
@@ -148,6 +153,7 @@ def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def word_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The most probable next words of single prompts under each condition (Table 5)."""
+    refuse_doubles(rows)
     own = rows[rows["metric"].str.startswith("word/")]
     parts = own["metric"].str.split("/", n=2, expand=True)
     kept = own[["task", "seed", "number", "example", "condition"]]
