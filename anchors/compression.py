@@ -43,7 +43,7 @@ METHODS = ("hidden_anchor", "text_anchor", "hidden_random")
 def compress(context: Context, tokens: Sequence[int], rule: Rule = "after-last-anchor") -> Context:
     """Keep some tokens' keys and values in every layer; the rule says at which position the test input begins.
 
-    In layers with a sliding window, the window counts kept tokens.
+    In layers with a sliding window or attention chunks, these count kept tokens.
     """
     if rule not in RULES:
         raise AnchorsError(f"Unknown position rule {rule!r}.", f"One of {', '.join(RULES)}.")

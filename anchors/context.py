@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from anchors.attention.selection import untied
 from anchors.errors import AnchorsError
+from anchors.lengths import INDEX
 from anchors.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -144,7 +147,7 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     # A tensor: with a number some families drop positions on the way, and their keys would be missing.
     last = torch.tensor([len(ids) - 1], device=model.device)
     past = {"use_cache": True, cache_argument(model.model): cache}
-    with model.arithmetic():
+    with model.arithmetic(), _determined(model):
         model.model(input_ids=tokens, position_ids=steps, logits_to_keep=last, **past)
     before, stood = (context.ids, context.positions) if context else ((), ())
     layers = cache.layers
@@ -160,6 +163,11 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     )
     _demand_filled(model, found)
     return found
+
+
+def _determined(model: "LanguageModel") -> AbstractContextManager[None]:
+    """Where a sparse index chooses by chance, a context is not the beginning of the whole prompt."""
+    return untied(model.model) if any(c.what == INDEX for c in model.changes) else nullcontext()
 
 
 def _demand_filled(model: "LanguageModel", found: Context) -> None:
@@ -228,9 +236,10 @@ def answer(
     """Next-token logits at each query's target, on the shared context; float32 at least.
 
     Raises:
-        AnchorsError: logits that are not numbers.
+        AnchorsError: logits that are not numbers; a sparse index that chooses by chance (see `untied`).
     """
-    logits = model.logits_at(batch.ids, batch.target, context)
+    with nullcontext() if context is None else _determined(model):
+        logits = model.logits_at(batch.ids, batch.target, context)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not torch.isfinite(logits).all():
         bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()

@@ -52,15 +52,25 @@ def changes(config: PreTrainedConfig) -> tuple[Change, ...]:
 
 
 def side(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
-    """On which side of every rotary change a prompt lies: prompts with equal sides may share a batch or a context."""
+    """On which side of every rotary change a prompt lies: prompts with equal sides may share a context."""
     return tuple((length if c.each else 1) if length > c.length else 0 for c in found if c.rotary)
+
+
+def alike(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
+    """Prompts for which this is equal may share a batch.
+
+    Beyond the top-k of a sparse index they have one length, too: where scores are equal, torch.topk chooses by the
+    number of keys, padding included.
+    """
+    width = length if any(c.what == INDEX and length > c.length for c in found) else 0
+    return (*side(found, length), width)
 
 
 def groups(found: tuple[Change, ...], lengths: Sequence[int]) -> list[list[int]]:
     """Indices of prompts that may share a batch, in order of their first one."""
     by_side: dict[tuple[int, ...], list[int]] = {}
     for i, length in enumerate(lengths):
-        by_side.setdefault(side(found, length), []).append(i)
+        by_side.setdefault(alike(found, length), []).append(i)
     return list(by_side.values())
 
 

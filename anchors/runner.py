@@ -13,7 +13,7 @@ import torch
 
 from anchors.errors import AnchorsError
 from anchors.identity import Identity, held, software
-from anchors.lengths import side
+from anchors.lengths import alike
 from anchors.models import LanguageModel
 from anchors.results import Run
 from anchors.summaries import SUMMARIES
@@ -320,14 +320,14 @@ def batches(
 ) -> Iterator[list[Unit]]:
     """Neighbours in length share a batch, within windows, so that little is padded and progress stays even.
 
-    Prompts on different sides of a length at which the family encodes positions otherwise never share one.
+    Prompts that the family would run otherwise beside each other never share one (see `anchors.lengths.alike`).
     """
     length = {unit: _width(analysis, units[unit]) for unit in pending}
     longest = max(length.values(), default=1)
     context = 0 if analysis.fresh else max((units[u].prompt.query for u in pending), default=0)
     budget = size * longest if size else tokens_per_batch(model, context / longest)
     window = 16 * (size or max(1, budget // longest))
-    sides = {unit: side(model.changes, len(units[unit].prompt.ids)) for unit in pending}
+    sides = {unit: alike(model.changes, len(units[unit].prompt.ids)) for unit in pending}
     for start in range(0, len(pending), window):
         batch: list[Unit] = []
         for unit in sorted(pending[start : start + window], key=length.__getitem__):

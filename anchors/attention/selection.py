@@ -5,11 +5,17 @@ blocks of keys (MiniMax-M3). transformers folds the choice into the mask for its
 attention function it hands the indices, for kernels of its own. Here they become the same mask.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from anchors.errors import RoutingError
+from anchors.errors import AnchorsError, RoutingError
 
 
 def chosen_keys(
@@ -54,3 +60,47 @@ def chosen_blocks(
         positions = torch.arange(keys - queries, keys, device=indices.device)[None]
     positions = (positions if positions.dim() > 1 else positions[None]).expand(indices.shape[0], -1)
     return translate(indices, mask, keys, torch.float32, indices.device, positions) == 0
+
+
+class _Untied(TorchFunctionMode):
+    """Looks at every top-k: the last one that is chosen must score higher than the first one that is not."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.topk, torch.Tensor.topk):
+            scores, k = args[0], args[1] if len(args) > 1 else (kwargs or {})["k"]
+            if k < scores.shape[-1]:
+                last, next_ = scores.topk(k + 1, dim=-1).values[..., -2:].unbind(-1)
+                if ((last == next_) & next_.isfinite()).any():
+                    raise AnchorsError(
+                        f"The sparse index of this model scores keys alike at the edge of its top {k}: which of them a "
+                        "query reads depends on how many tokens are run with it, in the model itself. Demonstrations "
+                        "cannot be run once and shared by many queries.",
+                        "Use flow or view, which run every prompt as a whole and alone, or prompts below the top-k.",
+                    )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def untied(model: nn.Module) -> Iterator[None]:
+    """Refuse choices of a sparse index that are a matter of chance.
+
+    DeepSeek's index clips its scores at 0, so that many may be equal; torch.topk then chooses by the number of keys, and
+    a prompt is another one with later tokens behind it.
+
+    Raises:
+        AnchorsError: inside, when two keys at the edge of a top-k score alike.
+    """
+
+    def guarded(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        with _Untied():
+            return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            indexer = getattr(module, "indexer", None)
+            if isinstance(indexer, nn.Module):
+                indexer.forward = partial(guarded, indexer.forward)
+                stack.callback(delattr, indexer, "forward")
+        yield
