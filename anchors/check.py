@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchors.attention.edits import ban
+from anchors.attention.edits import isolate
 from anchors.attention.seam import own_attention, seam
 from anchors.errors import AnchorsError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
@@ -114,12 +114,11 @@ def _edits_fire(model: LanguageModel, prompt: Prompt) -> tuple[bool, str]:
     length = min(len(prompt.ids), 32)
     ids = torch.tensor(prompt.ids[:length], device=model.device).expand(count, -1)
     last = torch.full((count,), length - 1, device=model.device)
-    keys = torch.arange(length - 1, device=model.device).expand(count, -1)
     edits = []
     for layer in range(count):
-        query = torch.full_like(keys, -1)
-        query[layer] = length - 1
-        edits.append(ban([layer], query, keys, name=f"check in layer {layer}"))
+        alone = torch.full((count, 1), -1, device=model.device)
+        alone[layer] = length - 1
+        edits.append(isolate([layer], alone, name=f"check in layer {layer}"))
     with torch.no_grad():
         before = model.logits_at(ids, last)
         with seam(model.modules, edits=edits):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.call import AttentionCall, boolean
 from anchors.attention.seam import seam
 from anchors.lengths import HIDING
 from anchors.models import LanguageModel
@@ -40,8 +40,9 @@ class Unseen:
         if visible is None:
             self.found[call.layer] = torch.zeros(len(self.positions), dtype=torch.bool)
             return
-        seen = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
-        self.found[call.layer] = ~seen.reshape(-1, call.k.shape[2])[:, list(self.positions)].any(0).cpu()
+        self.found[call.layer] = (
+            ~boolean(visible).reshape(-1, call.k.shape[2])[:, list(self.positions)].any(0).cpu()
+        )
 
 
 @torch.no_grad()

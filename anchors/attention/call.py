@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from anchors.errors import AnchorsError
+
 if TYPE_CHECKING:
     from anchors.attention.edits import Edit
     from anchors.attention.taps import Tap
@@ -117,19 +119,38 @@ class AttentionCall:
         return grouped(pattern, self.v.to(pattern.dtype), self.groups).to(self.v.dtype)
 
     def edited(self, edits: Sequence["Edit"]) -> Float[Tensor, "batch heads query dim_v"]:
-        """The output under some edits; literal: the pattern is formed whole, so that any derivative is possible."""
+        """The output under some edits; literal: the pattern is formed whole, so that any derivative is possible.
+
+        Raises:
+            AnchorsError: an edit leaves a query without any key.
+        """
         dtype = self.compute_dtype
         rows = torch.arange(self.q.shape[2], device=self.q.device)
         visible = self.visible(rows, slice(0, self.k.shape[2]))
         scores = self.scores(self.q.to(dtype), self.k.to(dtype))
         for edit in edits:
             bias = edit.bias_of(self, visible)
+            if bias is not None:
+                visible = edit.showing(self, visible)
+                self._demand_a_key(visible, bias, edit.name)
             scores = scores if bias is None else scores + bias
         pattern = self.softmax(scores, visible)
         for edit in edits:
             weight = edit.weight_of(self, visible)
             pattern = pattern if weight is None else pattern * weight
         return self.apply(pattern)
+
+    def _demand_a_key(self, visible: Tensor | None, bias: Tensor, name: str) -> None:
+        """A row without a key has no pattern, unless a sink takes it; the softmax would read what is masked."""
+        if self.sinks is not None:
+            return
+        seen = torch.ones((), dtype=torch.bool, device=bias.device) if visible is None else boolean(visible)
+        emptied = seen.any(-1) & ~(seen & (bias != -torch.inf)).any(-1)
+        if emptied.any():
+            raise AnchorsError(
+                f"{name!r} hides from some queries of layer {self.layer} all that they see: their attention is not defined.",
+                "Leave them at least one key that the layer's own mask shows them.",
+            )
 
     def streamed(self, taps: Sequence["Tap"]) -> Float[Tensor, "batch heads query dim_v"]:
         """The output, with taps shown A ⊙ ∂L/∂A when the loss is differentiated (`anchors.attention.streaming`)."""
@@ -160,6 +181,11 @@ class AttentionCall:
             scale=self.scale,
             enable_gqa=self.groups > 1,
         )
+
+
+def boolean(mask: Tensor) -> Bool[Tensor, "*all"]:
+    """What a mask of either kind shows: True = seen."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def grouped(

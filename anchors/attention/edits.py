@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.call import AttentionCall, boolean
 from anchors.errors import AnchorsError
 
 Field = Callable[[AttentionCall], Float[Tensor, "*batch #heads query key"]]
@@ -24,6 +24,8 @@ class Edit:
         bias: function from the call to what is added to the scores, broadcastable to [batch, heads, query, key];
             -inf removes an entry and renormalises the row.
         weight: function from the call to what multiplies the pattern; the row is not renormalised.
+        shown: function from the call to booleans, True at entries that are seen although the model's own mask may hide
+            them: a sparse index that had to choose among what the bias leaves would choose them.
         name: what the edit is called in errors.
         neutral: whether it may leave every entry as it was (a β of 0, say). Otherwise an edit that changes no
             visible entry of a layer is an error too: it was aimed at nothing.
@@ -34,6 +36,7 @@ class Edit:
     weight: Field | None = None
     name: str = "edit"
     neutral: bool = False
+    shown: Callable[[AttentionCall], Tensor] | None = None
 
     def bias_of(
         self, call: AttentionCall, visible: Tensor | None
@@ -59,12 +62,18 @@ class Edit:
         self._demand_effect(call, weight != 1, visible)
         return weight
 
+    def showing(self, call: AttentionCall, visible: Tensor | None) -> Tensor | None:
+        """The mask with what the edit shows."""
+        if visible is None or self.shown is None:
+            return visible
+        new = self.shown(call) & ~boolean(visible)
+        return visible | new if visible.dtype == torch.bool else torch.where(new, 0, visible)
+
     def _demand_effect(self, call: AttentionCall, entries: Tensor, visible: Tensor | None) -> None:
         if self.neutral:
             return
         if visible is not None:
-            seen = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
-            entries = entries & seen
+            entries = entries & boolean(visible)
         if not entries.any():
             raise AnchorsError(
                 f"{self.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
@@ -103,13 +112,25 @@ def isolate(layers: Iterable[int], positions: Tensor, name: str = "isolation") -
     def bias(call: AttentionCall) -> Tensor:
         home = call.q.device
         field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=home)
-        example, which = (positions.to(home) >= 0).nonzero(as_tuple=True)
-        p = positions.to(home)[example, which]
+        example, p, rows = chosen(call)
         before = torch.arange(call.k.shape[2], device=field.device) < p[:, None]
-        field[example, 0, _rows(call, p, name)] = torch.where(before, -torch.inf, 0.0)
+        field[example, 0, rows] = torch.where(before, -torch.inf, 0.0)
         return field
 
-    return Edit(layers=frozenset(layers), bias=bias, name=name)
+    def chosen(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        home = positions.to(call.q.device)
+        example, which = (home >= 0).nonzero(as_tuple=True)
+        p = home[example, which]
+        return example, p, _rows(call, p, name)
+
+    def itself(call: AttentionCall) -> Tensor:
+        shape = (call.q.shape[0], 1, call.q.shape[2], call.k.shape[2])
+        field = torch.zeros(shape, dtype=torch.bool, device=call.q.device)
+        example, p, rows = chosen(call)
+        field[example, 0, rows, p] = True
+        return field
+
+    return Edit(layers=frozenset(layers), bias=bias, name=name, shown=itself)
 
 
 def scale(

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anchors.attention.call import boolean
 from anchors.errors import AnchorsError, RoutingError
 
 
@@ -33,8 +34,7 @@ def chosen_keys(
         )
     chosen = indices.new_zeros((*indices.shape[:2], keys), dtype=torch.bool)
     chosen = chosen.scatter(-1, indices.long(), True)[:, None]
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen & chosen
+    return boolean(mask) & chosen
 
 
 def chosen_blocks(
