@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from anchors.context import Context, answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
 from anchors.icl import compared
+from anchors.lengths import Change, demand_one_side
 from anchors.models import LanguageModel
 from anchors.runner import Cell, Record
 from anchors.tasks.drawing import Drawn, demonstrations
@@ -93,6 +94,10 @@ class AnchorCache(DynamicCache):
     Attributes:
         context: the kept keys and values.
         full_bytes: memory of the whole demonstrations' keys and values.
+        changes: of the model; see `anchors.lengths`.
+
+    Raises:
+        AnchorsError: when it grows beyond a length at which the family encodes positions otherwise.
 
     Example:
         >>> cache = AnchorCache.of(lm, prompt)
@@ -100,17 +105,26 @@ class AnchorCache(DynamicCache):
         >>> cache.saved_bytes
     """
 
-    def __init__(self, context: Context, full_bytes: int) -> None:
+    def __init__(self, context: Context, full_bytes: int, changes: tuple[Change, ...] = ()) -> None:
         super().__init__()
         self.layers = context.cache().layers
         self.context = context
         self.full_bytes = full_bytes
+        self.changes = changes
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        reached = self.context.next + keys.shape[-2] - len(self.context.ids)
+        demand_one_side(self.changes, [reached], self.context.length)
+        return keys, values
 
     @classmethod
     def of(cls, model: LanguageModel, prompt: Prompt, rule: Rule = "after-last-anchor") -> "AnchorCache":
         """Run the demonstrations of a prompt once and keep their anchors."""
         whole = encode(model, prompt.ids[: prompt.query])
-        return cls(compress(whole, anchor_tokens(prompt), rule), whole.bytes)
+        return cls(compress(whole, anchor_tokens(prompt), rule), whole.bytes, model.changes)
 
     @property
     def saved_bytes(self) -> int:
@@ -130,7 +144,7 @@ class AnchorCache(DynamicCache):
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.tensor([positions], device=device),
-            "past_key_values": AnchorCache(self.context, self.full_bytes),
+            "past_key_values": AnchorCache(self.context, self.full_bytes, self.changes),
         }
 
 

@@ -64,9 +64,14 @@ def make(family: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> Pr
     config = type(CONFIGS[family]).from_dict(CONFIGS[family].to_dict() | {"vocab_size": vocabulary})
     config._attn_implementation = "eager"
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    return randomised(model).to(dtype)
+
+
+def randomised(model: PreTrainedModel, seed: int | None = None) -> PreTrainedModel:
+    """Weights large enough for attention to be far from uniform; with a seed, the same ones for the same names."""
+    draw = None if seed is None else torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, std=0.3)
-        elif "sinks" in name:
-            torch.nn.init.normal_(weight, std=1.0)
-    return model.to(dtype)
+        if weight.dim() >= 2 or "sinks" in name:
+            std = 1.0 if "sinks" in name and weight.dim() < 2 else 0.3
+            torch.nn.init.normal_(weight, std=std, generator=draw)
+    return model
