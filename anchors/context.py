@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from anchors.attention.selection import untied
 from anchors.errors import AnchorsError
-from anchors.lengths import INDEX
+from anchors.lengths import CHOOSING
 from anchors.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class Context:
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
-    keys: tuple[Float[Tensor, "1 kv_heads tokens dim"] | None, ...]
-    values: tuple[Float[Tensor, "1 kv_heads tokens dim_v"] | None, ...]
+    keys: tuple[Float[Tensor, "1 _heads tokens _dim"] | None, ...]
+    values: tuple[Float[Tensor, "1 _heads tokens _dim"] | None, ...]
     next: int
     length: int
-    indices: tuple[Float[Tensor, "1 *one tokens index_dim"] | None, ...]
+    indices: tuple[Float[Tensor, "1 *one tokens _dim"] | None, ...]
     kinds: tuple[type, ...]
 
     @property
@@ -167,7 +167,7 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
 
 def _determined(model: "LanguageModel") -> AbstractContextManager[None]:
     """Where a sparse index chooses by chance, a context is not the beginning of the whole prompt."""
-    return untied(model.model) if any(c.what == INDEX for c in model.changes) else nullcontext()
+    return untied(model.model) if any(c.what in CHOOSING for c in model.changes) else nullcontext()
 
 
 def _demand_filled(model: "LanguageModel", found: Context) -> None:

@@ -33,6 +33,8 @@ WINDOW, CHUNK, LOCAL = "sliding window", "attention chunk", "local attention"
 KEPT, INDEX = "kept keys (top-k)", "sparse index (top-k)"
 HIDING = (WINDOW, CHUNK, LOCAL, KEPT, INDEX)
 """What hides some of the earlier tokens from a query."""
+CHOOSING = (KEPT, INDEX)
+"""What does so by their scores."""
 
 
 def changes(config: PreTrainedConfig) -> tuple[Change, ...]:
@@ -59,10 +61,10 @@ def side(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
 def alike(found: tuple[Change, ...], length: int) -> tuple[int, ...]:
     """Prompts for which this is equal may share a batch.
 
-    Beyond the top-k of a sparse index they have one length, too: where scores are equal, torch.topk chooses by the
-    number of keys, padding included.
+    Beyond a top-k of keys they have one length, too: where scores are equal, torch.topk chooses by the number of keys,
+    padding included.
     """
-    width = length if any(c.what == INDEX and length > c.length for c in found) else 0
+    width = length if any(c.what in CHOOSING and length > c.length for c in found) else 0
     return (*side(found, length), width)
 
 

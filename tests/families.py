@@ -71,7 +71,7 @@ def randomised(model: PreTrainedModel, seed: int | None = None) -> PreTrainedMod
     """Weights large enough for attention to be far from uniform; with a seed, the same ones for the same names."""
     draw = None if seed is None else torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        if weight.dim() >= 2 or "sinks" in name:
+        if weight.dim() >= 2 or "sinks" in name or name.endswith(".A"):
             std = 1.0 if "sinks" in name and weight.dim() < 2 else 0.3
             torch.nn.init.normal_(weight, std=std, generator=draw)
     return model

@@ -101,7 +101,7 @@ def test_attention_changes_just_beyond_the_length(what):
     ids = torch.randint(1, 2000, (length + 1,), generator=torch.Generator().manual_seed(3)).tolist()
     torch.testing.assert_close(last_logits(near, ids[:-1]), last_logits(far, ids[:-1]), rtol=1e-4, atol=1e-4)
     off = (last_logits(near, ids) - last_logits(far, ids)).abs().max()
-    assert off > 1e-3
+    assert off > 5e-4
 
 
 def test_what_a_configuration_does_not_use_is_no_change():

@@ -143,6 +143,70 @@ def test_some_rows_of_the_pattern_are_those_of_the_whole(kind, past):
         torch.testing.assert_close(found[example, :, i], whole[example, :, rows[example, i]])
 
 
+@pytest.mark.parametrize("queries", [1, 2, 6, 9])
+def test_queries_after_a_past_see_all_of_it_whoever_computes(queries):
+    """Softmax by hand, row by row: row i of n queries sees the first 9 − n + i + 1 keys."""
+    whole = random_call()
+    call = random_call(q=whole.q[:, :, -queries:])
+    right = torch.zeros(2, 4, queries, 8)
+    for example, head, row in itertools.product(range(2), range(4), range(queries)):
+        seen = 9 - queries + row + 1
+        weights = (0.35 * call.k[example, head // 2, :seen] @ call.q[example, head, row]).softmax(0)
+        right[example, head, row] = weights @ call.v[example, head // 2, :seen]
+    rows = torch.arange(queries).expand(2, -1)
+    nothing = Edit(frozenset([0]), weight=lambda _: torch.ones(1, 1, 1, 1), neutral=True)
+    found = {
+        "fused": call.fused(),
+        "streamed": call.streamed(()),
+        "edited": call.edited([nothing]),
+        "pattern": call.apply(call.pattern()),
+        "pattern_at": call.apply(call.pattern_at(rows)),
+    }
+    for name, z in found.items():
+        torch.testing.assert_close(z, right, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_mask_that_needs_a_gradient_gets_it(heads, batch):
+    """Against plain autograd, in float64; keys need none here, so that the mask's alone asks for the tiles."""
+    base, sides = random_call(), []
+    generator = torch.Generator().manual_seed(2)
+    free = torch.randn(batch, heads, 9, 9, generator=generator).double()
+    for function in (
+        lambda call: streaming(call, ()),
+        lambda call: call.apply(call.pattern()),
+        lambda c: c.fused(),
+    ):
+        mask = free.masked_fill(torch.ones(9, 9).triu(1).bool(), -1e30).requires_grad_()
+        q, k, v = (x.double() for x in (base.q, base.k, base.v))
+        z = function(AttentionCall(0, q, k, v, base.scale, mask=mask))
+        sides.append(torch.autograd.grad((z * torch.arange(z.numel()).view(z.shape).cos()).sum(), mask)[0])
+    for ours in (sides[0], sides[2]):
+        torch.testing.assert_close(ours, sides[1], rtol=1e-9, atol=1e-11)
+    assert sides[1].abs().amax() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_an_edit_that_leaves_a_query_nothing_is_an_error_and_isolation_never_does(kind):
+    """A sparse index may hide a query from itself: banning all before it would make the softmax read masked keys."""
+    seen = torch.ones(9, 9).tril().bool()
+    seen[5, 5] = False
+    mask = (seen if kind == "boolean" else torch.zeros(9, 9).masked_fill(~seen, torch.finfo().min))[
+        None, None
+    ]
+    call, row = random_call(mask=mask), torch.tensor([[5]] * 2)
+    before = torch.arange(5).expand(2, -1)
+    with pytest.raises(AnchorsError, match="hides from some queries of layer 0 all that they see"):
+        call.edited([ban([0], row.expand(2, 5), before)])
+    z = call.edited([isolate([0], row)])
+    torch.testing.assert_close(z[:, :, 5], call.v[:, :, 5].repeat_interleave(2, dim=1))
+    rest = [i for i in range(9) if i != 5]
+    torch.testing.assert_close(z[:, :, rest], call.streamed(())[:, :, rest])
+    sunk = random_call(mask=mask, sinks=torch.zeros(4)).edited([ban([0], row.expand(2, 5), before)])
+    assert not sunk[:, :, 5].any()
+
+
 class Layers:
     """A probe that keeps the layers of the calls it sees."""
 

@@ -72,9 +72,9 @@ class _Untied(TorchFunctionMode):
             scores, k = args[0], args[1] if len(args) > 1 else (kwargs or {})["k"]
             if k < scores.shape[-1]:
                 last, next_ = scores.topk(k + 1, dim=-1).values[..., -2:].unbind(-1)
-                if ((last == next_) & next_.isfinite()).any():
+                if ((last == next_) & (next_ > torch.finfo(scores.dtype).min / 2)).any():
                     raise AnchorsError(
-                        f"The sparse index of this model scores keys alike at the edge of its top {k}: which of them a "
+                        f"This model's choice of keys scores some alike at the edge of its top {k}: which of them a "
                         "query reads depends on how many tokens are run with it, in the model itself. Demonstrations "
                         "cannot be run once and shared by many queries.",
                         "Use flow or view, which run every prompt as a whole and alone, or prompts below the top-k.",
@@ -84,10 +84,10 @@ class _Untied(TorchFunctionMode):
 
 @contextmanager
 def untied(model: nn.Module) -> Iterator[None]:
-    """Refuse choices of a sparse index that are a matter of chance.
+    """Refuse choices of keys that are a matter of chance.
 
-    DeepSeek's index clips its scores at 0, so that many may be equal; torch.topk then chooses by the number of keys, and
-    a prompt is another one with later tokens behind it.
+    DeepSeek's index clips its scores at 0, and an untrained Doge scores all keys alike; torch.topk then chooses by the
+    number of keys, and a prompt is another one with later tokens behind it.
 
     Raises:
         AnchorsError: inside, when two keys at the edge of a top-k score alike.
@@ -99,8 +99,8 @@ def untied(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            indexer = getattr(module, "indexer", None)
-            if isinstance(indexer, nn.Module):
-                indexer.forward = partial(guarded, indexer.forward)
-                stack.callback(delattr, indexer, "forward")
+            chooser = module if hasattr(module, "keep_window_size") else getattr(module, "indexer", None)
+            if isinstance(chooser, nn.Module):
+                chooser.forward = partial(guarded, chooser.forward)
+                stack.callback(delattr, chooser, "forward")
         yield
