@@ -26,6 +26,7 @@ from anchors.attention.seam import seam
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
 from anchors.injection.vlm import VisionLanguageModel
+from anchors.lengths import changes, demand_one_side
 
 SUMS = ("s_ip", "s_tp", "s_wp", "s_pq", "s_iq", "s_tq", "s_ww")
 MASSES = ("m_ip", "m_tp", "m_pq", "m_iq", "m_tq", "m_dq", "m_eq", "m_all")
@@ -234,7 +235,8 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
         batch: of `collate`.
 
     Raises:
-        AnchorsError: a tower that is not on the seam; a loss that is not a number.
+        AnchorsError: a tower that is not on the seam; a loss that is not a number; prompts of lengths between which the
+            tower encodes positions otherwise.
         CertificateError: the saliency does not satisfy Σ_j A_ij ∂L/∂A_ij = ⟨z_i, ∂L/∂z_i⟩.
 
     Example:
@@ -243,6 +245,10 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
     """
     if not vlm.modules:
         raise AnchorsError(f"{vlm.name!r} is not on the seam.", "Load it with load_vlm(..., routed=True).")
+    found = changes(vlm.model.config)
+    if any(change.rotary for change in found):
+        lengths = [int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]]
+        demand_one_side(found, lengths, name=vlm.name)
     layers = range(vlm.n_layers)
     tap = FlowTap(frozenset(layers), torch.cat([batch.labels, batch.target[:, None]], dim=1))
     with torch.enable_grad(), seam(vlm.modules, taps=[tap]), vlm.arithmetic():

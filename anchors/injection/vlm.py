@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from anchors.errors import AnchorsError
 from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
+from anchors.lengths import without_memory
 from anchors.loading import Origin, processor_of, vision_language_model
 from anchors.models import DTYPES, LanguageModel, placed
 from anchors.preparation import Alteration, apply, beyond, guarded
@@ -327,6 +328,7 @@ def prepare_vlm(
         )
     model.eval().requires_grad_(False)
     sound(model, name)
+    without_memory(model)
     embedding = model.get_input_embeddings()
     made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
     vlm = VisionLanguageModel(
