@@ -2,7 +2,7 @@
 
 The layout is that of ggml's specification (docs/gguf.md): magic, version, counts, keys, table of tensors, padding,
 data. gguf's own `GGUFReader` is the literal twin of `read`; it makes an array of every single word of the vocabulary
-and takes 3 s where this takes a tenth of one, which is why the table is read here. Values of the quantised types
+and takes 6.7 s of processor time for the default model where this takes 0.1 s, which is why the table is read here. Values of the quantised types
 are gguf's.
 """
 
@@ -79,10 +79,10 @@ class _Cursor:
     """Reads numbers, strings and arrays one after the other."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.end = data, 0, len(data)
 
     def bytes(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
+        if count > self.end - self.at:
             raise _Cut
         self.at += count
         return self.data[self.at - count : self.at]
@@ -92,8 +92,7 @@ class _Cursor:
         return struct.unpack(f"<{count}{code}", self.bytes(size * count))
 
     def string(self) -> str:
-        (length,) = self.numbers("Q")
-        return self.bytes(length).decode("utf-8")
+        return self.bytes(int.from_bytes(self.bytes(8), "little")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -105,7 +104,7 @@ class _Cursor:
         (kind,), (count,) = self.numbers("I"), self.numbers("Q")
         if kind in _SCALARS:
             return list(self.numbers(_SCALARS[kind], count))
-        if count > len(self.data) - self.at:  # every element takes a byte at least
+        if count > self.end - self.at:  # every element takes a byte at least
             raise _Cut
         return [self.value(kind) for _ in range(count)]
 

@@ -155,7 +155,6 @@ def tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     built = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        model_max_length=file.keys.get(f"{file.architecture}.context_length", int(1e30)),
         **named,
     )
     if isinstance(template, str):
