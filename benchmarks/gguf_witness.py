@@ -11,6 +11,9 @@ vocabulary taken out, the share of positions with the same best token, and the n
 the default model as it is (Q4_1: llama.cpp multiplies quantised weights with activations rounded to 8 bits, we with
 float32), the same weights written as float32, a tiny random model of every architecture and of every rotary scaling,
 and a vocabulary under every pre-tokenizer's name, with merges across all borders of words, so that every border shows.
+
+What is left: GELU is a table in half precision in llama.cpp (3e-4 in the families that have it), and other ids where
+it departs from the file, which anchors/gguf/tokens.py lists.
 """
 
 import argparse
@@ -32,6 +35,7 @@ TEXTS = (
     "日本語のテキスト、中文文本。한국어 텍스트! नमस्ते दुनिया, สวัสดี, مرحبا، كيف الحال؟ שלום",
     "emoji 😀👩‍👩‍👧, ½ ² Ⅷ ٣٤٥ १२३, “quotes” — dashes… a/b\\c <tag attr='x'> [1,2]{3}",
     "DON'T we'D i'M you'Re HTTPServer XMLHttpRequest camelCase snake_case don’t",
+    "a<think>b </think>c</s>d <s>e<|im_start|>user\n hi<|im_end|>   <think>    x",
     "",
     " ",
     "x",
@@ -161,6 +165,14 @@ def prepare(folder: Path, extra: list[Path]) -> tuple[dict[str, Path], dict[str,
             folder / f"pre-{pre}.gguf", "llama", keys, {"token_embd.weight": np.zeros((1500, 32), "f4")}
         )
         vocabularies[f"pre-tokenizer {pre}"] = path
+    words["tokenizer.ggml.tokens"][-3:] = ["<think>", "   ", "</think>"]
+    words["tokenizer.ggml.token_type"][-3:] = [4, 4, 4]
+    for name, prefix in (("with", True), ("without", False)):
+        keys = made.stated("llama", config) | words | {"tokenizer.ggml.add_space_prefix": prefix}
+        path = made.write(
+            folder / f"{name}-prefix.gguf", "llama", keys, {"token_embd.weight": np.zeros((512, 32), "f4")}
+        )
+        vocabularies[f"SentencePiece with added words, {name} a space in front"] = path
     return files | {path.name: path for path in extra}, vocabularies
 
 

@@ -2,8 +2,8 @@
 
 The layout is that of ggml's specification (docs/gguf.md): magic, version, counts, keys, table of tensors, padding,
 data. gguf's own `GGUFReader` is the literal twin of `read`; it makes an array of every single word of the vocabulary
-and takes 6.7 s of processor time for the default model where this takes 0.1 s, which is why the table is read here. Values of the quantised types
-are gguf's.
+and takes 6.7 s of processor time for the default model where this takes 0.1 s, which is why the table is read here.
+The numbers of quantised types are gguf's.
 """
 
 import mmap

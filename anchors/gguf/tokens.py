@@ -1,10 +1,15 @@
-"""The tokenizer that a GGUF file states, built so that it gives llama.cpp's tokens.
+"""The tokenizer that a GGUF file states.
 
 The file holds a vocabulary and, for byte-level ones, merges; how text is cut before the merging it only names
-(`tokenizer.ggml.pre`). The patterns of each name stand in llama.cpp's src/llama-vocab.cpp, where some are rewritten for
-an engine without Unicode classes; here they are as in the original tokenizer.json. A name that is not in
-`PRE_TOKENIZERS`, another kind of vocabulary, or a key that is not understood is refused by its name. Nothing is
-normalised: llama.cpp does not, while some original tokenizers (Qwen's) compose characters first (NFC).
+(`tokenizer.ggml.pre`). The patterns of each name are those of llama.cpp's src/llama-vocab.cpp. A name that is not in
+`PRE_TOKENIZERS`, another kind of vocabulary, or a key that is not understood is refused by its name. Ids are llama.cpp's
+(experiments/gguf/llama_cpp.json) but where it departs from the file:
+
+- Its engine has no classes for upper and lower case, and it rewrites patterns that have them (tekken, gpt-4o and kin);
+  here they are as in the original tokenizer.json. Capital letters outside ASCII tell.
+- It takes some words that end turns elsewhere, such as </s>, for control tokens whatever their type in the file.
+
+Nothing is normalised, as in llama.cpp, while some original tokenizers (Qwen's) compose characters first (NFC).
 """
 
 from dataclasses import dataclass
