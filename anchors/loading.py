@@ -39,6 +39,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from anchors.errors import AnchorsError, brief
 from anchors.wrappers import refuse_adapters, unwrapped
+from anchors.written import as_written
 
 CONSTANTS = re.compile(
     r"(^|\.)(attn|attention|self_attn|self_attention)\.(masked_)?bias$|rotary_(pos_)?emb\.inv_freq$|(^|\.)position_ids$"
@@ -249,7 +250,19 @@ def _whole(kind: Any, origin: Origin, method: str | None, options: dict[str, Any
             raise _unreadable(base, f"its weights could not be read{how}", error, bool(method)) from error
     model.name_or_path = model.config.name_or_path = base.source
     refuse_parts(model, found, base.name)
+    if method is None:
+        as_written(model, _folder(base), base.name)
     return model if adapter is None else _with_adapter(model, origin)
+
+
+def _folder(origin: Origin) -> Path:
+    """Where the files of a model are on this machine."""
+    path = Path(origin.source)
+    return (
+        path
+        if path.is_dir()
+        else Path(cached_file(origin.source, "config.json", revision=origin.revision)).parent
+    )
 
 
 def _without_adapter(origin: Origin, scratch: Path) -> Origin:

@@ -343,7 +343,8 @@ def _routed(model: PreTrainedModel, name: str) -> tuple[nn.Module, ...]:
         except Exception as alone:  # noqa: BLE001 - the model's own error is what is told
             raise AnchorsError(
                 f"The model {name!r} does not run, by itself either: {brief(alone)}",
-                "Its configuration makes no model: do the key-value heads divide the heads, do sizes fit each other?",
+                "That is its own error: does its configuration make a model (key-value heads that divide the heads), and do its "
+                "kernels run on this device?",
             ) from error
         raise
 

@@ -11,7 +11,13 @@ import torch
 from families import make
 from injection_vlms import make_vlm
 from safetensors.torch import load_file, save_file
-from transformers import GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
+)
 from typer.testing import CliRunner
 
 import anchors
@@ -269,3 +275,28 @@ def test_the_names_of_the_package_stay_where_they_were():
     assert anchors.load is load
     assert prepare
     assert anchors.LanguageModel is LanguageModel
+
+
+def test_numbers_are_those_of_the_file(tmp_path, tokenizer, llama):
+    """Youtu zeroes its padding row while it loads; a tensor that holds other numbers than its file is refused."""
+    from anchors.written import as_written
+
+    config = YoutuConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, pad_token_id=3,
+        vocab_size=len(tokenizer), tie_word_embeddings=True,
+    )  # fmt: skip
+    model = YoutuForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "youtu")
+    tokenizer.save_pretrained(tmp_path / "youtu")
+    lm = load(str(tmp_path / "youtu"), device="cpu")
+    assert torch.equal(lm.model.lm_head.weight, load_file(tmp_path / "youtu" / "model.safetensors")["model.embed_tokens.weight"])  # fmt: skip
+    model = LlamaForCausalLM.from_pretrained(llama)
+    as_written(model, llama, "m")
+    turned = model.model.layers[1].self_attn.q_proj.weight.data
+    turned.copy_(turned.flip(0))
+    as_written(model, llama, "m")
+    turned[0, 0] += 1
+    with pytest.raises(AnchorsError, match=r"layers\.1\.self_attn\.q_proj\.weight of 'm' does not hold"):
+        as_written(model, llama, "m")

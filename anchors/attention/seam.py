@@ -170,12 +170,24 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
         _active.reset(token)
     layers = model.config.get_text_config().num_hidden_layers
     if len(session.reached) != layers or len(set(session.reached)) != layers:
+        calls, modules = len(session.reached), len(set(session.reached))
         raise RoutingError(
-            f"{type(model).__name__} has {layers} layers, but {len(session.reached)} attention calls of "
-            f"{len(set(session.reached))} modules arrived at the seam.",
-            "Models with recurrent or shared layers cannot be analysed: not every layer has attention of its own.",
+            f"{type(model).__name__} has {layers} layers, but {calls} attention calls of {modules} modules arrived at the "
+            f"seam: {_why(layers, calls, modules)}.",
+            "Models in which every layer attends once can be analysed.",
         )
     return tuple(session.reached)
+
+
+def _why(layers: int, calls: int, modules: int) -> str:
+    """What other numbers of attention calls mean."""
+    if modules < layers and calls == modules:
+        return "not every layer has attention (others are recurrent or convolutions, or compute it in code of their own)"
+    if modules == layers:
+        return f"each layer attends {calls / layers:g} times, and what it does with the results is not seen"
+    if modules > layers:
+        return f"a layer holds {modules / layers:g} attentions, one after the other"
+    return "layers are run several times"
 
 
 @contextmanager
