@@ -1,12 +1,14 @@
 """Tasks and prompts: positions come from spans, and what cannot work is refused by name."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from anchors.errors import AnchorsError
@@ -20,7 +22,7 @@ from anchors.tasks.drawing import (
     random_positions,
     within_context,
 )
-from anchors.tasks.prompts import QUERY, build, from_text, label_tokens, pieces
+from anchors.tasks.prompts import QUERY, build, from_text, label_tokens, pieces, task_of
 from anchors.tasks.task import TASKS, Task, task
 
 WORDS = st.text(
@@ -218,6 +220,228 @@ def test_draws_that_cannot_work(tokenizer):
     assert draw(TASKS["sst2"], data, tokenizer, Draw(shots=2, fresh=True), 1)
     with pytest.raises(AnchorsError, match="examples = 0"):
         draw(TASKS["sst2"], data, tokenizer, Draw(), 0)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_no_prompt_shows_what_it_asks_nor_a_text_under_two_labels(tokenizer, fresh):
+    texts = [f"film {i}" for i in range(12)]
+    train = [Example(text, i % 2) for i, text in enumerate(texts)]
+    train += [Example("odd", 0), Example("odd", 1)]
+    data = Data(tuple(train), tuple(Example(text, 0) for text in (*texts[:6], "odd", "new")), "here")
+    clean = Data(tuple(train[:12]), (Example("new", 0),), "here")
+    spec = TASKS["sst2"]
+    assert data.left_out == 8
+    assert clean.left_out == 0
+    for seed in range(6):
+        how = Draw(shots=3 - 2 * fresh, seed=seed, fresh=fresh)
+        for number, drawn in enumerate(draw(spec, data, tokenizer, how, 8)):
+            query = data.test[drawn.example].text
+            shown = [e.text for e in demonstrations(spec, data, how, number, query)]
+            assert (
+                drawn.prompt.text
+                == build(spec, tokenizer, demonstrations(spec, data, how, number, query), query, 0).text
+            )
+            assert not {query, "odd"} & set(shown)
+            if (
+                query == "new" and fresh
+            ):  # nothing of what is left out was in reach: the draw is that of before
+                assert shown == [e.text for e in demonstrations(spec, clean, how, number)]
+            if not fresh:
+                assert not set(shown) & set(texts[:6])
+
+
+def test_nothing_left_to_show_is_said(tokenizer):
+    pair = (Example("fine", 1), Example("dull", 0))
+    for fresh in (True, False):
+        with pytest.raises(
+            AnchorsError, match=r"Fewer than 1 training examples for .* neither asked about nor"
+        ):
+            draw(TASKS["sst2"], Data(pair, pair, "here"), tokenizer, Draw(fresh=fresh), 2)
+
+
+def test_more_demonstrations_than_tokens_are_refused_before_they_are_drawn(tokenizer):
+    spec = TASKS["sst2"]
+    with pytest.raises(AnchorsError, match=r"200000000 demonstrations do not fit .* context of 1024 tokens"):
+        draw(spec, read(spec), tokenizer, Draw(shots=100_000_000), 1, context=1024)
+
+
+# Of 0.4.0, computed before templates were read as written: by task, fresh and shared demonstrations.
+GOLDEN = {
+    "sst2": ("915a89662dfddfaa", "86fe3b8a5041aea9"),
+    "trec": ("aa3e1dee89ba071c", "ee1cde71f3cb6ddf"),
+    "agnews": ("ee54ccfb55661b82", "b9239b66d308f3c7"),
+    "emo": ("3864271cecbc3241", "8b61d3683faff1c7"),
+}
+
+
+@pytest.fixture(scope="session")
+def bytewise():
+    """Bytes are tokens, and the first seven letters of a label word with the space in front are one."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = []
+    for word in [word for spec in TASKS.values() for word in spec.labels]:
+        joined = "Ġ"
+        for letter in word[:7]:
+            merges += [(joined, letter)] * ((joined, letter) not in merges)
+            joined += letter
+            vocabulary.setdefault(joined, len(vocabulary))
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_documented_templates_keep_their_tokens(name, bytewise):
+    spec = task(name, policy="all")
+    found = []
+    for fresh in (True, False):
+        drawn = draw(spec, read(spec), bytewise, Draw(shots=2, seed=43, fresh=fresh), 8)
+        facts = [
+            [d.example, p.text, list(p.ids), list(p.roles), list(p.demonstrations), list(p.label_positions),
+             list(p.label_classes), list(p.label_ids), p.gold]
+            for d in drawn for p in [d.prompt]
+        ]  # fmt: skip
+        found.append(hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
+    assert tuple(found) == GOLDEN[name]
+
+
+FRAMES = [
+    ("Review: {text}\nGood? ({label})", ["A", "B"]),
+    ('Review: {text}\nSentiment: "{label}"', ["Negative", "Positive"]),
+    ("Review: {text}\nSentiment: {label}.", ["Negative", "Positive"]),
+    ("{text}\nStars:\n{label}", ["1", "2", "5"]),
+    ("Review: {text}\n\n{label}", ["Negative", "Positive"]),
+    ("{text} =>{label}", ["yes", "no"]),
+    ("{text} ({label})", ["yes", "no"]),
+    ("<p>{text}</p><b>{label}</b>", ["yes", "no"]),
+    ("Text={text};Mood={label}", ["yes", "no"]),
+    ("评论：{text}\n情感：{label}", ["正", "负"]),
+    ("评论:{text}\n情感:{label}", ["正", "负"]),
+    ("評判「{text}」は「{label}」", ["良い", "悪い"]),
+    ("{text}\n{label}", ["Negative", "Positive"]),
+]
+
+
+@pytest.mark.parametrize(("template", "labels"), FRAMES)
+@pytest.mark.parametrize("tokens", ["tokenizer", "bytewise"])
+def test_a_template_stands_as_written(template, labels, tokens, request):
+    """Plain Python fills the template; the tokens are those of the text in which the query's label stands, too."""
+    tokenizer = request.getfixturevalue(tokens)
+    spec = task(None, template=template, labels=labels, policy="all")
+    texts = ["so fine (and funny)", "dull: 1", "what a film"]
+    shown = [Example(text, i) for i, text in enumerate(texts[: len(labels)])]
+    prompt = build(spec, tokenizer, shown, "so so", 0)
+    filled = [template.replace("{text}", e.text).replace("{label}", labels[e.label]) for e in shown]
+    opening = template.split("{label}")[0].replace("{text}", "so so")
+    gap = opening[len(opening.rstrip(" \t")) :]  # belongs to the label word
+    assert prompt.text == "\n".join([*filled, opening.removesuffix(gap)])
+    for label, word in enumerate(labels):
+        whole = "\n".join([*filled, opening + word + template.split("{label}")[1] + "\n"])
+        ids = tokenizer(whole)["input_ids"]
+        assert tuple(ids[: len(prompt.ids)]) == prompt.ids
+        assert ids[len(prompt.ids)] == prompt.label_ids[label]
+    own = [
+        tokenizer.decode([prompt.ids[p] for p in prompt.label_positions if prompt.demonstrations[p] == d])
+        for d in range(len(shown))
+    ]
+    assert own == [gap + labels[e.label] for e in shown]
+    for tail in ("", "\n", " \n"):
+        again = from_text(prompt.text.rstrip() + tail, spec, tokenizer, truth=labels[0])
+        assert again == prompt
+
+
+def test_a_space_is_put_behind_a_colon_unless_it_is_not_wanted(tokenizer):
+    shown = [Example("fine", 1), Example("dull", 0)]
+    plain = task(None, template="Review: {text}\nSentiment:{label}", labels=["Negative", "Positive"])
+    assert "Sentiment: Positive\n" in build(plain, tokenizer, shown, "so so", 0).text
+    without = replace(plain, colon_space=False)
+    prompt = build(without, tokenizer, shown, "so so", 0)
+    assert "Sentiment:Positive\n" in prompt.text
+    assert from_text(prompt.text, without, tokenizer, truth="Negative") == prompt
+    with pytest.raises(
+        AnchorsError, match=r"stands 'Positive.*not one of the labels \[' Negative', ' Positive'\]"
+    ):
+        from_text(prompt.text, plain, tokenizer)
+    # Runs of 0.4.0, where the space was put everywhere, are not those of a template that stands as written.
+    assert "space" not in plain.identity()
+    assert without.identity()["space"] == ""
+    assert replace(plain, template="{text} ({label})").identity()["space"] == ""
+
+
+def test_the_query_is_tokenised_as_if_its_label_followed():
+    """GPT-2's pattern takes two line breaks at the end as one token, and as two before a word."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "ĊĊ"])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert tokenizer("x\n\n")["input_ids"][-1] == vocabulary["ĊĊ"]
+    prompt = build(
+        Task("own", "{text}\n\n{label}", ("A", "B")), tokenizer, [Example("x", 0), Example("y", 1)], "z", 0
+    )
+    assert tokenizer.convert_ids_to_tokens(prompt.ids) == list("xĊĊAĊyĊĊBĊzĊĊ")
+
+
+def test_white_space_that_stays_a_token_is_no_label_word(tokenizer):
+    spec = task(None, template="Review: {text}\nSentiment:\t{label}", labels=["Negative", "Positive"])
+    with pytest.raises(AnchorsError, match="keeps the white space before the labels") as caught:
+        label_tokens(spec, tokenizer)
+    assert "line break" in caught.value.remedy
+
+
+def test_a_label_word_that_melts_with_what_follows_is_refused():
+    vocabulary = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "A)"])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("A", ")")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    with pytest.raises(AnchorsError, match=r"melts the label word 'A' with what follows it, '\)"):
+        label_tokens(Task("own", "{text} ({label})", ("A", "B")), tokenizer)
+
+
+def with_bos(tokenizer, adds):
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if adds:
+        raw.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]),
+        ])  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+
+
+def test_a_typed_bos_beside_the_tokenizers_own_is_refused(tokenizer):
+    typed = "<s>Review: fine\nSentiment: Positive\nReview: dull\nSentiment:"
+    assert from_text(typed, TASKS["sst2"], with_bos(tokenizer, False)).ids[0] == tokenizer.bos_token_id
+    with pytest.raises(AnchorsError, match="'<s>', which the tokenizer puts in front by itself"):
+        from_text(typed, TASKS["sst2"], with_bos(tokenizer, True))
+    spec = replace(TASKS["sst2"], template="<s>Review: {text}\nSentiment:{label}")
+    with pytest.raises(AnchorsError, match="puts in front by itself"):
+        build(spec, with_bos(tokenizer, True), [Example("fine", 1), Example("dull", 0)], "so so", 0)
+
+
+def test_a_control_token_in_a_text_is_refused(tokenizer):
+    shown = [Example("<s>fine</s>", 1), Example("dull", 0)]
+    with pytest.raises(AnchorsError, match="A text holds '<s>', which is a control token"):
+        build(TASKS["sst2"], with_bos(tokenizer, False), shown, "so so", 0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "template", "space"),
+    [
+        ("Review: {}\nGood? ({})", "{text}\nGood? ({label})", ""),
+        ("Review: {}\nSentiment: {}", "{text}\nSentiment: {label}", " "),
+        ("Review: {}\nSentiment:{}", "{text}\nSentiment:{label}", ""),
+        ("Review: {}\nStars:\n{}", "{text}\nStars:\n{label}", ""),
+        ("评论：{}\n情感：{}", "{text}\n情感：{label}", ""),
+    ],
+)
+def test_the_task_of_a_prompt_is_read_from_its_last_line(frame, template, space, tokenizer):
+    labels = ["no", "yes", "maybe not"]
+    filled = [frame.format(*pair) for pair in (("fine", "yes"), ("dull", "no"), ("so so", "maybe not"))]
+    text = "\n".join([*filled, frame.split("{}")[0] + "grey" + frame.split("{}")[1].rstrip()]) + "\n"
+    spec = task_of(text, labels)
+    assert (spec.template, spec.space) == (template, space)
+    assert from_text(text, spec, tokenizer).label_classes == (1, 0, 2)
 
 
 def test_labels_that_begin_alike_are_refused_by_name(tokenizer):

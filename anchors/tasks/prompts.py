@@ -329,7 +329,9 @@ def from_text(
     while 0 <= cut < len(text) - len(prefix):
         at = cut + len(prefix)
         label = _label_at(text, at, task)
-        if label is None and prefix.strip():
+        line_end = text.find("\n", at) + 1 or len(text)
+        # One that is followed by another in its line is a part of the text: `a film (and funny) (good)`.
+        if label is None and prefix.strip() and text.find(mark, at, line_end) < 0:
             written = [f"{task.space}{word}{task.pieces[2]}" for word in task.labels]
             raise AnchorsError(
                 f"After {prefix.strip()!r} stands {text[at : at + 20]!r}, which is not one of the labels {written}.",
