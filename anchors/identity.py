@@ -40,8 +40,9 @@ NAMES = {
 weights is theirs: it counts with their bytes."""
 
 STATES = {
-    "training", "gradient_checkpointing", "hf_device_map", "all_tied_weights_keys", "loss_type", "kernel_config",
-    "warnings_issued", "max_seq_len_cached", "attention_type", "layers_are_rescaled", "is_gradient_checkpointing", "model_tags", "use_kernels",
+    "training", "gradient_checkpointing", "is_gradient_checkpointing", "hf_device_map", "all_tied_weights_keys", "loss_type",
+    "kernel_config", "use_kernels", "warnings_issued", "model_tags", "max_seq_len_cached", "attention_type",
+    "layers_are_rescaled", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "hpu",
 }  # fmt: skip
 """Attributes of modules that say where or how often something was run."""
 
@@ -228,7 +229,9 @@ def configuration(model: nn.Module) -> dict[str, Any]:
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and id(config) not in configs:
             configs[id(config)] = name, plain(config.to_dict())
-        modules[name] = [_kind(module), settings(module)]
+        # `fuse_gelu` puts another form of the same function in its place.
+        gelu = isinstance(module, (NewGELUActivation, type(ACT2FN["gelu_pytorch_tanh"])))
+        modules[name] = "GELU by tanh" if gelu else [_kind(module), settings(module)]
     return {"configurations": list(configs.values()), "modules": modules}
 
 
@@ -305,8 +308,6 @@ def plain(value: Any, otherwise: Any = None) -> Any:
 def _kind(module: nn.Module) -> list[str]:
     """The class of a module, with its text where no version of a library stands for it."""
     kind = type(module)
-    if kind is NewGELUActivation:  # `fuse_gelu` puts the same function in its place
-        kind = type(ACT2FN["gelu_pytorch_tanh"])
     return [kind.__qualname__, *_text(kind)]
 
 
