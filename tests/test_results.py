@@ -1,17 +1,25 @@
 """Nothing computed is lost, nothing is counted twice, nothing is half-written."""
 
+import os
+import stat
+import subprocess
+import sys
+import time
+from functools import partial
 from importlib.metadata import version as installed
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from anchors.errors import AnchorsError
 from anchors.flow import analysis as flow_analysis
 from anchors.flow.analysis import InformationFlow
-from anchors.results import Run, key_of, provenance, read_table, write_atomic, write_table
-from anchors.runner import Sample, measure
+from anchors.results import Run, clear_drafts, key_of, provenance, read_table, write_atomic, write_table
+from anchors.runner import Sample, measure, outstanding
 from anchors.stats import SUMS, flow_summary, shares
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
@@ -143,6 +151,184 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomic(path, broken)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def flipped(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, flipped])
+def test_a_damaged_batch_is_set_aside_and_measured_anew(gpt2, data, tmp_path, monkeypatch, damage):
+    how, calls, original = Sample(examples=4, batch_size=2), [], flow_analysis.flow
+    whole = measure(gpt2, InformationFlow(), TASK, data, how, out=tmp_path)
+    path = sorted(whole.folder.glob("batch-*.parquet"))[0]
+    damage(path)
+    left = path.read_bytes()
+    monkeypatch.setattr(
+        flow_analysis, "flow", lambda lm, prompts: calls.append(len(prompts)) or original(lm, prompts)
+    )
+    assert outstanding(gpt2, InformationFlow(), TASK, data, how, out=tmp_path)[:2] == (2, 4)
+    assert path.read_bytes() == left  # asking what is left moves nothing
+    again = measure(gpt2, InformationFlow(), TASK, data, how, out=tmp_path)
+    assert calls == [2]
+    pd.testing.assert_frame_equal(again.rows, whole.rows)
+    kept = path.with_name(f"{path.name}.damaged-1")
+    assert kept.read_bytes() == left
+    assert again.notes == (f"{kept} was cut or changed; its prompts are measured anew.",)
+    assert not measure(gpt2, InformationFlow(), TASK, data, how, out=tmp_path).notes
+
+
+def test_a_cut_configuration_is_written_again(tmp_path):
+    run = Run.open(tmp_path, "flow", {"a": 1})
+    text = (run.folder / "config.json").read_text()
+    cut(run.folder / "config.json")
+    (run.folder / "config.json").write_text(text[:9])
+    assert (Run.open(tmp_path, "flow", {"a": 1}).folder / "config.json").read_text() == text
+
+
+def test_rows_of_another_identity_are_told_of_and_left_alone(tmp_path):
+    rows = pd.DataFrame({"seed": [1], "number": [0], "value": [0.5]})
+    config = {
+        "kind": "flow",
+        "model": {"weights": "a", "tokenizer": "t"},
+        "software": {"torch": "2.1"},
+        "version": 1,
+    }
+    open_at = partial(Run.open, tmp_path, "flow", model="tiny")
+    first = open_at(config)
+    first.append(rows, [(1, 0)])
+    before = {path: path.read_bytes() for path in first.folder.iterdir()}
+    for change, said in (
+        ({"model": {"weights": "b", "tokenizer": "t"}}, "(weights)"),
+        ({"software": {"torch": "2.2"}}, "(torch 2.1, now 2.2)"),
+        ({"version": 2}, "(version 1, now 2)"),
+    ):
+        run = open_at(config | change)
+        assert run.done() == set()
+        assert len(run.notes) == 1
+        assert said in run.notes[0]
+        assert str(first.folder) in run.notes[0]
+    assert open_at(config).notes == ()
+    assert {path: path.read_bytes() for path in first.folder.iterdir()} == before
+    assert open_at(config | {"shots": 2}).notes == ()  # another measurement
+    assert Run.open(tmp_path, "flow", config | {"version": 3}, model="other").notes == ()  # of another model
+    old = tmp_path / "runs" / "flow-0123456789ab"  # as 0.4.0 left it
+    old.mkdir()
+    (old / "config.json").write_text('{"kind": "flow", "model": "0123456789abcdef", "version": 1}')
+    rows.to_parquet(old / "batch-0123456789abcdef.parquet")
+    assert "an earlier version of label-anchors" in " ".join(
+        open_at(config | {"model": {"weights": "c"}}).notes
+    )
+
+
+def draft_beside(path, seconds):
+    """What a process that was killed leaves of a file, so many seconds after its last write."""
+    left = path.with_name(f".{path.stem}-a1b2c3_4.draft{path.suffix}")
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - seconds,) * 2)
+    return left
+
+
+def test_what_killed_writers_left_is_cleared(tmp_path):
+    run = Run.open(tmp_path, "flow", {"a": 1})
+    stale = [draft_beside(run.folder / name, 120) for name in ("batch-1.parquet", "beta-42.safetensors", "x")]
+    fresh = draft_beside(run.folder / "config.json", 5)
+    held = draft_beside(run.folder / "batch-2.parquet", 10_000)
+    others = [
+        run.folder / name for name in (".hidden", ".my-notes.draft", "batch.draft.parquet", ".out.draft")
+    ]
+    for path in others[:-1]:
+        path.write_text("mine")
+        os.utime(path, (0, 0))
+    others[-1].mkdir()
+    with held.open("rb") as file:
+        pytest.importorskip("fcntl").flock(file, 2)  # as the process that writes it does
+        Run.open(tmp_path, "flow", {"a": 1})
+        assert [path.exists() for path in stale] == [False] * 3
+        assert fresh.exists()
+        assert held.exists()
+    assert all(path.exists() for path in others)
+    Run.open(tmp_path, "flow", {"a": 1})
+    assert not held.exists()
+
+
+def test_a_killed_writer_leaves_what_is_cleared(tmp_path):
+    """The real thing: a process that dies while it writes, and one that is still writing."""
+    script = """
+import sys, time
+from pathlib import Path
+from anchors.results import write_atomic
+def write(draft):
+    draft.write_text("half")
+    print(draft, flush=True)
+    time.sleep(60)
+write_atomic(Path(sys.argv[1]), write)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "t.parquet")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        draft = Path(child.stdout.readline().strip())
+        os.utime(draft, (0, 0))
+        clear_drafts(tmp_path)
+        assert draft.exists()
+    finally:
+        child.kill()
+        child.communicate()
+    clear_drafts(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """No power failure can be had here: that the calls are made, and in which order, is all that can be seen."""
+    seen, sync = [], os.fsync
+
+    def watched(handle):
+        seen.append(
+            (
+                os.fstat(handle).st_size if not stat.S_ISDIR(os.fstat(handle).st_mode) else "folder",
+                path.exists(),
+            )
+        )
+        sync(handle)
+
+    path = tmp_path / "t.txt"
+    monkeypatch.setattr(os, "fsync", watched)
+    write_atomic(path, lambda draft: draft.write_text("12345"))
+    assert seen == [(5, False), ("folder", True)]
+
+
+@pytest.mark.parametrize("writer", ["text", "tensors", "rows"])
+def test_a_full_disk_is_a_sentence(tmp_path, writer):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    write = {
+        "text": lambda draft: draft.write_text("x" * 200_000),
+        "tensors": lambda draft: save_file({"x": torch.zeros(100_000)}, draft),
+        "rows": lambda draft: pd.DataFrame({"x": np.random.default_rng(0).random(100_000)}).to_parquet(draft),
+    }[writer]
+    try:
+        with pytest.raises(AnchorsError, match="No space left on device") as caught:
+            write_atomic(folder / "t", write)
+        assert "Make room there" in caught.value.remedy
+        assert list(folder.iterdir()) == []
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_table_carries_its_provenance(tmp_path):
