@@ -164,6 +164,6 @@ def _adjoint_error(layer: nn.Module, width: int, model: PreTrainedModel) -> tupl
     (slope,) = torch.autograd.grad((u * y).sum(), x)
     with torch.no_grad():
         moved = (y - layer(torch.zeros_like(x))).double()
-    outer, inner = (u.double() * moved).sum(-1), (slope.double() * x.double()).sum(-1)
+    outer, inner = (u.double() * moved).sum(-1), (slope.double() * x.detach().double()).sum(-1)
     size = (u.double().norm(dim=-1) * moved.norm(dim=-1)).clamp(min=1e-30)
     return float(((outer - inner).abs() / size).max()), LINEAR[dtype]
