@@ -7,12 +7,19 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy.stats import bootstrap, rankdata
 
 from anchors.errors import AnchorsError
+from anchors.intervals import WILSON, interval, method, paired_gap
 
 SUMS = ("s_wp", "s_pq", "s_ww")
+REST = "s_pq_rest"
+"""What S_pq leaves out of the flow from the label words to the target, see `anchors.flow.metrics.left_out`."""
 RESAMPLES = 1000
+PROPORTIONS = frozenset({"accuracy", "label_loyalty", "flipped", "differs"})
+"""Metrics that are 0 or 1 for each prompt, so that their mean is a proportion."""
+UNDEFINED = "not defined here"
 
 
 def resampling(units: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -71,14 +78,22 @@ def within_seeds(
         return np.where(count > 0, total / count, np.nan)
 
 
-def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The estimate (row 0) and the percentile interval of the resamples (the other rows)."""
-    tail = (1 - confidence) / 2
-    bounds = np.full((2, *samples.shape[1:]), np.nan)
-    if len(samples) > 1:
-        known = ~np.isnan(samples[1:]).all(0)
-        bounds[:, known] = np.nanquantile(samples[1:, known], [tail, 1 - tail], axis=0)
-    return samples[0], bounds[0], bounds[1]
+def baselines(rows: pd.DataFrame) -> pd.DataFrame:
+    """What an accuracy has to be compared with, from rows that tell the right class of each prompt.
+
+    Returns:
+        By task, shots and control: `chance` (one over the number of label words) and `majority` (the share of the prompts'
+        most frequent class, which always naming that one would get right).
+    """
+    told = rows[(rows["metric"] == "gold") & (rows["number"] >= 0)]
+    said = rows[rows["metric"].str.startswith("probability/") & (rows["number"] >= 0)]
+    classes = said.groupby(GROUP, sort=False)["metric"].nunique()
+    found = []
+    for key, own in told.groupby(GROUP, sort=False):
+        gold = own.drop_duplicates(["seed", "number"])["value"]
+        share = gold.value_counts(normalize=True).max()
+        found.append((*key, 1 / classes[key] if key in classes.index else np.nan, share))
+    return pd.DataFrame(found, columns=[*GROUP, "chance", "majority"])
 
 
 GROUP = ["task", "shots", "control"]
@@ -132,7 +147,9 @@ def summarise(
 
     Returns:
         One row per task, shots, control, condition, metric and layer: value, low, high, difference,
-        difference_low, difference_high, examples, seeds. With a single example there are no intervals.
+        difference_low, difference_high, examples, seeds; `interval` and `difference_interval` say how the bounds were made
+        (`method`); beside an accuracy stand `chance` and `majority` (`baselines`). With a single example there are no
+        intervals.
 
     Raises:
         AnchorsError: rows of two models; prompts that lack a condition; no rows of these metrics.
@@ -157,9 +174,10 @@ def summarise(
         samples = weights @ wide.to_numpy() / weights.sum(1, keepdims=True)
         facts = dict(zip(GROUP, key, strict=True))
         facts |= {"examples": len(units), "seeds": units["seed"].nunique()}
-        tables.append(
-            _estimates(wide.columns.to_frame(index=False), samples, baseline, confidence).assign(**facts)
-        )
+        columns = wide.columns.to_frame(index=False)
+        binary = columns["metric"].isin(PROPORTIONS) & np.isin(wide.to_numpy(), (0, 1)).all(0)
+        counts = np.where(binary, len(units), np.nan)
+        tables.append(_estimates(columns, samples, baseline, confidence, counts).assign(**facts))
         drawn.append((facts, wide.columns, samples))
     if not tables:
         raise AnchorsError(
@@ -168,7 +186,19 @@ def summarise(
     if mean:
         tables += _means(drawn, baseline, confidence)
     table = pd.concat(tables, ignore_index=True)
+    if "accuracy" in metrics:
+        table = _beside(table, baselines(rows))
     return table[GROUP + [c for c in table.columns if c not in GROUP]]
+
+
+def _beside(table: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """Chance and majority beside every accuracy; those of a mean over tasks are the means of the tasks' own."""
+    own = table.loc[table["task"] == "mean", ["shots", "control"]].drop_duplicates()
+    mean = known.groupby(["shots", "control"], as_index=False, sort=False)[["chance", "majority"]].mean()
+    known = pd.concat([known, own.merge(mean, on=["shots", "control"]).assign(task="mean")])
+    found = table[GROUP].merge(known, how="left", on=GROUP)[["chance", "majority"]].astype(float)
+    found.index = table.index
+    return table.join(found.where(table["metric"] == "accuracy"))
 
 
 def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[pd.DataFrame]:
@@ -189,20 +219,33 @@ def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[
 
 
 def _estimates(
-    table: pd.DataFrame, samples: np.ndarray, baseline: str | None, confidence: float
+    table: pd.DataFrame,
+    samples: np.ndarray,
+    baseline: str | None,
+    confidence: float,
+    counts: Float[np.ndarray, " columns"] | None = None,
 ) -> pd.DataFrame:
     """Estimates and intervals of the columns of `samples`, which `table` names, and differences to the baseline."""
-    value, low, high = interval(samples, confidence)
-    table = table.assign(value=value, low=low, high=high)
+    counts = np.full(len(table), np.nan) if counts is None else counts
+    value, low, high = interval(samples, confidence, counts)
+    table = table.assign(value=value, low=low, high=high, interval=method(samples, counts))
     if baseline is None:
         return table
     places = {tuple(c): i for i, c in enumerate(_plain(table))}
     other = [places.get((baseline, *c[1:])) for c in _plain(table)]
-    gap = np.full((3, len(table)), np.nan)
+    gap, how = np.full((3, len(table)), np.nan), np.full(len(table), "", dtype=object)
     found = [i for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline]
     if found:
-        gap[:, found] = interval(samples[:, found] - samples[:, [other[i] for i in found]], confidence)
-    return table.assign(difference=gap[0], difference_low=gap[1], difference_high=gap[2])
+        apart = samples[:, found] - samples[:, [other[i] for i in found]]
+        gap[:, found], how[found] = interval(apart, confidence), method(apart, counts[found])
+        for i in found:
+            # Only a difference of −1, 0 or 1 can be the same on every prompt.
+            if how[i] == WILSON:
+                gap[0, i] = np.round(gap[0, i])
+                gap[1:, i] = paired_gap(gap[0, i], int(counts[i]), confidence)
+    return table.assign(
+        difference=gap[0], difference_low=gap[1], difference_high=gap[2], difference_interval=how
+    )
 
 
 def _plain(table: pd.DataFrame) -> list[tuple]:
@@ -249,10 +292,15 @@ def mantel(
 def flow_summary(
     rows: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """S_wp, S_pq and S_ww by layer: means over examples with bootstrap intervals.
+    """S_wp, S_pq and S_ww by layer, and what S_pq leaves out: means over examples with bootstrap intervals.
 
     The three sums of one example stay together in every resample (paired bootstrap over examples, percentile
-    intervals). `share` is a sum's mean divided by the three means' total in that layer, as the paper plots it.
+    intervals). `share` is a sum's mean divided by the three means' total in that layer, as the paper plots it. That of
+    `s_pq_rest` is the part that S_pq leaves out of the flow from the label words to the target: its mean divided by the
+    sum of its own and that of S_pq.
+
+    Where no prompt has any S_wp at all, as in the last layer, nothing that a label word takes in reaches the target any
+    more: the sum is zero whatever the model does, and its `note` says that it is not defined here.
 
     Args:
         rows: tidy rows of a flow run, of one task or several.
@@ -261,13 +309,14 @@ def flow_summary(
         seed: of the resampling.
 
     Returns:
-        One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples. With a single
-        example there are no intervals: low and high are missing.
+        One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples, note.
+        With a single example there are no intervals: low and high are missing. Rows that were measured before there was
+        `s_pq_rest` have none.
 
     Raises:
         AnchorsError: rows of several models, or values that are there several times.
     """
-    rows = rows[rows["metric"].isin(SUMS)]
+    rows = rows[rows["metric"].isin((*SUMS, REST))]
     refuse_doubles(rows)
     tables = []
     for key, group in rows.groupby(GROUP, sort=False):
@@ -276,14 +325,15 @@ def flow_summary(
             for metric, part in group.groupby("metric")
         }
         layers = wide["s_wp"].columns.to_numpy()
-        data = np.stack([wide[metric].to_numpy() for metric in SUMS])  # sums, examples, layers
+        names = [metric for metric in (*SUMS, REST) if metric in wide]
+        data = np.stack([wide[metric].to_numpy() for metric in names])  # sums, examples, layers
         mean = data.mean(1)
-        found = np.stack([mean, shares(mean)])
+        found = np.stack([mean, _parts(mean)])
         low, high = np.full_like(found, np.nan), np.full_like(found, np.nan)
         if data.shape[1] > 1:
-            interval = bootstrap(
+            spread = bootstrap(
                 tuple(data),
-                lambda *sums, axis: np.stack([m := np.stack([s.mean(axis) for s in sums]), shares(m)]),
+                lambda *sums, axis: np.stack([m := np.stack([s.mean(axis) for s in sums]), _parts(m)]),
                 paired=True,
                 vectorized=True,
                 axis=0,
@@ -293,7 +343,8 @@ def flow_summary(
                 method="percentile",
                 rng=np.random.default_rng(seed),
             ).confidence_interval
-            low, high = interval.low, interval.high
+            low, high = spread.low, spread.high
+        dead = (data == 0).all(1)
         tables += [
             pd.DataFrame(
                 {
@@ -307,11 +358,23 @@ def flow_summary(
                     "share_low": low[1, i],
                     "share_high": high[1, i],
                     "examples": data.shape[1],
+                    "note": np.where(dead[i] & (metric == "s_wp"), UNDEFINED, ""),
                 }
             )
-            for i, metric in enumerate(SUMS)
+            for i, metric in enumerate(names)
         ]
     return pd.concat(tables, ignore_index=True)
+
+
+def _parts(means: np.ndarray) -> np.ndarray:
+    """The shares of the three sums among themselves, and of what S_pq leaves out beside S_pq."""
+    own = shares(means[: len(SUMS)])
+    if len(means) == len(SUMS):
+        return own
+    beside = means[[SUMS.index("s_pq"), len(SUMS)]]
+    total = beside.sum(0)
+    left = np.where(total > 0, beside[1] / np.where(total > 0, total, 1), 0.0)
+    return np.concatenate([own, left[None]])
 
 
 def shares(means: np.ndarray) -> np.ndarray:

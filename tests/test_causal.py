@@ -255,7 +255,16 @@ def test_the_summary_by_hand():
     # One prompt or the other or both: 0, 0.75 or 0.6 of the effect is left.
     follow = table.loc[("label", "follow")].iloc[1]
     assert (follow["low"], follow["high"]) == (0, 0.75)
-    assert (table.loc[("label", "follow"), ["low", "high"]].iloc[0] == 1).all()
+    # Patching everything moves each prompt all the way: a bootstrap has nothing to draw from.
+    assert table.loc[("label", "follow"), "interval"].tolist() == [
+        "equal values",
+        "bootstrap",
+        "equal values",
+    ]
+    assert table.loc[("label", "follow"), ["low", "high"]].iloc[0].isna().all()
+    flipped = table.loc[("label", "flipped")].iloc[0]
+    assert (flipped["interval"], flipped["value"]) == ("Wilson", 1)
+    assert flipped["low"] == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)  # of one prompt
     alone = causal_summary(rows[rows["number"] == 0])
     assert alone["low"].isna().all()
     with pytest.raises(AnchorsError, match="no patched prompts"):

@@ -203,7 +203,7 @@ def test_summary_of_a_diagnosis():
         p = rng.dirichlet(np.ones(3) + 4 * np.eye(3)[gold] * [0.2, 0.2, 3][gold])
         every.append(p)
         golds.append(gold)
-        unit = common | {"seed": seed, "number": number, "condition": "none"}
+        unit = common | {"seed": seed, "number": number, "example": number, "condition": "none"}
         rows += [unit | {"metric": f"probability/{x}", "value": v} for x, v in zip(labels, p, strict=True)]
         rows.append(unit | {"metric": "gold", "value": float(gold)})
     foretold = {("A", "B"): (0.1, 0.3), ("A", "C"): (1.0, 0.8), ("B", "C"): (0.9, 1.0)}
@@ -233,4 +233,48 @@ def test_summary_of_a_diagnosis():
     assert agreement["seeds"].tolist() == [2]
     worst = table["actual"].idxmin()
     assert worst == ("A", "B")
-    assert sentence(pairs, agreement, "components-4").startswith("A and B are confused most")
+    said = sentence(pairs, agreement, "components-4")
+    assert said.startswith("A and B are confused most")
+    assert "texts: 10 of A and 10 of B" in said  # the same ones in both seeds
+    assert "Caution" not in said
+
+
+def of_two_labels(golds: list[int], right: list[bool]) -> pd.DataFrame:
+    """Rows of one seed with two labels; a right answer is sure of itself, a wrong one is as sure of the other label."""
+    facts = {"task": "t", "shots": 1, "control": "none", "layer": None, "seed": 1}
+    rows = [
+        facts | {"number": -1, "condition": "components-4", "metric": "predicted_confusion/A/B", "value": 1.0}
+    ]
+    for number, (gold, good) in enumerate(zip(golds, right, strict=True)):
+        p = (0.9 if gold == 0 else 0.1) if good else (0.1 if gold == 0 else 0.9)
+        for metric, value in (("probability/A", p), ("probability/B", 1 - p), ("gold", float(gold))):
+            unit = {
+                "number": number,
+                "example": number,
+                "condition": "none",
+                "metric": metric,
+                "value": value,
+            }
+            rows.append(facts | unit)
+    return pd.DataFrame(rows)
+
+
+def test_a_sentence_that_rests_on_few_texts_says_so():
+    pairs, agreement = diagnosis_summary(of_two_labels([0] + [1] * 12, [True] * 13), resamples=50)
+    row = pairs.iloc[0]
+    assert (row["one_texts"], row["other_texts"], row["actual"], row["interval"]) == (1, 12, 1.0, "score")
+    assert row["low"] < 0.7
+    assert row["high"] == 1
+    said = sentence(pairs, agreement)
+    assert "texts: 1 of A and 12 of B" in said
+    assert "Caution: with fewer than 10 texts of A," in said
+    enough, agreement = diagnosis_summary(of_two_labels([0] * 10 + [1] * 10, [True] * 20), resamples=50)
+    assert "Caution" not in sentence(enough, agreement)
+    assert row["low"] < enough.iloc[0]["low"] < 1
+
+
+def test_a_pair_without_texts_says_which():
+    pairs, agreement = diagnosis_summary(of_two_labels([1] * 4, [True] * 4), resamples=20)
+    assert pairs["note"].tolist() == ["no text is A"]
+    assert np.isnan(pairs["actual"][0])
+    assert "nothing is known" in sentence(pairs, agreement)

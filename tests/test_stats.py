@@ -8,7 +8,8 @@ import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from anchors.errors import AnchorsError
-from anchors.stats import interval, resampling, summarise, within_seeds
+from anchors.intervals import interval
+from anchors.stats import resampling, summarise, within_seeds
 from anchors.summaries import (
     classification_summary,
     compression_summary,
@@ -77,10 +78,11 @@ def test_the_interval_is_between_the_resamples():
 
 
 def test_differences_are_paired():
-    """A constant gap between two conditions has no width, however much the prompts differ."""
+    """A gap that hardly varies is narrow, however much the prompts differ; one that is constant says so."""
     rng = np.random.default_rng(0)
     base = {1: rng.normal(0, 5, 20), 2: rng.normal(3, 5, 20)}
-    rows = pd.concat([rows_of(base), rows_of({s: v + 0.5 for s, v in base.items()}, "changed")])
+    near = {s: v + 0.5 + 1e-7 * rng.normal(size=20) for s, v in base.items()}
+    rows = pd.concat([rows_of(base), rows_of(near, "changed")])
     table = summarise(rows, baseline="none", resamples=200).set_index("condition")
     mean = np.mean([*base[1], *base[2]])
     assert table.loc["none", "value"] == pytest.approx(mean)
@@ -91,6 +93,11 @@ def test_differences_are_paired():
     assert table.loc["changed", "high"] - table.loc["changed", "low"] > 1
     assert (table["examples"] == 40).all()
     assert (table["seeds"] == 2).all()
+    rows = pd.concat([rows_of(base), rows_of({s: v + 0.5 for s, v in base.items()}, "changed")])
+    constant = summarise(rows, baseline="none", resamples=200).set_index("condition").loc["changed"]
+    assert constant["difference"] == pytest.approx(0.5)
+    assert np.isnan([constant["difference_low"], constant["difference_high"]]).all()
+    assert (constant["interval"], constant["difference_interval"]) == ("bootstrap", "equal values")
 
 
 def test_layers_metrics_and_tasks_stay_apart():

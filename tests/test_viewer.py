@@ -58,6 +58,7 @@ def payload() -> dict:
         "s_wp": [0.6, 0.2, 0.0, 0.1, 0.1],
         "s_pq": [0.1, 0.6, 0.0, 0.7, 0.8],
         "s_ww": [0.3, 0.2, 0.0, 0.2, 0.1],
+        "s_pq_rest": [0.0] * 5,
         "notes": [],
     }
     second = copy.deepcopy(prompt) | {"name": "second", "gold": 0, "notes": ["One <b>note</b>."]}
@@ -169,6 +170,7 @@ def test_page_rejects_what_is_not_plain_data_and_says_where():
         ("edges", [[], [], [], [[2, 1, 0]]], "w > 0"),
         ("layers", [0, 1, 2, 5], "holds 5; its sums have 5 layers"),
         ("s_ww", [0.5], r"\['s_ww'\] has 1 entries for 5 layers"),
+        ("s_pq_rest", [0.5], r"\['s_pq_rest'\] has 1 entries for 5 layers"),
         ("probabilities", [1.0], "has 1 entries for 2 labels"),
         ("predicted", 2, r"\['predicted'\] holds 2"),
         ("gold", -1, r"\['gold'\] holds -1"),

@@ -161,6 +161,49 @@ def test_blocks_of_sparse_attention_follow_the_layer(viewer):
     assert viewer.js("document.getElementById('read').hidden")
 
 
+def test_only_the_counted_token_of_a_label_word_is_label_flow(viewer):
+    """A label word of two tokens under the policy `first`: what the target reads at its second one is no part of S_pq."""
+    data = payload()
+    prompt = data["prompts"][0]
+    prompt["tokens"][7:9] = [" Posi", "tive"]
+    prompt["roles"][8] = "label"
+    prompt["edges"][1] = [[22, 8, 0.9], [22, 7, 0.8], [8, 2, 0.3], [7, 2, 0.2]]
+    prompt["s_pq_rest"] = [0.0, 0.9, 0.0, 0.0, 0.0]
+    prompt["s_wp"][4] = 0.0
+    data["curves"]["s_pq_rest"] = {
+        "mean": [0.0, 0.61, 0.1],
+        "low": [0.0, 0.55, 0.0],
+        "high": [0.0, 0.66, 0.2],
+    }
+    data["curves"]["s_wp"] = {name: [*values[:2], None] for name, values in data["curves"]["s_wp"].items()}
+    viewer.open(data, "#prompt=1&layer=1")
+    assert viewer.arcs == {(22, 8, "ww"), (22, 7, "pq"), (8, 2, "ww"), (7, 2, "wp")}
+    assert "60.0 % of the flow from label words to the target" in viewer.text("#left")  # 0.9 / (0.9 + 0.6)
+    assert "61.0 % [55.0 %, 66.0 %]" in viewer.text("#left-all")
+    assert viewer.each(".token.counted", "+e.dataset.i") == [7, 15]
+    assert viewer.each(".token.rest", "e.title") == ["8 · label word, this token not counted"]
+    border = "getComputedStyle(document.querySelector(arguments[0]).querySelector('.w')).borderBottomStyle"
+    assert [viewer.js(border, f".token[data-i='{i}']") for i in (7, 8)] == ["none", "dotted"]
+    viewer.keys("k", "k")
+    assert (viewer.layer, viewer.text("#chart .readout .wp")) == ("4", "words → label words not defined here")
+    assert viewer.each("#sums tr:last-child td")[0] == "–"
+    viewer.keys("j")
+    assert "words → label words not defined here" in viewer.text("#curves .readout")
+    viewer.open(payload(), "#prompt=1&layer=1")
+    assert viewer.js("document.getElementById('left').hidden && document.getElementById('left-all').hidden")
+
+
+def test_positions_that_are_no_label_words_are_the_ones_that_count(viewer):
+    """The control `random-positions`: S_pq is about other tokens, and so are the arcs of its colour."""
+    data = payload()
+    prompt = data["prompts"][0]
+    prompt["classes"][7] = prompt["classes"][15] = None
+    prompt["classes"][3], prompt["classes"][11] = 1, 0
+    prompt["edges"][1] = [[22, 7, 0.8], [22, 11, 0.6], [3, 2, 0.2]]
+    viewer.open(data, "#prompt=1&layer=1")
+    assert viewer.arcs == {(22, 7, "ww"), (22, 11, "pq"), (3, 2, "wp")}
+
+
 def test_keys_and_slider_change_the_layer_and_its_arcs(viewer):
     from selenium.webdriver.common.keys import Keys
 
@@ -322,7 +365,7 @@ def test_play_steps_to_the_last_layer_and_stops(viewer):
 def test_one_prompt_without_layers_or_curves(viewer):
     data = payload() | {"curves": None, "command": None}
     del data["prompts"][1]
-    data["prompts"][0].update(layers=[], edges=[], gold=None, s_wp=[], s_pq=[], s_ww=[])
+    data["prompts"][0].update(layers=[], edges=[], gold=None, s_wp=[], s_pq=[], s_ww=[], s_pq_rest=[])
     viewer.open(data)
     assert viewer.js("document.getElementById('picker').hidden && document.getElementById('all').hidden")
     assert "No layer" in viewer.text("#status")

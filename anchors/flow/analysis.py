@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from anchors.flow.saliency import flow
 from anchors.models import LanguageModel
 from anchors.runner import Cell, Record
-from anchors.stats import SUMS
+from anchors.stats import REST, SUMS
 from anchors.tasks.drawing import Drawn
 from anchors.tasks.task import Task
 
@@ -16,11 +16,14 @@ from anchors.tasks.task import Task
 class InformationFlow:
     """S_wp, S_pq and S_ww of every prompt and layer (2.1), with loss and label probabilities.
 
+    Beside them `s_pq_rest`, the flow from the label words to the target that S_pq leaves out because the task's policy
+    counts one token of a label word of several (`anchors.flow.metrics.left_out`).
+
     Every prompt shows demonstrations of its own, so whole prompts are run.
     """
 
     kind: ClassVar[str] = "flow"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     fresh: ClassVar[bool] = True
 
     @property
@@ -48,10 +51,11 @@ class InformationFlow:
                 "tokens": len(drawn.prompt.ids),
                 "identity_error": result.identity_error.max(),
             } | {f"probability/{label}": p for label, p in zip(task.labels, row, strict=True)}
+            by_layer = {metric: getattr(result.sums, metric)[i] for metric in SUMS} | {REST: result.rest[i]}
             sums = [
                 Record(metric, float(value), layer=layer)
-                for metric in SUMS
-                for layer, value in enumerate(getattr(result.sums, metric)[i])
+                for metric, values in by_layer.items()
+                for layer, value in enumerate(values)
             ]
             found.append(sums + [Record(metric, float(value)) for metric, value in whole.items()])
         return found
@@ -59,14 +63,14 @@ class InformationFlow:
 
 @dataclass(frozen=True)
 class FlowMap:
-    """The whole I_l of single prompts in a few layers, and their tokens (Figure 1).
+    """The whole I_l of single prompts in a few layers, their tokens, and which are the positions p_k (Figure 1).
 
     Attributes:
         layers: which; None takes one in the first and one in the last quarter.
     """
 
     kind: ClassVar[str] = "map"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     fresh: ClassVar[bool] = True
 
     layers: tuple[int, ...] | None = None
@@ -94,6 +98,7 @@ class FlowMap:
                 Record(f"token/{prompt.roles[i]}/{state.decode([token])}", i)
                 for i, token in enumerate(prompt.ids)
             ]
+            tokens += [Record("counted", position) for position in prompt.label_positions]
             flows = [
                 Record(f"flow/{i}/{j}", float(maps[layer][0, i, j]), layer=layer)
                 for layer in layers

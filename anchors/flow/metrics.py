@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -53,6 +53,27 @@ def flow_sums(
     pairs = (target * (target + 1) // 2)[:, None]
     others = (pairs - pairs_wp - pairs_pq).clamp(min=1)
     return Sums(wp / pairs_wp.clamp(min=1), pq / pairs_pq.clamp(min=1), (total - wp - pq) / others)
+
+
+def left_out(
+    target_row: Float[Tensor, "batch layers key"],
+    others: Bool[Tensor, "batch key"],
+    labels: Int[Tensor, "batch labels"],
+) -> Float[Tensor, "batch layers"]:
+    """The flow from the label words to the target that S_pq does not count, on S_pq's own scale.
+
+        S_rest = Σ_{j ∈ R} I_l[q, j] / C'        R: the tokens of the label words that are no p_k
+
+    The policy `first` (or `last`) counts one token of a label word; where a word has several, the target may read the
+    others. Their flow is part of S_ww, and S_rest / (S_pq + S_rest) is the share that S_pq leaves out.
+
+    Args:
+        target_row: I_l[q, ·].
+        others: R.
+        labels: p_k, -1 where an example has fewer label words than others; C' is how many there are.
+    """
+    whole = (target_row * others[:, None]).sum(-1)
+    return whole / (labels >= 0).sum(-1, keepdim=True).clamp(min=1)
 
 
 def map_sums(flow: Float[Tensor, "layers query key"], labels: list[int], target: int) -> Sums:

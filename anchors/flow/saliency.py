@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anchors.attention.call import AttentionCall
@@ -16,7 +16,7 @@ from anchors.attention.edits import Edit
 from anchors.attention.seam import seam
 from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError, CertificateError, RoutingError
-from anchors.flow.metrics import Sums, flow_sums
+from anchors.flow.metrics import Sums, flow_sums, left_out
 from anchors.lengths import groups
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt
@@ -64,6 +64,21 @@ def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Ba
         label_ids=torch.tensor([p.label_ids for p in prompts], device=device),
         gold=torch.tensor([p.gold for p in prompts], device=device),
     )
+
+
+def uncounted(prompts: Sequence[Prompt], length: int) -> Bool[Tensor, "batch length"]:
+    """The tokens of label words that are no p_k.
+
+    None where the positions are not the label words' own (the control `random-positions`): S_pq says nothing of label
+    words there, so that it leaves nothing of them out.
+    """
+    found = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        counted = set(prompt.label_positions)
+        if any(prompt.roles[k] == "label" for k in counted):
+            own = [i for i, role in enumerate(prompt.roles) if role == "label" and i not in counted]
+            found[row, own] = True
+    return found
 
 
 @dataclass
@@ -149,6 +164,8 @@ class Flow:
 
     Attributes:
         sums: S_wp, S_pq and S_ww per example and layer.
+        rest: flow from the label words' other tokens to the target per example and layer, see
+            `anchors.flow.metrics.left_out`.
         probabilities: softmax over the label words' logits at the target.
         loss: cross-entropy over the label words' logits against the right answer, in nats.
         identity_error: per layer, the certificate's relative error (see `FlowTap.error`).
@@ -156,6 +173,7 @@ class Flow:
     """
 
     sums: Sums
+    rest: Float[Tensor, "batch layers"]
     probabilities: Float[Tensor, "batch classes"]
     loss: Float[Tensor, " batch"]
     identity_error: Float[Tensor, " layers"]
@@ -225,6 +243,8 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     rows = torch.stack([tap.rows[layer].to(home) for layer in layers], dim=1).double()
     total = torch.stack([tap.total[layer].to(home) for layer in layers], dim=1).double()
     sums = flow_sums(rows[:, :, :-1], rows[:, :, -1], total, batch.labels.to(home), batch.target.to(home))
+    others = uncounted(prompts, rows.shape[-1]).to(home)
+    rest = left_out(rows[:, :, -1], others, batch.labels.to(home))
     errors = torch.stack([torch.stack(tap.error[layer]).to(home) for layer in layers]).double().cpu()
     relative = errors[:, 0] / errors[:, 1].clamp(min=torch.finfo(torch.float64).tiny)
     if not (relative <= TOLERANCE[model.precision]).all():
@@ -237,6 +257,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
         )
     return Flow(
         sums=Sums(sums.s_wp.cpu(), sums.s_pq.cpu(), sums.s_ww.cpu()),
+        rest=rest.cpu(),
         probabilities=probabilities.float().cpu(),
         loss=loss.detach().float().cpu(),
         identity_error=relative,
@@ -258,6 +279,7 @@ def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:
     width = max((m.shape[-1] for one in found for m in one.maps.values()), default=0)
     return Flow(
         sums=Sums(*(put([getattr(one.sums, name) for one in found]) for name in ("s_wp", "s_pq", "s_ww"))),
+        rest=put([one.rest for one in found]),
         probabilities=put([one.probabilities for one in found]),
         loss=put([one.loss for one in found]),
         identity_error=torch.stack([one.identity_error for one in found]).amax(0),

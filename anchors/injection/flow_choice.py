@@ -15,7 +15,8 @@ from scipy.stats import false_discovery_control, rankdata
 
 from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured
 from anchors.injection.flow_tables import MEASURES, profiles
-from anchors.stats import interval, resampling
+from anchors.intervals import interval
+from anchors.stats import resampling
 
 PERMUTATIONS = 9999
 EPSILONS = np.geomspace(0.003, 30, 121)

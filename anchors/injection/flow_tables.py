@@ -15,7 +15,8 @@ import pandas as pd
 
 from anchors.injection.flow import INTO_LABELS, INTO_TARGET, SUMS
 from anchors.injection.flow_report import GOLD, NOBODY
-from anchors.stats import interval, resampling
+from anchors.intervals import interval
+from anchors.stats import resampling
 
 MEASURES = ("loss", "odds", "share")
 PARTS = ("all", "shallow", "deep")
@@ -61,7 +62,8 @@ def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]
         weights = resampling(units, resamples)
         samples = weights @ part["value"].to_numpy() / weights.sum(1)
         facts = dict(zip(SETTING, setting, strict=True)) | {"examples": len(units)}
-        accuracy.append(facts | {k: float(x) for k, x in _three(samples, "value", "low", "high").items()})
+        spans = zip(("value", "low", "high"), interval(samples, count=len(units)), strict=True)
+        accuracy.append(facts | {name: float(x) for name, x in spans})
     return {
         "layers": pd.concat(flows, ignore_index=True),
         "strengths": pd.concat(sums, ignore_index=True),

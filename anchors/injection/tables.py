@@ -1,7 +1,8 @@
 """What the rows of a sweep come to: settings with intervals, Pareto fronts, comparisons at equal strength and equal norm.
 
 Random masks are averaged within an example; intervals are of a bootstrap over trainings (seeds) and examples, in which
-everything of one scenario is paired. Nothing here imports torch.
+everything of one scenario is paired; where all answers are right, or all wrong, they are Wilson's. Nothing here imports
+torch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,8 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from anchors.errors import AnchorsError
-from anchors.stats import RESAMPLES, interval, resampling
+from anchors.intervals import interval
+from anchors.stats import RESAMPLES, resampling
 
 RETENTION = 0.95
 """Of the uninjected VLM's vision: what a setting must keep to be chosen, unless another share is asked for."""
@@ -31,19 +33,22 @@ class Samples:
     Attributes:
         settings: names, references among them.
         values: by condition [1 + resamples, settings]; row 0 is the estimate, NaN where a setting has no such answers.
+        counts: by condition [settings]: how many answers, each right or wrong, a value rests on that is 0 or 1; missing
+            for others (`anchors.intervals.interval`).
         examples: questions of the scenario, over all trainings.
         seeds: trainings.
     """
 
     settings: tuple[str, ...]
     values: dict[str, Float[np.ndarray, "draws settings"]]
+    counts: dict[str, Float[np.ndarray, " settings"]]
     examples: int
     seeds: int
 
     @classmethod
     def of(cls, rows: pd.DataFrame, settings: Sequence[str], resamples: int = RESAMPLES) -> "Samples":
         """From rows of one scenario and one split."""
-        values, examples, seeds = {}, 0, rows["seed"].nunique()
+        values, counts, examples, seeds = {}, {}, 0, rows["seed"].nunique()
         for names in (("skill", "blank", "shuffled"), ("vision",)):
             own = rows[rows["condition"].isin(names)]
             keys = ["seed", "number", "condition", "setting"]
@@ -58,14 +63,19 @@ class Samples:
                 values[name] = np.full((len(drawn), len(settings)), np.nan)
                 there = [i for i, s in enumerate(settings) if s in place]
                 values[name][:, there] = drawn[:, [place[settings[i]] for i in there]]
+                counts[name] = np.where(np.isin(values[name][0], (0, 1)), len(units), np.nan)
             examples = examples or len(units)
-        return cls(tuple(settings), values, examples, seeds)
+        return cls(tuple(settings), values, counts, examples, seeds)
 
     def at(self, setting: str, condition: str = "skill") -> Float[np.ndarray, " draws"]:
         """Accuracy of one setting; `net` is skill minus blank."""
         if condition == "net":
             return self.at(setting) - self.at(setting, "blank")
         return self.values[condition][:, self.settings.index(setting)]
+
+    def count(self, setting: str, condition: str) -> float | None:
+        """Of the answers behind `at`, see `counts`."""
+        return None if condition == "net" else self.counts[condition][self.settings.index(setting)]
 
 
 def tables(
@@ -129,7 +139,7 @@ def summary_table(settings: pd.DataFrame, test: Samples) -> pd.DataFrame:
     Pareto front of (vision, skill), and in which share of the resamples it does."""
     table = settings.copy()
     for name in CONDITIONS:
-        _put(table, name, test.values[name])
+        _put(table, name, test.values[name], test.counts[name])
     _put(table, "net", test.values["skill"] - test.values["blank"])
     _put(table, "loss", test.values["vision"] - test.at(VLM, "vision")[:, None])
     runs = _injected(settings) | (settings["setting"] == VLM).to_numpy()
@@ -158,7 +168,8 @@ def best_table(
 
     The VLM alone is a candidate, too: where no setting keeps enough, it is chosen. `difference` is the skill minus the
     one of the setting chosen for task arithmetic, paired; `ceiling` the best that could have been chosen with a look
-    at the test split. `edge` says that the chosen λ is the largest of several: a larger one may be better.
+    at the test split. `vision_kept` is the share of the VLM's vision that is left in the samples `test`: a setting that
+    kept enough where it was chosen need not do so there (`kept`). `edge` says that the chosen λ is the largest of several: a larger one may be better.
     """
     rows = []
     families = dict.fromkeys(settings.loc[_injected(settings), "family"])
@@ -168,7 +179,10 @@ def best_table(
             "family": family, "setting": name, "chosen_on": split, "retention": retention, "tune_skill": tune.at(name)[0]
         }  # fmt: skip
         for condition in (*CONDITIONS, "net"):
-            row |= _estimate(condition, test.at(name, condition))
+            row |= _estimate(condition, test.at(name, condition), test.count(name, condition))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            row |= _estimate("vision_kept", test.at(name, "vision") / test.at(VLM, "vision"))
+        row["kept"] = bool(test.at(name, "vision")[0] >= retention * test.at(VLM, "vision")[0])
         row["ceiling"] = test.at(_choose(settings, test, None if family == "any" else family, retention))[0]
         if ANCHOR in picked:
             row |= _estimate("difference", test.at(name) - test.at(picked[ANCHOR]))
@@ -277,7 +291,7 @@ def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.D
         for i, (scenario, (test, name)) in enumerate(found.items()):
             row = {"scenario": scenario, "how": how, "setting": name}
             for condition in ("skill", "vision", "net"):
-                row |= _estimate(condition, test.at(name, condition))
+                row |= _estimate(condition, test.at(name, condition), test.count(name, condition))
             row |= _estimate("recovered", values[:, i])
             there = not np.isnan(ranks[0, i])
             same = (ranks[1:, i] == ranks[0, i])[ranked[1:]]
@@ -322,12 +336,19 @@ def _share(found: np.ndarray) -> np.ndarray | float:
     return found.mean(0) if len(found) else np.nan
 
 
-def _estimate(name: str, samples: Float[np.ndarray, " draws"]) -> dict[str, float]:
-    value, low, high = interval(samples)
+def _estimate(
+    name: str, samples: Float[np.ndarray, " draws"], count: float | None = None
+) -> dict[str, float]:
+    value, low, high = interval(samples, count=count)
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _put(table: pd.DataFrame, name: str, samples: Float[np.ndarray, "draws settings"]) -> None:
+def _put(
+    table: pd.DataFrame,
+    name: str,
+    samples: Float[np.ndarray, "draws settings"],
+    count: Float[np.ndarray, " settings"] | None = None,
+) -> None:
     names: Iterable[str] = (name, f"{name}_low", f"{name}_high")
-    for column, values in zip(names, interval(samples), strict=True):
+    for column, values in zip(names, interval(samples, count=count), strict=True):
         table[column] = values

@@ -11,7 +11,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from anchors.stats import interval, resampling
+from anchors.intervals import interval
+from anchors.stats import resampling
 
 FOLDS = 4
 MOST = 1500
@@ -76,5 +77,6 @@ def _span(hits: np.ndarray, prompt: np.ndarray) -> tuple[float, float, float]:
         np.array([part[prompt == n].sum() for n in numbers]) for part in (hits, np.ones_like(prompt))
     )
     weights = resampling(pd.DataFrame({"seed": 0, "number": numbers}))
-    value, low, high = interval((weights @ right) / (weights @ count))
+    # Vectors of one prompt are no examples of their own: as many as there are prompts were drawn.
+    value, low, high = interval((weights @ right) / (weights @ count), count=len(numbers))
     return float(value), float(low), float(high)

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 
 from anchors.errors import AnchorsError
-from anchors.stats import GROUP, RESAMPLES, interval, refuse_doubles, resampling
+from anchors.intervals import interval, method
+from anchors.stats import GROUP, RESAMPLES, refuse_doubles, resampling
 
 
 def causal_summary(
@@ -23,7 +24,7 @@ def causal_summary(
 
     Returns:
         One row per task, condition, metric (`follow`, `flipped`, `released`, `differs`) and layer: value, low, high,
-        examples, seeds. Layer n of n layers is the end, where nothing is left to patch.
+        `interval` (how the bounds were made, see `anchors.intervals`), examples, seeds. Layer n of n layers is the end, where nothing is left to patch.
     """
     refuse_doubles(rows)
     tables = []
@@ -33,7 +34,9 @@ def causal_summary(
         units = whole.index.to_frame(index=False)
         weights = resampling(units, resamples)[: 1 if len(units) == 1 else None]
         size, differs = whole["follow_denominator"].to_numpy(), whole["differs"].to_numpy()
-        found = [("none", "differs", [None], weights @ differs[:, None] / weights.sum(1, keepdims=True))]
+        share = weights @ differs[:, None] / weights.sum(1, keepdims=True)
+        counts = {"differs": len(units), "flipped": int(differs.sum())}
+        found = [("none", "differs", [None], share)]
         patched = group[group["metric"].isin(["follow_numerator", "flipped"])]
         for condition, own in patched.groupby("condition", sort=False):
             wide = own.pivot(index=["seed", "number"], columns=["metric", "layer"], values="value")
@@ -45,13 +48,26 @@ def causal_summary(
             if condition == "label":
                 found.append((condition, "released", layers[:-1], -np.diff(follow, axis=1)))
         for condition, metric, layers, samples in found:
-            value, low, high = interval(samples, confidence)
+            count = counts.get(metric)
+            value, low, high = interval(samples, confidence, count)
             table = pd.DataFrame({"layer": layers, "value": value, "low": low, "high": high})
+            table["interval"] = method(samples, count)
             names = dict(zip(GROUP, key, strict=True)) | {"condition": condition, "metric": metric}
             tables.append(table.assign(**names, examples=len(units), seeds=units["seed"].nunique()))
     if not tables:
         raise AnchorsError("The rows hold no patched prompts.", "Were they made by another verb?")
-    columns = [*GROUP, "condition", "metric", "layer", "value", "low", "high", "examples", "seeds"]
+    columns = [
+        *GROUP,
+        "condition",
+        "metric",
+        "layer",
+        "value",
+        "low",
+        "high",
+        "interval",
+        "examples",
+        "seeds",
+    ]
     return pd.concat([t.astype({"layer": "Int32"}) for t in tables], ignore_index=True)[columns]
 
 

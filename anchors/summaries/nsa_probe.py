@@ -8,8 +8,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import false_discovery_control
 
+from anchors.intervals import interval
 from anchors.nsa import probe_metrics as metrics
-from anchors.stats import interval, refuse_doubles, resampling
+from anchors.stats import refuse_doubles, resampling
 
 PERMUTATIONS = 1000
 BRANCHES = ("cmp", "slc", "win")
@@ -24,7 +25,8 @@ OUTCOMES = ("accuracy", "probability", "margin", "logit")
 
 
 class Samples(NamedTuple):
-    """Bootstrap means: a table of what each column is, and [1 + resamples, columns], the estimate first."""
+    """Bootstrap means: a table of what each column is, and [1 + resamples, columns], the estimate first; and how many
+    prompts each rests on."""
 
     columns: pd.DataFrame
     values: Float[np.ndarray, "samples columns"]
@@ -128,8 +130,8 @@ def _branches(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(tables)
 
 
-def _span(name: str, samples: np.ndarray) -> dict[str, float]:
-    value, low, high = interval(samples[:, 0] if samples.ndim > 1 else samples)
+def _span(name: str, samples: np.ndarray, count: float | None = None) -> dict[str, float]:
+    value, low, high = interval(samples[:, 0] if samples.ndim > 1 else samples, count=count)
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
@@ -374,7 +376,10 @@ def _interventions(rows: pd.DataFrame) -> pd.DataFrame:
             value = part.at(metric=metric, condition=condition)
             if not value.shape[1]:
                 continue
-            row = {"condition": condition, "metric": metric, "prompts": len(has)} | _span("value", value)
+            count = len(has) if metric == "accuracy" else None
+            row = {"condition": condition, "metric": metric, "prompts": len(has)} | _span(
+                "value", value, count
+            )
             before = paired.at(metric=metric, condition="none")
             if condition != "none" and before.shape[1]:
                 row |= _span("difference", paired.at(metric=metric, condition=condition) - before)

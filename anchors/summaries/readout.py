@@ -6,7 +6,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from anchors.stats import GROUP, interval, refuse_doubles, resampling, within_seeds
+from anchors.intervals import EQUAL, SCORE, auc_interval, interval, method
+from anchors.stats import GROUP, UNDEFINED, refuse_doubles, resampling, within_seeds
+
+ONE_LABEL = "the model predicts one label only: there is no AUC"
+GROUNDLESS = f"{UNDEFINED}: Σ (AUCROC − 0.5) over all layers is not above 0"
 
 
 def readout_summary(
@@ -20,13 +24,16 @@ def readout_summary(
         R_l = Σ_{i≤l} (AUCROC_i − 0.5) / Σ_{i≤N} (AUCROC_i − 0.5)
 
     AUCROC_l is the mean over seeds: prompts are only compared with prompts on the same demonstrations. Seeds in which
-    the model predicts one label only are left out.
+    the model predicts one label only are left out. R_l is a ratio, and defined as far as its denominator is above 0: where
+    the interval of Σ_{i≤N} (AUCROC_i − 0.5) reaches down to 0, any ratio at all is in keeping with what was seen
+    (Fieller 1954, J. R. Stat. Soc. B 16:175–185).
 
     Args:
         rows: of `Readout`, of one task or several.
 
     Returns:
-        One row per task (and `mean`), metric (`aucroc`, `r`) and layer: value, low, high, examples, seeds.
+        One row per task (and `mean`), metric (`aucroc`, `r`) and layer: value, low, high, `interval` (how the bounds were
+        made, see `anchors.intervals`), examples, seeds, and a `note` that says why a value is missing.
     """
     tables: list[pd.DataFrame] = []
     curves: dict[tuple, list[np.ndarray]] = {}
@@ -39,7 +46,7 @@ def readout_summary(
         auc = within_seeds(units, weights, lambda own, w, s=scores, p=predicted: aucroc(s[own], p[own], w))
         curves.setdefault(tuple(key[1:]), []).append(auc)
         tables.append(
-            _curves(auc, confidence).assign(
+            _curves(auc, confidence, _fewest(predicted, units)).assign(
                 **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
             )
         )
@@ -56,7 +63,7 @@ def readout_summary(
                 )
             )
     return pd.concat(tables, ignore_index=True)[
-        [*GROUP, "metric", "layer", "value", "low", "high", "examples", "seeds"]
+        [*GROUP, "metric", "layer", "value", "low", "high", "interval", "examples", "seeds", "note"]
     ]
 
 
@@ -69,6 +76,17 @@ def _scores(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
     scores = np.stack([wide[layer][labels].to_numpy() for layer in layers], axis=1)
     predicted = group[group["metric"] == "predicted"].set_index(["seed", "number"])["value"]
     return scores, predicted.loc[wide.index].to_numpy().astype(int), wide.index.to_frame(index=False)
+
+
+def _fewest(predicted: Int[np.ndarray, " prompts"], units: pd.DataFrame) -> tuple[int, int] | None:
+    """How many prompts the two rarest of the predicted labels have, over the seeds that predict several."""
+    counts: dict[int, int] = {}
+    for _, own in pd.Series(predicted).groupby(units["seed"].to_numpy()):
+        if own.nunique() > 1:
+            for label, count in own.value_counts().items():
+                counts[label] = counts.get(label, 0) + count
+    few = sorted(counts.values())[:2]
+    return (few[0], few[1]) if len(few) == 2 else None
 
 
 def aucroc(
@@ -128,16 +146,27 @@ def weighted_auc(
         return np.where(pairs > 0, ((plus @ wins) * minus).sum(1) / pairs, np.nan)
 
 
-def _curves(auc: np.ndarray, confidence: float) -> pd.DataFrame:
+def _curves(auc: np.ndarray, confidence: float, few: tuple[int, int] | None = None) -> pd.DataFrame:
+    """AUCROC_l and R_l with their intervals; `few` are the numbers of prompts behind an AUC of 0 or 1."""
     gain = np.cumsum(auc - 0.5, axis=1)
+    total, low, _ = interval(gain[:, -1:], confidence)
+    founded = bool(total[0] > 0 and not low[0] <= 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.where(gain[:, -1:] == 0, np.nan, gain / gain[:, -1:])
-    return pd.concat(
-        [
-            pd.DataFrame(
-                dict(zip(("value", "low", "high"), interval(samples, confidence), strict=True))
-            ).assign(metric=name, layer=np.arange(auc.shape[1]))
-            for name, samples in (("aucroc", auc), ("r", r))
-        ],
-        ignore_index=True,
-    )
+    one_label = bool(np.isnan(auc[0]).all())
+    notes = {
+        "aucroc": ONE_LABEL if one_label else "",
+        "r": ONE_LABEL if one_label else "" if founded else GROUNDLESS,
+    }
+    tables = []
+    for name, samples in (("aucroc", auc), ("r", r if founded else np.full_like(r, np.nan))):
+        value, low, high = interval(samples, confidence)
+        how = method(samples)
+        for layer in (
+            np.flatnonzero((how == EQUAL) & np.isin(value, (0, 1))) if name == "aucroc" and few else ()
+        ):
+            low[layer], high[layer] = auc_interval(float(value[layer]), *few, confidence)
+            how[layer] = SCORE
+        table = {"value": value, "low": low, "high": high, "interval": how, "note": notes[name]}
+        tables.append(pd.DataFrame(table).assign(metric=name, layer=np.arange(auc.shape[1])))
+    return pd.concat(tables, ignore_index=True)

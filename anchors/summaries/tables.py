@@ -5,16 +5,19 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from anchors.stats import GROUP, SUMS, interval, refuse_doubles, refuse_models, resampling, summarise
+from anchors.intervals import interval, method
+from anchors.stats import GROUP, SUMS, refuse_doubles, refuse_models, resampling, summarise
 
+SPAN = ("value", "low", "high", "interval", "prompts")
 LOYALTIES = ("accuracy", "label_loyalty", "word_loyalty")
 
 
 def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Accuracy and loss by condition, per-class scores, and the confusion matrix in counts.
 
-    `classes`: precision, recall and F1 of every label with intervals. `confusion`: task, condition, gold, predicted,
-    prompts.
+    `classes`: precision, recall and F1 of every label with intervals, how these were made, and of how many prompts
+    (`prompts`: those of the label for the recall, those said to be it for the precision, both for F1). `confusion`: task,
+    condition, gold, predicted, prompts.
     """
     refuse_doubles(rows)
     classes, confusion = [], []
@@ -28,12 +31,18 @@ def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         hit = weights @ (true_one_hot * said_one_hot)
         true, said = weights @ true_one_hot, weights @ said_one_hot
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores = {"precision": hit / said, "recall": hit / true, "f1": 2 * hit / (said + true)}
-        for name, samples in scores.items():
-            for label, value, low, high in zip(labels, *interval(samples), strict=True):
-                classes.append(
-                    facts | {"label": label, "metric": name, "value": value, "low": low, "high": high}
-                )
+            scores = {
+                "precision": (hit / said, said[0]),
+                "recall": (hit / true, true[0]),
+                "f1": (2 * hit / (said + true), said[0] + true[0]),
+            }
+        for name, (samples, prompts) in scores.items():
+            count = None if name == "f1" else prompts
+            spans = *interval(samples, count=count), method(samples, count), prompts.astype(int)
+            classes += [
+                facts | {"label": label, "metric": name} | dict(zip(SPAN, own, strict=True))
+                for label, *own in zip(labels, *spans, strict=True)
+            ]
         confusion += [
             facts
             | {

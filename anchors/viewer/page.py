@@ -12,6 +12,7 @@ import numpy as np
 
 _ROLES = ("text", "format", "label", "target")
 _SUMS = ("s_wp", "s_pq", "s_ww")
+_REST = "s_pq_rest"
 # Escaped, these cannot end the script element, and the page stays plain ASCII where the data lies.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
@@ -76,7 +77,7 @@ def _check(payload: dict[str, Any]) -> None:
     if not payload["prompts"]:
         raise ValueError("payload['prompts'] is empty: the page needs at least one prompt")
     curves = payload["curves"]
-    for field in _SUMS if curves else ():
+    for field in (*_SUMS, *({_REST} & set(curves))) if curves else ():
         for part in ("mean", "low", "high"):
             if len(curves[field][part]) != len(curves["layers"]):
                 raise ValueError(f"payload['curves']['{field}']['{part}'] is not one number per layer")
@@ -94,6 +95,7 @@ def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("edges", len(prompt["layers"]), "layers"),
         ("s_pq", depth, "layers of s_wp"),
         ("s_ww", depth, "layers of s_wp"),
+        (_REST, depth, "layers of s_wp"),
     ):
         if len(prompt[field]) != wanted:
             yield field, f"has {len(prompt[field])} entries for {wanted} {what}"

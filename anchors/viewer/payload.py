@@ -9,7 +9,7 @@ import pandas as pd
 
 from anchors.flow.saliency import flow
 from anchors.models import LanguageModel
-from anchors.stats import SUMS, flow_summary
+from anchors.stats import REST, SUMS, flow_summary
 from anchors.tasks.prompts import Prompt
 from anchors.tasks.task import Task
 from anchors.viewer.page import edges
@@ -38,6 +38,9 @@ def prompt_payload(
 ) -> dict[str, Any]:
     """One prompt: tokens, roles, the strongest edges of I_l by layer, the three sums, the label probabilities.
 
+    `classes` holds a class at the label-word positions p_k and nowhere else: these are what S_wp and S_pq are sums over.
+    `s_pq_rest` is what S_pq leaves out, see `anchors.flow.metrics.left_out`.
+
     A prompt without a right answer is differentiated against the model's own prediction, and says so.
     """
     notes = list(notes)
@@ -65,26 +68,30 @@ def prompt_payload(
         "layers": list(layers),
         "edges": [edges(result.maps[layer][0].numpy()) for layer in layers],
         "notes": notes,
+        REST: [float(x) for x in result.rest[0]],
     } | {name: [float(x) for x in getattr(result.sums, name)[0]] for name in SUMS}
 
 
 def curves_payload(rows: pd.DataFrame) -> dict[str, Any] | None:
-    """The shares of the three sums by layer over all examples of one task, with their intervals."""
+    """The shares of the three sums by layer over all examples of one task, with their intervals, and of what S_pq leaves
+    out; missing where a sum is not defined."""
     summary = flow_summary(rows)
     if not np.isfinite(summary[["share_low", "share_high"]]).all(axis=None):
         return None
     by_metric = dict(list(summary.groupby("metric")))
+
+    def shown(name: str) -> dict[str, list[float | None]]:
+        own = by_metric[name]
+        defined = own["note"] == ""
+        return {
+            part: [float(x) if there else None for x, there in zip(own[column], defined, strict=True)]
+            for part, column in (("mean", "share"), ("low", "share_low"), ("high", "share_high"))
+        }
+
     return {
         "layers": by_metric["s_wp"]["layer"].astype(int).tolist(),
         "examples": int(summary["examples"].iloc[0]),
-    } | {
-        name: {
-            "mean": by_metric[name]["share"].tolist(),
-            "low": by_metric[name]["share_low"].tolist(),
-            "high": by_metric[name]["share_high"].tolist(),
-        }
-        for name in SUMS
-    }
+    } | {name: shown(name) for name in (*SUMS, REST) if name in by_metric}
 
 
 def payload(
