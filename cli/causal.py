@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate, out
+from anchors.cli.common import out
 from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def causal(
     for task, part in result.tables["summary"].groupby("task", sort=False):
         table = Table(
             title=escape(f"Patching: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"),
-            caption="follow [95 % bootstrap interval]",
+            caption=escape(f"follow {common.caption_of(part[part['metric'] == 'follow'])}"),
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
@@ -57,8 +57,6 @@ def causal(
             table.add_column(escape(condition), no_wrap=True)
         for layer, own in follow.groupby("layer"):
             cells = own.set_index("condition")
-            table.add_row(
-                str(layer), *(estimate(*cells.loc[c, ["value", "low", "high"]]) for c in conditions)
-            )
+            table.add_row(str(layer), *(common.estimate_of(cells.loc[c]) for c in conditions))
         out.print(table)
     common.print_files(result.files)

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate, out, summary_table
+from anchors.cli.common import estimate_of, out, summary_table
 from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) 
     labels = list(dict.fromkeys(counts["gold"]))
     table = Table(
         title="confusion" if condition == "none" else f"confusion, {escape(condition)}",
-        caption="rows: the true label; columns: the predicted one",
+        caption=escape(
+            f"rows: the true label; columns: the predicted one; {common.caption_of(classes[classes['metric'] != 'f1'])}"
+        ),
         box=SIMPLE_HEAD,
     )
     table.add_column("")
@@ -74,6 +76,12 @@ def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) 
         table.add_row(
             escape(label),
             *(str(own[other]) for other in labels),
-            *(estimate(*scores.loc[name, ["value", "low", "high"]]) for name in ("precision", "recall")),
+            *(_score(scores.loc[name]) for name in ("precision", "recall")),
         )
     return table
+
+
+def _score(row: "pd.Series") -> str:
+    """Of a label that no prompt has, or that is never said, there is none."""
+    none = "never said" if row.name == "precision" else "no prompt"
+    return estimate_of(row) if row["prompts"] else none

@@ -190,8 +190,13 @@ def print_files(files: list[Path]) -> None:
         err.print(shown(path))
 
 
-def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: int = 2) -> str:
-    """`.61 [.57, .66]`, as papers print shares; empty where there is no value."""
+def estimate(
+    value: Any, low: Any, high: Any, *, signed: bool = False, digits: int = 2, equal: int | None = None
+) -> str:
+    """`.61 [.57, .66]`, as papers print shares; empty where there is no value.
+
+    `equal` is how many examples had this very value, where there is no interval because nothing varied.
+    """
     if value is None or value != value:
         return ""
 
@@ -199,7 +204,45 @@ def estimate(value: Any, low: Any, high: Any, *, signed: bool = False, digits: i
         text = f"{x:{'+' if signed else ''}.{digits}f}"
         return text.replace("0.", ".", 1) if abs(x) < 1 and text.lstrip("+-").startswith("0.") else text
 
-    return short(value) if low is None or low != low else f"{short(value)} [{short(low)}, {short(high)}]"
+    if low is None or low != low:
+        return short(value) if equal is None else f"{short(value)} ({equal} equal)"
+    return f"{short(value)} [{short(low)}, {short(high)}]"
+
+
+def estimate_of(row: Any, *, prefix: str = "", signed: bool = False) -> str:
+    """The `estimate` of a row of a table that says how its interval was made."""
+    from anchors.intervals import EQUAL
+
+    value = row.get(prefix or "value")
+    low, high = (row.get(f"{prefix}_{end}" if prefix else end) for end in ("low", "high"))
+    same = row.get(f"{prefix}_interval" if prefix else "interval") == EQUAL
+    return estimate(value, low, high, signed=signed, equal=int(row["examples"]) if same else None)
+
+
+def caption_of(table: "pd.DataFrame") -> str:
+    """How the intervals of a table were made, and what its accuracies have to be compared with."""
+    from anchors.intervals import EQUAL, SCORE, WILSON
+
+    columns = [c for c in ("interval", "difference_interval") if c in table]
+    ways = {str(way) for column in columns for way in table[column]}
+    told = {
+        WILSON: "Wilson's interval where all prompts agree (of a difference: a bound from it)",
+        SCORE: "a score interval where an AUC is 0 or 1",
+        EQUAL: "(n equal): all n values are the same, so that there is no interval",
+    }
+    parts = ["[95 % bootstrap interval]", *(text for way, text in told.items() if way in ways)]
+    if "indistinct" in table and table["indistinct"].any():
+        parts.append(
+            "≈: the loss differs from that of `none` by less than the run's arithmetic error: nothing was changed"
+        )
+    known = table.dropna(subset=["majority"]) if "majority" in table else table[:0]
+    if len(known):
+        chance, most = known[["chance", "majority"]].iloc[0]
+        parts.append(
+            f"accuracy by chance {estimate(chance, None, None)}, of always naming the most frequent class "
+            f"{estimate(most, None, None)}"
+        )
+    return "; ".join(parts)
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -232,7 +275,7 @@ def words(text: str | None) -> tuple[str, ...] | None:
 
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
     """One row per condition, one column per metric, and the difference of the first metric to the baseline."""
-    table = new_table(title)
+    table = new_table(title, caption=caption_of(summary[summary["metric"].isin(metrics)]))
     table.add_column("condition", overflow="fold")
     for metric in metrics:
         table.add_column(metric.replace("_", " "))
@@ -242,10 +285,11 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
     order = sorted(dict.fromkeys(summary["condition"]), key=lambda c: c != "none")
     for condition in order:
         own = summary[summary["condition"] == condition].set_index("metric")
-        cells = [estimate(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "" for m in metrics]
+        cells = [estimate_of(own.loc[m]) if m in own.index else "" for m in metrics]
         if compared:
-            gap = ["difference", "difference_low", "difference_high"]
-            cells.append(estimate(*own.loc[metrics[0], gap], signed=True) if metrics[0] in own.index else "")
+            first = own.loc[metrics[0]] if metrics[0] in own.index else None
+            shown = "" if first is None else estimate_of(first, prefix="difference", signed=True)
+            cells.append(f"≈ {shown}" if shown and first.get("indistinct", False) else shown)
         table.add_row(escape(condition), *cells)
     return table
 
@@ -255,16 +299,23 @@ def layer_table(summary: "pd.DataFrame", title: str) -> Table:
     layers = sorted(summary["layer"].dropna().unique())
     shown = [layers[round(i * (len(layers) - 1) / 4)] for i in range(5)] if len(layers) > 5 else layers
     keys = [c for c in ("task", "condition", "metric") if c in summary and summary[c].nunique() > 1]
-    value = "value" if "value" in summary else "share"
-    bounds = ["low", "high"] if value == "value" else ["share_low", "share_high"]
-    table = new_table(title, *keys, *(f"layer {layer}" for layer in shown))
+    prefix = "" if "value" in summary else "share"
+    table = new_table(title, *keys, *(f"layer {layer}" for layer in shown), caption=caption_of(summary))
     groups = summary.groupby(keys, sort=False) if keys else [((), summary)]
     for key, part in groups:
         own = part.dropna(subset=["layer"]).set_index("layer")
-        cells = [estimate(*own.loc[x, [value, *bounds]]) if x in own.index else "" for x in shown]
+        cells = [layer_cell(own.loc[x], prefix) if x in own.index else "" for x in shown]
         if any(cells):
             table.add_row(*(escape(str(k)) for k in key), *cells)
     return table
+
+
+def layer_cell(row: "pd.Series", prefix: str = "") -> str:
+    """An estimate, or that it is not defined in this layer."""
+    from anchors.stats import UNDEFINED
+
+    note = str(row.get("note", ""))
+    return UNDEFINED if note.startswith(UNDEFINED) else estimate_of(row, prefix=prefix)
 
 
 def print_json(data: Any) -> None:

@@ -63,9 +63,12 @@ def compress(
             )
         if speed:
             own = result.tables["speed"].set_index("task").loc[task]
+            demo, given, kept = (own[f"{n}_tokens"] for n in ("demonstration", "input", "kept"))
             out.print(
-                f"speed-up {estimate(own['value'], own['low'], own['high'])}; by tokens "
-                f"(L_demo + L_x) / (L_x + anchors) = ({own['demonstration_tokens']:.0f} + {own['input_tokens']:.0f}) / "
-                f"({own['input_tokens']:.0f} + {own['kept_tokens']:.0f}) = {own['limit']:.2f}"
+                f"speed-up {estimate(own['value'], own['low'], own['high'])}; as far as time goes with the tokens that are "
+                f"run at most (L_demo + L_x) / L_x = ({demo:.0f} + {given:.0f}) / {given:.0f} = {own['bound']:.2f}\n"
+                f"no bound, since anchors are attended to and not run: (L_demo + L_x) / (L_x + anchors) = "
+                f"({demo:.0f} + {given:.0f}) / ({given:.0f} + {kept:.0f}) = {own['limit']:.2f}",
+                markup=False,
             )
     common.print_files(result.files)

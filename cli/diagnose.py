@@ -47,14 +47,20 @@ def diagnose(
         agreement = result.tables["summary"]
         agreement = agreement[agreement["task"] == task]
         condition = agreement["condition"].iloc[0]
-        table = Table(title=escape(f"Pairs of labels: {task}, {condition}"), box=SIMPLE_HEAD)
-        for name in ("labels", "foretold distance", "actual AUC"):
+        shown = pairs[pairs["condition"] == condition].sort_values("actual")
+        table = Table(
+            title=escape(f"Pairs of labels: {task}, {condition}"),
+            caption=escape(f"texts: different ones of each label; {common.caption_of(shown)}"),
+            box=SIMPLE_HEAD,
+        )
+        for name in ("labels", "texts", "foretold distance", "actual AUC"):
             table.add_column(name)
-        for row in pairs[pairs["condition"] == condition].sort_values("actual").itertuples():
+        for row in shown.itertuples():
             table.add_row(
                 escape(f"{row.one} / {row.other}"),
+                f"{row.one_texts} / {row.other_texts}",
                 f"{row.predicted:.2f}",
-                estimate(row.actual, row.low, row.high),
+                estimate(row.actual, row.low, row.high) or escape(row.note),
             )
         out.print(table)
         for row in agreement.dropna(subset=["correlation"]).itertuples():

@@ -35,7 +35,8 @@ def flow(
     """Measure S_wp, S_pq and S_ww by layer; write a table, a figure and a page to click through.
 
     I_l = |Σ_h A ⊙ ∂L/∂A|: S_wp is the mean flow from words to label words, S_pq from label words to the target, S_ww
-    between all other words. Running the same command again computes only what is missing.
+    between all other words. Where label words have several tokens, the share of the flow from them to the target that
+    --policy leaves out of S_pq stands beside it. Running the same command again computes only what is missing.
     """
     result = setting.report(
         "flow",
@@ -61,9 +62,19 @@ def _analyses() -> "list[Analysis]":
 
 def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
     examples = summary["examples"].iloc[0]
+    from anchors.stats import REST
+
+    left = summary[summary["metric"] == REST]
+    several = bool((left["mean"] > 0).any())
+    caption = "mean [95 % bootstrap interval] in thousandths; share of each sum in the layer in %"
+    if several:
+        caption += (
+            "; left out: how much of the flow from label words to the target comes from tokens of theirs that are not "
+            "counted in S_pq, in %"
+        )
     table = Table(
         title=f"Information flow: {escape(title)}, {examples} examples",
-        caption="mean [95 % bootstrap interval] in thousandths; share of each sum in the layer in %",
+        caption=escape(caption),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -71,12 +82,19 @@ def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
     for name, colour in COLOURS.items():
         table.add_column(name.capitalize(), style=colour, no_wrap=True)
     table.add_column("shares", no_wrap=True)
+    if several:
+        table.add_column("left\nout", justify="right", no_wrap=True)
     for layer in layers:
         part = summary[summary["layer"] == layer].set_index("metric")
-        cells = [_interval(*(1e3 * part.loc[name, ["mean", "low", "high"]])) for name in COLOURS]
-        table.add_row(
-            str(layer), *cells, " ".join(f"{100 * part.loc[name, 'share']:.0f}" for name in COLOURS)
+        cells = [
+            part.loc[name, "note"] or _interval(*(1e3 * part.loc[name, ["mean", "low", "high"]]))
+            for name in COLOURS
+        ]
+        shares = " ".join(
+            "–" if part.loc[name, "note"] else f"{100 * part.loc[name, 'share']:.0f}" for name in COLOURS
         )
+        left = [f"{100 * part.loc[REST, 'share']:.0f}"] if several else []
+        table.add_row(str(layer), *cells, shares, *left)
     return table
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import err, estimate, new_table, out
+from anchors.cli.inject_sweep import INTERVALS, guessed
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         f"Share of the flow that comes from images and text: {title}",
         *("scenario", "expert", "λ", "accuracy", *paths),
         caption="into label words and into the target; mean over layers of the shallow and of the deep half "
-        "[95 % bootstrap interval]",
+        f"{INTERVALS}; {guessed(tables['guessing'])}",
     )
     for (scenario, expert, strength), part in own.groupby(["scenario", "expert", "strength"], sort=False):
         cells = part.set_index(["metric", "part"])

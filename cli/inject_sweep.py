@@ -83,7 +83,8 @@ def sweep(
         typer.Option(
             min=0,
             max=1,
-            help="The share of the VLM's vision that a setting must keep to be chosen; changing it computes nothing anew.",
+            help="The share of the VLM's vision that a setting must keep on the examples it is chosen on (`tune`, see "
+            "--split); whether it does so where results are reported is said. Changing it computes nothing anew.",
             rich_help_panel="Protocol",
         ),
     ] = 0.95,
@@ -126,10 +127,10 @@ def sweep(
             ),
             common.words(scenarios), split, limit, controls, batch, retention,
         )  # fmt: skip
+        opened = [Suite.open(path) for path in suites]
         with common.progress_bar("settings") as progress:
             result = report(
-                [Suite.open(path) for path in suites], wanted, out=to, device=device, precision=precision, csv=csv,
-                progress=progress,
+                opened, wanted, out=to, device=device, precision=precision, csv=csv, progress=progress,
             )  # fmt: skip
         common.print_notes(result.notes)
         if as_json:
@@ -137,11 +138,16 @@ def sweep(
             return
         for scenario in dict.fromkeys(result.tables["summary"]["scenario"]):
             own = {name: t[t["scenario"] == scenario] for name, t in result.tables.items()}
+            guesses = result.tables["guessing"]
+            own["guessing"] = guesses[guesses["scenario"].isin([scenario, opened[0].vision])]
             for show in (_references, _best, _matched, _sensitivity):
                 if (table := show(own, scenario)) is not None:
                     out.print(table)
         out.print(_scenarios(result.tables["scenarios"]))
         common.print_files(result.files)
+
+
+INTERVALS = "[95 % bootstrap interval; Wilson's where all answers are right, or all wrong]"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -160,21 +166,41 @@ def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
 def _references(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     names = ("skill", "blank", "shuffled", "vision")
     table = _table(f"{scenario} without injection", "", "skill", "image blank", "shuffled", "vision")
+    table.caption = escape(f"{INTERVALS}; {guessed(tables['guessing'])}")
     found = tables["summary"]
     for row in found[found["family"] == "reference"].to_dict(orient="records"):
         table.add_row(row["setting"], *_cells(row, *names))
     return table
 
 
+def guessed(found: "pd.DataFrame") -> str:
+    """What the accuracies have to be compared with."""
+    told = [
+        f"{row['scenario']} {estimate(row['chance'], None, None)} and {estimate(row['majority'], None, None)}"
+        for row in found.to_dict(orient="records")
+    ]
+    return f"right by chance and by always giving the kind's most frequent answer: {', '.join(told)}"
+
+
 def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     found = tables["best"]
-    kept, chosen_on = found[["retention", "chosen_on"]].iloc[0]
-    title = f"{scenario}: best setting that keeps {100 * kept:g} % of the VLM's vision, chosen on {chosen_on}"
-    table = _table(title, "family", "setting", "skill", "vision", "net of blank", "Δ skill")
+    share, chosen_on, split = found[["retention", "chosen_on", "split"]].iloc[0]
+    title = (
+        f"{scenario}: of each family the setting of highest skill among those that keep {100 * share:g} % of the VLM's vision "
+        f"on {chosen_on}; what it does on {split}"
+    )
+    lost = not found["kept"].all()
+    caption = f"{INTERVALS}; vision kept: of the VLM's own on {split}"
+    caption += f"; ✗: kept on {chosen_on}, but not on {split}" if lost else ""
+    table = _table(title, "family", "setting", "skill", "vision", "vision kept", "net of blank", "Δ skill")
+    table.caption = escape(caption)
     for row in found.to_dict(orient="records"):
         family, setting = row["family"], row["setting"].removeprefix(f"{row['family']} ")
-        cells = [*_cells(row, "skill", "vision", "net"), *_cells(row, "difference", signed=True)]
-        table.add_row(*map(escape, (family, setting)), *cells)
+        skill, vision, kept, net = _cells(row, "skill", "vision", "vision_kept", "net")
+        kept += "" if row["kept"] else " ✗"
+        table.add_row(
+            *map(escape, (family, setting)), skill, vision, kept, net, *_cells(row, "difference", signed=True)
+        )
     return table
 
 

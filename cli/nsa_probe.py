@@ -197,7 +197,8 @@ def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     untouched = found.loc[(found["condition"] == "none") & (found["metric"] == "accuracy")]
     table = new_table(
         f"Interventions: {title}, untouched accuracy "
-        + "".join(estimate(*row) for row in untouched[["value", "low", "high"]].to_numpy()),
+        + "".join(estimate(*row) for row in untouched[["value", "low", "high"]].to_numpy())
+        + "".join(f" (chance {estimate(c, None, None)})" for c in untouched["chance"].dropna()),
         "condition",
         "Δ accuracy",
         "beyond control",

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate, out
+from anchors.cli.common import out
 from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def readout(setting: Setting) -> None:
     """AUCROC_l and R_l: how well each layer's attention to the label words tells the model's own prediction.
 
     The score of a class is Σ_h A(q, p) over its label words p; the AUC is taken against what the model predicts.
-    R_l is the share of Σ (AUCROC − 0.5) that the layers up to l contribute.
+    R_l is the share of Σ (AUCROC − 0.5) that the layers up to l contribute; it is not defined where that sum over all
+    layers is not above 0.
     """
 
     def analyses() -> "list[Analysis]":
@@ -36,7 +37,7 @@ def readout(setting: Setting) -> None:
             title=escape(
                 f"Reading out: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
             ),
-            caption="[95 % bootstrap interval]",
+            caption=escape(common.caption_of(part)),
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
@@ -44,11 +45,8 @@ def readout(setting: Setting) -> None:
             table.add_column(name, no_wrap=True)
         for layer, own in part.groupby("layer"):
             cells = own.set_index("metric")
-            shown = [estimate(*cells.loc[m, ["value", "low", "high"]]) for m in ("aucroc", "r")]
+            shown = [common.layer_cell(cells.loc[m]) for m in ("aucroc", "r")]
             table.add_row(str(layer), *shown)
         out.print(table)
-        if part["value"].isna().all():
-            common.err.print(
-                f"[yellow]note:[/] {escape(task)}: the model predicts one label only; there is no AUC."
-            )
+        common.print_notes([f"{task}: {note}." for note in dict.fromkeys(part["note"]) if note])
     common.print_files(result.files)

@@ -29,7 +29,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
     panels = figure.subplots(1, len(layers), squeeze=False)[0]
     for panel, layer in zip(panels, layers, strict=True):
         _tokens(panel, tokens, step)
-        _arcs(panel, flows[flows["layer"] == layer], tokens.set_index("position")["role"])
+        _arcs(panel, flows[flows["layer"] == layer], tokens.set_index("position"))
         panel.set(title=f"layer {layer}", ylim=(length - 0.3, -0.7), xlim=(-0.42, 0.55))
         panel.axis("off")
     task = f", {plain(tokens['task'].iloc[0])}" if "task" in tokens else ""
@@ -48,7 +48,10 @@ def _first(table: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tokens(panel: Axes, tokens: pd.DataFrame, step: float) -> None:
-    """Names left of the line; label words and the target bold, in the colour of the flow that ends or begins there."""
+    """Names left of the line; label words and the target bold, in the colour of the flow that ends or begins there.
+
+    Of a label word of several tokens only the counted ones are; the others are written in grey.
+    """
     size = min(8.0, 72 * step * 0.85)
     sizes = {True: max(size, 7), False: max(size, 5.2)}
     every = len(tokens) <= ALL_TEXT
@@ -57,7 +60,12 @@ def _tokens(panel: Axes, tokens: pd.DataFrame, step: float) -> None:
         [0, 0], [tokens["position"].min(), tokens["position"].max()], color="0.85", linewidth=0.8, zorder=0
     )
     panel.scatter(np.zeros(len(dots)), dots["position"], s=2, color="0.6", linewidth=0, zorder=1)
+    counted = set(tokens.loc[tokens["counted"], "position"])
     for first, last, role, text in _lines(tokens, every):
+        if first in counted:
+            role = "label"
+        elif role == "label":
+            role = "text"
         marked = role in ("label", "target")
         shown = plain(text.strip(" ") or "␣", 26)
         panel.text(
@@ -83,14 +91,16 @@ def _lines(tokens: pd.DataFrame, every: bool) -> list[tuple[int, int, str, str]]
     return found
 
 
-def _arcs(panel: Axes, flows: pd.DataFrame, roles: pd.Series) -> None:
+def _arcs(panel: Axes, flows: pd.DataFrame, tokens: pd.DataFrame) -> None:
+    """Each in the colour of the sum that it is part of: S_wp and S_pq are over the counted positions."""
     strongest = flows.nlargest(STRONGEST, "value")
     if not len(strongest) or not strongest["value"].max() > 0:
         return
     size = (strongest["value"] / strongest["value"].max()).to_numpy()
-    into, out = (roles.loc[strongest[c]].to_numpy() for c in ("to", "from_"))
-    kinds = np.select([into == "label", (into == "target") & (out == "label")], ["s_wp", "s_pq"], "s_ww")
-    longest = max(len(roles) - 1, 1)
+    into, out = (tokens["counted"].loc[strongest[c]].to_numpy(bool) for c in ("to", "from_"))
+    target = (tokens["role"].loc[strongest["to"]] == "target").to_numpy()
+    kinds = np.select([target & out, into], ["s_pq", "s_wp"], "s_ww")
+    longest = max(len(tokens) - 1, 1)
     around = np.linspace(-np.pi / 2, np.pi / 2, 40)
     for order, kind in enumerate(("s_ww", "s_wp", "s_pq")):
         lines, colours = [], []

@@ -261,8 +261,14 @@ def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
     shown = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1])])
     assert shown.exit_code == 0, shown.output
-    for text in ("instruction without injection", "equal norm added", "chosen on tune", "Which scenarios"):
-        assert text in shown.stdout
+    for text in (
+        "instruction without injection",
+        "equal norm added",
+        "of the VLM's vision on tune",
+        "vision kept",
+        "Which scenarios",
+    ):
+        assert text in " ".join(shown.stdout.split())
 
 
 def test_command_without_task_arithmetic(
@@ -288,7 +294,7 @@ def test_command_without_task_arithmetic(
     ]
     shown = CliRunner().invoke(app, [str(suites[0].folder), *grid, str(swept[1])])
     assert shown.exit_code == 0, shown.output
-    assert "best setting that keeps 50 % of the VLM's vision" in " ".join(shown.stdout.split())
+    assert "highest skill among those that keep 50 % of the VLM's vision on" in " ".join(shown.stdout.split())
     assert "equal norm added" not in shown.stdout
 
 

@@ -166,11 +166,35 @@ def test_r_by_hand():
     # Two prompts of each class; AUCROC by layer: 1, 0.5, 0.75.
     second = np.array([[0.1, 0.3, 0.1], [0.2, 0.3, 0.3], [0.8, 0.3, 0.2], [0.9, 0.3, 0.9]])
     scores = np.stack([np.full_like(second, 0.5), second], axis=-1)
-    table = readout_summary(rows_of(scores, [0, 0, 1, 1]), resamples=50).set_index(["metric", "layer"])
+    rows = rows_of(np.tile(scores, (10, 1, 1)), [0, 0, 1, 1] * 10)
+    table = readout_summary(rows, resamples=50).set_index(["metric", "layer"])
     values = table["value"]
     assert [values["aucroc", layer] for layer in range(3)] == pytest.approx([1, 0.5, 0.75])
     assert [values["r", layer] for layer in range(3)] == pytest.approx([0.5 / 0.75, 0.5 / 0.75, 1])
-    assert (table["examples"] == 4).all()
+    assert (table["examples"] == 40).all()
+    assert (table["note"] == "").all()
+    # Wholly apart, wholly alike, and in between: only the last has something to draw from.
+    assert table.loc["aucroc", "interval"].tolist() == ["score", "equal values", "bootstrap"]
+    first, again = table.loc[("aucroc", 0)], readout_summary(rows_of(scores, [0, 0, 1, 1]), resamples=50)
+    few = again.set_index(["metric", "layer"]).loc[("aucroc", 0)]
+    assert (few["value"], few["high"]) == (first["value"], first["high"]) == (1, 1)
+    assert few["low"] < 0.6 < 0.8 < first["low"] < 1
+
+
+def test_r_is_not_defined_beyond_its_denominator():
+    """Scores that tell nothing: Σ (AUCROC − 0.5) may as well be 0, and a ratio to it anything."""
+    scores = np.random.default_rng(3).random((40, 5, 2))
+    table = readout_summary(rows_of(scores, [0, 1] * 20), resamples=200).set_index("metric")
+    assert table.loc["aucroc", "value"].notna().all()
+    assert table.loc["r", ["value", "low", "high"]].isna().all(axis=None)
+    assert table.loc["r", "note"].str.startswith("not defined here: ").all()
+
+
+def test_an_auc_with_one_class_says_why_it_is_missing():
+    scores, _ = random_scores(12, 2, 3)
+    table = readout_summary(rows_of(scores, [1] * 12), resamples=20)
+    assert table["value"].isna().all()
+    assert set(table["note"]) == {"the model predicts one label only: there is no AUC"}
 
 
 def test_tasks_are_averaged_and_seeds_counted():

@@ -12,6 +12,7 @@ from anchors.figures.style import save
 from anchors.injection.flow_choice import choices, damage
 from anchors.injection.flow_report import Measured, Wanted
 from anchors.injection.flow_tables import MEASURES, tables
+from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
 from anchors.results import provenance, write_table
 
@@ -38,6 +39,7 @@ def write(
     """
     scenarios, experts = wanted.of(suites[0])
     found = tables(measured.rows, resamples)
+    found["guessing"] = guessing(suites, scenarios, "test", wanted.examples)
     notes = _notes(measured)
     if measured.vision in scenarios:
         found["damage"], found["points"] = damage(measured)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
 from anchors.injection.sweep import Sweep, sweep
 from anchors.injection.tables import tables
@@ -36,7 +37,9 @@ def report(
     """
     found = sweep(suites, wanted, out=out, device=device, precision=precision, progress=progress)
     made = tables(found.rows, found.settings, wanted.split, retention=wanted.retention)
-    notes = found.notes + _edges(made["best"])
+    asked = dict.fromkeys([*wanted.skills(suites[0]), suites[0].vision])
+    made["guessing"] = guessing(suites, asked, wanted.split, wanted.limit)
+    notes = found.notes + _edges(made["best"]) + _forgetful(made["best"])
     facts = provenance(model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=notes)
     files = write_rows(out, {NAME: found.rows}, facts, csv=csv)
     files += write_tables(out, NAME, made | {"settings": found.settings}, facts)
@@ -46,6 +49,16 @@ def report(
     for name, figure in inject_sweep.draw(made, suites[0].name).items():
         files += save(figure, out / f"{NAME}_{name}")
     return Report(made, files, notes, facts)
+
+
+def _forgetful(best: pd.DataFrame) -> list[str]:
+    """What was chosen for keeping vision, and does not keep it where results are reported."""
+    found = best[~best["kept"] & (best["family"] != "any")]
+    return [
+        f"{row.scenario}: {row.setting} was chosen because it keeps {100 * row.retention:g} % of the VLM's vision on "
+        f"{row.chosen_on}; on {row.split} it keeps {100 * row.vision_kept:.0f} %."
+        for row in found.itertuples()
+    ]
 
 
 def _edges(best: pd.DataFrame) -> list[str]:

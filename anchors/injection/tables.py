@@ -95,7 +95,7 @@ def tables(
 
     Returns:
         summary: every setting and reference of every scenario; best: the setting of each family that was chosen on
-        `tune` (on `split` itself where `chosen_apart` says no), see `best_table`; matched, sensitivity and scenarios:
+        `tune` (on `split` itself where `chosen_apart` says no) with what it does on `split`, see `best_table`; matched, sensitivity and scenarios:
         see the functions of these names.
     """
     parts: dict[str, list[pd.DataFrame]] = {}
@@ -108,7 +108,7 @@ def tables(
         apart = chosen_apart(mine, split)
         ahead = Samples.of(mine[mine["split"] == "tune"], names, 0) if apart else test
         summary = summary_table(own, test)
-        best = best_table(own, ahead, test, "tune" if apart else split, retention)
+        best = best_table(own, ahead, test, "tune" if apart else split, retention).assign(split=split)
         found = {
             "summary": summary, "best": best, "matched": matched_table(own, test), "sensitivity": sensitivity_table(own, test, retention)
         }  # fmt: skip

@@ -360,6 +360,9 @@ def _interventions(rows: pd.DataFrame) -> pd.DataFrame:
         return own
     order = ("none", "ban", "force", "cut", "isolate")
     names = sorted(own["condition"].unique(), key=lambda name: order.index(name.partition("-")[0]))
+    # An episode has classes of its own: its chance is one over how many they are.
+    classes = _of(rows, ["classes"])["value"]
+    chance = float((1 / classes).mean()) if len(classes) else np.nan
     tables = []
     for condition in names:
         control = control_of(condition)
@@ -380,6 +383,7 @@ def _interventions(rows: pd.DataFrame) -> pd.DataFrame:
             row = {"condition": condition, "metric": metric, "prompts": len(has)} | _span(
                 "value", value, count
             )
+            row["chance"] = chance if metric == "accuracy" else np.nan
             before = paired.at(metric=metric, condition="none")
             if condition != "none" and before.shape[1]:
                 row |= _span("difference", paired.at(metric=metric, condition=condition) - before)

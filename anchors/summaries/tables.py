@@ -143,16 +143,20 @@ def reweighting_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tokens of single prompts and the flows between them (Figure 1).
 
-    `tokens`: position, role, text. `flows`: layer, from_, to, value.
+    `tokens`: position, role, text, and whether it is counted as a label word (a position p_k, which S_wp and S_pq are sums
+    over). In rows that do not say, from before they did, every token of a label word is. `flows`: layer, from_, to, value.
     """
     refuse_models(rows)  # a token's text may stand there several times
     tokens = rows[rows["metric"].str.startswith("token/")]
     parts = tokens["metric"].str.split("/", n=2, expand=True)
     flows = rows[rows["metric"].str.startswith("flow/")]
     ends = flows["metric"].str.split("/", expand=True)
+    own = ["task", "seed", "number", "value"]
+    counted = pd.MultiIndex.from_frame(rows.loc[rows["metric"] == "counted", own])
+    labels = pd.MultiIndex.from_frame(tokens[own]).isin(counted) if len(counted) else parts[1] == "label"
     return {
         "tokens": tokens[["task", "seed", "example"]].assign(
-            position=tokens["value"].astype(int), role=parts[1], text=parts[2]
+            position=tokens["value"].astype(int), role=parts[1], text=parts[2], counted=labels
         ),
         "flows": flows[["task", "seed", "example", "layer", "value"]].assign(
             to=ends[1].astype(int), from_=ends[2].astype(int)
