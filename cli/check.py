@@ -32,7 +32,7 @@ def check(
     with common.reporting():
         from anchors.tasks.task import TASKS
 
-        own = template is not None and labels is not None
+        own = template is not None or labels is not None
         tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.check import check as certify

@@ -87,16 +87,27 @@ Policy = Annotated[
 
 
 def tasks_from(
-    names: list[str], template: str | None, labels: str | None, policy: str | None
+    names: list[str], template: str | None, labels: str | None, policy: str | None, default: str = "sst2"
 ) -> "list[Task]":
-    """The tasks that the options name."""
+    """The tasks that the options name; without any the default.
+
+    Raises:
+        AnchorsError: a template without label words, or label words without a template, and no task is named whose other
+            half they could be meant for.
+    """
     from anchors.tasks.task import task
 
     words = None if labels is None else [word.strip() for word in labels.split(",")]
     wanted = [name.strip() for text in names for name in text.split(",")]
     if template is not None and words is not None and not wanted:
         return [task(None, template=template, labels=words, policy=policy)]
-    found = [task(name, template=template, labels=words, policy=policy) for name in wanted or ["sst2"]]
+    if not wanted and (template is not None or words is not None):
+        given, lacking = ("--template", "--labels") if words is None else ("--labels", "--template")
+        raise AnchorsError(
+            f"{given} without {lacking} makes no task.",
+            f"Give {lacking}, too, or say with --task whose it is to take: --task {default} {given} ….",
+        )
+    found = [task(name, template=template, labels=words, policy=policy) for name in wanted or [default]]
     called = [each.name for each in found]
     if twice := [name for name in called if called.count(name) > 1]:
         raise AnchorsError(

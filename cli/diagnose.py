@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anchors.runner import Analysis
 
 
-@measurement(task=["trec"], examples=100)
+@measurement(examples=100)
 def diagnose(
     setting: Setting,
     components: Annotated[
@@ -37,7 +37,7 @@ def diagnose(
 
         return [Diagnosis(sweep, layer)]
 
-    result = setting.report("diagnose", analyses)
+    result = setting.report("diagnose", analyses, task="trec")
     if setting.as_json:
         common.print_json(result.as_json())
         return

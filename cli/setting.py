@@ -23,7 +23,8 @@ TaskNames = Annotated[
     typer.Option(
         "--task",
         "-t",
-        help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas.",
+        help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas. Default: sst2 "
+        "(diagnose: trec).",
         rich_help_panel="Task",
     ),
 ]
@@ -90,8 +91,8 @@ class Setting:
     csv: Csv = False
     as_json: Json = False
 
-    def tasks(self) -> "list[Task]":
-        return common.tasks_from(self.task or [], self.template, self.labels, self.policy)
+    def tasks(self, default: str = "sst2") -> "list[Task]":
+        return common.tasks_from(self.task or [], self.template, self.labels, self.policy, default)
 
     def sets(self, tasks: "list[Task]") -> "list[Data]":
         from anchors.tasks.data import read
@@ -115,18 +116,21 @@ class Setting:
             skip_too_long=self.skip_too_long,
         )
 
-    def report(self, verb: str, analyses: "Callable[[], list[Analysis]]", **options: Any) -> "Report":
+    def report(
+        self, verb: str, analyses: "Callable[[], list[Analysis]]", *, task: str = "sst2", **options: Any
+    ) -> "Report":
         """Measure and write; returns the report. All that can be checked is checked before anything is loaded.
 
         Args:
             verb: names the folder of the results.
             analyses: makes the analyses; importing them loads torch.
+            task: what is measured on where none is named.
             options: of `anchors.report.report`; those that depend on the model as functions of it.
         """
         from anchors.results import require_writable
 
         check_protocol(self.seeds, self.control, self.batch_size)
-        tasks = self.tasks()
+        tasks = self.tasks(task)
         sets = self.sets(tasks)
         common.print_data(tasks, sets)
         out = Path("results") / verb if self.out is None else self.out

@@ -92,7 +92,7 @@ def test_flow_leaves_rows_figure_and_page(tiny, tmp_path):
 def test_flow_json_is_json_and_nothing_else(tiny, tmp_path):
     result = invoke("flow", *tiny, "-n", 1, "-o", tmp_path, "--json", "--pages", 0)
     found = json.loads(result.stdout)
-    assert {row["metric"] for row in found["summary"]} == {"s_wp", "s_pq", "s_ww"}
+    assert {row["metric"] for row in found["summary"]} == {"s_wp", "s_pq", "s_ww", "s_pq_rest"}
     assert found["summary"][0]["low"] is None
     assert found["fingerprint"]
 
@@ -113,7 +113,9 @@ BAD = {
     "labels that collide": (["--template", "{text}:{label}", "--labels", "Positive,Positive mood", "--data", "{csv}"], "begin with the same token"),
     "template without label": (["--template", "{text}", "--labels", "a,b"], "{label} 0 times"),
     "file without the columns": (["--data", "{wrong}"], "lacks the column"),
-    "label not in the list": (["--data", "{csv}", "--labels", "Good,Bad"], "which is not one of"),
+    "label not in the list": (["--data", "{csv}", "--labels", "Good,Bad", "-t", "sst2"], "which is not one of"),
+    "labels of no task": (["--data", "{csv}", "--labels", "Negative,Positive"], "--labels without --template makes no task"),
+    "template of no task": (["--data", "{csv}", "--template", "{text}:{label}"], "--template without --labels makes no task"),
     "empty file": (["--data", "{empty}"], "is empty"),
     "missing directory": (["--data", "no/such/place"], "does not exist"),
     "missing model": (["--model", "./no-such-model"], "does not exist"),

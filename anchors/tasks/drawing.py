@@ -20,8 +20,8 @@ class Draw:
     Attributes:
         shots: demonstrations per class.
         seed: of everything random.
-        fresh: draw new demonstrations for every query, with replacement (2.1), instead of one set per seed,
-            without replacement (all other analyses).
+        fresh: draw new demonstrations for every query (2.1), instead of one set per seed (all other analyses). Another
+            query may show the same ones again; no prompt shows one twice.
         control: `random-positions` puts random other tokens of the demonstrations in the place of the label words,
             as many; `permuted-labels` shows every class under the label word of another one.
     """
@@ -100,20 +100,31 @@ def demonstrations(
     by_class = [data.train_by_class.get(c, []) for c in range(len(task.labels))]
     if asked:
         by_class = [[e for e in pool if e.text not in asked] for pool in by_class]
-    least = 1 if how.fresh else how.shots
-    if few := [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < least]:
+    if few := [task.labels[c] for c, pool in enumerate(by_class) if len(pool) < how.shots]:
         why = " that are neither asked about nor stand under two labels" if data.left_out else ""
         raise AnchorsError(
-            f"Fewer than {least} training examples for {few}{why}.",
-            "Ask for fewer shots." if least > 1 else "Add examples.",
+            f"Fewer than {how.shots} training examples for {few}{why}.",
+            "Ask for fewer shots." if how.shots > 1 else "Add examples.",
         )
     rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
-    shown = [pool[int(i)] for pool in by_class for i in rng.choice(len(pool), how.shots, replace=how.fresh)]
+    shown = [pool[i] for pool in by_class for i in _different(len(pool), how, rng)]
     shown = [shown[i] for i in rng.permutation(len(shown))]
     if how.control == "permuted-labels":
         moved = derangement(len(task.labels), rng)
         shown = [replace(e, label=moved[e.label]) for e in shown]
     return shown
+
+
+def _different(count: int, how: Draw, rng: np.random.Generator) -> list[int]:
+    """As many different places as there are shots, every choice alike.
+
+    Fresh demonstrations are drawn with replacement first: a draw that repeats none is as good as one without replacement,
+    and prompts stay what they were before repetitions were refused.
+    """
+    found = rng.choice(count, how.shots, replace=how.fresh)
+    if len(set(found.tolist())) < how.shots:
+        found = rng.choice(count, how.shots, replace=False)
+    return [int(i) for i in found]
 
 
 def derangement(count: int, rng: np.random.Generator) -> list[int]:
