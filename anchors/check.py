@@ -87,6 +87,19 @@ def _same_logits(model: LanguageModel, prompts: list[Prompt], tolerance: float) 
     return error <= tolerance, f"relative difference {error:.1e}"
 
 
+def arithmetic_error(model: LanguageModel, prompt: Prompt) -> float:
+    """How far the label words' logits are from those of the model's own attention: what rounding does, in nats.
+
+    Two losses of a prompt that differ by no more than twice as much may be the same.
+    """
+    batch = collate([prompt], model.device)
+    ours = _logits(model, [prompt])
+    with own_attention(model.model):
+        own = _logits(model, [prompt])
+    labels = batch.label_ids.to(ours.device)
+    return float((ours.gather(1, labels).double() - own.gather(1, labels).double()).abs().max())
+
+
 def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:
     return True, f"worst layer {float(flow(model, prompts).identity_error.max()):.1e}"
 

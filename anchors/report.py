@@ -3,23 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anchors.check import check
+from anchors.check import arithmetic_error, check
 from anchors.errors import CertificateError
 from anchors.identity import Identity
 from anchors.models import LanguageModel
-from anchors.results import plain, provenance, write_atomic, write_table
+from anchors.results import plain, provenance
 from anchors.runner import Analysis, Measured, Sample, measure
+from anchors.shelf import Shelf
 from anchors.sight import hidden_labels
-from anchors.summaries import Rows, Tables, tables_of
+from anchors.summaries import Rows, Tables, marked, tables_of
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, draw, within_context
 from anchors.tasks.task import Task
 from anchors.viewer import render_page
 from anchors.viewer.payload import curves_payload, payload, prompt_payload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def report(
 ) -> Report:
     """Certify the model, measure all parts, and write rows, tables, figure and pages under `out`.
 
+    Results of something else that lie there under the same names are set aside, see `anchors.shelf`.
+
     Args:
         model, parts: what is measured.
         out: folder of the results.
@@ -85,7 +91,7 @@ def report(
         CertificateError: the quick form of `anchors check` failed on this model.
         AnchorsError: see `anchors.runner.measure`.
     """
-    certify(model, parts[0].task, parts[0].data, parts[0].how)
+    error = certify(model, parts[0].task, parts[0].data, parts[0].how)
     notes: list[str] = []
     measured: list[Measured] = []
     rows: dict[str, list[pd.DataFrame]] = {}
@@ -121,22 +127,30 @@ def report(
             for p, m in zip(parts, measured, strict=True)
         ],
         notes=notes,
+        arithmetic_error=error,
     )
     name, kind = name or parts[0].analysis.kind, parts[0].analysis.kind
     whole = {k: pd.concat(frames, ignore_index=True) for k, frames in rows.items()}
-    files = write_rows(out, whole if runs else _own(whole, name), facts, csv=csv)
-    made = tables(whole)
-    files += write_tables(out, name, made, facts)
-    files += write_figure(out, name, figure or kind, made, model.name)
+    made = marked(tables(whole), whole, facts["arithmetic_error"])
+    shelf = Shelf(out, name)
+    for key, table in (whole if runs else _own(whole, name)).items():
+        shelf.table(key, table, csv=csv)
+    for key, table in made.items():
+        shelf.table(f"{name}_{key}", table)
+    shelf.figure(name, drawn(figure or kind, made, model.name))
     if kind == "flow" and pages:
         for part, found in zip(parts, measured, strict=True):
-            path = out / f"{name}_{part.task.name}.html"
-            files += _page(model, part.task, found, path, pages, layers or range(model.n_layers), facts)
-    return Report(made, files, notes, facts)
+            if page := _page(model, part.task, found, pages, layers or range(model.n_layers), facts):
+                shelf.page(f"{name}_{part.task.name}", page)
+    files, moved = shelf.write(facts)
+    return Report(made, files, notes + moved, facts)
 
 
-def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
+def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> float | None:
     """The quick form of `anchors check`, on the first prompt that fits.
+
+    Returns:
+        The arithmetic error of its loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
 
     Raises:
         CertificateError: it failed.
@@ -149,6 +163,7 @@ def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> None:
         raise CertificateError(
             f"{model.name} failed: {failed[0].name}: {failed[0].detail}", "See `anchors check`."
         )
+    return arithmetic_error(model, first[0].prompt) if first else None
 
 
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
@@ -172,50 +187,26 @@ def _own(rows: Rows, name: str) -> Rows:
     return {main: own} | {f"{name}_{kind}_rows": more for kind, more in others}
 
 
-def write_rows(out: Path, rows: Rows, facts: dict[str, Any], *, csv: bool = False) -> list[Path]:
-    """Write rows as parquet, one file per kind of analysis; returns what was written."""
-    files = []
-    for kind, table in rows.items():
-        files.append(out / f"{kind}.parquet")
-        write_table(files[-1], table, facts)
-        if csv:
-            files.append(out / f"{kind}.csv")
-            write_atomic(files[-1], lambda draft, table=table: table.to_csv(draft, index=False))
-    return files
-
-
-def write_tables(out: Path, name: str, tables: Tables, facts: dict[str, Any]) -> list[Path]:
-    """Write tables as parquet; returns what was written."""
-    for key, table in tables.items():
-        write_table(out / f"{name}_{key}.parquet", table, facts)
-    return [out / f"{name}_{key}.parquet" for key in tables]
-
-
-def write_figure(out: Path, name: str, kind: str, tables: Tables, model: str) -> list[Path]:
-    """Draw tables as PNG and PDF; nothing where a kind has no picture."""
+def drawn(kind: str, tables: Tables, model: str) -> "Figure | None":
+    """The picture of tables; None where a kind has none."""
     from anchors.figures import draw
-    from anchors.figures.style import save
 
-    drawn = draw(kind, tables, model)
-    return [] if drawn is None else save(drawn, out / name)
+    return draw(kind, tables, model)
 
 
 def _page(
     model: LanguageModel,
     task: Task,
     found: Measured,
-    path: Path,
     pages: int,
     layers: Sequence[int],
     facts: dict[str, Any],
-) -> list[Path]:
+) -> str | None:
     shown = [
         prompt_payload(model, task, d.prompt, f"test example {d.example}", layers)
         for d in found.first[:pages]
     ]
     if not shown:
-        return []
+        return None
     curves = curves_payload(found.rows)
-    page = render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))
-    write_atomic(path, lambda draft: draft.write_text(page, encoding="utf-8"))
-    return [path]
+    return render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))

@@ -12,8 +12,9 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments from the rows that `anchors run` left."""
     with common.reporting():
         from anchors.figures import draw
-        from anchors.figures.style import save
-        from anchors.results import read_table, write_table
+        from anchors.results import read_table
+        from anchors.shelf import Shelf, contained
+        from anchors.summaries import marked
 
         drawn_any = False
         for experiment in experiments(names):
@@ -27,14 +28,22 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                     f"Run `anchors run {experiment.name}` first.",
                 )
             read = {kind: read_table(folder / f"{kind}.parquet") for kind in experiment.kinds()}
-            facts = next(iter(read.values()))[1]
-            tables = experiment.tables({kind: rows for kind, (rows, _) in read.items()})
-            files = []
+            (first, facts), *others = ((kind, facts) for kind, (_, facts) in read.items())
+            for kind, other in others:
+                if not (contained(facts, other) and contained(other, facts)):
+                    raise AnchorsError(
+                        f"{str(folder)!r} holds rows of {first} and of {kind} that were not measured together.",
+                        f"Run `anchors run {experiment.name}` again.",
+                    )
+            rows = {kind: rows for kind, (rows, _) in read.items()}
+            tables = marked(experiment.tables(rows), rows, facts.get("arithmetic_error"))
+            shelf = Shelf(folder, experiment.name)
             for name, table in tables.items():
-                files.append(folder / f"{experiment.name}_{name}.parquet")
-                write_table(files[-1], table, facts)
+                shelf.table(f"{experiment.name}_{name}", table)
             drawn = draw(experiment.figure or "none", tables, facts["model"])
-            files += [] if drawn is None else save(drawn, folder / experiment.name)
+            shelf.figure(experiment.name, drawn)
+            files, moved = shelf.write(facts)
+            common.print_notes(moved)
             common.print_files(files)
             drawn_any = True
             if drawn is None:

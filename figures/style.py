@@ -61,8 +61,16 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and PDF; returns the two paths."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
     for path in paths:
-        with warnings.catch_warnings():
-            # A character that no font has is drawn as a box; that is all there is to say.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-            write_atomic(path, lambda draft: figure.savefig(draft, format=draft.suffix[1:]))
+        write_figure(figure, path)
     return paths
+
+
+def write_figure(figure: Figure, path: Path, about: str = "") -> None:
+    """Write a figure in the format that the path ends in; what it is about is kept in the file."""
+    key = {".png": "Description", ".pdf": "Subject"}[path.suffix]
+    with warnings.catch_warnings():
+        # A character that no font has is drawn as a box; that is all there is to say.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        write_atomic(
+            path, lambda draft: figure.savefig(draft, format=draft.suffix[1:], metadata={key: about or None})
+        )

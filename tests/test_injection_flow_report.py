@@ -279,7 +279,7 @@ def test_many_tests_are_corrected():
 def test_vision_alone_judges_no_rule(suite, measured, tmp_path, monkeypatch):
     from anchors.injection import flow_write
 
-    monkeypatch.setattr(flow_write, "save", lambda *_: [])
+    monkeypatch.setattr(flow_write.Shelf, "figure", lambda *_: None)
     app = typer.Typer()
     app.command()(cli.flow)
     wanted = [

@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 
 from anchors.figures import inject_flow as figures
-from anchors.figures.style import save
 from anchors.injection.flow_choice import choices, damage
 from anchors.injection.flow_report import Measured, Wanted
 from anchors.injection.flow_tables import MEASURES, tables
 from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
-from anchors.results import provenance, write_table
+from anchors.results import provenance
+from anchors.shelf import Shelf
+
+NAME = "flow"
 
 
 def write(
@@ -48,14 +50,15 @@ def write(
             found |= {"choices": chosen, "regret": regret}
         else:
             notes.append("No rule for λ was judged: that needs the experts' own scenarios, too.")
-    facts = provenance(kind="inject-flow", suites=[s.name for s in suites], configs=measured.configs)
-    files = []
+    grid = sorted({f"{x:g}" for x in wanted.strengths})
+    facts = provenance(
+        model=suites[0].name,
+        suites=[s.name for s in suites],
+        parts=[part | {"grid": grid} for part in measured.configs],
+    )
+    shelf = Shelf(out, NAME)
     for name, table in {"rows": measured.rows, **found}.items():
-        files.append(out / f"flow-{name}.parquet")
-        write_table(files[-1], table, facts)
-        if name != "rows":
-            files.append(out / f"flow-{name}.csv")
-            table.to_csv(files[-1], index=False)
+        shelf.table(f"{NAME}-{name}", table, csv=name != "rows")
     after = min((s for s in wanted.strengths if s > 0), key=lambda s: abs(np.log(s)))
     model = f"{suites[0].name}" if len(suites) == 1 else f"{suites[0].name} and {len(suites) - 1} more"
     panels = {
@@ -65,13 +68,13 @@ def write(
     for measure in measures:
         for name, own in panels.items():
             if own:
-                figure = figures.draw(found, measure, own, model, after)
-                files += save(figure, out / f"flow-{name}-{measure}")
+                shelf.figure(f"{NAME}-{name}-{measure}", figures.draw(found, measure, own, model, after))
     if "damage" in found:
-        files += save(figures.draw_damage(found["damage"], found["points"], model), out / "flow-damage")
+        shelf.figure(f"{NAME}-damage", figures.draw_damage(found["damage"], found["points"], model))
     if "regret" in found:
-        files += save(figures.draw_regret(found["choices"], found["regret"], model), out / "flow-regret")
-    return found, files, notes
+        shelf.figure(f"{NAME}-regret", figures.draw_regret(found["choices"], found["regret"], model))
+    files, moved = shelf.write(facts)
+    return found, files, notes + moved
 
 
 def _notes(measured: Measured) -> list[str]:

@@ -9,8 +9,9 @@ from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
 from anchors.injection.sweep import Sweep, sweep
 from anchors.injection.tables import tables
-from anchors.report import Report, write_rows, write_tables
+from anchors.report import Report
 from anchors.results import provenance
+from anchors.shelf import Shelf
 
 NAME = "inject_sweep"
 
@@ -40,15 +41,23 @@ def report(
     asked = dict.fromkeys([*wanted.skills(suites[0]), suites[0].vision])
     made["guessing"] = guessing(suites, asked, wanted.split, wanted.limit)
     notes = found.notes + _edges(made["best"]) + _forgetful(made["best"])
-    facts = provenance(model=suites[0].name, seeds=[s.seed for s in suites], parts=found.configs, notes=notes)
-    files = write_rows(out, {NAME: found.rows}, facts, csv=csv)
-    files += write_tables(out, NAME, made | {"settings": found.settings}, facts)
+    grid = sorted(set(found.settings["setting"] + " " + found.settings["mask"].astype(str)))
+    facts = provenance(
+        model=suites[0].name,
+        seeds=[s.seed for s in suites],
+        parts=[part | {"grid": grid, "retention": wanted.retention} for part in found.configs],
+        notes=notes,
+    )
     from anchors.figures import inject_sweep
-    from anchors.figures.style import save
 
+    shelf = Shelf(out, NAME)
+    shelf.table(NAME, found.rows, csv=csv)
+    for name, table in (made | {"settings": found.settings}).items():
+        shelf.table(f"{NAME}_{name}", table)
     for name, figure in inject_sweep.draw(made, suites[0].name).items():
-        files += save(figure, out / f"{NAME}_{name}")
-    return Report(made, files, notes, facts)
+        shelf.figure(f"{NAME}_{name}", figure)
+    files, moved = shelf.write(facts)
+    return Report(made, files, notes + moved, facts)
 
 
 def _forgetful(best: pd.DataFrame) -> list[str]:

@@ -22,8 +22,9 @@ from anchors.nsa.episodes import Episodes
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.probe import KIND, Probe, geometry_of, measure, vocabulary_of
 from anchors.nsa.probe_identity import identity_table
-from anchors.report import Report, write_figure, write_rows, write_tables
-from anchors.results import provenance, write_atomic
+from anchors.report import Report, drawn
+from anchors.results import provenance
+from anchors.shelf import Shelf
 from anchors.summaries import SUMMARIES
 from anchors.tasks.prompts import Prompt
 
@@ -106,12 +107,15 @@ def report(
     identity = identity_table(found.vectors)
     if len(identity):
         tables["identity"] = identity
-    files = write_rows(out, {KIND: found.rows}, facts, csv=csv)
-    files += write_tables(out, KIND, tables, facts)
-    files += write_figure(out, KIND, KIND, tables, model.name)
+    shelf = Shelf(out, KIND)
+    shelf.table(KIND, found.rows, csv=csv)
+    for key, table in tables.items():
+        shelf.table(f"{KIND}_{key}", table)
+    shelf.figure(KIND, drawn(KIND, tables, model.name))
     if pages:
-        files += _page(model, probe, geometry, out / f"{KIND}.html", pages, facts)
-    return Report(tables, files, found.notes, facts)
+        shelf.page(KIND, _page(model, probe, geometry, pages, facts))
+    files, moved = shelf.write(facts)
+    return Report(tables, files, found.notes + moved, facts)
 
 
 @dataclass
@@ -158,10 +162,9 @@ def _page(
     model: LanguageModel,
     probe: Probe,
     geometry: Geometry | None,
-    path: Path,
     pages: int,
     facts: dict[str, Any],
-) -> list[Path]:
+) -> str:
     from anchors.viewer import render_page
     from anchors.viewer.payload import payload, prompt_payload
 
@@ -173,6 +176,4 @@ def _page(
         if geometry is not None:
             made["blocks"] = blocks_payload(model, prompt, geometry, layers)
         shown.append(made)
-    page = render_page(payload("Blocks and information flow", model, task, shown, facts))
-    write_atomic(path, lambda draft: draft.write_text(page, encoding="utf-8"))
-    return [path]
+    return render_page(payload("Blocks and information flow", model, task, shown, facts))

@@ -140,6 +140,30 @@ def reweighting_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"summary": summarise(rows, ("accuracy", "loss"), baseline="none"), "beta": means}
 
 
+def marked(
+    tables: dict[str, pd.DataFrame], rows: dict[str, pd.DataFrame], error: float | None
+) -> dict[str, pd.DataFrame]:
+    """Tables with differences, in which those are `indistinct` whose condition changes nothing that could be told from
+    rounding: its loss differs from that of `none` by no more than twice the arithmetic error on every prompt.
+
+    Args:
+        tables: of `rows`, the main one first.
+        rows: by kind of analysis.
+        error: of a run (`anchors.check.arithmetic_error`), in nats; None where nobody knows it.
+    """
+    loss = next(iter(rows.values()))
+    loss = loss[(loss["metric"] == "loss") & (loss["number"] >= 0)]
+    name, table = next(iter(tables.items()))
+    if error is None or "difference" not in table or "none" not in set(loss["condition"]):
+        return tables
+    wide = loss.pivot_table(index=[*GROUP, "seed", "number"], columns="condition", values="value")
+    gap = wide.sub(wide["none"], axis=0).abs().groupby(GROUP).max()
+    alike = (gap <= 2 * error).stack().rename("indistinct").reset_index()
+    alike = alike[alike["condition"] != "none"]
+    found = table[[*GROUP, "condition"]].merge(alike, how="left", on=[*GROUP, "condition"])["indistinct"]
+    return tables | {name: table.assign(indistinct=(found == True).to_numpy())}  # noqa: E712
+
+
 def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tokens of single prompts and the flows between them (Figure 1).
 
