@@ -9,6 +9,7 @@ from shutil import copytree
 
 import pandas as pd
 import pytest
+from families import make
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -173,6 +174,70 @@ def test_flow_prints_every_layer_in_thousandths(ran):
                 1e3 * table.loc[(layer, "s_wp"), "mean"], rel=0.05, abs=1e-9
             )
         assert line[-3:] == shares
+
+
+def test_compress_prints_a_bound_that_is_one(ran):
+    (row,) = ran("compress").rows("compress_speed").to_dict(orient="records")
+    printed = " ".join(ran("compress").stdout.split())
+    assert row["bound"] > row["limit"]
+    assert f"at most (L_demo + L_x) / L_x = ({row['demonstration_tokens']:.0f} + " in printed
+    assert f"= {row['bound']:.2f} no bound, since anchors are attended to and not run" in printed
+    assert printed.count(f"= {row['limit']:.2f}") == 1
+
+
+@pytest.mark.parametrize("verb", ["classify", "isolate", "reweight", "compress"])
+def test_chance_and_majority_are_printed_beside_an_accuracy(verb, ran):
+    table = ran(verb).rows(f"{verb}_summary").query("metric == 'accuracy'")
+    rows = ran(verb).rows(verb).query("metric == 'gold' and condition == 'none'")
+    most = rows["value"].value_counts(normalize=True).max()
+    assert set(table["chance"]) == {0.5}
+    assert table["majority"].tolist() == pytest.approx([most] * len(table))
+    said = f"accuracy by chance .50, of always naming the most frequent class {short(most)}"
+    assert said in " ".join(ran(verb).stdout.split())
+
+
+def test_flow_says_what_the_policy_leaves_out(tiny, tmp_path):
+    """Abbreviation has several tokens; the counted one is the first."""
+    result = invoke("flow", *tiny, "-n", 2, "-t", "trec", "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    table = pd.read_parquet(tmp_path / "flow_summary.parquet").set_index(["layer", "metric"])
+    rest, counted = table.xs("s_pq_rest", level=1), table.xs("s_pq", level=1)
+    assert (rest["mean"] > 0).all()
+    assert rest["share"].tolist() == pytest.approx((rest["mean"] / (rest["mean"] + counted["mean"])).tolist())
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for layer in range(3):
+        line = next(own for own in lines if own and own[0] == str(layer))
+        assert line[-1] == f"{100 * rest.loc[layer, 'share']:.0f}"
+    assert "left out: how much of the flow" in " ".join(result.stdout.split())
+    page = (tmp_path / "flow_trec.html").read_text()
+    found = json.loads(page.split('id="payload">')[1].split("</script>")[0])
+    prompt = found["prompts"][0]
+    assert len(prompt["s_pq_rest"]) == 3
+    assert prompt["roles"].count("label") > 6 == sum(c is not None for c in prompt["classes"])
+    assert found["curves"]["s_pq_rest"]["mean"] == pytest.approx(rest["share"].tolist())
+    assert found["curves"]["s_wp"]["mean"][-1] is None
+
+
+def test_a_second_model_or_fewer_prompts_replace_nothing(ran, tiny, tokenizer, tmp_path):
+    folder = ran("classify").folder
+    model = make("gpt2", len(tokenizer))
+    model.transformer.h[0].mlp.c_fc.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    other = ["--model", tmp_path / "other", "--device", "cpu"]
+    tried = {"fewer": (*tiny, "-n", 4, "--calibrate"), "other": (*other, "-n", 8, "--calibrate")}
+    for name, arguments in tried.items():
+        out = copytree(folder, tmp_path / f"out-{name}")
+        result = invoke("classify", *arguments, "-o", out)
+        assert result.exit_code == 0, result.output
+        (aside,) = (out / "set-aside").iterdir()
+        assert {p.name: p.read_bytes() for p in aside.iterdir()} == before
+        assert f"set aside in {aside}".replace(" ", "") in "".join(result.stderr.split())
+    out = copytree(folder, tmp_path / "larger")
+    assert invoke("classify", *tiny, "-n", 9, "--calibrate", "-o", out).exit_code == 0
+    assert not (out / "set-aside").exists()
+    assert pd.read_parquet(out / "classify.parquet")["number"].max() == 8
 
 
 def test_classify_prints_the_confusion_matrix(ran):

@@ -237,6 +237,19 @@ def test_the_map_draws_arcs_in_the_colour_of_their_sum():
     assert len(tables["tokens"]) == 12
 
 
+def test_the_map_colours_by_the_tokens_that_are_counted():
+    """A label word of two tokens of which one is counted: flow into and from the other is other flow."""
+    words, roles = ["a", " Posi", "tive", "\n", ":"], ["text", "label", "label", "format", "target"]
+    told = [*mapped(words, roles, layers=(1,)), (0, "none", None, "counted", 1)]
+    tables, figure = picture("map", rows(told))
+    assert tables["tokens"]["counted"].tolist() == [False, True, False, False, False]
+    arcs = {c.get_label(): c for c in figure.axes[0].collections if isinstance(c, LineCollection)}
+    # 5 tokens make 10 pairs: one flows into the counted token at 1, one from there to the target.
+    assert {name: len(c.get_segments()) for name, c in arcs.items()} == {"s_wp": 1, "s_pq": 1, "s_ww": 8}
+    shown = {t.get_text(): t for t in figure.axes[0].texts}
+    assert (shown["Posi"].get_fontweight(), shown["tive"].get_fontweight()) == ("bold", "normal")
+
+
 def test_long_prompts_write_out_only_what_matters():
     words, roles = ["w"] * 120, ["text"] * 120
     words[40:44], roles[40:44] = ["\n", "Label", ":", " Yes"], ["format"] * 3 + ["label"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import DENSE, make
+from made_rows import rows as made
 
 from anchors.attention import streaming
 from anchors.errors import AnchorsError, CertificateError
@@ -14,6 +15,9 @@ from anchors.flow import flow, literal_flow
 from anchors.flow.metrics import map_sums
 from anchors.flow.saliency import collate, label_loss
 from anchors.models import load
+from anchors.stats import flow_summary
+from anchors.tasks.data import read
+from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.prompts import from_text
 from anchors.tasks.task import TASKS
 
@@ -61,6 +65,46 @@ def test_sums_equal_a_loop_over_pairs(lm, prompts):
             torch.testing.assert_close(
                 getattr(result.sums, name)[i], getattr(loop, name)[0], rtol=1e-5, atol=1e-12
             )
+
+
+@pytest.mark.parametrize("policy", ["first", "last", "all"])
+def test_what_s_pq_leaves_out_equals_a_sum_over_the_other_tokens(gpt2, tokenizer, policy):
+    """TREC's Abbreviation has several tokens. By the definition, from the whole map of autograd."""
+    spec = replace(TASKS["trec"], policy=policy)
+    prompts = [d.prompt for d in draw(spec, read(spec), tokenizer, Draw(), 2)]
+    result = flow(gpt2, prompts)
+    for i, prompt in enumerate(prompts):
+        literal = literal_flow(gpt2, prompt).double()
+        spans = [k for k, role in enumerate(prompt.roles) if role == "label"]
+        others = [k for k in spans if k not in prompt.label_positions]
+        assert (len(others) > 0) == (policy != "all")
+        expected = literal[:, prompt.target, others].sum(-1) / len(prompt.label_positions)
+        torch.testing.assert_close(result.rest[i], expected, rtol=1e-4, atol=1e-10)
+        assert (result.rest[i].max() > 0) == (policy != "all")
+
+
+def test_s_pq_leaves_nothing_out_where_it_is_not_about_label_words(gpt2, tokenizer):
+    spec = TASKS["trec"]
+    prompts = [d.prompt for d in draw(spec, read(spec), tokenizer, Draw(control="random-positions"), 2)]
+    assert (flow(gpt2, prompts).rest == 0).all()
+
+
+def test_of_the_last_layer_s_wp_is_not_defined(lm, prompts):
+    """What label words take in there reaches no target: it is zero for any weights, and no result."""
+    sums = flow(lm, prompts).sums
+    assert (sums.s_wp[:, -1] == 0).all()
+    assert (sums.s_pq[:, 0] > 0).all()
+    rows = [
+        (n, "none", layer, metric, float(getattr(sums, metric)[n, layer]))
+        for n in range(len(prompts))
+        for layer in range(lm.n_layers)
+        for metric in SUMS
+    ]
+    table = flow_summary(made(rows), resamples=20).set_index(["metric", "layer"])["note"]
+    said = table[table != ""]
+    assert ("s_wp", lm.n_layers - 1) in said.index
+    assert set(said.index.get_level_values(0)) == {"s_wp"}
+    assert set(said) == {"not defined here"}
 
 
 def test_batched_equals_one_by_one(lm, prompts):

@@ -9,6 +9,7 @@ from anchors.cli import inject_sweep as cli
 from anchors.injection.grid import facts_of, setting_of
 from anchors.injection.recipe import Recipe
 from anchors.injection.sweep import Swept
+from anchors.injection.sweep_report import _forgetful
 from anchors.injection.tables import between, chosen_apart, front, tables
 
 
@@ -89,6 +90,19 @@ def test_the_best_is_chosen_without_the_test_examples(known: dict[str, pd.DataFr
     assert (own["tune_skill"], own["skill"], own["vision"], own["ceiling"]) == pytest.approx(
         (0.3, 0.5, 0.6, 0.2)
     )
+    # It was chosen for keeping vision on tune; on test 60 % of it is left, and that is said.
+    assert (own["split"], own["vision_kept"], own["kept"]) == ("test", pytest.approx(0.6), False)
+    assert found["kept"].to_dict() == {"any": False, "task-arithmetic": False, "dare": True}
+    shown = Console(width=250)
+    with shown.capture() as text:
+        shown.print(cli._best(known, "s"))
+    printed = " ".join(text.get().split())
+    assert "that keep 95 % of the VLM's vision on tune; what it does on test" in printed
+    assert "✗: kept on tune, but not on test" in printed
+    assert printed.count("✗") == 3  # any, task arithmetic, and the caption
+    assert _forgetful(known["best"]) == [
+        "s: task-arithmetic λ=1 was chosen because it keeps 95 % of the VLM's vision on tune; on test it keeps 60 %."
+    ]
     assert found.loc["any", "setting"] == "task-arithmetic λ=1"
     assert found.loc["dare", "setting"] == "dare λ=0.5 d=0.5"
     assert found.loc["dare", "difference"] == pytest.approx(-0.35)

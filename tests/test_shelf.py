@@ -13,7 +13,6 @@ from anchors.errors import AnchorsError
 from anchors.results import provenance, read_table, write_table
 from anchors.shelf import ASIDE, Shelf, contained
 
-
 MADE = provenance(notes=[])
 
 
