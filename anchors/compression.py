@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from anchors.context import Context, answer, encode, queries, shared_demonstrations
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.icl import compared
 from anchors.lengths import Change, demand_one_side
 from anchors.models import LanguageModel
@@ -47,7 +47,7 @@ def compress(context: Context, tokens: Sequence[int], rule: Rule = "after-last-a
     In layers with a sliding window or attention chunks, these count kept tokens.
     """
     if rule not in RULES:
-        raise AnchorsError(f"Unknown position rule {rule!r}.", f"One of {', '.join(RULES)}.")
+        raise AnchorsError(f"Unknown position rule {rule!r}.", nearest(rule, RULES))
     kept = sorted(set(tokens))
     start = {"restart": 0, "original": context.next}.get(rule)
     if start is None:

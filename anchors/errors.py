@@ -1,6 +1,8 @@
 """The one exception a user is meant to read."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 class AnchorsError(ValueError):
@@ -26,6 +28,19 @@ class RoutingError(AnchorsError):
 
 class CertificateError(AnchorsError):
     """A number that must agree did not: the analysis on this model is not to be trusted."""
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """The remedy for a name that is not known: the nearest one there is, and all of them."""
+    names = [str(one) for one in known]
+    close = difflib.get_close_matches(str(name).lower(), {one.lower(): one for one in names}, 1, 0.6)
+    meant = next((one for one in names if close and one.lower() == close[0]), None)
+    return (f"Did you mean {meant!r}? " if meant else "") + f"There are: {', '.join(names)}."
+
+
+def whole_number(text: str) -> int | None:
+    """Digits 0 to 9 as a number; None for anything else (`²` is a digit, too, to Python) and for more than 18 of them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def brief(error: object, most: int = 400) -> str:

@@ -22,7 +22,7 @@ import anchors.nsa.model  # noqa: F401 - makes the architecture known to transfo
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import own_attention, route, seam
 from anchors.context import Context, cache_argument
-from anchors.errors import AnchorsError, brief
+from anchors.errors import AnchorsError, brief, nearest
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
@@ -283,7 +283,7 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     if precision == "auto":
         precision = "tf32" if where.type == "cuda" else "float32"
     if precision not in DTYPES:
-        raise AnchorsError(f"Unknown precision {precision!r}.", f"One of: auto, {', '.join(DTYPES)}.")
+        raise AnchorsError(f"Unknown precision {precision!r}.", nearest(precision, ["auto", *DTYPES]))
     return where, precision
 
 

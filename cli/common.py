@@ -2,13 +2,17 @@
 
 import json
 import logging
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import ClickException
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from anchors.errors import AnchorsError, CertificateError
+from anchors.errors import AnchorsError, CertificateError, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,6 +168,27 @@ def reporting() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
         raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort, ClickException, BrokenPipeError):
+        raise
+    except Exception as error:
+        print_defect(error)
+        raise typer.Exit(UNFORESEEN) from error
+
+
+UNFORESEEN = 70
+"""The exit code of a defect of the toolkit (EX_SOFTWARE of BSD's sysexits)."""
+
+
+def print_defect(error: Exception) -> None:
+    """An exception that nobody foresaw: one sentence, and the path of a log with the traceback."""
+    from anchors.errors import brief
+
+    said = f"{type(error).__name__}: {brief(error)}"
+    err.print(f"[bold red]unforeseen:[/] {escape(said)}")
+    handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
+        log.write(" ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
+    err.print(f"       This is a defect of the toolkit, not yours; the traceback is in {shown(Path(name))}")
 
 
 def print_error(error: AnchorsError, where: str = "") -> None:
@@ -338,11 +363,12 @@ def print_json(data: Any) -> None:
 def span(text: str, option: str) -> tuple[int, int]:
     """A number, or a range as 4-8."""
     low, dash, high = text.partition("-")
-    if not low.strip().isdigit() or (dash and not high.strip().isdigit()):
+    first, last = whole_number(low.strip()), whole_number(high.strip() if dash else low.strip())
+    if first is None or last is None:
         raise AnchorsError(
             f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
         )
-    return int(low), int(high or low)
+    return first, last
 
 
 def layers_from(text: str | None, count: int) -> list[int]:
@@ -351,14 +377,15 @@ def layers_from(text: str | None, count: int) -> list[int]:
         return list(range(count))
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        low, dash, high = (piece.strip() for piece in part.partition("-"))
+        first, last = whole_number(low), whole_number(high if dash else low)
+        if first is None or last is None or first > last:
             raise AnchorsError(
                 f"--layers {text!r} is not a list of layers.", "For example: --layers 0,5,10-12"
             )
-        found |= set(range(int(first), int(last or first) + 1))
-    if not found or max(found) >= count:
-        raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+        if last >= count:
+            raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+        found |= set(range(first, last + 1))
     return sorted(found)
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import err, out
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.injection.demo.scales import SCALES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def demo(
     """
     with common.reporting():
         if scale not in SCALES:
-            raise AnchorsError(f"There is no scale {scale!r}.", f"One of: {', '.join(SCALES)}.")
+            raise AnchorsError(f"There is no scale {scale!r}.", nearest(scale, SCALES))
         if base is not None and scale == "tiny":
             raise AnchorsError("The tiny scale trains a base of its own.", "Leave out --base, or take 135m.")
         with err.status("loading torch and transformers"):

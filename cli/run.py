@@ -12,7 +12,7 @@ from rich.table import Table
 from anchors.cli import common
 from anchors.cli.common import err, estimate, out
 from anchors.cli.setting import BatchSize, DataSource, TooLong, batch, check_protocol, numbers
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,9 +153,7 @@ def experiments(names: list[str]) -> "list[Experiment]":
 
     unknown = [name for name in names if name not in CATALOGUE and name != "all"]
     if unknown:
-        raise AnchorsError(
-            f"No experiment is called {unknown}.", f"There are: {', '.join(CATALOGUE)}; or `all`."
-        )
+        raise AnchorsError(f"No experiment is called {unknown}.", nearest(unknown[0], [*CATALOGUE, "all"]))
     return list(CATALOGUE.values()) if "all" in names else [CATALOGUE[name] for name in dict.fromkeys(names)]
 
 

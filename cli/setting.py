@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchors.cli import common
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest, whole_number
 
 if TYPE_CHECKING:
     from anchors.models import LanguageModel
@@ -162,24 +162,25 @@ def check_protocol(seeds: str, control: str, batch_size: str) -> None:
     numbers(seeds, "--seeds", least=0)
     batch(batch_size)
     if control not in CONTROLS:
-        raise AnchorsError(f"--control {control!r} is not one of {', '.join(CONTROLS)}.")
+        raise AnchorsError(f"There is no --control {control!r}.", nearest(control, CONTROLS))
 
 
 def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     """`1,3,5` as numbers."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
+    found = [whole_number(part) for part in parts]
+    if not found or not all(number is not None and number >= least for number in found):
         raise AnchorsError(
             f"{option} {text!r} is not a list of numbers from {least} on.", f"For example: {option} 1,3,5"
         )
-    if len(set(parts)) < len(parts):
+    if len(set(found)) < len(found):
         raise AnchorsError(f"{option} {text!r} names a number twice.")
-    return tuple(int(part) for part in parts)
+    return tuple(found)
 
 
 def batch(text: str) -> int | None:
     """`auto` or a number."""
-    if text != "auto" and not (text.isdigit() and int(text)):
+    if text != "auto" and not whole_number(text):
         raise AnchorsError(f"--batch-size {text!r} is neither `auto` nor a number from 1 on.")
     return None if text == "auto" else int(text)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 
 Policy = Literal["keep", "shared-rows", "by-token"]
 POLICIES: tuple[Policy, ...] = ("keep", "shared-rows", "by-token")
@@ -83,7 +83,7 @@ def align(
             without vocabularies; no row is shared.
     """
     if policy not in POLICIES:
-        raise AnchorsError(f"There is no embedding policy {policy!r}.", f"Take one of {', '.join(POLICIES)}.")
+        raise AnchorsError(f"There is no embedding policy {policy!r}.", nearest(policy, POLICIES))
     if policy == "keep":
         return None
     if policy == "shared-rows":

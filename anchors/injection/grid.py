@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest, whole_number
 from anchors.injection.methods import METHODS
 from anchors.injection.recipe import Recipe
 
@@ -56,7 +56,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.size not in METHODS_OF:
-            raise AnchorsError(f"There is no grid {self.size!r}.", f"One of: {', '.join(METHODS_OF)}.")
+            raise AnchorsError(f"There is no grid {self.size!r}.", nearest(self.size, METHODS_OF))
         if self.draws is not None and self.draws < 1:
             raise AnchorsError(f"draws is {self.draws}; it must be at least 1.")
         if self.strengths is not None and 0 in self.strengths:
@@ -146,6 +146,12 @@ def _first(text: str, embeddings: str) -> Recipe:
     return Recipe(name, options=tuple(options.items()), embeddings=embeddings, **own)
 
 
+def _end(first: int, dash: str, last: str) -> int:
+    """The last layer of a range; before the first, where it is none."""
+    end = whole_number(last) if dash else first
+    return first - 1 if end is None else end
+
+
 def _spans(layers: Sequence[str], count: int) -> list[tuple[int, int] | None]:
     found: list[tuple[int, int] | None] = []
     for text in layers:
@@ -155,8 +161,8 @@ def _spans(layers: Sequence[str], count: int) -> list[tuple[int, int] | None]:
         elif text == "thirds":
             ends = [round(i * count / 3) for i in range(4)]
             found += [(a, b - 1) for a, b in pairwise(ends) if b > a]
-        elif first.isdigit() and (not dash or last.isdigit()) and int(first) <= int(last or first) < count:
-            found.append((int(first), int(last or first)))
+        elif (a := whole_number(first)) is not None and a <= (b := _end(a, dash, last)) < count:
+            found.append((a, b))
         else:
             raise AnchorsError(
                 f"{text!r} is no range of the tower's layers 0 to {count - 1}.",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.injection.embeddings import POLICIES
 from anchors.injection.methods import METHODS, Method
 from anchors.injection.methods_sign import both, weighted_sum
@@ -63,9 +63,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise AnchorsError(
-                f"There is no merging method {self.method!r}.", f"Take one of {', '.join(METHODS)}."
-            )
+            raise AnchorsError(f"There is no merging method {self.method!r}.", nearest(self.method, METHODS))
         own = METHODS[self.method]
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         default = own.strength if self.per_layer is None else 0.0

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 
 SPLITS = ("test", "tune", "demonstration")
 IMAGE = "<image>"
@@ -175,7 +175,7 @@ class Suite:
         if scenario not in self.scenarios:
             raise AnchorsError(
                 f"The suite {self.name!r} has no scenario {scenario!r}.",
-                f"One of: {', '.join(self.scenarios)}.",
+                nearest(scenario, self.scenarios),
             )
         found = [e for e in self.scenarios[scenario] if split in (None, e.split)]
         if not found:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.nsa import reference
 from anchors.nsa.bench_decode import bench_decode
 from anchors.nsa.geometry import Geometry
@@ -81,9 +81,7 @@ def bench(
     for asked, known in ((shapes, SHAPES), (patterns, PATTERNS), (implementations, IMPLEMENTATIONS)):
         for name in asked:
             if name not in known:
-                raise AnchorsError(
-                    f"There is nothing called {name!r} to compare.", f"Known: {', '.join(known)}."
-                )
+                raise AnchorsError(f"There is nothing called {name!r} to compare.", nearest(name, known))
     clock, rows = Clock(place), []
     settings = {
         "geometry": asdict(geometry), "dtype": str(dtype), "repeats": repeats, "warmups": warmups, "seed": seed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.tasks.data import Data, Example
 from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
 from anchors.tasks.task import CONTROLS, Control, Task
@@ -33,7 +33,7 @@ class Draw:
 
     def __post_init__(self) -> None:
         if self.control not in CONTROLS:
-            raise AnchorsError(f"Unknown control {self.control!r}.", f"One of {', '.join(CONTROLS)}.")
+            raise AnchorsError(f"Unknown control {self.control!r}.", nearest(self.control, CONTROLS))
         if self.shots < 1:
             raise AnchorsError(f"shots = {self.shots}: it must be at least 1.")
 

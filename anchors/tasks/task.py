@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.places import file_name
 from anchors.tasks.files import decode
 
@@ -252,7 +252,7 @@ def task(
         )
     raise AnchorsError(
         f"Unknown task {name!r}.",
-        f"Known: {', '.join(TASKS)}. Or give --template and --labels, or a .toml file.",
+        f"{nearest(name, TASKS)} Or give --template and --labels, or a .toml file.",
     )
 
 
