@@ -216,6 +216,11 @@ def test_no_prompt_shows_a_demonstration_twice():
     data = Data(train, (Example("so so", 0),), "here")
     shown = [demonstrations(TASKS["sst2"], data, Draw(shots=4), number) for number in range(300)]
     assert all(len({e.text for e in own}) == 8 for own in shown)
+    # Nor where the training part holds a text several times.
+    doubled = Data(train * 2, data.test, "here")
+    assert [demonstrations(TASKS["sst2"], doubled, Draw(shots=4), n) for n in range(9)] == shown[:9]
+    with pytest.raises(AnchorsError, match="Fewer than 6 training examples"):
+        demonstrations(TASKS["sst2"], doubled, Draw(shots=6))
     # Each of five is left out alike: in a fifth of the prompts, 60 ± 3 σ of 6.9.
     left_out = [{e.text for e in train} - {e.text for e in own} for own in shown]
     counts = [sum(text in own for own in left_out) for text in (e.text for e in train)]
@@ -288,10 +293,10 @@ def test_more_demonstrations_than_tokens_are_refused_before_they_are_drawn(token
 
 # Of 0.4.0, computed before templates were read as written: by task, fresh and shared demonstrations.
 GOLDEN = {
-    "sst2": ("915a89662dfddfaa", "86fe3b8a5041aea9"),
-    "trec": ("aa3e1dee89ba071c", "ee1cde71f3cb6ddf"),
-    "agnews": ("ee54ccfb55661b82", "b9239b66d308f3c7"),
-    "emo": ("3864271cecbc3241", "8b61d3683faff1c7"),
+    "sst2": ("e37730529d8a697b", "86fe3b8a5041aea9"),
+    "trec": ("9a8c0bb062a339e2", "ee1cde71f3cb6ddf"),
+    "agnews": ("92d875bb06c65552", "b9239b66d308f3c7"),
+    "emo": ("9d8fc469f1599b74", "8b61d3683faff1c7"),
 }
 
 
@@ -317,7 +322,8 @@ def test_the_documented_templates_keep_their_tokens(name, bytewise):
     spec = task(name, policy="all")
     found = []
     for fresh in (True, False):
-        drawn = draw(spec, read(spec), bytewise, Draw(shots=2, seed=43, fresh=fresh), 8)
+        # Two fresh demonstrations of a class could be one and the same before 0.5.0: those are other prompts now.
+        drawn = draw(spec, read(spec), bytewise, Draw(shots=1 if fresh else 2, seed=43, fresh=fresh), 8)
         facts = [
             [d.example, p.text, list(p.ids), list(p.roles), list(p.demonstrations), list(p.label_positions),
              list(p.label_classes), list(p.label_ids), p.gold]

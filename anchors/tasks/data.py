@@ -90,10 +90,10 @@ class Data:
 
     @cached_property
     def train_by_class(self) -> dict[int, list[Example]]:
-        """What may be shown: training examples of each class, in order, without texts under two labels there."""
+        """What may be shown: training examples of each class, in order, each text once, without texts under two labels there."""
         twice = contradictory(self.train)
         found: dict[int, list[Example]] = {}
-        for example in self.train:
+        for example in dict.fromkeys(self.train):
             if example.text not in twice:
                 found.setdefault(example.label, []).append(example)
         return found
