@@ -120,7 +120,7 @@ BAD = {
     "missing directory": (["--data", "no/such/place"], "does not exist"),
     "missing model": (["--model", "./no-such-model"], "does not exist"),
     "corrupt GGUF": (["--model", "{gguf}"], "cannot be read"),
-    "NaN loss": (["--model", "{nan}"], "not a number"),
+    "NaN weights": (["--model", "{nan}"], "not finite"),
     "bad layers": (["--layers", "7-9"], "layers 0 to 2"),
     "bad seeds": (["--seeds", "x"], "--seeds 'x' is not a list of numbers"),
     "too long": (["--shots", "20"], "longer than the model's context"),
@@ -138,7 +138,7 @@ def test_bad_input_ends_in_a_message_exit_code_2_and_nothing_written(case, tiny,
     rows.rename(columns={"text": "sentence"}).to_csv(places["wrong"], index=False)
     places["empty"].touch()
     places["gguf"].write_bytes(b"GGUF but not really")
-    if case == "NaN loss":
+    if case == "NaN weights":
         from shutil import copytree
 
         from safetensors.torch import load_file, save_file

@@ -153,9 +153,8 @@ def test_a_label_word_outside_the_window_has_no_flow(tokenizer, prompts):
 
 
 def test_loss_that_is_not_a_number_is_an_error(tokenizer, prompts):
-    model = make("gpt2", len(tokenizer))
-    model.transformer.ln_f.weight.data.fill_(float("nan"))
-    lm = load(model, tokenizer=tokenizer, device="cpu")
+    lm = load(make("gpt2", len(tokenizer)), tokenizer=tokenizer, device="cpu")
+    lm.model.transformer.ln_f.weight.data.fill_(float("nan"))
     with pytest.raises(AnchorsError, match="not a number"):
         flow(lm, prompts)
 

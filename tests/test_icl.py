@@ -92,9 +92,8 @@ def test_other_demonstrations_are_an_error(make_cell):
 
 
 def test_logits_that_are_not_numbers_are_an_error(tokenizer, make_cell):
-    model = make("gpt2", len(tokenizer))
-    model.transformer.ln_f.weight.data.fill_(float("nan"))
-    lm = load(model, tokenizer=tokenizer, device="cpu")
+    lm = load(make("gpt2", len(tokenizer)), tokenizer=tokenizer, device="cpu")
+    lm.model.transformer.ln_f.weight.data.fill_(float("nan"))
     with pytest.raises(AnchorsError, match=r"example\(s\) \[0, 1\]"):
         answer(lm, None, queries([d.prompt for d in make_cell().prompts[:2]], 0, lm.device))
 
