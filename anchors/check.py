@@ -1,45 +1,39 @@
 """Certify that the analyses are exact on a model, before anybody believes a number."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anchors.agreement import Finding, agreement
 from anchors.attention.edits import isolate
-from anchors.attention.seam import own_attention, seam
+from anchors.attention.seam import seam
+from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt, label_tokens
 from anchors.tasks.task import Task
+from anchors.witness import TOLERANCE as WITNESS_TOLERANCE
+from anchors.witness import apart
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
-
-    Attributes:
-        name: what.
-        ok: whether it holds.
-        detail: the number it rests on, or what went wrong.
-    """
-
-    name: str
-    ok: bool
-    detail: str
+def failed(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings that do not hold."""
+    return [finding for finding in findings if finding.ok is False]
 
 
 def check(
     model: LanguageModel, prompts: list[Prompt], tasks: Iterable[Task], *, quick: bool = False
 ) -> list[Finding]:
-    """Certify the seam and the saliency on a model.
+    """Certify the seam and the saliency on a model, against the model as it came (`anchors.witness`).
 
     Args:
         model: on the seam (every layer arrived there once, or `load` would have refused it).
-        prompts: a few prompts of different lengths, with their right answers.
+        prompts: a few prompts of different lengths, with their right answers; in the quick form those of the run.
         tasks: whose label words must be tokens of their own.
-        quick: only what a run needs each time: edits fire in every layer, and the identity on one prompt.
+        quick: only what a run needs each time: the witness on its prompts (`anchors.agreement`), edits fire in every
+            layer, and the identity on one prompt.
 
     Raises:
         AnchorsError: in the quick form, what the full form reports as a finding.
@@ -47,7 +41,7 @@ def check(
     tolerance = TOLERANCE[model.precision]
     findings = [Finding("attention passes the seam", True, f"{model.n_layers} layers, each once")]
 
-    def certify(name: str, measure: Callable[[], tuple[bool, str]]) -> None:
+    def certify(name: str, measure: Callable[[], tuple[bool | None, str]]) -> None:
         try:
             ok, detail = measure()
         except AnchorsError as error:
@@ -56,13 +50,14 @@ def check(
             ok, detail = False, str(error)
         findings.append(Finding(name, ok, detail))
 
+    findings += agreement(model, prompts, quick=quick)
     certify("Σ_j A_ij ∂L/∂A_ij = ⟨z_i, ∂L/∂z_i⟩", lambda: _identity(model, prompts[:1] if quick else prompts))
     certify("edits fire in every layer", lambda: _edits_fire(model, prompts[0]))
     if quick:
         return findings
-    certify("same logits as the model's own attention", lambda: _same_logits(model, prompts, tolerance))
     certify("saliency equals its definition", lambda: _literal(model, prompts[0], tolerance))
     certify("batched equals one by one", lambda: _batched(model, prompts, tolerance))
+    certify("demonstrations run once are the whole prompt", lambda: _shared(model, prompts[0]))
     for task in tasks:
         certify(f"label words of {task.name}", lambda task=task: _labels(model, task))
     return findings
@@ -73,31 +68,29 @@ def _relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm().clamp(min=1e-300))
 
 
-def _logits(model: LanguageModel, prompts: list[Prompt]) -> Tensor:
-    batch = collate(prompts, model.device)
-    with torch.no_grad():
-        return model.logits_at(batch.ids, batch.target)
-
-
-def _same_logits(model: LanguageModel, prompts: list[Prompt], tolerance: float) -> tuple[bool, str]:
-    through_seam = _logits(model, prompts)
-    with own_attention(model.model):
-        own = torch.cat([_logits(model, [prompt]) for prompt in prompts])
-    error = _relative(through_seam, own)
-    return error <= tolerance, f"relative difference {error:.1e}"
+def _shared(model: LanguageModel, prompt: Prompt) -> tuple[bool | None, str]:
+    """The answer on demonstrations that were run once, against the witness on the whole prompt."""
+    try:
+        context = encode(model, prompt.ids[: prompt.query])
+        ours = answer(model, context, queries([prompt], prompt.query, model.device))[0]
+    except AnchorsError as why:
+        return None, f"refused: {why.message}"
+    own = model.witness.logits(torch.tensor([prompt.ids], device=model.device))[0, -1]
+    error = apart(ours, own)
+    return error <= WITNESS_TOLERANCE[model.precision], f"relative difference {error:.1e}"
 
 
 def arithmetic_error(model: LanguageModel, prompt: Prompt) -> float:
-    """How far the label words' logits are from those of the model's own attention: what rounding does, in nats.
+    """How far the label words' logits are from the witness's: what rounding does, in nats.
 
     Two losses of a prompt that differ by no more than twice as much may be the same.
     """
     batch = collate([prompt], model.device)
-    ours = _logits(model, [prompt])
-    with own_attention(model.model):
-        own = _logits(model, [prompt])
-    labels = batch.label_ids.to(ours.device)
-    return float((ours.gather(1, labels).double() - own.gather(1, labels).double()).abs().max())
+    with torch.no_grad():
+        ours = model.logits_at(batch.ids, batch.target)[0]
+    own = model.witness.logits(batch.ids)[0, prompt.target].to(ours.device)
+    labels = list(prompt.label_ids)
+    return float((ours[labels].double() - own[labels].double()).abs().max())
 
 
 def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:

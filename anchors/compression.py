@@ -95,6 +95,7 @@ class AnchorCache(DynamicCache):
         context: the kept keys and values.
         full_bytes: memory of the whole demonstrations' keys and values.
         changes: of the model; see `anchors.lengths`.
+        first_position: what the family calls the position of the first token.
 
     Raises:
         AnchorsError: when it grows beyond a length at which the family encodes positions otherwise.
@@ -105,12 +106,15 @@ class AnchorCache(DynamicCache):
         >>> cache.saved_bytes
     """
 
-    def __init__(self, context: Context, full_bytes: int, changes: tuple[Change, ...] = ()) -> None:
+    def __init__(
+        self, context: Context, full_bytes: int, changes: tuple[Change, ...] = (), first_position: int = 0
+    ) -> None:
         super().__init__()
         self.layers = context.cache().layers
         self.context = context
         self.full_bytes = full_bytes
         self.changes = changes
+        self.first_position = first_position
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -122,9 +126,15 @@ class AnchorCache(DynamicCache):
 
     @classmethod
     def of(cls, model: LanguageModel, prompt: Prompt, rule: Rule = "after-last-anchor") -> "AnchorCache":
-        """Run the demonstrations of a prompt once and keep their anchors."""
+        """Run the demonstrations of a prompt once and keep their anchors.
+
+        Raises:
+            AnchorsError: the family takes no positions, see `LanguageModel.positions`.
+        """
         whole = encode(model, prompt.ids[: prompt.query])
-        return cls(compress(whole, anchor_tokens(prompt), rule), whole.bytes, model.changes)
+        kept = compress(whole, anchor_tokens(prompt), rule)
+        model.positions(torch.tensor([prompt.ids[prompt.query :]]), kept)
+        return cls(kept, whole.bytes, model.changes, model.first_position or 0)
 
     @property
     def saved_bytes(self) -> int:
@@ -143,8 +153,8 @@ class AnchorCache(DynamicCache):
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.tensor([positions], device=device),
-            "past_key_values": AnchorCache(self.context, self.full_bytes, self.changes),
+            "position_ids": torch.tensor([positions], device=device) + self.first_position,
+            "past_key_values": AnchorCache(self.context, self.full_bytes, self.changes, self.first_position),
         }
 
 

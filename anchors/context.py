@@ -143,12 +143,12 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     model.demand_one_side([start + len(ids)], None if context is None else context.length)
     cache = fresh_cache(model.model) if context is None else context.cache()
     tokens = torch.tensor([list(ids)], device=model.device)
-    steps = torch.arange(start, start + len(ids), device=model.device)[None]
+    positions = model.positions(tokens, context)
     # A tensor: with a number some families drop positions on the way, and their keys would be missing.
     last = torch.tensor([len(ids) - 1], device=model.device)
     past = {"use_cache": True, cache_argument(model.model): cache}
     with model.arithmetic(), _determined(model):
-        model.model(input_ids=tokens, position_ids=steps, logits_to_keep=last, **past)
+        model.model(input_ids=tokens, **positions, logits_to_keep=last, **past)
     before, stood = (context.ids, context.positions) if context else ((), ())
     layers = cache.layers
     found = Context(

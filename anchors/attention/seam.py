@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
 
 NAME = "anchors"
+MASKED = "anchors_masked"
+"""The name under which no mask is left out. transformers drops a causal mask for a module that says itself that it is
+causal; where a layer says that it is not (BigBird-Pegasus' decoder), no mask would mean that everything is seen."""
 IGNORED = {"position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
 """Tensors that some families pass along and that do not enter the arithmetic after q, k and v are made."""
 
@@ -95,9 +99,7 @@ def attend(
 
     A layer whose attention is of another kind passes its own `form` of the call.
     """
-    unknown = [
-        n for n, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and n not in IGNORED
-    ]
+    unknown = [name for name, value in kwargs.items() if name not in IGNORED and _holds_tensor(value)]
     if unknown:
         raise RoutingError(
             f"{type(module).__name__} passes {unknown} to its attention, which the seam does not know.",
@@ -142,8 +144,21 @@ def attend(
     return z.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+
+
+def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(
+        *args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    )
+
+
+for _name, _mask in ((NAME, sdpa_mask), (MASKED, _whole_mask)):
+    AttentionInterface.register(_name, attend)
+    AttentionMaskInterface.register(_name, _mask)
 
 
 def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -160,6 +175,22 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
                 "Families known to work: GPT-2, GPT-J, GPT-NeoX, Llama, Qwen 2 and 3, Gemma 2 and 3, Mistral, OPT, Phi-3.",
             )
         model.set_attn_implementation(NAME)
+    reached = _reached(model)
+    if not all(getattr(module, "is_causal", True) for module in reached):
+        model.set_attn_implementation(MASKED)
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(reached) != layers or len(set(reached)) != layers:
+        calls, modules = len(reached), len(set(reached))
+        raise RoutingError(
+            f"{type(model).__name__} has {layers} layers, but {calls} attention calls of {modules} modules arrived at the "
+            f"seam: {_why(layers, calls, modules)}.",
+            "Models in which every layer attends once can be analysed.",
+        )
+    return tuple(reached)
+
+
+def _reached(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose attention arrives at the seam in one small run, in order."""
     ids = torch.arange(4, device=model.device)[None]
     session = _Session(layer_of={}, tokens=ids.shape[1])
     token = _active.set(session)
@@ -168,15 +199,7 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             model(input_ids=ids, use_cache=False)
     finally:
         _active.reset(token)
-    layers = model.config.get_text_config().num_hidden_layers
-    if len(session.reached) != layers or len(set(session.reached)) != layers:
-        calls, modules = len(session.reached), len(set(session.reached))
-        raise RoutingError(
-            f"{type(model).__name__} has {layers} layers, but {calls} attention calls of {modules} modules arrived at the "
-            f"seam: {_why(layers, calls, modules)}.",
-            "Models in which every layer attends once can be analysed.",
-        )
-    return tuple(session.reached)
+    return session.reached
 
 
 def _why(layers: int, calls: int, modules: int) -> str:
@@ -196,8 +219,9 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
     if gptj.release(model):
         restore = lambda: gptj.bridge(model, attend, NAME)  # noqa: E731
     else:
+        name = model.config._attn_implementation
         model.set_attn_implementation("eager")
-        restore = lambda: model.set_attn_implementation(NAME)  # noqa: E731
+        restore = lambda: model.set_attn_implementation(name)  # noqa: E731
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import seam
-from anchors.check import check
+from anchors.check import check, failed
 from anchors.errors import AnchorsError, CertificateError
 from anchors.models import LanguageModel
 from anchors.nsa import probe_metrics as metrics
@@ -87,9 +87,9 @@ def report(
     """
     geometry = geometry_of(model)
     first = probe.prompt(0)
-    if failed := [f for f in check(model, [first], [], quick=True) if not f.ok]:
+    if wrong := failed(check(model, [first], [], quick=True)):
         raise CertificateError(
-            f"{model.name} failed: {failed[0].name}: {failed[0].detail}", "See `anchors check`."
+            f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
         )
     found = measure(model, probe, out=out, progress=progress)
     part = found.config | {"seeds": [probe.seed], "examples": probe.prompts}
