@@ -372,3 +372,19 @@ def test_merging_rows_touches_no_other_row(policy):
     assert torch.equal(merged[:TOKENS], v[:TOKENS] + 0.5 * (e[:TOKENS] - b[:TOKENS]))
     assert merged.dtype == v.dtype
     assert merged is not v
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_in_another_layout_are_named_as_such(turned):
+    plain = {
+        "model.embed_tokens.weight": (8, 4),
+        "model.norm.weight": (4,),
+        "model.layers.0.input_layernorm.weight": (4,),
+    }
+    single = plain | {f"model.layers.0.mlp.experts.{n}.down_proj.weight": (4, 2) for n in range(3)}
+    stacked = plain | {"model.layers.0.mlp.experts.down_proj": (3, 2, 4)}
+    eyes = {"visual.patch.weight": (2, 2)}
+    vlm, llm = (single, stacked) if turned else (stacked, single)
+    seen = {name.replace("model.", "model.language_model.", 1): shape for name, shape in vlm.items()} | eyes
+    with pytest.raises(AnchorsError, match=r"another layout.*one tensor an expert.*stacked"):
+        tower(seen, llm)

@@ -28,6 +28,9 @@ _SEEING = re.compile(r"(?:^|\.)(?:vision|visual|image|mm_|multi_modal|connector)
 """Modules that never are part of a language model, where a checkpoint puts them behind the same prefix."""
 _BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
 """Constants that old checkpoints hold as tensors."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_STACK = re.compile(r"\.experts\.(?!\d)")
+"""One expert of a mixture, and all of a layer in one tensor."""
 _SHOWN = 6
 _ELSEWHERE = 3
 
@@ -131,9 +134,27 @@ def tower(vlm: Mapping[str, Shape], llm: Mapping[str, Shape], name: str = "the l
     known = {(_end(other), tuple(vlm[other])) for other in theirs.others}
     eyes = {own for own in ours.others if _SEEING.search(own) and (_end(own), tuple(llm[own])) in known}
     wrong["outside the language tower"] += [own for own in ours.others if own not in eyes]
+    _require_one_layout(name, wrong["missing in the tower"], wrong["missing in the language model"])
     if any(wrong.values()):
         raise AnchorsError(_table(name, wrong, len(pairs)), _remedy(wrong))
     return Tower(tuple(pairs), tuple(kept), tied)
+
+
+def _require_one_layout(name: str, lacking: Sequence[str], surplus: Sequence[str]) -> None:
+    """Refuse experts that are the same on both sides, but one tensor each on one and stacked on the other."""
+    for singly, packed, mine in ((lacking, surplus, True), (surplus, lacking, False)):
+        single, stacked = (
+            next(filter(_EXPERT.search, singly), None),
+            next(filter(_STACK.search, packed), None),
+        )
+        if single and stacked:
+            one, other = (_capital(name), "the tower") if mine else ("The tower", name)
+            raise AnchorsError(
+                f"{one} holds its experts in another layout than {other}: one tensor an expert ({single.split()[0].rstrip(':')}) "
+                f"where {other} has them stacked in one ({stacked.split()[0].rstrip(':')}).",
+                "Load and save the one that is stored singly with a transformers that stacks experts, or the other way round, "
+                "so that both hold the same tensors.",
+            )
 
 
 def agree(base: Tower, expert: Tower) -> tuple[tuple[Pair, Pair], ...]:
