@@ -1,0 +1,220 @@
+"""Every number of the toolkit on a tiny random model of every family of the installed transformers, against a computation
+that uses nothing of the toolkit: transformers' own eager attention in a fresh model, autograd, hooks, and loops.
+
+    uv run benchmarks/families.py                        # all causal and image-text families, about an hour on one core
+    uv run benchmarks/families.py llama phi3+longrope    # some; image-text ones as image-text/llava
+    uv run benchmarks/families.py --out families.csv     # the table; families.md beside it; goes on where it was stopped
+
+Verdicts: `exact` (tolerances in `sweep.family`), `refused` (an AnchorsError; the column `shown` says what the untouched
+model shows that is a cause), `wrong`, `crash`, `unjudged` (no right value), `not built`. Exit code 1 if anything is wrong or
+crashes. Each family runs in a process of its own with limits of memory and time.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from multiprocessing.connection import wait
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+# Installed kernels of the delta rule run on no CPU; without them transformers takes its own torch code.
+sys.modules["fla"] = None
+warnings.filterwarnings("ignore")
+
+import pandas  # noqa: F401 - loaded once, before the processes part
+import scipy.stats  # noqa: F401
+import torch
+import transformers
+from sweep import family as causal
+from sweep import images, prompts, tiny
+from sweep.family import Row
+
+FORK = multiprocessing.get_context("fork")
+VERDICTS = ("exact", "refused", "wrong", "crash", "unjudged", "not built")
+IMAGE = "image-text/"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("families", nargs="*", help="names or variants; none means all")
+    parser.add_argument("--out", type=Path, default=Path("families.csv"), help="the table")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
+    parser.add_argument("--seconds", type=int, default=300, help="limit of processor time for a family")
+    parser.add_argument("--gigabytes", type=int, default=6, help="limit of memory for a family")
+    chosen = parser.parse_args()
+    known = [*tiny.families(), *(IMAGE + name for name in tiny.IMAGES)]
+    if unknown := [name for name in chosen.families if name not in known]:
+        parser.error(f"no such family: {', '.join(unknown)}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    journal, key, done = chosen.out.with_suffix(".jsonl"), identity(), {}
+    if journal.exists():
+        kept = (json.loads(line) for line in journal.read_text().splitlines())
+        done = {
+            entry["family"]: [Row(**row) for row in entry["rows"]] for entry in kept if entry["key"] == key
+        }
+    names = chosen.families or known
+    print(f"{len(names)} families, {len(set(names) & set(done))} of them already done", flush=True)
+    with tempfile.TemporaryDirectory(prefix="families-") as scratch, journal.open("a") as kept:
+        folder = Path(scratch)
+        drawing = FORK.Process(target=prompts.write, args=(folder,))
+        drawing.start()
+        drawing.join()
+        edge, size, groups = prompts.read(folder)
+
+        def asked(name: str) -> list[Row]:
+            assert not any(module.partition(".")[0] == "anchors" for module in sys.modules), (
+                "the toolkit is loaded"
+            )
+            own = folder / name.replace("/", "-")
+            if name.startswith(IMAGE):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                return images.sweep(name.removeprefix(IMAGE), size, edge, groups, tokenizer)
+            own.mkdir()
+            for file in folder.glob("tokenizer*"):
+                (own / file.name).write_bytes(file.read_bytes())
+            return causal.sweep(name, own, size, edge, groups)
+
+        todo = [name for name in names if name not in done]
+        for name, rows, seconds in apart(asked, todo, chosen.jobs, chosen.seconds, chosen.gigabytes << 30):
+            done[name] = rows
+            kept.write(
+                json.dumps({"key": key, "family": name, "rows": [causal.as_record(row) for row in rows]})
+                + "\n"
+            )
+            kept.flush()
+            print(f"{name}: {summed(rows)}  [{seconds:.0f} s]", flush=True)
+    rows = [row for name in names for row in done[name]]
+    write(chosen.out, rows, names)
+    counts = Counter(row.verdict for row in rows if row.number != "certificate")
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    return int(bool(counts["wrong"] or counts["crash"]))
+
+
+def identity() -> str:
+    """What the rows depend on: the sources of the toolkit and of the sweep, and versions."""
+    spec = importlib.util.find_spec("anchors")
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for home in (*spec.submodule_search_locations, str(Path(__file__).parent / "sweep")):
+        for file in sorted(Path(home).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("label-anchors", "transformers", "torch")} | {
+        "python": platform.python_version()
+    }
+
+
+def apart(
+    task: Callable[[str], list[Row]], names: Sequence[str], jobs: int, seconds: int, most: int
+) -> Iterator[tuple[str, list[Row], float]]:
+    """Run a task for each name in a process of its own, some at a time; what breaks a limit becomes a row, too."""
+    waiting, running = list(names), {}
+
+    def child(name: str, pipe) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        try:
+            pipe.send(task(name))
+        except BaseException as error:  # noqa: BLE001 - the harness itself failed: say where
+            pipe.send([failed(name, f"the sweep itself: {causal.place(error)}")])
+
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            here, there = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=child, args=(name, there))
+            process.start()
+            there.close()
+            running[here] = (name, process, time.time())
+        for pipe in wait(list(running)):
+            name, process, began = running.pop(pipe)
+            try:
+                rows = pipe.recv()
+                process.join()
+            except EOFError:
+                process.join()
+                late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+                rows = [failed(name, f"more than {seconds} s" if late else f"ended with {process.exitcode}")]
+            yield name, rows, time.time() - began
+
+
+def failed(name: str, reason: str) -> Row:
+    kind = "image-text" if name.startswith(IMAGE) else "causal"
+    return Row(name.removeprefix(IMAGE), kind, "all", "crash", reason=reason)
+
+
+def summed(rows: Sequence[Row]) -> str:
+    """A family in a line: how many of each verdict, and what is wrong."""
+    counts = Counter(row.verdict for row in rows if row.number != "certificate")
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    wrong = [f"{row.number} off by {row.error:.1e}" for row in rows if row.verdict == "wrong"]
+    first = next((row.reason[:110] for row in rows if row.verdict in ("refused", "crash", "not built")), "")
+    return "; ".join(part for part in (said, ", ".join(wrong), first) if part)
+
+
+def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """The table, and a page: counts by number, then every family."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(Row.__dataclass_fields__))
+        table.writeheader()
+        table.writerows(causal.as_record(row) for row in rows)
+    said = ", ".join(f"{name} {number}" for name, number in versions().items())
+    page = [
+        "# Families",
+        f"Every number on {len(names)} tiny random models against transformers' own eager attention ({said}), by "
+        f"`uv run benchmarks/families.py`; all rows with errors and reasons in `{path.name}`.\n",
+    ]
+    for kind in ("causal", "image-text"):
+        own = [row for row in rows if row.kind == kind]
+        if not own:
+            continue
+        numbers = list(dict.fromkeys(row.number for row in own))
+        by_number = {n: Counter(row.verdict for row in own if row.number == n) for n in numbers}
+        page += [f"## {kind}\n", f"| number | {' | '.join(VERDICTS)} |", "|---" * (len(VERDICTS) + 1) + "|"]
+        page += [f"| {n} | {' | '.join(str(by_number[n][v] or '') for v in VERDICTS)} |" for n in numbers]
+        columns = [n for n in numbers if n != "all"]
+        page += [
+            "",
+            f"| family | {' | '.join(columns)} | first reason | what the untouched model shows |",
+            "|---" * (len(columns) + 3) + "|",
+        ]
+        for family in dict.fromkeys(row.family for row in own):
+            found = {row.number: row for row in own if row.family == family}
+            whole = found.get("all")
+            cells = [whole.verdict if whole else found[n].verdict if n in found else "" for n in columns]
+            bad = next(
+                (row for row in found.values() if row.verdict != "exact" and (row.reason or row.shown)), None
+            )
+            notes = ["", ""] if bad is None else [f"{bad.number}: {bad.reason}", bad.shown]
+            page.append(f"| {family} | {' | '.join(cells)} | {' | '.join(cell(note) for note in notes)} |")
+        page.append("")
+    path.with_suffix(".md").write_text("\n".join(page))
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")[:240]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
