@@ -60,6 +60,12 @@ def forms(model: nn.Module, count: int) -> Iterator[Tensors]:
     yield {"pixel_values": noise(count, 3, side, side)}
     yield {"pixel_values": noise(count, 3, side, side), "image_sizes": sizes}
     yield {"pixel_values": noise(1, count, 3, side, side)}
+    yield {
+        "pixel_values": noise(1, count, 3, side, side),
+        "pixel_attention_mask": torch.ones(1, count, side, side, dtype=torch.bool),
+    }
+    yield {"pixel_values": noise(1, 3, patch, count * grid * grid * patch), "target_sizes": thw[:, 1:]}
+    yield {"pixel_values": noise(count, 3, side, side), "qformer_input_ids": torch.ones(count, 3, dtype=torch.long), "qformer_attention_mask": torch.ones(count, 3, dtype=torch.long)}  # fmt: skip
     for tiles in (1, 2, 3, 5):
         yield {"pixel_values": noise(count, tiles, 3, side, side), "image_sizes": sizes}
     yield {

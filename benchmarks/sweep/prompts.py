@@ -98,4 +98,4 @@ def _tokenizer(texts: list[str], task):
         show_progress=False,
     )
     raw.train_from_iterator(texts + 200 * [task.template, *(f"a {word}" for word in task.labels)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<pad>")  # noqa: S106

@@ -126,7 +126,8 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH}},
-    "dots3_note": {"text_config": {"num_key_value_heads": HEADS, "head_dim": HEAD, "num_hidden_layers": 46}},
+    "dots3_note": {"text_config": {"num_key_value_heads": HEADS, "head_dim": HEAD, "per_layer_config": {}},
+                   "vision_config": {"per_layer_config": {}}},
     "dots3_note_text": {"num_key_value_heads": HEADS, "head_dim": HEAD, "per_layer_config": {}},
     "gemma4": {"text_config": {"num_kv_shared_layers": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -236,6 +237,16 @@ def _mixed(default: PreTrainedConfig) -> list[str] | None:
     return [kinds[i % len(kinds)] for i in range(LAYERS)] if len(kinds) > 1 else None
 
 
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the one with those of the other over them; parts are merged likewise."""
+    parts = {
+        n: merged(one[n], x)
+        for n, x in other.items()
+        if isinstance(x, dict) and isinstance(one.get(n), dict) and x
+    }
+    return one | other | parts
+
+
 def _filled(settings: Any, edge: int) -> Any:
     if isinstance(settings, dict):
         return {name: _filled(value, edge) for name, value in settings.items()}
@@ -267,6 +278,23 @@ SEEING_OWN: dict[str, dict[str, Any]] = {
     "florence2": {"vision_config": {"patch_size": [8, 3, 3, 3]}},
     "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 1990} | {f"IMGIMG{letter}Z": 1000 + i for i, letter in enumerate("ABCDEFGH")}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE}}},
+    "exaone4_5": {"vision_config": {"num_key_value_heads": 2}},
+    "gemma4": {"vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                 "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+                                 "position_embedding_size": 32, "model_type": "gemma4_vision"}},
+    "hunyuan_vl": {"vision_config": {"text_hidden_size": WIDTH}, "text_config": _MROPE},
+    "janus": {"vision_config": {"projection_dim": WIDTH}},
+    "kimi_k25": {"projection_hidden_size": 32},
+    "llama4": {"vision_config": {"intermediate_size": 128, "vision_output_dim": WIDTH, "projector_input_dim": WIDTH,
+                                 "projector_output_dim": WIDTH, "num_hidden_layers": 2, "model_type": "llama4_vision_model"}},
+    "paligemma": {"projection_dim": WIDTH, "vision_config": {"projection_dim": WIDTH}},
+    "minicpm_ocr": {"vision_config": {"insert_layer_id": 0}},
+    "minicpmv4_6": {"vision_config": {"insert_layer_id": 0}},
+    "minicpmv4_7": {"vision_config": {"insert_layer_id": 0}},
+    "instructblip": {"num_query_tokens": 4},
     "qwen2_vl": {"vision_config": {"hidden_size": WIDTH}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [48, 48]}},
     "molmo2": {"vit_config": {"image_size": [16, 16]}},
@@ -321,7 +349,7 @@ def _configured(
         settings[part] |= {"model_type": given.model_type}
     for name, value in own.items():
         inside = isinstance(value, dict) and isinstance(settings.get(name), dict)
-        settings[name] = settings[name] | value if inside else value
+        settings[name] = merged(settings[name], value) if inside else value
     return kind(**_filled(settings, edge))
 
 
