@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
 from anchors.attention.call import AttentionCall
-from anchors.attention.seam import own_attention, route, seam
+from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument
-from anchors.errors import AnchorsError, RoutingError, brief, nearest
+from anchors.errors import AnchorsError, RoutingError, nearest
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
@@ -373,7 +373,7 @@ def prepare(
         name=name,
         revision=getattr(model.config, "_commit_hash", None),
         precision=precision,
-        modules=_routed(model, name),
+        modules=route(model),
         witness=witness,
         first_position=first_position(witness, TOLERANCE[precision]),
         altered=made,
@@ -404,25 +404,6 @@ def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precisio
             "configuration (and weights trained so).",
         )
     return witness
-
-
-def _routed(model: PreTrainedModel, name: str) -> tuple[nn.Module, ...]:
-    """`route`, telling a model that does not run by itself from one that only fails on the seam."""
-    try:
-        return route(model)
-    except AnchorsError:
-        raise
-    except Exception as error:
-        try:
-            with own_attention(model), torch.no_grad():
-                model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
-        except Exception as alone:  # noqa: BLE001 - the model's own error is what is told
-            raise AnchorsError(
-                f"The model {name!r} does not run, by itself either: {brief(alone)}",
-                "That is its own error: does its configuration make a model (key-value heads that divide the heads), and do its "
-                "kernels run on this device?",
-            ) from error
-        raise
 
 
 def _auto_device() -> str:

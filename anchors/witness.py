@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchors.context import cache_argument
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, brief
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 1e-1, "float16": 2e-2}
 """How far logits on the seam may be from the witness's, see `apart`. Eager attention forms its softmax in float32 at
@@ -164,9 +164,9 @@ def _by_itself(model: PreTrainedModel) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a family's own code raises
         raise AnchorsError(
-            f"{type(model).__name__} does not run by itself, in transformers' own code without this toolkit: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            "What it needs is missing here, or its configuration does not fit; run model(input_ids=…) to see it.",
+            f"{type(model).__name__} does not run by itself, in transformers' own code without this toolkit: {brief(error)}",
+            "Does its configuration make a model (key-value heads that divide the heads), and do its kernels run on this "
+            "device? Run model(input_ids=…) to see it.",
         ) from error
 
 

@@ -170,7 +170,8 @@ def test_check_is_green(model_directory):
     result = invoke("check", model_directory, "--device", "cpu", "--json", "-t", "sst2")
     assert result.exit_code == 0, result.output
     findings = json.loads(result.stdout)
-    assert len(findings) == 7
+    names = [f["name"] for f in findings]
+    assert {"the model by itself is causal", "logits are the model's own", "positions"} <= set(names)
     assert all(f["ok"] for f in findings), findings
     assert "✓" in invoke("check", model_directory, "--device", "cpu", "-t", "sst2").stdout
 

@@ -162,7 +162,7 @@ def test_heads_that_do_not_divide(tmp_path, tokenizer):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(AnchorsError, match="does not run, by itself either"):
+    with pytest.raises(AnchorsError, match="does not run by itself"):
         load(str(tmp_path), device="cpu")
 
 
