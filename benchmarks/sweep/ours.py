@@ -47,7 +47,7 @@ class Toolkit:
             for shots, data in self.data.items()
         }
         self.ends = [self.prompts[shots][0] for shots in (SHOTS[0], SHOTS[-1])]
-        if failed := [f for f in check(self.lm, self.ends, [], quick=True) if not f.ok]:
+        if failed := [f for f in check(self.lm, self.ends, [], quick=True) if f.ok is False]:
             raise CertificateError("; ".join(f"{f.name}: {f.detail}" for f in failed))
 
     def numbers(self) -> dict[str, Callable[[], Numbers]]:
@@ -62,7 +62,7 @@ class Toolkit:
         from anchors.check import check
         from anchors.errors import CertificateError
 
-        if failed := [f for f in check(self.lm, self.ends, []) if not f.ok]:
+        if failed := [f for f in check(self.lm, self.ends, []) if f.ok is False]:
             raise CertificateError("; ".join(f"{f.name}: {f.detail}" for f in failed))
         return {}
 
