@@ -19,6 +19,7 @@ install_import_hook([f"anchors.{name}" for name in HOOKED], "beartype.beartype")
 import pytest
 import torch
 from families import CONFIGS, make
+from gpu import INTERPRETED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +39,14 @@ Masks = dict[int, Sequence[tuple[int, int]] | torch.Tensor]
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if INTERPRETED or not torch.cuda.is_available():
+        without = pytest.mark.skip(reason="needs a CUDA device and compiled kernels")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(without)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from families import make
+from gpu import needs_cuda
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -95,7 +96,7 @@ def test_digests_are_those_of_the_bytes_alone():
         assert digest == xxhash.xxh3_128_hexdigest(f"{x.dtype}{tuple(x.shape)}\n".encode() + raw)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_a_gpu_changes_nothing(llama):
     own = {"small": torch.randn(7), "large": torch.randn(3, 12_000_001), "turned": torch.randn(300, 200).t()}
     own |= {"empty": torch.empty(0), "half": torch.randn(33).half(), "none": torch.tensor(True)}

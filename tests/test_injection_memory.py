@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu import needs_cuda
 from injection_families import Models, models, tokenizer
 
 from anchors.errors import AnchorsError
@@ -265,7 +266,7 @@ def test_recipes_for_another_depth_are_refused(own, vectors, fields, message):
         pass
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("method", METHODS)
 def test_cuda_is_the_cpu_but_for_rounding(own, method):
     vlm = copy.deepcopy(own.vlm)

@@ -4,7 +4,6 @@ Without a GPU they run in Triton's interpreter, which must be chosen before Trit
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,20 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
 from transformers.pytorch_utils import Conv1D
 
 from anchors.attention import streaming
 from anchors.attention.call import AttentionCall
 from anchors.flow.saliency import FlowTap
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-needs_cuda = pytest.mark.skipif(
-    INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device and compiled kernels"
-)
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
 TINY = [
     pytest.param(shape, dtype, id="-".join(map(str, (*shape, str(dtype).removeprefix("torch.")))))
     for shape, dtype in [

@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,21 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
 from torch import Tensor
 
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.cache import NSACache, Tuning, captured
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-needs_cuda = pytest.mark.skipif(
-    INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device and compiled kernels"
-)
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
 
 TINY = Geometry(l=8, d=4, lp=16, n=3, w=12)
 PLAIN = Geometry(l=16, d=16, lp=16, n=4, w=20)

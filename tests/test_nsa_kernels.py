@@ -4,7 +4,6 @@ Without a GPU they run in Triton's interpreter, in a process of its own (see `te
 wrongly: bfloat16 is tested on CUDA only.
 """
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -14,19 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
 
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
 from anchors.nsa.geometry import Geometry
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-needs_cuda = pytest.mark.skipif(
-    INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device and compiled kernels"
-)
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
 BRANCHES = ("compressed", "selected", "window")
 NAMES = ("q", "q_cmp", "kc", "vc", "ks", "vs", "kw", "vw", "g")
 ALLOWED = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +19,7 @@ from anchors.errors import AnchorsError
 from anchors.nsa import reference
 from anchors.nsa.geometry import Geometry
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-needs_cuda = pytest.mark.skipif(
-    INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device and compiled kernels"
-)
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
+pytestmark = needs_triton
 SMALL = {
     "score.float32": {"rows": 64, "keys": 16},
     "score": {"rows": 64, "keys": 16},

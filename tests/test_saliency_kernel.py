@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
 
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
