@@ -6,10 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
-import nbformat
 import pytest
 import typer
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (development group)")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (development group)")
 
 NOTEBOOK = Path(__file__).parents[1] / "experiments" / "tutorial.ipynb"
 SMALL = "few, some, many, epochs, stride = 3, 4, 12, 1, 15"
@@ -88,7 +89,7 @@ def test_every_cell_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (settings,) = [cell for cell in code(notebook) if "parameters" in cell.metadata.get("tags", [])]
     settings.source = SMALL
-    client = NotebookClient(
+    client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
