@@ -35,8 +35,9 @@ class Finding:
 def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -> Iterator[Finding]:
     """The findings of a model against its witness.
 
-    The witness is asked on the longest prompt, on the same with another last token and on the shortest one, each
-    alone; the model on the longest and the shortest in one batch, padded in our way and without a mask.
+    The witness is asked on the longest prompt and on the shortest one, each alone, and on one of them with another last
+    token (the shortest in the quick form: attention changes at no length between them); the model on both in one batch,
+    padded in our way and without a mask.
 
     Args:
         model: on the seam.
@@ -54,10 +55,11 @@ def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -
     start = time.perf_counter()
     own = witness.logits(_padded([long], model))[0]
     seconds = time.perf_counter() - start
-    other = witness.logits(_padded([_another_last(long)], model))[0]
     few = witness.logits(_padded([short], model))[0]
+    asked, before = (short, few) if quick else (long, own)
+    other = witness.logits(_padded([_another_last(asked)], model))[0]
     ours = _routed(model, _padded([short, long], model))
-    moved = apart(other[:-1], own[:-1])
+    moved = apart(other[:-1], before[:-1])
     said = f"another last token moves earlier logits by {moved:.1e} of their size"
     yield Finding("the model by itself is causal", moved <= allowed, said)
     error = apart(ours[1], own)

@@ -117,7 +117,7 @@ def _batched(model: LanguageModel, prompts: list[Prompt], tolerance: float) -> t
 def _edits_fire(model: LanguageModel, prompt: Prompt) -> tuple[bool, str]:
     """Hide everything but itself from the last token, in row l of a batch only in layer l: its logits must change."""
     count = model.n_layers
-    length = min(len(prompt.ids), 32)
+    length = min(len(prompt.ids), 8)
     ids = torch.tensor(prompt.ids[:length], device=model.device).expand(count, -1)
     last = torch.full((count,), length - 1, device=model.device)
     edits = []

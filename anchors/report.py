@@ -150,7 +150,7 @@ def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
     """The quick form of `anchors check`, on all prompts of a run that fit.
 
     Returns:
-        The arithmetic error of the first one's loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
+        The arithmetic error of the shortest one's loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
 
     Raises:
         CertificateError: it failed.
@@ -165,7 +165,7 @@ def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
         raise CertificateError(
             f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
         )
-    return arithmetic_error(model, prompts[0]) if prompts else None
+    return arithmetic_error(model, min(prompts, key=lambda p: len(p.ids))) if prompts else None
 
 
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
