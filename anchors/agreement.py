@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.lengths import Change, changes, side
+from anchors.lengths import Change, alike, changes, side
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt
 from anchors.witness import EAGER_BYTES, ROWS, TOLERANCE, Witness, apart
@@ -35,8 +35,8 @@ class Finding:
 def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -> Iterator[Finding]:
     """The findings of a model against its witness.
 
-    The witness is asked on the longest prompt and on the shortest one, each alone, and on one of them with another last
-    token (the shortest in the quick form: attention changes at no length between them); the model on both in one batch,
+    The witness is asked on the longest prompt and on the shortest one, each alone, and on one of them with other tokens at
+    the end (the shortest in the quick form: attention changes at no length between them); the model on both in one batch,
     padded in our way and without a mask.
 
     Args:
@@ -56,12 +56,8 @@ def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -
     own = witness.logits(_padded([long], model))[0]
     seconds = time.perf_counter() - start
     few = witness.logits(_padded([short], model))[0]
-    asked, before = (short, few) if quick else (long, own)
-    other = witness.logits(_padded([_another_last(asked)], model))[0]
     ours = _routed(model, _padded([short, long], model))
-    moved = apart(other[:-1], before[:-1])
-    said = f"another last token moves earlier logits by {moved:.1e} of their size"
-    yield Finding("the model by itself is causal", moved <= allowed, said)
+    yield _causal(model, *((short, few) if quick else (long, own)), quick=quick)
     error = apart(ours[1], own)
     yield Finding(
         "logits are the model's own", error <= allowed, _said(len(long), error, cut=len(long) < len(row))
@@ -78,6 +74,27 @@ def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -
             yield beside_witness(model, _side(change), row[: change.length])
         elif not quick:
             yield from _both_sides(model, change, row, pace)
+
+
+def _causal(
+    model: LanguageModel,
+    row: tuple[int, ...],
+    own: Float[Tensor, "tokens vocabulary"],
+    *,
+    quick: bool,
+) -> Finding:
+    """Whether tokens move earlier logits of the witness: the last one of a prompt's first half, with nothing behind it, and
+    in the full form the last one of all. Some families see ahead only within the first half."""
+    found = changes(model.model.config)
+    half = max(2, len(row) // 2)
+    ends = [half] if alike(found, half) == alike(found, len(row)) else []
+    ends += [len(row)] if not (quick and ends) else []
+    moved = 0.0
+    for end in ends:
+        other = model.witness.logits(_padded([_another_last(row[:end])], model))[0]
+        moved = max(moved, apart(other[: end - 1], own[: end - 1]))
+    said = f"other tokens from {' and '.join(map(str, ends))} on move earlier logits by {moved:.1e} of their size"
+    return Finding("the model by itself is causal", moved <= TOLERANCE[model.precision], said)
 
 
 def _said(tokens: int, error: float, cut: bool = False, rows: int | None = None) -> str:
