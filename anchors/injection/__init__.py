@@ -15,47 +15,6 @@ use.
 Source: Xu et al., "Investigating Cross-Modal Skill Injection" (ACL 2026), and the methods' own papers (`METHODS`).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from anchors.injection.inspection import inspect
-    from anchors.injection.mapping import tower
-    from anchors.injection.memory import TaskVectors, inject
-    from anchors.injection.methods import METHODS
-    from anchors.injection.recipe import Recipe, merge_tensor
-    from anchors.injection.suite import Suite
-    from anchors.injection.vlm import load_vlm
-
-_HOMES = {
-    "inspection": ("inspect",),
-    "mapping": ("tower",),
-    "memory": ("TaskVectors", "inject"),
-    "methods": ("METHODS",),
-    "recipe": ("Recipe", "merge_tensor"),
-    "suite": ("Suite",),
-    "vlm": ("load_vlm",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "METHODS",
-    "Recipe",
-    "Suite",
-    "TaskVectors",
-    "inject",
-    "inspect",
-    "load_vlm",
-    "merge_tensor",
-    "tower",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'anchors.injection' has no attribute {name!r}")
-    return getattr(import_module(f"anchors.injection.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,9 @@
+from .inspection import inspect as inspect
+from .mapping import tower as tower
+from .memory import TaskVectors as TaskVectors
+from .memory import inject as inject
+from .methods import METHODS as METHODS
+from .recipe import Recipe as Recipe
+from .recipe import merge_tensor as merge_tensor
+from .suite import Suite as Suite
+from .vlm import load_vlm as load_vlm
