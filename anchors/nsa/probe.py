@@ -256,7 +256,7 @@ def measure(
     Example:
         >>> model = load("experiments/nsa/checkpoint")
         >>> found = measure(model, Probe(Episodes(tokens=1024, vocabulary=vocabulary_of(model)), prompts=16))
-        >>> SUMMARIES["nsa_probe"](found.rows)["selection"]
+        >>> probe_tables(found.rows)["selection"]
     """
     geometry = geometry_of(model)
     demand_choice(probe, geometry)

@@ -35,7 +35,13 @@ def save(folder: str) -> None:
     words = tokenizer()
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(words), n_layer=3, n_head=4, n_embd=32, n_positions=1024, bos_token_id=0, eos_token_id=0
+        vocab_size=len(words),
+        n_layer=3,
+        n_head=4,
+        n_embd=32,
+        n_positions=1024,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
     for weight in model.parameters():
