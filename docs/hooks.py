@@ -16,6 +16,7 @@ PAGES = {
     "ARCHITECTURE.md": "house/ARCHITECTURE.md",
     "CONTRIBUTING.md": "house/CONTRIBUTING.md",
     "CHANGELOG.md": "house/CHANGELOG.md",
+    "findings/README.md": "house/FINDINGS.md",
     "experiments/RESULTS.md": "results/RESULTS.md",
     "experiments/NSA.md": "results/NSA.md",
     "experiments/INJECTION.md": "results/INJECTION.md",
