@@ -1,9 +1,8 @@
 """From an analysis to tidy rows: many prompts, in batches, resumable. Every measurement goes through here."""
 
-import logging
 import platform
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,12 +15,11 @@ from anchors.identity import Identity, held, software
 from anchors.lengths import alike
 from anchors.models import LanguageModel
 from anchors.results import Run
+from anchors.study.engine import Lot, Progress, silent, work
 from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, Drawn, draw, within_context
 from anchors.tasks.task import Control, Task
-
-log = logging.getLogger(__name__)
 
 CPU_TOKENS = 512
 """Tokens per batch on the CPU: longer batches gain nothing there and hold more memory."""
@@ -217,7 +215,7 @@ def measure(
     how: Sample,
     *,
     out: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Measured:
     """Run an analysis on every prompt that the protocol draws, computing only what `out` does not hold.
 
@@ -250,42 +248,17 @@ def _measured(
     data: Data,
     how: Sample,
     out: Path | None,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     notes: tuple[str, ...],
 ) -> Measured:
     config = config_of(model, analysis, task, data, how)
     out = out or Path(tempfile.mkdtemp(prefix="anchors-"))
     run = Run.open(out, analysis.kind, config, model=model.name)
     cells, skipped = _cells(model, analysis, task, data, how, run.folder)
-    total = sum(len(units) for _, units in cells.values())
-    if not total:
+    if not any(units for _, units in cells.values()):
         raise AnchorsError("Every prompt is longer than the model's context.", "Use fewer --shots.")
-    done = run.done()
-    finished = sum(unit in done for _, units in cells.values() for unit in units)
-    progress(finished, total)
-    for seed, (cell, units) in cells.items():
-        pending = [unit for unit in units if unit not in done]
-        whole = (seed, seed_level(units))
-        if not units or (not pending and whole in done):
-            continue
-        state = _prepared(model, analysis, cell)
-        for batch in batches(model, analysis, units, pending, how.batch_size):
-            for part, records in _halving(model, analysis, state, task, [units[unit] for unit in batch]):
-                finished_units = [batch[i] for i in part]
-                run.append(
-                    _frame(finished_units, [units[u].example for u in finished_units], records),
-                    finished_units,
-                )
-                finished += len(finished_units)
-                progress(finished, total)
-        if whole not in done:
-            said = analysis.once(model, state, cell) or [Record("prompts", len(units))]
-            run.append(_frame([whole], [-1], [said]), [whole])
-    rows = run.rows()
-    assert rows is not None  # noqa: S101 - `total` is not 0
-    wanted = {unit for _, units in cells.values() for unit in units}
-    wanted |= {(seed, seed_level(units)) for seed, (_, units) in cells.items()}
-    rows = rows[pd.MultiIndex.from_frame(rows[["seed", "number"]]).isin(list(wanted))]
+    lots = [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
+    rows = work(run, lots, progress)
     for name, value in {
         "control": how.control,
         "shots": how.shots,
@@ -296,6 +269,42 @@ def _measured(
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
     first = cells[how.seeds[0]][0].prompts
     return Measured(rows, skipped, config, run.folder, first, notes + run.notes)
+
+
+def _lot(
+    model: LanguageModel, analysis: Analysis, cell: Cell, units: dict[Unit, Drawn], size: int | None
+) -> Lot:
+    """The prompts of a seed, and what there is to say of the seed as a whole."""
+
+    def measured(state: Any, part: Sequence[Unit]) -> pd.DataFrame:
+        drawn = [units[unit] for unit in part]
+        return _frame(part, [d.example for d in drawn], analysis.measure(model, state, cell.task, drawn))
+
+    def said(state: Any) -> pd.DataFrame:
+        found = analysis.once(model, state, cell) or [Record("prompts", len(units))]
+        return _frame([whole], [-1], [found])
+
+    def too_large(unit: Unit | None) -> AnchorsError:
+        if unit is not None:
+            return AnchorsError(
+                f"One prompt of {len(units[unit].prompt.ids)} tokens does not fit into memory.",
+                "Use fewer --shots, --precision bfloat16, another --device or --device-map auto.",
+            )
+        return AnchorsError(
+            f"What the prompts of seed {cell.how.seed} share does not fit into memory "
+            f"({analysis.kind}, {cell.prompts[0].prompt.query} tokens of demonstrations).",
+            "Use fewer --shots, fewer conditions or layers, --precision bfloat16 or another --device.",
+        )
+
+    whole = (cell.how.seed, seed_level(units))
+    return Lot(
+        list(units),
+        lambda: analysis.prepare(model, cell),
+        measured,
+        too_large,
+        lambda left: batches(model, analysis, units, list(left), size),
+        (whole, said),
+    )
 
 
 def _frame(
@@ -359,54 +368,3 @@ def tokens_per_batch(model: LanguageModel, cached: float = 0.0) -> int:
     )
     free, _ = torch.cuda.mem_get_info(model.device)
     return min(16384, max(1, int(0.5 * free / per_token)))
-
-
-def _halving(
-    model: LanguageModel, analysis: Analysis, state: Any, task: Task, batch: list[Drawn]
-) -> Iterator[tuple[range, list[list[Record]]]]:
-    """Run a batch; out of memory halves it and goes on."""
-    stack = [range(len(batch))]
-    while stack:
-        part = stack.pop()
-        try:
-            result = analysis.measure(model, state, task, [batch[i] for i in part])
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            result = None
-        if result is not None:
-            yield part, result
-            continue
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(part) == 1:
-            raise AnchorsError(
-                f"One prompt of {len(batch[part[0]].prompt.ids)} tokens does not fit into memory.",
-                "Use fewer --shots, --precision bfloat16, another --device or --device-map auto.",
-            )
-        middle = part.start + len(part) // 2
-        log.warning("out of memory with %d prompts; going on with %d", len(part), middle - part.start)
-        stack += [range(middle, part.stop), range(part.start, middle)]
-
-
-def _prepared(model: LanguageModel, analysis: Analysis, cell: Cell) -> Any:
-    try:
-        return analysis.prepare(model, cell)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise AnchorsError(
-            f"What the prompts of seed {cell.how.seed} share does not fit into memory "
-            f"({analysis.kind}, {cell.prompts[0].prompt.query} tokens of demonstrations).",
-            "Use fewer --shots, fewer conditions or layers, --precision bfloat16 or another --device.",
-        ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU and MPS allocators only say so."""
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text
-    )

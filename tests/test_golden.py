@@ -12,7 +12,6 @@ KEPT = json.loads((GOLDEN / "keys.json").read_text())
 KINDS = [kind for kind in KEPT if kind != "software"]
 pytestmark = [
     pytest.mark.skipif(software() != KEPT["software"], reason=f"kept under {KEPT['software']}"),
-    pytest.mark.xdist_group("golden"),
 ]
 
 

@@ -7,7 +7,7 @@ again computes only what no file holds yet.
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from anchors.injection.suite import Suite
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
 from anchors.results import Run
+from anchors.study.engine import Lot, Progress, Unit, part_of, silent, work
 
 KIND, VERSION = "inject-flow", 1
 IDENTITY = ("seed", "expert", "scenario", "labels", "strength")
@@ -120,7 +121,7 @@ def measure(
     out: Path,
     device: str = "auto",
     precision: str = "auto",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Measured:
     """Flow and accuracy of all suites, experts and strengths.
 
@@ -156,17 +157,11 @@ def measure(
             run = Run.open(out, KIND, world.config(expert, prints), IDENTITY, model=world.vlm.name)
             configs.append(run.config)
             notes += [note for note in run.notes if note not in notes]
-            done = run.done()
             keys = [(suite.seed, expert, *unit) for unit in units]
-            for key in sorted(keys, key=lambda key: key not in done):
-                if key not in done:
-                    rows = world.measure(vectors, *key[2:])
-                    run.append(rows.assign(**dict(zip(IDENTITY, key, strict=True)))[ROWS], [key])
-                finished += 1
-                progress(finished, total)
-            rows = run.rows()
-            found.append(rows[pd.MultiIndex.from_frame(rows[list(IDENTITY)]).isin(keys)])
-            del vectors
+            lot = Lot(keys, lambda vectors=vectors: vectors, world.kept, _too_large)
+            found.append(work(run, [lot], part_of(progress, finished, total)))
+            finished += len(keys)
+            del vectors, lot
             gc.collect()
     rows = pd.concat(found, ignore_index=True)
     return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(notes))
@@ -228,6 +223,12 @@ class World:
             **prints, **({"recipe": replace(wanted.recipe, strength=1.0).as_dict()} if prints else {}),
         }  # fmt: skip
 
+    def kept(self, vectors: TaskVectors | None, units: Sequence[Unit]) -> pd.DataFrame:
+        """The rows of one unit, with the columns that name it."""
+        ((seed, expert, *unit),) = units
+        named = dict(zip(IDENTITY, (seed, expert, *unit), strict=True))
+        return self.measure(vectors, *unit).assign(**named)[ROWS]
+
     def measure(
         self, vectors: TaskVectors | None, scenario: str, labels: str, strength: float
     ) -> pd.DataFrame:
@@ -286,6 +287,12 @@ class World:
     def _language_model(self, source: str) -> LanguageModel:
         half = self.vlm.precision in ("bfloat16", "float16")
         return load(source, device=str(self.vlm.device), precision="tf32" if half else self.vlm.precision)
+
+
+def _too_large(unit: Unit | None) -> AnchorsError:
+    return AnchorsError(
+        "The prompts and their gradients do not fit into memory.", "Use fewer --shots, or another --device."
+    )
 
 
 def _labels(suite: Suite, scenario: str) -> str:

@@ -5,11 +5,9 @@ image, on a grey one and on another example's, and the questions of the vision s
 running the same sweep again, or a larger one, computes only what no file holds yet.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from anchors.injection.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_a
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
 from anchors.results import Run
-from anchors.runner import out_of_memory
+from anchors.study.engine import Lot, Progress, Unit, part_of, silent, work
 
 KIND = "inject-sweep"
 VERSION = 1
@@ -121,7 +119,7 @@ def sweep(
     out: Path,
     device: str = "auto",
     precision: str = "auto",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Swept:
     """Measure all settings on all suites.
 
@@ -138,7 +136,7 @@ def sweep(
     _require_siblings(suites, wanted)
     references, notes = _shared_references(suites, wanted)
     recipes: tuple[Recipe, ...] = ()
-    found, configs, finished = [], [], count(1)
+    found, configs, finished = [], [], 0
     for suite in suites:
         world = World(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
         if recipes and recipes != wanted.grid.recipes(world.vlm.n_layers):
@@ -151,9 +149,8 @@ def sweep(
                 (suite.seed, skill, setting, mask): what
                 for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
             }
-            rows, config, told = _measured(
-                world, skill, units, out, lambda total=total: progress(next(finished), total)
-            )
+            rows, config, told = _measured(world, skill, units, out, part_of(progress, finished, total))
+            finished += len(units)
             found.append(rows)
             configs.append(config)
             notes += [note for note in told if note not in notes]
@@ -162,20 +159,21 @@ def sweep(
 
 
 def _measured(
-    world: "World", skill: str, units: dict[tuple, Recipe | str], out: Path, tick: Callable[[], None]
+    world: "World", skill: str, units: dict[Unit, Recipe | str], out: Path, progress: Progress
 ) -> tuple[pd.DataFrame, dict[str, Any], tuple[str, ...]]:
     """The rows of these units, of which those are measured that `out` does not hold; what they depend on; and notes."""
     bench = Bench(world, skill, world.language_model(world.suite.model("experts", skill)))
     run = Run.open(out, KIND, bench.config(), IDENTITY, model=world.vlm.name)
-    done = run.done()
-    for unit in sorted(units, key=lambda unit: unit not in done):
-        if unit not in done:
-            rows = bench.measure(units[unit])
-            run.append(rows.assign(**dict(zip(IDENTITY, unit, strict=True))), [unit])
-        tick()
-    found = run.rows()
-    assert found is not None  # noqa: S101 - the VLM alone is there
-    return found[pd.MultiIndex.from_frame(found[list(IDENTITY)]).isin(units)], run.config, run.notes
+
+    def one(_: None, part: Sequence[Unit]) -> pd.DataFrame:
+        (unit,) = part
+        return bench.measure(units[unit]).assign(**dict(zip(IDENTITY, unit, strict=True)))
+
+    return work(run, [Lot(list(units), lambda: None, one, _too_large)], progress), run.config, run.notes
+
+
+def _too_large(unit: Unit | None) -> AnchorsError:
+    return AnchorsError("The prompts do not fit into memory.", "Use a smaller --batch, or --limit.")
 
 
 @dataclass(frozen=True)
@@ -204,8 +202,7 @@ class World:
     def prepared(self, scenario: str, image: Shown) -> Prepared:
         """Prompts of a scenario with what the vision tower makes of their images."""
         examples = self.wanted.examples(self.suite, scenario)
-        with _enough_memory():
-            return prepare(self.vlm, self.suite, examples, image, self.wanted.batch, features=True)
+        return prepare(self.vlm, self.suite, examples, image, self.wanted.batch, features=True)
 
     def language_model(self, source: str) -> LanguageModel:
         """A language model beside the VLM; its weights are never in half precision, merging is not either."""
@@ -264,11 +261,10 @@ class Bench:
 
     def measure(self, what: Recipe | str) -> pd.DataFrame:
         """The rows of one setting or reference, without the columns that name it."""
-        with _enough_memory():
-            if isinstance(what, str):
-                return self._reference(what).assign(changed=0, norm=0.0, relative=0.0, dose=0.0)
-            with inject(self.world.vlm.model, self.vectors, what) as injected:
-                rows = self._answers(controls=self.world.wanted.controls)
+        if isinstance(what, str):
+            return self._reference(what).assign(changed=0, norm=0.0, relative=0.0, dose=0.0)
+        with inject(self.world.vlm.model, self.vectors, what) as injected:
+            rows = self._answers(controls=self.world.wanted.controls)
         return rows.assign(
             changed=injected.changed,
             norm=injected.norm,
@@ -351,18 +347,6 @@ def _upper(source: str) -> str:
         return model.commit
     files = sorted(path for path in model.folder.iterdir() if path.is_file() and path.suffix != ".md")
     return text_digest({path.name: file_digest(path) for path in files})
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise AnchorsError(
-            "The prompts do not fit into memory.", "Use a smaller --batch, or --limit."
-        ) from error
 
 
 def _swept(

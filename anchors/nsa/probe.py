@@ -8,7 +8,7 @@ import copy
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from anchors.nsa.probe_interventions import effects
 from anchors.nsa.probe_taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.vocabulary import SPECIALS, Vocabulary
 from anchors.results import Run, set_aside, write_atomic
-from anchors.runner import out_of_memory, unknown_code
+from anchors.runner import unknown_code
+from anchors.study.engine import Lot, Progress, Unit, silent, work
 from anchors.tasks.prompts import Prompt
 
 KIND = "nsa_probe"
@@ -240,7 +241,7 @@ def measure(
     probe: Probe,
     *,
     out: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Probed:
     """Probe a model, computing only the prompts that `out` does not hold.
 
@@ -273,39 +274,32 @@ def measure(
     }  # fmt: skip
     run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), KIND, config, model=model.name)
     wanted = [(probe.seed, number) for number in range(probe.prompts)]
-    done = run.done()
-    notes = [*unknown_code(found), *run.notes]
-    for unit in [unit for unit in wanted if unit in done]:
+    notes, again = [*unknown_code(found), *run.notes], set()
+    for unit in run.done().intersection(wanted):
         path = _vectors(run.folder, unit)
         if not _whole(path):
-            done.discard(unit)
+            again.add(unit)
             what = f"{set_aside(path)} was cut or changed" if path.exists() else f"{str(path)!r} is gone"
             notes.append(f"{what}; its prompt is probed anew.")
-    finished = sum(unit in done for unit in wanted)
-    progress(finished, probe.prompts)
-    for seed, number in wanted:
-        if (seed, number) in done:
-            continue
+
+    def one(_: None, units: Sequence[Unit]) -> pd.DataFrame:
+        ((seed, number),) = units
         prompt = probe.prompt(number)
-        rng = np.random.default_rng([seed, number, 7])
-        try:
-            found, look, places = probe_prompt(
-                model, prompt, geometry, rng, interventions=probe.interventions, vectors=probe.vectors
-            )
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise AnchorsError(
-                f"A prompt of {len(prompt.ids)} tokens does not fit into memory: its patterns are formed whole.",
-                "Use fewer --tokens or another --device.",
-            ) from error
+        found, look, places = probe_prompt(
+            model, prompt, geometry, np.random.default_rng([seed, number, 7]),
+            interventions=probe.interventions, vectors=probe.vectors,
+        )  # fmt: skip
         _write_vectors(_vectors(run.folder, (seed, number)), look, places, prompt)
-        run.append(_frame(seed, number, found), [(seed, number)])
-        finished += 1
-        progress(finished, probe.prompts)
-    rows = run.rows()
-    assert rows is not None  # noqa: S101 - there is at least one prompt
-    rows = rows[(rows["seed"] == probe.seed) & (rows["number"] < probe.prompts)]
+        return _frame(seed, number, found)
+
+    def too_large(unit: Unit | None) -> AnchorsError:
+        tokens = len(probe.prompt(unit[1]).ids)
+        return AnchorsError(
+            f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
+            "Use fewer --tokens or another --device.",
+        )
+
+    rows = work(run, [Lot(wanted, lambda: None, one, too_large)], progress, again=again)
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
     return Probed(rows, _read_vectors(run.folder, wanted), config, [*notes, *notes_on(rows, geometry)])
 

@@ -1,0 +1,1 @@
+"""What every study has in common: one loop, one report."""

@@ -1,0 +1,140 @@
+"""The one loop of all that is measured: units of work on what they share, kept as they are finished, fewer at once where memory ends."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.results import Run
+
+log = logging.getLogger(__name__)
+
+Unit = tuple[Any, ...]
+"""The values of a run's identity columns: what is measured, and kept, as a whole."""
+Progress = Callable[[int, int], None]
+"""Called with (units done, units in all)."""
+State = TypeVar("State")
+
+
+def silent(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def part_of(progress: Progress, before: int, total: int) -> Progress:
+    """The progress of one of several runs: `before` units were done ahead of it, of `total` in all."""
+    return lambda done, _: progress(before + done, total)
+
+
+def one_by_one(units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+    """Every unit alone."""
+    return ([unit] for unit in units)
+
+
+@dataclass(frozen=True)
+class Lot(Generic[State]):
+    """Units of work that share a preparation.
+
+    Attributes:
+        units: all of them, in order.
+        prepare: makes what they share; not called where nothing is left to measure.
+        measure: from what is shared and some of the units to their rows, with the identity columns.
+        too_large: the error where one unit does not fit into memory, or (None) what is shared does not.
+        batches: how the units that are left are put together.
+        whole: a unit that describes the lot, and how its rows are made; None where there is none.
+    """
+
+    units: Sequence[Unit]
+    prepare: Callable[[], State]
+    measure: Callable[[State, Sequence[Unit]], pd.DataFrame]
+    too_large: Callable[[Unit | None], AnchorsError]
+    batches: Callable[[Sequence[Unit]], Iterable[Sequence[Unit]]] = one_by_one
+    whole: tuple[Unit, Callable[[State], pd.DataFrame]] | None = None
+
+
+def work(
+    run: Run, lots: Sequence[Lot], progress: Progress = silent, *, again: Collection[Unit] = ()
+) -> pd.DataFrame:
+    """The rows of all lots; only what the run does not hold is computed, and kept as it is finished.
+
+    Args:
+        run: where rows are kept.
+        lots: the work.
+        progress: called with (units done, units in all); units that describe a lot do not count.
+        again: units to measure although there are rows of them.
+
+    Returns:
+        The rows of these lots' units, in the order in which they were kept.
+
+    Raises:
+        AnchorsError: a unit, or what a lot shares, does not fit into memory; whatever preparing and measuring raise.
+    """
+    done = run.done() - set(again)
+    total = sum(len(lot.units) for lot in lots)
+    finished = sum(unit in done for lot in lots for unit in lot.units)
+    progress(finished, total)
+    for lot in lots:
+        left = [unit for unit in lot.units if unit not in done]
+        whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
+        if not left and whole is None:
+            continue
+        state = _within_memory(lot.prepare, lot.too_large)
+        for batch in lot.batches(left):
+            for part, rows in _halving(lot, state, batch):
+                run.append(rows, part)
+                finished += len(part)
+                progress(finished, total)
+        if whole is not None:
+            run.append(whole[1](state), [whole[0]])
+    rows = run.rows()
+    wanted = [unit for lot in lots for unit in (*lot.units, *([lot.whole[0]] if lot.whole else []))]
+    assert rows is not None  # noqa: S101 - no caller comes without units
+    return rows[pd.MultiIndex.from_frame(rows[list(run.identity)]).isin(wanted)]
+
+
+def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:
+    try:
+        return prepare()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise too_large(None) from error
+
+
+def _halving(
+    lot: Lot[State], state: State, batch: Sequence[Unit]
+) -> Iterator[tuple[Sequence[Unit], pd.DataFrame]]:
+    """Measure a batch; out of memory halves it and goes on."""
+    stack = [batch]
+    while stack:
+        part = stack.pop()
+        try:
+            rows = lot.measure(state, part)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            rows = None
+        if rows is not None:
+            yield part, rows
+            continue
+        # Outside of the handler: the error's frames hold the tensors that did not fit.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(part) == 1:
+            raise lot.too_large(part[0])
+        middle = len(part) // 2
+        log.warning("out of memory with %d at once; going on with %d", len(part), middle)
+        stack += [part[middle:], part[:middle]]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; the CPU and MPS allocators only say so."""
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
