@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 
 from anchors.errors import AnchorsError
 from anchors.intervals import WILSON, interval, method, paired_gap
@@ -294,8 +294,8 @@ def flow_summary(
 ) -> pd.DataFrame:
     """S_wp, S_pq and S_ww by layer, and what S_pq leaves out: means over examples with bootstrap intervals.
 
-    The three sums of one example stay together in every resample (paired bootstrap over examples, percentile
-    intervals). `share` is a sum's mean divided by the three means' total in that layer, as the paper plots it. That of
+    The three sums of one example stay together in every resample, and seeds are drawn, then examples within them
+    (`resampling`; percentile intervals). `share` is a sum's mean divided by the three means' total in that layer, as the paper plots it. That of
     `s_pq_rest` is the part that S_pq leaves out of the flow from the label words to the target: its mean divided by the
     sum of its own and that of S_pq.
 
@@ -309,7 +309,7 @@ def flow_summary(
         seed: of the resampling.
 
     Returns:
-        One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples, note.
+        One row per task, shots, control, layer and metric: mean, low, high, share, share_low, share_high, examples, seeds, note.
         With a single example there are no intervals: low and high are missing. Rows that were measured before there was
         `s_pq_rest` have none.
 
@@ -326,25 +326,16 @@ def flow_summary(
         }
         layers = wide["s_wp"].columns.to_numpy()
         names = [metric for metric in (*SUMS, REST) if metric in wide]
-        data = np.stack([wide[metric].to_numpy() for metric in names])  # sums, examples, layers
-        mean = data.mean(1)
-        found = np.stack([mean, _parts(mean)])
+        data = np.stack([wide[metric].to_numpy() for metric in names], 1)  # examples, sums, layers
+        units = wide["s_wp"].index.to_frame(index=False)
+        weights = resampling(units, resamples, seed)[: 1 if len(units) == 1 else None]
+        means = np.einsum("re,esl->srl", weights / weights.sum(1, keepdims=True), data)
+        samples = np.stack([means, _parts(means)])  # mean and share, sums, resamples, layers
+        found, spread = samples[:, :, 0], samples[:, :, 1:]
         low, high = np.full_like(found, np.nan), np.full_like(found, np.nan)
-        if data.shape[1] > 1:
-            spread = bootstrap(
-                tuple(data),
-                lambda *sums, axis: np.stack([m := np.stack([s.mean(axis) for s in sums]), _parts(m)]),
-                paired=True,
-                vectorized=True,
-                axis=0,
-                n_resamples=resamples,
-                batch=50,
-                confidence_level=confidence,
-                method="percentile",
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-            low, high = spread.low, spread.high
-        dead = (data == 0).all(1)
+        if len(units) > 1:
+            low, high = np.quantile(spread, [(1 - confidence) / 2, (1 + confidence) / 2], axis=2)
+        dead = (data == 0).all(0)
         tables += [
             pd.DataFrame(
                 {
@@ -357,7 +348,8 @@ def flow_summary(
                     "share": found[1, i],
                     "share_low": low[1, i],
                     "share_high": high[1, i],
-                    "examples": data.shape[1],
+                    "examples": len(units),
+                    "seeds": units["seed"].nunique(),
                     "note": np.where(dead[i] & (metric == "s_wp"), UNDEFINED, ""),
                 }
             )
