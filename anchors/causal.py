@@ -15,6 +15,7 @@ from anchors.icl import joined, outcomes
 from anchors.models import LanguageModel
 from anchors.patching import demand_one_stream, patch, streams
 from anchors.runner import Cell, Record
+from anchors.streams import Stream, stream
 from anchors.tasks.drawing import Drawn, demonstrations, derangement, random_positions
 from anchors.tasks.prompts import Prompt, build, label_tokens
 from anchors.tasks.task import Task
@@ -72,7 +73,7 @@ class Causal:
     """
 
     kind: ClassVar[str] = "causal"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     fresh: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = None
@@ -102,7 +103,7 @@ class Causal:
             raise AnchorsError(f"{model.name} has no layer {chosen[-1]}; they are 0 to {model.n_layers - 1}.")
         prompt = cell.prompts[0].prompt
         ids = shared_demonstrations([d.prompt for d in cell.prompts])
-        rng = np.random.default_rng([cell.how.seed, 4])
+        rng = stream(Stream.EXCHANGED_LABELS, cell.how.seed)
         moved = exchange(cell.task, [len(word) for word in label_tokens(cell.task, model.tokenizer)], rng)
         shown = [replace(e, label=moved[e.label]) for e in demonstrations(cell.task, cell.data, cell.how)]
         query = cell.data.test[cell.prompts[0].example]

@@ -17,6 +17,7 @@ from anchors.icl import compared
 from anchors.lengths import Change, demand_one_side
 from anchors.models import LanguageModel
 from anchors.runner import Cell, Record
+from anchors.streams import Stream, stream
 from anchors.tasks.drawing import Drawn, demonstrations
 from anchors.tasks.prompts import Prompt, build
 from anchors.tasks.task import Task
@@ -224,7 +225,7 @@ class Compression:
             contexts["text_anchor"] = encode(model, text_anchor(model, cell))
         if "hidden_random" in self.methods:
             for draw in range(self.draws):
-                rng = np.random.default_rng([cell.how.seed, 4, draw])
+                rng = stream(Stream.KEPT_TOKENS, cell.how.seed, draw)
                 contexts[f"hidden_random/{draw:02}"] = compress(whole, random_tokens(prompt, rng), rule)
         return contexts
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from anchors.attention.edits import isolate
@@ -14,6 +13,7 @@ from anchors.errors import AnchorsError
 from anchors.icl import compared, joined
 from anchors.models import LanguageModel
 from anchors.runner import Cell, Record
+from anchors.streams import Stream, stream
 from anchors.tasks.drawing import Drawn, random_positions
 from anchors.tasks.task import Task
 
@@ -79,7 +79,7 @@ def isolated_contexts(model: LanguageModel, cell: Cell, how: Isolation) -> dict[
     """The demonstrations of a seed run once untouched (`none`) and once under each condition."""
     prompt = cell.prompts[0].prompt
     ids = shared_demonstrations([d.prompt for d in cell.prompts])
-    rng = np.random.default_rng([cell.how.seed, 3])
+    rng = stream(Stream.ISOLATED_POSITIONS, cell.how.seed)
     where = {"label": prompt.label_positions, "random": random_positions(prompt, rng)}
     contexts = {"none": encode(model, ids)}
     for k in how.layers:

@@ -25,6 +25,7 @@ from anchors.models import LanguageModel
 from anchors.preparation import apply, is_plain_linear, wide_products
 from anchors.results import Run, provenance, write_atomic
 from anchors.runner import Cell, Record
+from anchors.streams import Stream, stream
 from anchors.tasks.drawing import Drawn, demonstrations
 from anchors.tasks.prompts import Prompt, build
 from anchors.tasks.task import Task
@@ -248,7 +249,7 @@ def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[P
     """Extra examples of each class, as prompts on the demonstrations of a seed; none shown there or asked about."""
     shown = demonstrations(cell.task, cell.data, cell.how)
     texts = {e.text for e in shown} | cell.data.repeated
-    rng = np.random.default_rng([cell.how.seed, 5])
+    rng = stream(Stream.TRAINING_EXAMPLES, cell.how.seed)
     chosen = []
     for c, label in enumerate(cell.task.labels):
         pool = [e for e in cell.data.train_by_class.get(c, []) if e.text not in texts]
@@ -377,7 +378,7 @@ def _train(
 ) -> Beta:
     """Adam over the examples in a seeded order, anew in every epoch."""
     optimiser = torch.optim.Adam([beta], lr=learning_rate)
-    rng = np.random.default_rng([seed, 6])
+    rng = stream(Stream.TRAINING_ORDER, seed)
     losses = []
     for _ in range(epochs):
         order = rng.permutation(len(prompts))

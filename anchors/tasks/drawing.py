@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError, nearest
+from anchors.streams import Stream, stream
 from anchors.tasks.data import Data, Example
 from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
 from anchors.tasks.task import CONTROLS, Control, Task
@@ -73,7 +74,7 @@ def draw(
             "Use fewer --shots.",
         )
     words = label_tokens(task, tokenizer)
-    order = np.random.default_rng([how.seed, 0]).permutation(len(data.test))
+    order = stream(Stream.QUERIES, how.seed).permutation(len(data.test))
     drawn: list[Drawn] = []
     shown: list[Example] = []
     for number, index in enumerate(order[:examples]):
@@ -82,7 +83,7 @@ def draw(
             shown = demonstrations(task, data, how, number, query.text)
         prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
         if how.control == "random-positions":
-            rng = np.random.default_rng([how.seed, 2, number if how.fresh else 0])
+            rng = stream(Stream.CONTROL_POSITIONS, how.seed, number if how.fresh else 0)
             prompt = replace(prompt, label_positions=random_positions(prompt, rng))
         drawn.append(Drawn(example=int(index), prompt=prompt))
     return drawn
@@ -106,7 +107,7 @@ def demonstrations(
             f"Fewer than {how.shots} training examples for {few}{why}.",
             "Ask for fewer shots." if how.shots > 1 else "Add examples.",
         )
-    rng = np.random.default_rng([how.seed, 1, number if how.fresh else 0])
+    rng = stream(Stream.DEMONSTRATIONS, how.seed, number if how.fresh else 0)
     shown = [pool[i] for pool in by_class for i in _different(len(pool), how, rng)]
     shown = [shown[i] for i in rng.permutation(len(shown))]
     if how.control == "permuted-labels":
