@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +11,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from anchors.context import Context, answer, encode, queries, shared_demonstrations
+from anchors.analyses.compression import METHODS as METHODS
+from anchors.analyses.compression import RULES, Rule
+from anchors.analyses.compression import Compression as Compression
+from anchors.analyses.compression import Speed as Speed
+from anchors.context import Context, encode
 from anchors.errors import AnchorsError, nearest
-from anchors.icl import compared
 from anchors.lengths import Change, demand_one_side
 from anchors.models import LanguageModel
-from anchors.runner import Cell, Record
-from anchors.streams import Stream, stream
-from anchors.tasks.drawing import Drawn, demonstrations
+from anchors.runner import Cell
+from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
-from anchors.tasks.task import Task
-
-Rule = Literal["after-last-anchor", "restart", "original"]
-RULES: tuple[Rule, ...] = ("after-last-anchor", "restart", "original")
-"""Where the test input stands: after the last kept position (the reference for GPT-J), at 0 (the reference for
-GPT2-XL), or where it stood in the whole prompt. `reference` is the reference's choice for a family like this one."""
 
 
 def resolve(rule: str, model: LanguageModel) -> Rule:
@@ -37,9 +33,6 @@ def resolve(rule: str, model: LanguageModel) -> Rule:
         for name, module in model.model.named_modules()
     )
     return "restart" if learned else "after-last-anchor"
-
-
-METHODS = ("hidden_anchor", "text_anchor", "hidden_random")
 
 
 def compress(context: Context, tokens: Sequence[int], rule: Rule = "after-last-anchor") -> Context:
@@ -166,150 +159,6 @@ def text_anchor(model: LanguageModel, cell: Cell) -> tuple[int, ...]:
     shown = [replace(e, text="") for e in demonstrations(cell.task, cell.data, cell.how)]
     prompt = build(bare, model.tokenizer, shown, "", None)
     return prompt.ids[: prompt.query]
-
-
-@dataclass(frozen=True)
-class Compression:
-    """Answer test inputs on compressed demonstrations, and compare with the whole ones.
-
-    The demonstrations are run once; in every layer only the keys and values at the kept tokens remain, and the test
-    input attends to these. Methods (section 3.2, Table 2):
-
-    - `hidden_anchor`: label words and format tokens;
-    - `text_anchor`: format and label words alone, as text;
-    - `hidden_random`: each label word replaced by a random text token of its demonstration, format kept; `draws`
-      random choices, of which the summary gives the mean and the best by label loyalty (`hidden_random_top`).
-
-    Attributes:
-        methods: which of them.
-        rule: where the test input stands, see `RULES`.
-        draws: of `hidden_random`.
-        top: of how many words word loyalty is taken (the reference: 5 here).
-    """
-
-    kind: ClassVar[str] = "compress"
-    version: ClassVar[int] = 1
-    fresh: ClassVar[bool] = False
-
-    methods: tuple[str, ...] = METHODS
-    rule: Rule | Literal["reference"] = "after-last-anchor"
-    draws: int = 20
-    top: int = 5
-
-    def __post_init__(self) -> None:
-        unknown = set(self.methods) - set(METHODS)
-        if (
-            unknown
-            or not self.methods
-            or self.draws < 1
-            or self.top < 1
-            or self.rule not in (*RULES, "reference")
-        ):
-            raise AnchorsError(
-                f"Methods {self.methods}, rule {self.rule!r}, draws {self.draws}, top {self.top} cannot be used.",
-                f"Methods are {', '.join(METHODS)}; rules {', '.join((*RULES, 'reference'))}; numbers at least 1.",
-            )
-
-    @property
-    def passes(self) -> float:
-        return 1.0 + len(self.methods) + ("hidden_random" in self.methods) * (self.draws - 1)
-
-    def prepare(self, model: LanguageModel, cell: Cell) -> dict[str, Context]:
-        prompt = cell.prompts[0].prompt
-        whole = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        rule = resolve(self.rule, model)
-        contexts = {"none": whole}
-        if "hidden_anchor" in self.methods:
-            contexts["hidden_anchor"] = compress(whole, anchor_tokens(prompt), rule)
-        if "text_anchor" in self.methods:
-            contexts["text_anchor"] = encode(model, text_anchor(model, cell))
-        if "hidden_random" in self.methods:
-            for draw in range(self.draws):
-                rng = stream(Stream.KEPT_TOKENS, cell.how.seed, draw)
-                contexts[f"hidden_random/{draw:02}"] = compress(whole, random_tokens(prompt, rng), rule)
-        return contexts
-
-    def once(self, model: LanguageModel, state: dict[str, Context], cell: Cell) -> list[Record]:
-        own = [len(d.prompt.ids) - d.prompt.query for d in cell.prompts]
-        said = [
-            Record("demonstration_tokens", len(state["none"].ids)),
-            Record("input_tokens", float(np.mean(own))),
-            Record("cache_bytes", state["none"].bytes),
-        ]
-        for name, context in state.items():
-            if name in METHODS:
-                said += [
-                    Record("kept_tokens", len(context.ids), name),
-                    Record("cache_bytes", context.bytes, name),
-                ]
-        return said
-
-    def measure(
-        self, model: LanguageModel, state: dict[str, Context], task: Task, batch: Sequence[Drawn]
-    ) -> list[list[Record]]:
-        return compared(model, state, task, batch, self.top)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds per prompt: vanilla in-context learning on whole prompts, and on the anchors kept once (Table 3).
-
-    Both are batched alike; vanilla shares no cache. Each batch is run `repeats` times by each in turn, and the
-    median counts. What happens once per seed (running the demonstrations, keeping their anchors) is not counted.
-
-    Attributes:
-        repeats: of each batch.
-        rule: see `RULES`.
-    """
-
-    kind: ClassVar[str] = "speed"
-    version: ClassVar[int] = 2
-    fresh: ClassVar[bool] = False
-    timed: ClassVar[bool] = True
-
-    repeats: int = 3
-    rule: Rule | Literal["reference"] = "after-last-anchor"
-
-    @property
-    def passes(self) -> float:
-        return 5.0 * self.repeats
-
-    def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, Context]:
-        whole = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        kept = compress(whole, anchor_tokens(cell.prompts[0].prompt), resolve(self.rule, model))
-        for run in self._sides((whole, kept), cell.prompts[:2], model):
-            run()
-        return whole, kept
-
-    def once(self, model: LanguageModel, state: tuple[Context, Context], cell: Cell) -> list[Record]:
-        whole, kept = state
-        own = [len(d.prompt.ids) - d.prompt.query for d in cell.prompts]
-        return [
-            Record("demonstration_tokens", len(whole.ids)),
-            Record("input_tokens", float(np.mean(own))),
-            Record("kept_tokens", len(kept.ids)),
-        ]
-
-    def measure(
-        self, model: LanguageModel, state: tuple[Context, Context], task: Task, batch: Sequence[Drawn]
-    ) -> list[list[Record]]:
-        sides = self._sides(state, batch, model)
-        taken = np.array([[seconds(run, model) for run in sides] for _ in range(self.repeats)])
-        vanilla, compressed = np.median(taken, 0) / len(batch)
-        # Prompts of a batch share one measurement: the summary draws batches, not prompts.
-        name = Record("batch", batch[0].example)
-        return [
-            [Record("seconds", vanilla), Record("seconds", compressed, "hidden_anchor"), name] for _ in batch
-        ]
-
-    def _sides(
-        self, state: tuple[Context, Context], batch: Sequence[Drawn], model: LanguageModel
-    ) -> tuple[Callable[[], object], Callable[[], object]]:
-        whole, kept = state
-        prompts = [d.prompt for d in batch]
-        entire = queries(prompts, 0, model.device)
-        rest = queries(prompts, len(whole.ids), model.device)
-        return lambda: answer(model, None, entire), lambda: answer(model, kept, rest)
 
 
 def seconds(run: Callable[[], object], model: LanguageModel) -> float:

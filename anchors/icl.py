@@ -2,84 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.context import Context, Queries, answer, encode, queries, shared_demonstrations
+from anchors.analyses.classification import CONTENT_FREE as CONTENT_FREE
+from anchors.analyses.classification import Classification as Classification
+from anchors.context import Context, Queries, answer, queries
 from anchors.models import LanguageModel
-from anchors.runner import Cell, Record
-from anchors.tasks.drawing import Drawn, demonstrations
-from anchors.tasks.prompts import build
+from anchors.runner import Record
+from anchors.tasks.drawing import Drawn
 from anchors.tasks.task import Task
-
-CONTENT_FREE = ("N/A", "[MASK]", "")
-"""Queries without content (Zhao et al. 2021, section 5)."""
-
-
-@dataclass(frozen=True)
-class Classification:
-    """Accuracy and label probabilities of vanilla in-context learning.
-
-        predicted = argmax over the label words' logits at the target
-
-    Contextual calibration (Zhao et al. 2021, "Calibrate Before Use") divides the label probabilities by their mean
-    p_cf over queries without content, so that a label the prompt favours anyway loses that favour:
-
-        calibrated = argmax_i p_i / p_cf,i
-
-    Attributes:
-        calibrate: also report the calibrated predictions, under the condition `calibrated`.
-
-    Example:
-        >>> measure(model, Classification(), task, data, Sample(examples=50), out=Path("results"))
-    """
-
-    kind: ClassVar[str] = "classify"
-    version: ClassVar[int] = 1
-    fresh: ClassVar[bool] = False
-
-    calibrate: bool = False
-
-    @property
-    def passes(self) -> float:
-        return 1.0
-
-    def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, Tensor | None]:
-        context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        if not self.calibrate:
-            return context, None
-        shown = demonstrations(cell.task, cell.data, cell.how)
-        empty = [build(cell.task, model.tokenizer, shown, text, None) for text in CONTENT_FREE]
-        shared_demonstrations([cell.prompts[0].prompt, *empty])
-        batch = queries(empty, len(context.ids), model.device)
-        return context, label_probabilities(answer(model, context, batch), batch).mean(0)
-
-    def once(self, model: LanguageModel, state: tuple, cell: Cell) -> list[Record]:
-        favour = state[1]
-        return (
-            []
-            if favour is None
-            else [
-                Record(f"content_free/{label}", p, "calibrated")
-                for label, p in zip(cell.task.labels, favour.tolist(), strict=True)
-            ]
-        )
-
-    def measure(
-        self, model: LanguageModel, state: tuple, task: Task, batch: Sequence[Drawn]
-    ) -> list[list[Record]]:
-        context, favour = state
-        asked = queries([d.prompt for d in batch], len(context.ids), model.device)
-        probabilities = label_probabilities(answer(model, context, asked), asked)
-        found = outcomes(task, asked, probabilities)
-        if favour is not None:
-            calibrated = probabilities / favour
-            calibrated = calibrated / calibrated.sum(-1, keepdim=True)
-            found = joined(found, outcomes(task, asked, calibrated, "calibrated"))
-        return found
 
 
 def label_probabilities(

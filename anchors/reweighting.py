@@ -3,9 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,129 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anchors.analyses.reweighting import Reweighting as Reweighting
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
-from anchors.context import Context, answer, encode, queries, shared_demonstrations
-from anchors.digest import file_digest
+from anchors.context import Context, encode
 from anchors.errors import AnchorsError
-from anchors.icl import joined, label_probabilities, outcomes
 from anchors.models import LanguageModel
 from anchors.preparation import apply, is_plain_linear, wide_products
-from anchors.results import Run, provenance, write_atomic
-from anchors.runner import Cell, Record
+from anchors.results import write_atomic
+from anchors.runner import Cell
 from anchors.streams import Stream, stream
-from anchors.tasks.drawing import Drawn, demonstrations
+from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
-from anchors.tasks.task import Task
 
 NAME = "re-weighting"
-
-
-@dataclass(frozen=True)
-class Reweighting:
-    """Fit β on a few extra examples, apply it to the test set.
-
-        Â_{lh}(q, p_i) = exp(β^i_{lh}) · A_{lh}(q, p_i)
-
-    only in the target's row, after the softmax, without renormalising; β starts at 0 (which changes nothing) and is
-    trained with Adam on the cross-entropy over the label words' logits, the model frozen (section 3.1, Table 1).
-
-    Attributes:
-        learning_rate, epochs: of Adam.
-        per_class: extra training examples of each class, none of them a demonstration.
-        batch: examples per step.
-        beta: a file with a fitted β to apply to every seed, instead of fitting.
-
-    Conditions: `none` is vanilla in-context learning on the same prompts, `reweighted` with the fitted β.
-    """
-
-    kind: ClassVar[str] = "reweight"
-    version: ClassVar[int] = 1
-    fresh: ClassVar[bool] = False
-
-    learning_rate: float = 0.01
-    epochs: int = 10
-    per_class: int = 4
-    batch: int = 1
-    beta: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.per_class < 1 or self.batch < 1 or not self.learning_rate > 0:
-            raise AnchorsError(f"{self}: every setting must be positive.")
-
-    @property
-    def passes(self) -> float:
-        return 2 + 0.1 * self.epochs
-
-    def settings(self) -> dict[str, Any]:
-        """The fields, with what is in the file of β in place of its name.
-
-        Raises:
-            AnchorsError: the file cannot be read.
-        """
-        if self.beta is None:
-            return asdict(self)
-        try:
-            return asdict(self) | {"beta": file_digest(Path(self.beta))}
-        except OSError as error:
-            raise AnchorsError(
-                f"{self.beta!r} does not hold a fitted β: {error.strerror or error}.",
-                "Give the .safetensors file that `anchors reweight` left in its run.",
-            ) from error
-
-    def prepare(self, model: LanguageModel, cell: Cell) -> tuple[Context, "Beta"]:
-        context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
-        kept = cell.folder / f"beta-{cell.how.seed}.safetensors" if self.beta is None else Path(self.beta)
-        if kept.is_file() or self.beta is not None:
-            beta = Beta.load(kept)
-            beta.demand(model)
-            return context, beta
-        if any(seed == cell.how.seed for seed, _ in Run(cell.folder, {}).done()):
-            raise AnchorsError(
-                f"{str(kept)!r} is gone, and rows beside it were made with it.",
-                f"Remove the folder {str(cell.folder)!r}: everything in it is measured anew.",
-            )
-        prompts = training_prompts(model, cell, self.per_class)
-        beta = fit(model, context, prompts, self.learning_rate, self.epochs, self.batch, cell.how.seed)
-        beta.save(
-            kept,
-            provenance(
-                model=model.name,
-                fingerprint=model.fingerprint,
-                precision=model.precision,
-                task=cell.task.identity(),
-                data=cell.data.fingerprint,
-                seed=cell.how.seed,
-                shots=cell.how.shots,
-                examples=len(prompts),
-            ),
-        )
-        return context, beta
-
-    def once(self, model: LanguageModel, state: tuple[Context, "Beta"], cell: Cell) -> list[Record]:
-        beta = state[1]
-        label_of = [
-            f"{cell.task.labels[c]}#{n}" if (n := beta.classes[: i + 1].count(c)) > 1 else cell.task.labels[c]
-            for i, c in enumerate(beta.classes)
-        ]
-        values = [
-            Record(f"beta/{label_of[i]}/{head}", float(beta.beta[layer, head, i]), "reweighted", layer)
-            for layer, heads in enumerate(beta.heads)
-            for head in range(heads)
-            for i in range(beta.beta.shape[2])
-        ]
-        losses = [Record("training_loss", loss, f"epoch-{e:02}") for e, loss in enumerate(beta.losses)]
-        return [*losses, *values]
-
-    def measure(
-        self, model: LanguageModel, state: tuple[Context, "Beta"], task: Task, batch: Sequence[Drawn]
-    ) -> list[list[Record]]:
-        context, beta = state
-        asked = queries([d.prompt for d in batch], len(context.ids), model.device)
-        baseline = label_probabilities(answer(model, context, asked), asked)
-        with seam(model.modules, edits=[beta.edit([d.prompt for d in batch], model.device)]):
-            changed = label_probabilities(answer(model, context, asked), asked)
-        return joined(outcomes(task, asked, baseline), outcomes(task, asked, changed, "reweighted"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from anchors.identity import Identity, held, software
 from anchors.lengths import alike
 from anchors.models import LanguageModel
 from anchors.results import Run
+from anchors.study.analysis import Analysis, Cell, Record
 from anchors.study.engine import Lot, Progress, silent, work
 from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
@@ -26,68 +27,6 @@ CPU_TOKENS = 512
 
 Unit = tuple[int, int]
 """Seed and number of a prompt: one unit of work."""
-
-
-class Record(NamedTuple):
-    """One measured value of one prompt (or of a seed).
-
-    Attributes:
-        metric: what was measured.
-        value: the number.
-        condition: under which of the analysis' conditions; `none` where nothing was changed.
-        layer: in which layer, or None.
-    """
-
-    metric: str
-    value: float
-    condition: str = "none"
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All prompts of one seed, and where to keep what belongs to them.
-
-    Attributes:
-        task, data, how: what they were drawn from, and how.
-        prompts: the prompts that fit into the model's context.
-        folder: of the run; for tensors that an analysis keeps.
-    """
-
-    task: Task
-    data: Data
-    how: Draw
-    prompts: tuple[Drawn, ...]
-    folder: Path
-
-
-class Analysis(Protocol):
-    """What is measured on a prompt. A frozen data class: its fields are its settings.
-
-    Attributes:
-        kind: short name; of its verb and its results, too.
-        version: raised whenever its numbers change for the same settings.
-        fresh: whether every prompt shows demonstrations of its own, see `Draw`.
-        passes: about how many forward passes a prompt costs, for foretelling the time.
-    """
-
-    kind: ClassVar[str]
-    version: ClassVar[int]
-    fresh: ClassVar[bool]
-
-    @property
-    def passes(self) -> float: ...
-
-    def prepare(self, model: LanguageModel, cell: Cell) -> Any:
-        """What the prompts of a seed share, computed once (the demonstrations' cache, a fitted β)."""
-
-    def once(self, model: LanguageModel, state: Any, cell: Cell) -> list[Record]:
-        """What there is to say of a seed as a whole."""
-
-    def measure(
-        self, model: LanguageModel, state: Any, task: Task, batch: Sequence[Drawn]
-    ) -> list[list[Record]]:
-        """The records of each prompt of a batch."""
 
 
 @dataclass(frozen=True)

@@ -5,40 +5,26 @@ import os
 import typer
 
 from anchors.cli import (
-    causal,
     check,
-    classify,
-    compress,
-    diagnose,
     figures,
-    flow,
     inject,
-    isolate,
     ls,
     nsa,
-    readout,
-    reweight,
     run,
     view,
 )
+from anchors.cli.verb import Verbs
 
 # Before torch is loaded: on busy cores, threads that spin at every barrier make short operations ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
+    cls=Verbs,
     help="Look inside in-context learning: how label words gather and pass on information (Label Words are Anchors).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
 )
-app.command("flow")(flow.flow)
-app.command("classify")(classify.classify)
-app.command("isolate")(isolate.isolate)
-app.command("readout")(readout.readout)
-app.command("reweight")(reweight.reweight)
-app.command("compress")(compress.compress)
-app.command("diagnose")(diagnose.diagnose)
-app.command("causal")(causal.causal)
 app.command("run")(run.run)
 app.command("ls")(ls.ls)
 app.command("figures")(figures.figures)

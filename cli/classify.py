@@ -1,59 +1,33 @@
-"""`anchors classify`: vanilla in-context learning, the baseline of all others."""
+"""How `anchors classify` shows vanilla in-context learning."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate_of, out, summary_table
-from anchors.cli.setting import Setting, measurement
+from anchors.cli.common import estimate_of, summary_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.runner import Analysis
+    from anchors.report import Report
 
 
-@measurement(examples=100)
-def classify(
-    setting: Setting,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate",
-            help="Also with contextual calibration: label probabilities divided by those of queries without content.",
-        ),
-    ] = False,
-) -> None:
-    """Answer test examples by in-context learning: accuracy, per-class scores, confusion matrix.
-
-    The prediction is the label word with the largest logit at the target. Demonstrations are drawn once per seed and
-    run once; test examples share their cache.
-    """
-
-    def analyses() -> "list[Analysis]":
-        from anchors.icl import Classification
-
-        return [Classification(calibrate=calibrate)]
-
-    result = setting.report("classify", analyses)
-    if setting.as_json:
-        common.print_json(result.as_json())
-        return
+def shown(result: "Report", view: Any) -> Iterator[Table]:
+    """Accuracy and loss, and a confusion matrix per condition, of every task."""
     tables = result.tables
     for task, part in tables["summary"].groupby("task", sort=False):
         title = f"{task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
-        out.print(summary_table(part, ["accuracy", "loss"], title))
+        yield summary_table(part, ["accuracy", "loss"], title)
         for condition in sorted(dict.fromkeys(part["condition"]), key=lambda c: c != "none"):
             picked = [
                 t[(t["task"] == task) & (t["condition"] == condition)]
                 for t in (tables["confusion"], tables["classes"])
             ]
-            out.print(_confusion(*picked, condition))
-    common.print_files(result.files)
+            yield _confusion(*picked, condition)
 
 
 def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) -> Table:

@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from anchors.models import LanguageModel
+    from anchors.study.plan import Outlook
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
@@ -212,6 +214,32 @@ def progress_bar(name: str) -> Iterator[Any]:
     with Progress(*columns, console=err, transient=False) as bar:
         row = bar.add_task(escape(name), total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
+    """What is left to do of each experiment or study, as a table or as JSON."""
+    if as_json:
+        print_json({name: [part.as_json() for part in parts] for name, parts in plans.items()})
+        return
+    counts = ("prompts", "left", "tokens", "TFLOP", "about")
+    table = Table(title="What is left to do", box=SIMPLE_HEAD)
+    for name in ("experiment", "study", "task", "shots", "control", *counts):
+        table.add_column(name, justify="right" if name in counts else "left")
+    every = [(name, part) for name, parts in plans.items() for part in parts]
+    for name, part in every:
+        cells = (part.study, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
+        work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
+        table.add_row(name, *map(str, cells), work, _clock(part.seconds))
+    table.caption = f"about {_clock(sum(part.seconds for _, part in every))} in all"
+    if len(plans) > 1:
+        table.caption += "; cells that experiments share count more than once"
+    if memory := max((part.memory for _, part in every), default=0):
+        table.caption += f"; at least {memory / 1e9:.3g} GB of memory"
+    out.print(table)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def print_notes(notes: list[str]) -> None:

@@ -1,63 +1,46 @@
-"""`anchors flow`: the information flow of a model doing in-context learning (2.1)."""
+"""How `anchors flow` shows the information flow (2.1)."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import out
-from anchors.cli.setting import Setting, measurement
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.runner import Analysis
+    from anchors.models import LanguageModel
+    from anchors.report import Report
 
 COLOURS = {"s_wp": "blue", "s_pq": "red", "s_ww": "bright_black"}
 
 
-@measurement()
-def flow(
-    setting: Setting,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers shown in table and page, e.g. 0,5,10-12; all are measured.", rich_help_panel="Output"
-        ),
-    ] = None,
-    pages: Annotated[
-        int, typer.Option(min=0, help="Prompts on the HTML page.", rich_help_panel="Output")
-    ] = 3,
-) -> None:
-    """Measure S_wp, S_pq and S_ww by layer; write a table, a figure and a page to click through.
+@dataclass(frozen=True)
+class View:
+    """What is shown of a flow.
 
-    I_l = |Σ_h A ⊙ ∂L/∂A|: S_wp is the mean flow from words to label words, S_pq from label words to the target, S_ww
-    between all other words. Where label words have several tokens, the share of the flow from them to the target that
-    --policy leaves out of S_pq stands beside it. Running the same command again computes only what is missing.
+    Attributes:
+        layers: layers shown in table and page, e.g. 0,5,10-12; all are measured.
+        pages: prompts on the HTML page.
     """
-    result = setting.report(
-        "flow",
-        _analyses,
-        layers=lambda model: common.layers_from(layers, model.n_layers),
-        pages=pages,
-    )
-    if setting.as_json:
-        common.print_json(result.as_json())
-        return
-    summary = result.tables["summary"]
-    for task, part in summary.groupby("task", sort=False):
-        shown = common.layers_from(layers, int(part["layer"].max()) + 1)
-        out.print(_table(part, shown, f"{task}, {result.facts['model']}"))
-    common.print_files(result.files)
+
+    layers: str | None = None
+    pages: int = field(default=3, metadata={"min": 0})
+
+    def of(self, model: "LanguageModel") -> dict[str, Any]:
+        """What `anchors.report.report` takes."""
+        return {"layers": common.layers_from(self.layers, model.n_layers), "pages": self.pages}
 
 
-def _analyses() -> "list[Analysis]":
-    from anchors.flow.analysis import InformationFlow
-
-    return [InformationFlow()]
+def shown(result: "Report", view: View) -> Iterator[Table]:
+    """The three sums of the shown layers, a table per task."""
+    for task, part in result.tables["summary"].groupby("task", sort=False):
+        layers = common.layers_from(view.layers, int(part["layer"].max()) + 1)
+        yield _table(part, layers, f"{task}, {result.facts['model']}")
 
 
 def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:

@@ -1,6 +1,5 @@
 """`anchors run`: the paper's figures and tables, and a few of ours, each by one command."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,8 +106,10 @@ def run(
         common.print_data(*zip(*sets.values(), strict=True))
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.results import plain
+        from anchors.study.plan import Outlook, outlook
 
         printed: dict[str, Any] = {}
+        plans: dict[str, list[Outlook]] = {}
         failed = []
         for experiment in chosen:
             try:
@@ -121,7 +122,7 @@ def run(
                     skip_too_long,
                 )
                 if dry_run:
-                    printed[experiment.name] = _left(lm, parts, to)
+                    plans[experiment.name] = outlook(lm, parts, to)
                     continue
                 result = _measure(lm, experiment, parts, to)
             except AnchorsError as error:
@@ -136,10 +137,10 @@ def run(
                 printed[experiment.name]["paper"] = plain(beside)
             if not as_json:
                 _show(experiment, result, compare=compare)
-        if as_json:
+        if dry_run:
+            common.print_outlook(plans, as_json=as_json)
+        elif as_json:
             common.print_json(printed)
-        elif dry_run:
-            out.print(_plan_table(printed))
         if failed:
             raise AnchorsError(
                 f"{len(failed)} of {len(chosen)} experiments could not be run: {', '.join(failed)}.",
@@ -213,66 +214,6 @@ def _measure(lm: "LanguageModel", experiment: "Experiment", parts: "list[Part]",
         )
     common.print_notes(result.notes)
     return result
-
-
-def _left(lm: "LanguageModel", parts: "list[Part]", to: Path) -> list[dict]:
-    """Prompts left by part, and the seconds they may take: tokens to run, times the time of one here."""
-    from anchors.identity import held
-    from anchors.runner import outstanding
-
-    rate = None
-    found = []
-    identity = lm.identity
-    for part in parts:
-        with held(lm.model, identity):
-            left, total, tokens = outstanding(lm, part.analysis, part.task, part.data, part.how, out=to)
-        if left and rate is None:
-            rate = _seconds_per_token(lm)
-        seconds = tokens * part.analysis.passes * (rate or 0)
-        found.append(
-            {
-                "analysis": part.analysis.kind,
-                "task": part.task.name,
-                "shots": part.how.shots,
-                "control": part.how.control,
-            }
-            | {"prompts": total, "left": left, "seconds": round(seconds, 1)}
-        )
-    return found
-
-
-def _seconds_per_token(lm: "LanguageModel") -> float:
-    import torch
-
-    from anchors.compression import seconds
-
-    ids = torch.randint(lm.model.config.get_text_config().vocab_size, (8, 48), device=lm.device)
-    last = torch.full((8,), 47, device=lm.device)
-
-    def forward() -> None:
-        with torch.no_grad():
-            lm.logits_at(ids, last)
-
-    forward()
-    return min(seconds(forward, lm) for _ in range(3)) / ids.numel()
-
-
-def _plan_table(plans: dict[str, list[dict]]) -> Table:
-    table = Table(title="What is left to do", box=SIMPLE_HEAD)
-    for name in ("experiment", "analysis", "task", "shots", "control", "prompts", "left", "about"):
-        table.add_column(name, justify="right" if name in ("prompts", "left", "about") else "left")
-    total = 0.0
-    for experiment, parts in plans.items():
-        for part in parts:
-            total += part["seconds"]
-            cells = [part[name] for name in ("analysis", "task", "shots", "control", "prompts", "left")]
-            table.add_row(experiment, *map(str, cells), _clock(part["seconds"]))
-    table.caption = f"about {_clock(total)} in all; cells that experiments share count more than once"
-    return table
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:

@@ -1,20 +1,18 @@
-"""The options that every measurement takes, written once: `@measurement` gives them to a verb as one `Setting`."""
+"""The options that every measurement of prompts takes, written once."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anchors.cli import common
+from anchors.cli.options import numbers
 from anchors.errors import AnchorsError, nearest, whole_number
 
 if TYPE_CHECKING:
     from anchors.models import LanguageModel
-    from anchors.report import Report
-    from anchors.runner import Analysis, Sample
+    from anchors.runner import Sample
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
@@ -46,6 +44,14 @@ TooLong = Annotated[
     ),
 ]
 BatchSize = Annotated[str, typer.Option(help="Prompts per batch, or auto.", rich_help_panel="Protocol")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only show what is left to do and about how long it takes.",
+        rich_help_panel="Output",
+    ),
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")]
 Json = Annotated[bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")]
 
@@ -88,6 +94,7 @@ class Setting:
             "--out", "-o", help="Folder of the results; default: results/VERB.", rich_help_panel="Output"
         ),
     ] = None
+    dry_run: DryRun = False
     csv: Csv = False
     as_json: Json = False
 
@@ -116,16 +123,12 @@ class Setting:
             skip_too_long=self.skip_too_long,
         )
 
-    def report(
-        self, verb: str, analyses: "Callable[[], list[Analysis]]", *, task: str = "sst2", **options: Any
-    ) -> "Report":
-        """Measure and write; returns the report. All that can be checked is checked before anything is loaded.
+    def prepared(self, verb: str, task: str) -> "tuple[list[tuple[Task, Data]], Path]":
+        """The tasks with their data, and where results go. All that can be checked is checked before anything is loaded.
 
         Args:
             verb: names the folder of the results.
-            analyses: makes the analyses; importing them loads torch.
             task: what is measured on where none is named.
-            options: of `anchors.report.report`; those that depend on the model as functions of it.
         """
         from anchors.results import require_writable
 
@@ -135,24 +138,7 @@ class Setting:
         common.print_data(tasks, sets)
         out = Path("results") / verb if self.out is None else self.out
         require_writable(out)
-        with common.err.status("loading torch and transformers"):
-            from anchors.report import Part, report
-
-            chosen = analyses()
-        model = self.load()
-        how = self.sample()
-        parts = [Part(a, task, data, how) for a in chosen for task, data in zip(tasks, sets, strict=True)]
-        with common.progress_bar("prompts") as progress:
-            result = report(
-                model,
-                parts,
-                out=out,
-                csv=self.csv,
-                progress=progress,
-                **{name: value(model) if callable(value) else value for name, value in options.items()},
-            )
-        common.print_notes(result.notes)
-        return result
+        return list(zip(tasks, sets, strict=True)), out
 
 
 def check_protocol(seeds: str, control: str, batch_size: str) -> None:
@@ -165,49 +151,8 @@ def check_protocol(seeds: str, control: str, batch_size: str) -> None:
         raise AnchorsError(f"There is no --control {control!r}.", nearest(control, CONTROLS))
 
 
-def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
-    """`1,3,5` as numbers."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    found = [whole_number(part) for part in parts]
-    if not found or not all(number is not None and number >= least for number in found):
-        raise AnchorsError(
-            f"{option} {text!r} is not a list of numbers from {least} on.", f"For example: {option} 1,3,5"
-        )
-    if len(set(found)) < len(found):
-        raise AnchorsError(f"{option} {text!r} names a number twice.")
-    return tuple(found)
-
-
 def batch(text: str) -> int | None:
     """`auto` or a number."""
     if text != "auto" and not whole_number(text):
         raise AnchorsError(f"--batch-size {text!r} is neither `auto` nor a number from 1 on.")
     return None if text == "auto" else int(text)
-
-
-def measurement(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn `verb(setting, own options)` into a command with the options of `Setting` after its own.
-
-    Args:
-        defaults: of the shared options, where this verb's differ.
-    """
-
-    def wrap(verb: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(verb).parameters.values() if p.name != "setting"]
-        shared = [
-            p.replace(default=defaults.get(p.name, p.default), kind=inspect.Parameter.KEYWORD_ONLY)
-            for p in inspect.signature(Setting).parameters.values()
-        ]
-
-        def command(**given: Any) -> None:
-            setting = Setting(**{p.name: given.pop(p.name) for p in shared})
-            with common.reporting():
-                verb(setting, **given)
-
-        every = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
-        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in every}
-        command.__doc__, command.__name__ = verb.__doc__, verb.__name__
-        return command
-
-    return wrap

@@ -12,7 +12,7 @@ FIGURE_12 = Experiment(
     name="figure12",
     title="Isolation with the unrelated labels A and B, SST-2, 8 shots",
     finding="Label words that mean nothing are anchors, too (in the paper, in a 33B model).",
-    cells=(Cells("anchors.isolation:Isolation", **UNRELATED),),
+    cells=(Cells("isolate", **UNRELATED),),
     figure="isolate",
     metrics=("accuracy", "label_loyalty", "word_loyalty"),
 )
@@ -20,7 +20,7 @@ FIGURE_13 = Experiment(
     name="figure13",
     title="AUCROC_l and R_l with the unrelated labels A and B, SST-2, 8 shots",
     finding="As with meaningful labels (in the paper, in a 33B model).",
-    cells=(Cells("anchors.readout:Readout", **UNRELATED),),
+    cells=(Cells("readout", **UNRELATED),),
     figure="readout",
 )
 
@@ -36,8 +36,8 @@ CAUSAL = Experiment(
     title="Patching the label words' residual stream between prompts with exchanged labels, beside S_pq",
     finding="Ours: do the layers in which the answer is really taken from the label words agree with the saliency?",
     cells=(
-        Cells("anchors.causal:Causal", examples=50),
-        Cells("anchors.flow.analysis:InformationFlow", examples=200),
+        Cells("causal", examples=50),
+        Cells("flow", examples=200),
     ),
     figure="causal",
     tables=beside_flow,
@@ -56,7 +56,7 @@ MANY_SHOT = Experiment(
     name="many-shot",
     title="Accuracy with 1, 2, 4 and 8 shots",
     finding="Ours: does the model learn more from more demonstrations?",
-    cells=tuple(Cells("anchors.icl:Classification", shots=n) for n in (1, 2, 4, 8)),
+    cells=tuple(Cells("classify", shots=n) for n in (1, 2, 4, 8)),
     tables=by_shots,
     metrics=("accuracy", "loss"),
 )
@@ -81,10 +81,10 @@ CONTROLS = Experiment(
     title="Permuted labels for accuracy, random positions for the readout",
     finding="Ours: how much of the result is due to which label stands where?",
     cells=(
-        Cells("anchors.icl:Classification"),
-        Cells("anchors.icl:Classification", control="permuted-labels"),
-        Cells("anchors.readout:Readout"),
-        Cells("anchors.readout:Readout", control="random-positions"),
+        Cells("classify"),
+        Cells("classify", control="permuted-labels"),
+        Cells("readout"),
+        Cells("readout", control="random-positions"),
     ),
     tables=by_control,
     metrics=("accuracy", "loss"),

@@ -4,7 +4,6 @@ from anchors.experiments.grid import TASKS, Cells, Experiment, Reported, Rows, T
 from anchors.stats import summarise
 from anchors.summaries import LOYALTIES, compression_sizes, reduced, speed_summary
 
-COMPRESSION = "anchors.compression:Compression"
 METRICS = ("accuracy", "label_loyalty", "word_loyalty")
 
 
@@ -40,7 +39,7 @@ TABLE_2 = Experiment(
     name="table2",
     title="Compression: loyalties and accuracy of the four methods, mean over tasks (Table 6: by task)",
     finding="Hidden anchors keep most of the answer; text anchors and random hidden states do not.",
-    cells=(Cells(COMPRESSION, {"rule": "reference"}),),
+    cells=(Cells("compress", {"rule": "reference"}),),
     figure="compress",
     tables=averaged,
     metrics=METRICS,
@@ -50,7 +49,7 @@ TABLE_6 = Experiment(
     name="table6",
     title="Table 2 by task, with the lengths L_demo and L_x",
     finding="As in Table 2, on every task.",
-    cells=(Cells(COMPRESSION, {"rule": "reference"}),),
+    cells=(Cells("compress", {"rule": "reference"}),),
     figure="compress",
     metrics=METRICS,
 )
@@ -58,7 +57,7 @@ TABLE_3 = Experiment(
     name="table3",
     title="Speed-up of inference by compression",
     finding="1.1 to 2.9 times, growing with the ratio of demonstration to input length.",
-    cells=(Cells("anchors.compression:Speed", {"rule": "reference"}, examples=100),),
+    cells=(Cells("speed", {"rule": "reference"}, examples=100),),
     seeds=(42,),
     figure="speed",
     tables=lambda rows: speed_summary(rows["speed"]),

@@ -2,13 +2,11 @@
 
 from anchors.experiments.grid import Cells, Experiment
 
-FLOW = "anchors.flow.analysis:InformationFlow"
-
 FIGURE_1 = Experiment(
     name="figure1",
     title="One prompt: the flow in a shallow and in a deep layer, as arcs",
     finding="In a shallow layer words flow to label words, in a deep layer label words flow to the target.",
-    cells=(Cells("anchors.flow.analysis:FlowMap", tasks=("sst2",), examples=1),),
+    cells=(Cells("map", tasks=("sst2",), examples=1),),
     seeds=(42,),
     figure="map",
 )
@@ -16,20 +14,20 @@ FIGURE_3 = Experiment(
     name="figure3",
     title="Shares of S_wp, S_pq and S_ww by layer, 1 shot",
     finding="Shallow layers: S_wp high, S_pq low; deep layers: S_pq dominant; both above S_ww.",
-    cells=(Cells(FLOW, tasks=("sst2", "agnews")),),
+    cells=(Cells("flow", tasks=("sst2", "agnews")),),
     figure="flow",
 )
 FIGURE_7 = Experiment(
     name="figure7",
     title="Figure 3 for the other two tasks",
     finding="As in Figure 3.",
-    cells=(Cells(FLOW, tasks=("trec", "emo")),),
+    cells=(Cells("flow", tasks=("trec", "emo")),),
     figure="flow",
 )
 FIGURE_9 = Experiment(
     name="figure9",
     title="Figures 3 and 7 with 2 shots",
     finding="As with one shot.",
-    cells=(Cells(FLOW, shots=2),),
+    cells=(Cells("flow", shots=2),),
     figure="flow",
 )

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from anchors.errors import AnchorsError
+from anchors.study.registry import study
 from anchors.summaries import Rows, Tables, tables_of
 from anchors.tasks.task import Task, task
 
 if TYPE_CHECKING:
-    from anchors.runner import Analysis
+    from anchors.study.analysis import Analysis
 
 TASKS = ("sst2", "trec", "agnews", "emo")
 """The paper's, in its order."""
@@ -20,11 +20,11 @@ TASKS = ("sst2", "trec", "agnews", "emo")
 
 @dataclass(frozen=True)
 class Cells:
-    """A block of a grid: one analysis over some tasks.
+    """A block of a grid: one study over some tasks.
 
     Attributes:
-        analysis: where its class is, `module:Class`.
-        settings: of the analysis.
+        study: its name, see `anchors.study.registry`.
+        settings: of the study.
         tasks: names.
         shots: demonstrations per class, or by task.
         control: see `anchors.tasks.drawing.Draw`.
@@ -32,7 +32,7 @@ class Cells:
         examples: a bound on the experiment's number of examples.
     """
 
-    analysis: str
+    study: str
     settings: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = TASKS
     shots: int | dict[str, int] = 1
@@ -41,9 +41,8 @@ class Cells:
     examples: int | None = None
 
     def make(self) -> "Analysis":
-        """The analysis; imports torch."""
-        module, name = self.analysis.split(":")
-        return getattr(import_module(module), name)(**self.settings)
+        """The study with its settings."""
+        return study(self.study).make(**self.settings)
 
     def shots_of(self, name: str) -> int:
         return self.shots if isinstance(self.shots, int) else self.shots[name]
@@ -93,8 +92,8 @@ class Experiment:
     paper: tuple[Reported, ...] = ()
 
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of rows, in order; known without importing the analyses."""
-        return tuple(dict.fromkeys(KINDS[c.analysis] for c in self.cells))
+        """Kinds of rows, in order."""
+        return tuple(dict.fromkeys(cells.study for cells in self.cells))
 
     def compare(self, tables: Tables) -> pd.DataFrame:
         """Our numbers beside the paper's: task, condition, metric, ours with low and high, and each model of the paper.
@@ -110,19 +109,3 @@ class Experiment:
         ).reset_index()
         ours = next(iter(tables.values()))[["task", "condition", "metric", "value", "low", "high"]]
         return said.merge(ours, on=["task", "condition", "metric"], how="left")
-
-
-KINDS = {
-    "anchors.flow.analysis:InformationFlow": "flow",
-    "anchors.flow.analysis:FlowMap": "map",
-    "anchors.icl:Classification": "classify",
-    "anchors.isolation:Isolation": "isolate",
-    "anchors.isolation:TopWords": "words",
-    "anchors.readout:Readout": "readout",
-    "anchors.reweighting:Reweighting": "reweight",
-    "anchors.compression:Compression": "compress",
-    "anchors.compression:Speed": "speed",
-    "anchors.diagnosis:Diagnosis": "diagnose",
-    "anchors.causal:Causal": "causal",
-}
-"""The kind of each analysis, so that listing experiments needs none of them."""

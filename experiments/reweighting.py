@@ -34,9 +34,9 @@ TABLE_1 = Experiment(
     title="Re-weighting against vanilla ICL with 1 shot and with 5 (AG News: 3)",
     finding="Re-weighting gains 16.7 points over 1 shot on average, and more shots lose 5.",
     cells=(
-        Cells("anchors.reweighting:Reweighting"),
-        Cells("anchors.icl:Classification"),
-        Cells("anchors.icl:Classification", shots=MORE_SHOTS),
+        Cells("reweight"),
+        Cells("classify"),
+        Cells("classify", shots=MORE_SHOTS),
     ),
     figure="reweight",
     tables=tables,

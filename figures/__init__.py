@@ -1,40 +1,23 @@
 """Figures: each a function from tables to a picture, in a file of its own. Nothing here imports torch."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from anchors.study.registry import BUILT_IN, STUDIES
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-KINDS = (
-    "flow",
-    "map",
-    "classify",
-    "isolate",
-    "words",
-    "readout",
-    "causal",
-    "reweight",
-    "compress",
-    "speed",
-    "diagnose",
-    "nsa_probe",
-)
-"""Kinds of analysis that have a picture; each is drawn by the module of its name."""
+KINDS = tuple(name for name, study in BUILT_IN.items() if study.asked != "suites")
+"""Kinds of rows that come along and are drawn."""
 
 
 def draw(kind: str, tables: "dict[str, pd.DataFrame]", model: str) -> "Figure | None":
-    """Draw what `anchors.summaries.SUMMARIES[kind]` made of a run; None for a kind without a picture.
+    """Draw what a study's rows came to; None for a kind without a picture.
 
     Args:
-        kind: of the analysis.
+        kind: of the study, see `anchors.study.registry`.
         tables: its tables by name.
         model: its name, for the title.
     """
-    if kind not in KINDS:
-        return None
-    module = import_module(f"{__name__}.{kind}")
-    if kind == "causal":
-        return module.draw(tables["summary"], tables.get("flow"), model)
-    return module.draw(tables, model)
+    return STUDIES[kind].draw(tables, model) if kind in STUDIES else None

@@ -17,15 +17,16 @@ CONDITIONS = {
 """Colour (Okabe and Ito's), marker and name of each condition of `anchors.causal.Causal`."""
 
 
-def draw(summary: pd.DataFrame, flows: pd.DataFrame | None, model: str) -> Figure:
+def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
     """One column per task: above, how far the answer follows a patch before each layer; below, what each layer releases.
 
     Args:
-        summary: of `anchors.causal.causal_summary`.
-        flows: of `anchors.stats.flow_summary` on the same tasks, or None. Its S_pq is divided by its sum over layers,
-            as `released` adds up to 1 over them, and added up between the patched layers when some were left out.
+        tables: `summary` of `anchors.summaries.causal_summary`; where it is there, `flow` of `anchors.stats.flow_summary` on the
+            same tasks. Its S_pq is divided by its sum over layers, as `released` adds up to 1 over them, and added up between
+            the patched layers when some were left out.
         model: its name, for the title.
     """
+    summary, flows = tables["summary"], tables.get("flow")
     shown_groups = groups(summary)
     figure = Figure(figsize=(0.6 + 3.1 * len(shown_groups), 4.6), layout="constrained")
     grid = figure.subplots(2, len(shown_groups), sharex="col", sharey="row", squeeze=False)

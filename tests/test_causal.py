@@ -142,7 +142,7 @@ def test_layers_below_the_patch_share_memory(gpt2, tmp_path):
     # What is patched at the input is prompt B.
     assert torch.equal(state.patched["label", 0].values[2], state.exchanged.values[2])
     with pytest.raises(CertificateError, match="differ by"):
-        causal._demand_equal(context, state.exchanged)
+        causal.demand_equal(context, state.exchanged)
 
 
 def test_label_words_are_exchanged_within_equal_lengths():
@@ -287,16 +287,16 @@ def test_the_figure_draws_every_curve_with_its_values():
             "high": 6.0,
         }
     )
-    above, below = draw_figure(table, flows, "a model").axes
+    above, below = draw_figure({"summary": table, "flow": flows}, "a model").axes
     follow = table[table["metric"] == "follow"].groupby("condition")["value"].apply(list)
     assert [list(line.get_ydata()) for line in above.lines] == [follow["label"], follow["random"]]
     curves = {line.get_label(): list(line.get_ydata()) for line in below.lines}
     assert curves["released by the label words"] == table[table["metric"] == "released"]["value"].tolist()
     assert [0.125, 0.25, 0.625] in curves.values()
-    assert len(draw_figure(table, None, "a model").axes[1].lines) == len(below.lines) - 1
+    assert len(draw_figure({"summary": table}, "a model").axes[1].lines) == len(below.lines) - 1
     # With layer 1 left out, what layers 0 and 1 release stands at layer 0, and so does their S_pq.
     coarse = causal_summary(rows[(rows["layer"] != 1).fillna(True)])
-    below = draw_figure(coarse, flows, "a model").axes[1]
+    below = draw_figure({"summary": coarse, "flow": flows}, "a model").axes[1]
     assert [0.375, 0.625] in [list(line.get_ydata()) for line in below.lines]
 
 

@@ -124,7 +124,7 @@ def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, 
 
 
 def test_dry_run_tells_what_is_left_and_writes_nothing(results, wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("anchors.cli.run._seconds_per_token", lambda _: 1.0)
+    monkeypatch.setattr("anchors.study.plan.seconds_per_token", lambda _: 1.0)
     result = invoke("run", *GRID, *wide, "-o", tmp_path, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)

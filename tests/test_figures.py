@@ -306,12 +306,12 @@ def test_a_kind_without_a_picture_has_none():
     assert draw("scaling", {}, "m") is None
 
 
-def test_the_causal_check_is_drawn_with_and_without_the_flow(monkeypatch):
+def test_every_study_draws_its_tables_by_their_names(monkeypatch):
     calls = []
     monkeypatch.setattr("anchors.figures.causal.draw", lambda *given: calls.append(given))
     draw("causal", {"summary": 1}, "m")
     draw("causal", {"summary": 1, "flow": 2}, "m")
-    assert calls == [(1, None, "m"), (1, 2, "m")]
+    assert calls == [({"summary": 1}, "m"), ({"summary": 1, "flow": 2}, "m")]
 
 
 def test_drawing_loads_no_torch(tmp_path):

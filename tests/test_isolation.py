@@ -6,7 +6,6 @@ import torch
 from conftest import apart, plainly
 from families import DENSE
 
-from anchors import isolation
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
 from anchors.attention.taps import Probe
@@ -117,7 +116,7 @@ def test_nothing_is_left_behind_after_an_exception(gpt2, make_cell, monkeypatch)
             raise KeyError("in the middle")
         return encode(model, ids)
 
-    monkeypatch.setattr(isolation, "encode", failing)
+    monkeypatch.setattr("anchors.context.encode", failing)
     with pytest.raises(KeyError):
         isolated_contexts(gpt2, cell, BOTH)
     batch = queries([d.prompt for d in cell.prompts], len(ids), "cpu")
@@ -157,7 +156,7 @@ def test_random_positions_are_never_label_words_nor_the_first(gpt2, make_cell, n
         seen[condition.split("/")[1]].append(tuple(positions[0].tolist()))
         return isolate(layers, positions, condition)
 
-    monkeypatch.setattr(isolation, "isolate", recorded)
+    monkeypatch.setattr("anchors.attention.edits.isolate", recorded)
     for seed in range(6):
         cell = make_cell(name, 1, seed=seed)
         prompt = cell.prompts[0].prompt

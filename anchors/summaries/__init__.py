@@ -1,10 +1,11 @@
 """What the rows of each analysis come to, with intervals. Nothing here imports torch: tables and figures need rows alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from anchors.stats import flow_summary, summarise
+from anchors.stats import flow_summary
+from anchors.study.registry import Summaries, study
 from anchors.summaries.causal import agreement, causal_summary
 from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
 from anchors.summaries.nsa_probe import probe_tables
@@ -32,15 +33,19 @@ __all__ = [
     "agreement",
     "aucroc",
     "causal_summary",
+    "causal_tables",
     "classification_summary",
     "compression_sizes",
     "compression_summary",
     "diagnosis_summary",
+    "diagnosis_tables",
     "flow_pattern",
+    "flow_tables",
     "map_tables",
     "marked",
     "probe_tables",
     "readout_summary",
+    "readout_tables",
     "reduced",
     "reweighting_summary",
     "sentence",
@@ -60,31 +65,30 @@ Tables = dict[str, pd.DataFrame]
 def tables_of(rows: Rows) -> Tables:
     """The tables of the first kind of rows; of other kinds their summary, by the kind's name."""
     (main, own), *others = rows.items()
-    return SUMMARIES[main](own) | {kind: SUMMARIES[kind](more)["summary"] for kind, more in others}
+    return study(main).tabulate(own) | {kind: study(kind).tabulate(more)["summary"] for kind, more in others}
 
 
-def _pairs(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    pairs, agreement = diagnosis_summary(rows)
-    return {"summary": agreement, "pairs": pairs}
-
-
-def _flow(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def flow_tables(rows: pd.DataFrame) -> Tables:
+    """The three sums by layer, and the paper's finding about them in numbers."""
     summary = flow_summary(rows)
     return {"summary": summary, "pattern": flow_pattern(summary)}
 
 
-SUMMARIES: dict[str, Callable[[pd.DataFrame], dict[str, pd.DataFrame]]] = {
-    "flow": _flow,
-    "classify": classification_summary,
-    "isolate": lambda rows: {"summary": summarise(rows, LOYALTIES, baseline="none")},
-    "readout": lambda rows: {"summary": readout_summary(rows)},
-    "reweight": reweighting_summary,
-    "compress": compression_summary,
-    "speed": speed_summary,
-    "diagnose": _pairs,
-    "causal": lambda rows: {"summary": causal_summary(rows)},
-    "map": map_tables,
-    "words": word_tables,
-    "nsa_probe": probe_tables,
-}
-"""By kind of analysis: from its rows to tables. The main one is `summary`, save for single prompts (`map`, `words`)."""
+def readout_tables(rows: pd.DataFrame) -> Tables:
+    """AUCROC_l and R_l by layer."""
+    return {"summary": readout_summary(rows)}
+
+
+def diagnosis_tables(rows: pd.DataFrame) -> Tables:
+    """How well the foretold confusion agrees with the actual one, and both of every pair of labels."""
+    pairs, agreement = diagnosis_summary(rows)
+    return {"summary": agreement, "pairs": pairs}
+
+
+def causal_tables(rows: pd.DataFrame) -> Tables:
+    """How far the answer follows a patch before each layer, and what each layer releases."""
+    return {"summary": causal_summary(rows)}
+
+
+SUMMARIES: Mapping[str, Callable[[pd.DataFrame], Tables]] = Summaries()
+"""By kind of study: from its rows to tables, see `anchors.study.registry`."""

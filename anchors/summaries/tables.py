@@ -7,9 +7,9 @@ import pandas as pd
 
 from anchors.intervals import interval, method
 from anchors.stats import GROUP, SUMS, refuse_doubles, refuse_models, resampling, summarise
+from anchors.study.registry import LOYALTIES
 
 SPAN = ("value", "low", "high", "interval", "prompts")
-LOYALTIES = ("accuracy", "label_loyalty", "word_loyalty")
 
 
 def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -1,0 +1,140 @@
+"""What is left to do, and about how long it takes: told before anything is measured."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchors.context import encode
+from anchors.identity import held
+from anchors.models import LanguageModel
+from anchors.report import Part
+from anchors.runner import outstanding
+from anchors.tasks.drawing import Draw, draw, within_context
+
+PROMPTS, TOKENS = 8, 48
+"""What is timed: a batch of so many prompts of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one study has left to do on one task.
+
+    Attributes:
+        study, task, shots, control: which.
+        prompts: in all.
+        left: of them, those that are not measured yet.
+        tokens: that one forward pass of each of those left runs.
+        seconds: about how long that takes: tokens · passes, times the time of one token here.
+        flop: about how many floating-point operations: 2 · parameters · tokens · passes, of the parameters that every token is
+            multiplied with (not of embeddings, and of the head only the last token needs any); without the products of
+            attention itself. None where a router chooses among experts.
+        memory: bytes that are held at least: weights and buffers, keys and values of the longest prompt.
+    """
+
+    study: str
+    task: str
+    shots: int
+    control: str
+    prompts: int
+    left: int
+    tokens: int
+    seconds: float
+    flop: float | None
+    memory: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data; the study under the name that its rows' provenance has for it, too."""
+        return {"analysis": self.study} | asdict(self) | {"seconds": round(self.seconds, 1)}
+
+
+def outlook(model: LanguageModel, parts: Sequence[Part], out: Path) -> list[Outlook]:
+    """What is left of each part; nothing is written.
+
+    Args:
+        model, parts: what is to be measured.
+        out: folder whose `runs` holds the finished batches.
+
+    Raises:
+        AnchorsError: see `anchors.runner.outstanding`.
+    """
+    identity, rate, found = model.identity, None, []
+    weights, each, cached = held_bytes(model), multiplied(model), cached_bytes(model)
+    for part in parts:
+        with held(model.model, identity):
+            left, total, tokens = outstanding(model, part.analysis, part.task, part.data, part.how, out=out)
+        if left and rate is None:
+            rate = seconds_per_token(model)
+        passes = tokens * part.analysis.passes
+        found.append(
+            Outlook(
+                study=part.analysis.kind,
+                task=part.task.name,
+                shots=part.how.shots,
+                control=part.how.control,
+                prompts=total,
+                left=left,
+                tokens=tokens,
+                seconds=passes * (rate or 0),
+                flop=None if each is None else 2.0 * each * passes,
+                memory=weights + cached * longest(model, part),
+            )
+        )
+    return found
+
+
+def longest(model: LanguageModel, part: Part) -> int:
+    """Tokens of a part's longest prompt."""
+    sizes = []
+    for seed in part.how.seeds:
+        how = Draw(part.how.shots, seed, part.analysis.fresh, part.how.control)
+        drawn = draw(part.task, part.data, model.tokenizer, how, part.how.examples, context=model.context)
+        sizes += [len(d.prompt.ids) for d in within_context(drawn, model.context, skip=True)[0]]
+    return max(sizes, default=0)
+
+
+def seconds_per_token(model: LanguageModel) -> float:
+    """Of a batch, without what other batches share; the best of three."""
+    from anchors.compression import seconds
+
+    ids = torch.randint(
+        model.model.config.get_text_config().vocab_size, (PROMPTS, TOKENS), device=model.device
+    )
+    last = torch.full((PROMPTS,), TOKENS - 1, device=model.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.logits_at(ids, last)
+
+    forward()
+    return min(seconds(forward, model) for _ in range(3)) / ids.numel()
+
+
+def multiplied(model: LanguageModel) -> int | None:
+    """Parameters that every token is multiplied with: all but embeddings and the head; None where experts are chosen."""
+    named = dict(model.model.named_parameters())
+    if any("experts" in name for name in named):
+        return None
+    tables = {
+        id(p)
+        for m in model.model.modules()
+        if isinstance(m, torch.nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
+    head = model.model.get_output_embeddings()
+    tables |= set() if head is None else {id(p) for p in head.parameters()}
+    return sum(p.numel() for p in named.values() if id(p) not in tables)
+
+
+def held_bytes(model: LanguageModel) -> int:
+    """Bytes of weights and buffers."""
+    every = [*model.model.parameters(), *model.model.buffers()]
+    return sum(t.numel() * t.element_size() for t in every)
+
+
+def cached_bytes(model: LanguageModel) -> int:
+    """Bytes of keys and values per token, as a short context holds them."""
+    ids = range(1, 9)
+    return encode(model, ids).bytes // len(ids)

@@ -1,0 +1,186 @@
+"""The verb of a study, derived from its line in the registry and the fields of its settings."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+
+from anchors.cli import common
+from anchors.cli.common import err, out
+from anchors.cli.options import Option, options_of
+from anchors.cli.setting import Setting
+from anchors.errors import AnchorsError
+from anchors.study.docstring import prose
+from anchors.study.registry import BUILT_IN, Study, plugins, study
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from anchors.report import Report
+    from anchors.study.analysis import Analysis
+
+
+class Verb(TyperCommand):
+    """A study's verb. Its settings are imported when it is called, not when verbs are listed."""
+
+    def __init__(self, line: Study) -> None:
+        super().__init__(name=line.name, help=escape(line.help), rich_markup_mode="rich")
+        self.line = line
+
+    @cached_property
+    def whole(self) -> TyperCommand:
+        """The command with its options."""
+        alone = typer.Typer(add_completion=False)
+        alone.command(self.line.name, help=escape(_help(self.line)))(command_of(self.line))
+        return typer.main.get_command(alone)  # type: ignore[return-value]
+
+    def make_context(self, info_name: str | None, args: list[str], *given: Any, **more: Any) -> Any:
+        with common.reporting():
+            whole = self.whole
+        return whole.make_context(info_name, args, *given, **more)
+
+
+class Verbs(TyperGroup):
+    """Verbs of studies before the others, those that other packages bring after them."""
+
+    def __init__(self, *, commands: dict[str, Any], **more: Any) -> None:
+        studies = {name: Verb(line) for name, line in BUILT_IN.items() if line.verb}
+        super().__init__(commands=studies | commands, **more)
+        self.complete = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self.add_plugins()
+        return list(self.commands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self.add_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def add_plugins(self) -> None:
+        """Add the verbs of other packages, once; of those that cannot be used, say why."""
+        if self.complete:
+            return
+        self.complete = True
+        found, refused = plugins()
+        taken = {
+            name: f"The study {name!r} of {line.home} has no verb: there is another one of that name."
+            for name, line in found.items()
+            if line.verb and name in self.commands
+        }
+        common.print_notes([*refused.values(), *taken.values()])
+        self.commands |= {n: Verb(line) for n, line in found.items() if line.verb and n not in self.commands}
+
+
+def _help(line: Study) -> str:
+    return f"{line.help}\n\n{prose(line.resolve(line.settings))}".replace("`", "")
+
+
+def command_of(line: Study) -> Any:
+    """The function of a verb: options of the study, of what is shown, and of every measurement of prompts.
+
+    Raises:
+        AnchorsError: a setting that cannot be an option, or whose option every verb has.
+    """
+    own = options_of(line.resolve(line.settings))
+    view = options_of(line.resolve(line.view), "Output") if line.view else []
+    defaults = {"examples": line.examples}
+    shared = [
+        p.replace(default=defaults.get(p.name, p.default), kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(Setting).parameters.values()
+    ]
+    _refuse_doubles(line, [*own, *view], shared)
+
+    def command(**given: Any) -> None:
+        with common.reporting():
+            setting = Setting(**{p.name: given.pop(p.name) for p in shared})
+            settings, seen = ({o.field: o.read(given.pop(o.field)) for o in part} for part in (own, view))
+            look = line.resolve(line.view)(**seen) if line.view else None
+            measure(line, setting, _analyses(line, settings, beside=any(given.values())), look)
+
+    every = [*(o.parameter for o in own), *_beside(line), *(o.parameter for o in view), *shared]
+    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in every}
+    command.__name__ = line.name.replace("-", "_")
+    return command
+
+
+def _beside(line: Study) -> list[inspect.Parameter]:
+    """The option that refuses what is measured beside a study."""
+    if line.beside is None:
+        return []
+    name, said = line.beside
+    how = typer.Option(f"--{name}/--no-{name}", help=escape(said))
+    return [
+        inspect.Parameter(
+            f"beside_{name}", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=Annotated[bool, how]
+        )
+    ]
+
+
+def _refuse_doubles(line: Study, own: Iterable[Option], shared: Iterable[inspect.Parameter]) -> None:
+    everywhere = {"--help", "-h"}
+    for place in shared:
+        named = place.annotation.__metadata__[0].param_decls
+        everywhere |= {*named} if named else {"--" + place.name.replace("_", "-")}
+        everywhere.add(place.name)
+    for option in own:
+        if twice := everywhere & {option.field, *option.names}:
+            raise AnchorsError(
+                f"The study {line.name!r} of {line.home} has a setting {min(twice)!r}, as every verb has.",
+                'Give the field another name, or the metadata {"option": ...}.',
+            )
+
+
+def _analyses(line: Study, settings: dict[str, Any], *, beside: bool) -> "list[Analysis]":
+    """The study with its settings, and what is measured beside it, with those that both have."""
+    main = line.make(**settings)
+    if not beside:
+        return [main]
+    other = study(line.beside[0])
+    common_fields = {f.name for f in fields(main)} & {f.name for f in fields(other.resolve(other.settings))}
+    return [main, other.make(**{name: getattr(main, name) for name in common_fields})]
+
+
+def measure(line: Study, setting: Setting, analyses: "list[Analysis]", view: Any) -> None:
+    """Measure and print, or tell what is left to do."""
+    sets, folder = setting.prepared(line.name, line.task)
+    with err.status("loading torch and transformers"):
+        from anchors.report import Part, report
+    model = setting.load()
+    how = setting.sample()
+    parts = [Part(analysis, task, data, how) for analysis in analyses for task, data in sets]
+    if setting.dry_run:
+        from anchors.study.plan import outlook
+
+        common.print_outlook({line.name: outlook(model, parts, folder)}, as_json=setting.as_json)
+        return
+    more = {} if view is None else view.of(model)
+    with common.progress_bar("prompts") as progress:
+        result = report(model, parts, out=folder, csv=setting.csv, progress=progress, **more)
+    common.print_notes(result.notes)
+    if setting.as_json:
+        common.print_json(result.as_json())
+        return
+    for part in line.resolve(line.shown)(result, view) if line.shown else plainly_shown(line, result):
+        out.print(part, markup=not isinstance(part, str))
+    common.print_files(result.files)
+
+
+def plainly_shown(line: Study, result: "Report") -> "Iterator[RenderableType]":
+    """Of every task, the metrics that the study's line names: by condition, and by layer where they have layers."""
+    for task, part in result.tables["summary"].groupby("task", sort=False):
+        title = f"{line.title}: " if line.title else ""
+        title += f"{task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
+        part = part[part["metric"].isin(line.metrics)]
+        layered = part["layer"].notna()
+        if not layered.all():
+            whole = part[~layered]
+            yield common.summary_table(whole, [m for m in line.metrics if m in set(whole["metric"])], title)
+        if layered.any():
+            yield common.layer_table(part[layered], title)
