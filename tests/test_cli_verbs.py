@@ -15,6 +15,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from anchors.cli import app
+from anchors.study.registry import BUILT_IN
 
 runner = CliRunner()
 
@@ -58,6 +59,10 @@ VERBS = {
     ),
     "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("causal_flow_rows",)),
 }  # fmt: skip
+
+
+def test_every_verb_of_a_study_is_tried():
+    assert set(VERBS) == {name for name, study in BUILT_IN.items() if study.verb}
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ from made_rows import (
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
-from anchors.figures import KINDS, draw
+from anchors.figures import KINDS, draw, generic
 from anchors.figures.isolate import named
 from anchors.figures.style import COLOURS, plain, save, token
+from anchors.isolation import Isolation
 from anchors.runner import Sample, measure
 from anchors.stats import SUMS
+from anchors.study.registry import study
 from anchors.summaries import SUMMARIES, flow_pattern
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
@@ -282,19 +284,11 @@ def test_text_from_data_is_drawn_as_it_is():
     "kind", ["classify", "isolate", "readout", "words", "map", "diagnose", "flow", "compress"]
 )
 def test_real_rows_are_drawn(kind, gpt2, tmp_path):
-    from anchors.compression import Compression
-    from anchors.diagnosis import Diagnosis
-    from anchors.flow.analysis import FlowMap, InformationFlow
-    from anchors.icl import Classification
-    from anchors.isolation import Isolation, TopWords
-    from anchors.readout import Readout
-
-    short = Isolation(layers=(1,))
-    analyses = [
-        Classification(calibrate=True), short, Readout(), TopWords(short), FlowMap(layers=(0, 1)),
-        Diagnosis(components=(2, 3)), InformationFlow(), Compression(draws=2),
-    ]  # fmt: skip
-    analysis = next(a for a in analyses if a.kind == kind)
+    short = {
+        "classify": {"calibrate": True}, "isolate": {"layers": (1,)}, "words": {"isolation": Isolation(layers=(1,))},
+        "map": {"layers": (0, 1)}, "diagnose": {"components": (2, 3)}, "compress": {"draws": 2},
+    }  # fmt: skip
+    analysis = study(kind).make(**short.get(kind, {}))
     task, how = TASKS["sst2" if kind == "map" else "agnews"], Sample(examples=1 if kind == "map" else 5)
     found = measure(gpt2, analysis, task, read(task), how, out=tmp_path)
     _, figure = picture(kind, found.rows)
@@ -347,3 +341,24 @@ for kind, tables in pandas.read_pickle({str(tmp_path / "tables.pickle")!r}).item
 assert not {{'torch', 'transformers', 'matplotlib.pyplot'}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_study_without_a_figure_has_every_estimate_drawn():
+    """Bars for what has no layer, curves for what has, one for each condition."""
+    columns = ["condition", "metric", "layer", "value"]
+    wide = [("none", "accuracy", None, 0.5), ("cut", "accuracy", None, 0.25)]
+    wide += [(c, "share", layer, layer / 4 + (c == "cut") / 8) for c in ("none", "cut") for layer in range(3)]
+    made = pd.DataFrame(wide, columns=columns).astype({"layer": "Int64"}).assign(examples=4, seeds=1)
+    table = pd.concat(
+        made.assign(task=task, low=made["value"] - 0.1, high=made["value"] + 0.1) for task in "ab"
+    )
+    figure = generic.draw({"summary": table}, "a_model $x$")
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 4
+    for above, below in (figure.axes[::2], figure.axes[1::2]):
+        assert heights(above) == [0.5, 0.25]
+        assert [line.get_ydata().tolist() for line in below.lines] == [[0, 0.25, 0.5], [0.125, 0.375, 0.625]]
+    assert names_of(figure) == ["none", "cut"]
+    assert figure.get_suptitle() == r"a_model \$x\$"
+    assert generic.draw({"summary": table.drop(columns="low")}, "m") is None
+    assert generic.draw({"words": table}, "m") is None
