@@ -230,7 +230,7 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
         cells = (part.study, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
         table.add_row(name, *map(str, cells), work, _clock(part.seconds))
-    table.caption = f"about {_clock(sum(part.seconds for _, part in every))} in all"
+    table.caption = f"about {_clock(sum(part.seconds for _, part in every))} in all, without loading and certifying the model"
     if len(plans) > 1:
         table.caption += "; cells that experiments share count more than once"
     if memory := max((part.memory for _, part in every), default=0):

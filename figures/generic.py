@@ -34,7 +34,8 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure | None:
                 panel.set_ylabel(plain(metric.replace("_", " ")))
         panels[0].set_title(group.title)
     figure.suptitle(plain(model), fontsize=10)
-    legend(figure, columns=3)
+    if len(looks) > 1:
+        legend(figure, columns=3)
     return figure
 
 

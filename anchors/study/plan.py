@@ -26,8 +26,9 @@ class Outlook:
         study, task, shots, control: which.
         prompts: in all.
         left: of them, those that are not measured yet.
-        tokens: that one forward pass of each of those left runs.
-        seconds: about how long that takes: tokens · passes, times the time of one token here.
+        tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
+        seconds: about how long that takes: tokens · passes, times the time of one token here; loading and certifying the model
+            come on top.
         flop: about how many floating-point operations: 2 · parameters · tokens · passes, of the parameters that every token is
             multiplied with (not of embeddings, and of the head only the last token needs any); without the products of
             attention itself. None where a router chooses among experts.

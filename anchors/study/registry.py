@@ -36,7 +36,7 @@ class Study:
         name: of the study, its verb, its rows and its files; the `kind` of its settings class.
         settings: the class whose fields are the settings (`anchors.study.analysis.Analysis`).
         help: what it measures, in one line.
-        title: of the table on the console; by default none.
+        title: of the table on the console; by default the name.
         tables: from rows to tables, the main one named `summary`; by default the means of `metrics` by condition and layer,
             and how far they are from those of the condition `none`.
         figure: from tables and the model's name to a picture; by default a plain one of `summary`.
