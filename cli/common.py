@@ -223,11 +223,11 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
         return
     counts = ("prompts", "left", "tokens", "TFLOP", "about")
     table = Table(title="What is left to do", box=SIMPLE_HEAD)
-    for name in ("experiment", "study", "task", "shots", "control", *counts):
+    for name in ("experiment", "analysis", "task", "shots", "control", *counts):
         table.add_column(name, justify="right" if name in counts else "left")
     every = [(name, part) for name, parts in plans.items() for part in parts]
     for name, part in every:
-        cells = (part.study, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
+        cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
         table.add_row(name, *map(str, cells), work, _clock(part.seconds))
     table.caption = f"about {_clock(sum(part.seconds for _, part in every))} in all, without loading and certifying the model"

@@ -21,8 +21,8 @@ TaskNames = Annotated[
     typer.Option(
         "--task",
         "-t",
-        help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas. Default: sst2 "
-        "(diagnose: trec).",
+        help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas. "
+        "Default: @task.",
         rich_help_panel="Task",
     ),
 ]
@@ -91,7 +91,7 @@ class Setting:
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Folder of the results; default: results/VERB.", rich_help_panel="Output"
+            "--out", "-o", help="Folder of the results; default: results/@verb.", rich_help_panel="Output"
         ),
     ] = None
     dry_run: DryRun = False

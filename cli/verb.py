@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,11 +90,7 @@ def command_of(line: Study) -> Any:
     """
     own = options_of(line.resolve(line.settings))
     view = options_of(line.resolve(line.view), "Output") if line.view else []
-    defaults = {"examples": line.examples}
-    shared = [
-        p.replace(default=defaults.get(p.name, p.default), kind=inspect.Parameter.KEYWORD_ONLY)
-        for p in inspect.signature(Setting).parameters.values()
-    ]
+    shared = [_shared(line, place) for place in inspect.signature(Setting).parameters.values()]
     _refuse_doubles(line, [*own, *view], shared)
 
     def command(**given: Any) -> None:
@@ -108,6 +105,17 @@ def command_of(line: Study) -> Any:
     command.__annotations__ = {p.name: p.annotation for p in every}
     command.__name__ = line.name.replace("-", "_")
     return command
+
+
+def _shared(line: Study, place: inspect.Parameter) -> inspect.Parameter:
+    """An option of every measurement, with this study's default and name."""
+    how = copy(place.annotation.__metadata__[0])
+    how.help = how.help.replace("@task", line.task).replace("@verb", line.name)
+    return place.replace(
+        default=line.examples if place.name == "examples" else place.default,
+        kind=inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[place.annotation.__origin__, how],
+    )
 
 
 def _beside(line: Study) -> list[inspect.Parameter]:

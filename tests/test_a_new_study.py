@@ -126,6 +126,7 @@ def test_it_is_a_verb_with_its_options(installed):
     assert "share_l = 1/H Σ_h Σ_k A_{h,l}(q, p_k)" in text
     assert "--layers <str> Which layers, e.g. 0,2; default: all of them." in text
     assert "--shots" in text
+    assert "default: results/attended." in text
     assert "--dry-run" in text
     assert "attended" in STUDIES
     assert "attended" in SUMMARIES

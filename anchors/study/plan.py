@@ -23,7 +23,7 @@ class Outlook:
     """What one study has left to do on one task.
 
     Attributes:
-        study, task, shots, control: which.
+        analysis, task, shots, control: which; the kind of the study.
         prompts: in all.
         left: of them, those that are not measured yet.
         tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
@@ -35,7 +35,7 @@ class Outlook:
         memory: bytes that are held at least: weights and buffers, keys and values of the longest prompt.
     """
 
-    study: str
+    analysis: str
     task: str
     shots: int
     control: str
@@ -47,8 +47,8 @@ class Outlook:
     memory: int
 
     def as_json(self) -> dict[str, Any]:
-        """As plain data; the study under the name that its rows' provenance has for it, too."""
-        return {"analysis": self.study} | asdict(self) | {"seconds": round(self.seconds, 1)}
+        """As plain data."""
+        return asdict(self) | {"seconds": round(self.seconds, 1)}
 
 
 def outlook(model: LanguageModel, parts: Sequence[Part], out: Path) -> list[Outlook]:
@@ -71,7 +71,7 @@ def outlook(model: LanguageModel, parts: Sequence[Part], out: Path) -> list[Outl
         passes = tokens * part.analysis.passes
         found.append(
             Outlook(
-                study=part.analysis.kind,
+                analysis=part.analysis.kind,
                 task=part.task.name,
                 shots=part.how.shots,
                 control=part.how.control,
