@@ -37,6 +37,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from anchors.architectures import known
 from anchors.errors import AnchorsError, brief
 from anchors.wrappers import refuse_adapters, unwrapped
 from anchors.written import as_written
@@ -138,6 +139,7 @@ def configuration(origin: Origin) -> PreTrainedConfig:
     Raises:
         AnchorsError: it cannot be read, or makes no model.
     """
+    known()
     try:
         config = AutoConfig.from_pretrained(origin.source, **origin.options)
     except Exception as error:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import anchors.nsa.model  # noqa: F401 - makes the architecture known to transformers
+from anchors.alteration import Alteration
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument
@@ -28,7 +28,7 @@ from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
 from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
-from anchors.preparation import Alteration, alterations, apply
+from anchors.preparation import alterations, apply
 from anchors.soundness import cast, quantised, sound
 from anchors.witness import TOLERANCE, Witness, apart, first_position, leak, sample
 from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped

@@ -9,7 +9,6 @@ that the model computes, in exact arithmetic; whoever doubts it can ask the mode
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,42 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN, NewGELUActivation
 
+from anchors.alteration import Alteration
 from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError
-
-ABSENT = object()
-"""Stands for an attribute that the class gives and the module itself did not hold."""
-
-
-@dataclass(frozen=True)
-class Alteration:
-    """One attribute of one module, before and after.
-
-    Attributes:
-        owner: the module.
-        name: of the attribute.
-        before: what stood in the module itself; `ABSENT` when it came from its class.
-        after: what stands there now.
-    """
-
-    owner: nn.Module
-    name: str
-    before: Any
-    after: Any
-
-    @classmethod
-    def of(cls, owner: nn.Module, name: str, after: Any) -> "Alteration":
-        held = {**vars(owner), **owner._modules}
-        return cls(owner, name, held.get(name, ABSENT), after)
-
-    def do(self) -> None:
-        setattr(self.owner, self.name, self.after)
-
-    def undo(self) -> None:
-        if self.before is ABSENT:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)
 
 
 def alterations(
@@ -68,7 +34,7 @@ def alterations(
     """
     yield from fused_gelu(model)
     if precision == "float32" and triton_runs(model.device):
-        from anchors.products import split_products
+        from anchors.products import split_products  # Triton is imported where it runs only
 
         yield from split_products(model)
     half = model.dtype in (torch.bfloat16, torch.float16)

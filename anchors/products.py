@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from anchors.preparation import Alteration
+from anchors.alteration import Alteration
 
 FEWEST_ROWS = 256
 """Below this many rows the weights' way through memory takes longer than the arithmetic."""

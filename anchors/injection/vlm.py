@@ -22,7 +22,7 @@ from anchors.injection.routing import prove, route_tower
 from anchors.lengths import without_memory
 from anchors.loading import Origin, processor_of, vision_language_model
 from anchors.models import DTYPES, LanguageModel, placed
-from anchors.preparation import Alteration, apply, beyond, guarded
+from anchors.preparation import apply, beyond, guarded
 from anchors.soundness import sound
 
 PLACE = "<image>"
