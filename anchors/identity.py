@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -244,7 +244,8 @@ def settings(module: nn.Module) -> dict[str, Any]:
         and name not in STATES | NAMES
         and not name.endswith("_max_seq_len_cached")
     }
-    if hasattr(type(module), "disable_adapters"):
+    # Of a layer of peft; transformers' own models have methods of these names.
+    if isinstance(getattr(type(module), "disable_adapters", None), property):
         own |= {
             "adapters/active": getattr(module, "active_adapters", None)
             or getattr(module, "active_adapter", None),
@@ -306,7 +307,7 @@ def plain(value: Any, otherwise: Any = None) -> Any:
 
 
 def _kind(module: nn.Module) -> list[str]:
-    """The class of a module, with its text where no version of a library stands for it."""
+    """The class of a module, with its text and that of what lies beside it where no version of a library stands for it."""
     kind = type(module)
     return [kind.__qualname__, *_text(kind)]
 
@@ -317,9 +318,19 @@ def _text(kind: type) -> tuple[str, ...]:
         return ()
     home = sys.modules.get(kind.__module__)
     try:
-        return (inspect.getsource(kind if home is None or kind.__module__ == "__main__" else home),)
+        if home is None or kind.__module__ == "__main__":
+            return (inspect.getsource(kind),)
+        return tuple(map(inspect.getsource, [home, *_beside(home)]))
     except (OSError, TypeError):
         return ()
+
+
+def _beside(home: ModuleType) -> list[ModuleType]:
+    """The other modules of its package that have been imported: code that comes with a model is often several files."""
+    package = getattr(home, "__package__", None)
+    names = sorted(name for name in sys.modules if package and name.startswith(f"{package}."))
+    found = [sys.modules[name] for name in names]
+    return [one for one in found if one is not home and getattr(one, "__file__", None)]
 
 
 def _unknown(model: nn.Module) -> Iterator[str]:
@@ -360,12 +371,14 @@ def _home(called: Any) -> str:
 # ------------------------------------------------------------------------------------------------ tokenizer
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Plain data: how text becomes tokens. Padding and truncation are left out, which every call sets anew."""
-    special = plain(dict(tokenizer.special_tokens_map))
+    special = [plain(dict(tokenizer.special_tokens_map)), *_text(type(tokenizer))]
+    if getattr(tokenizer, "split_special_tokens", False):
+        special.append("special tokens are split as text")  # no part of the backend's own file
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return [special, type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+        return [*special, type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
     text = backend.to_str()
-    return [special, text[max(0, text.find('"added_tokens"')) :]]
+    return [*special, text[max(0, text.find('"added_tokens"')) :]]
 
 
 __all__ = ["Identity", "fingerprint", "held", "identity", "software"]

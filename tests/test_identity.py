@@ -344,7 +344,56 @@ def test_the_tokenizer_counts(tokenizer, llama):
     assert {part for part in after.parts if after.parts[part] != before.parts[part]} == {"tokenizer"}
 
 
+def test_special_tokens_that_are_split_as_text_count(tokenizer, llama):
+    other = copy.deepcopy(tokenizer)
+    other.split_special_tokens = True
+    assert other("a<s>b")["input_ids"] != tokenizer("a<s>b")["input_ids"]
+    assert identity(llama, other).parts["tokenizer"] != identity(llama, tokenizer).parts["tokenizer"]
+
+
 # ------------------------------------------------------------------------------------------------ code
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .factors import factor
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+        found.logits = found.logits * factor()
+        return found
+"""
+
+
+def test_all_files_of_code_that_comes_with_a_model_count(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    prints, logits = [], []
+    for name, factor in (("one", 1.0), ("copied", 1.0), ("other", 3.0)):
+        folder = tmp_path / name
+        shutil.copytree(saved, folder)
+        (folder / "own_model.py").write_text(OWN_MODEL)
+        (folder / "factors.py").write_text(f"def factor():\n    return {factor}\n")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+        config["auto_map"] = {
+            "AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        model = reading(folder, trust_remote_code=True)
+        prints.append(fingerprint(model))
+        logits.append(model(torch.arange(9)[None]).logits)
+    assert torch.equal(logits[0] * 3, logits[2])
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_code_that_cannot_be_known_again_is_told_of(tokenizer, tmp_path):
     lm = load(make("gpt2", len(tokenizer)), tokenizer=tokenizer, device="cpu")
     how, data = Sample(examples=2), read(TASK)
