@@ -18,11 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from anchors import formerly
 from anchors.alteration import Alteration
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError, RoutingError, nearest
+from anchors.formerly import moved
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
@@ -358,8 +360,7 @@ def prepare(
 
     Raises:
         AnchorsError: it holds weights that are not finite, quantised layers without a gradient, or fewer rows in its
-            embedding than its tokenizer has ordinary tokens.
-            the model by itself does not run, or is not causal.
+            embedding than its tokenizer has ordinary tokens; by itself it does not run, or is not causal.
         RoutingError: the family's attention does not pass through the seam, or on the seam it is another model.
     """
     model.eval().requires_grad_(False)
@@ -419,3 +420,6 @@ def default_source() -> tuple[str, str]:
         if (Path(folder) / DEFAULT_FILE).is_file():
             return str(Path(folder) / DEFAULT_FILE), "SmolLM2-135M-Instruct (Q4_1)"
     return DEFAULT_HUB, DEFAULT_HUB
+
+
+__getattr__ = moved(__name__, {"fuse_gelu": ("anchors.preparation.fused_gelu", formerly.fuse_gelu)})

@@ -1,6 +1,6 @@
 """What `prepare` alters in a loaded model beside putting it on the seam: one list, to be taken back at any time.
 
-An alteration is one attribute of one module: what stood there, and what stands there now. None of them alterations the function
+An alteration is one attribute of one module: what stood there, and what stands there now. None of them changes the function
 that the model computes, in exact arithmetic; whoever doubts it can ask the model as it was loaded:
 
     with undone(model.altered):

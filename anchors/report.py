@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from anchors import formerly
 from anchors.check import arithmetic_error, check, failed
 from anchors.errors import CertificateError
+from anchors.formerly import moved
 from anchors.identity import Identity
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance
@@ -212,3 +214,13 @@ def _page(
         return None
     curves = curves_payload(found.rows)
     return render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "write_rows": ("anchors.shelf.Shelf", formerly.write_rows),
+        "write_tables": ("anchors.shelf.Shelf", formerly.write_tables),
+        "write_figure": ("anchors.shelf.Shelf", formerly.write_figure),
+    },
+)

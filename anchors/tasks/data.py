@@ -10,7 +10,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anchors import formerly
 from anchors.errors import AnchorsError
+from anchors.formerly import moved
 from anchors.tasks.files import READERS, Row, row, rows
 from anchors.tasks.task import TASKS, Task
 
@@ -311,3 +313,6 @@ def _hub(task: Task) -> list[_Part]:
         pairs = zip(list(table[hub.text]), list(table[hub.label]), strict=True)
         parts.append(_Part(where, [row(*pair, f"Row {n}", where) for n, pair in enumerate(pairs, start=1)]))
     return parts
+
+
+__getattr__ = moved(__name__, {"SUFFIXES": ("anchors.tasks.files.READERS", formerly.suffixes)})

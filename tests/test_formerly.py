@@ -1,0 +1,55 @@
+"""Names that could be imported in 0.4.0 can be imported still, and do what they did."""
+
+from importlib import import_module
+
+import pandas as pd
+import pytest
+import torch
+from families import make
+
+from anchors.results import provenance, read_table
+
+MOVED = [
+    ("anchors.check", "hidden_labels"),
+    ("anchors.models", "fuse_gelu"),
+    ("anchors.tasks.data", "SUFFIXES"),
+    ("anchors.report", "write_rows"),
+    ("anchors.report", "write_tables"),
+    ("anchors.report", "write_figure"),
+]
+STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("anchors.gguf", "converted")]
+
+
+@pytest.mark.parametrize(("module", "name"), MOVED)
+def test_what_moved_is_handed_on_with_a_warning(module, name):
+    with pytest.warns(DeprecationWarning, match=f"{module}.{name} has moved"):
+        found = getattr(import_module(module), name)
+    assert found
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = import_module(module).nothing_like_it
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("module", "name"), STAYED)
+def test_what_stayed_is_there(module, name):
+    assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.filterwarnings("ignore:.*has moved")
+def test_what_moved_works(tmp_path):
+    from anchors.models import fuse_gelu
+    from anchors.report import write_rows, write_tables
+    from anchors.tasks.data import SUFFIXES
+
+    model, ids = make("gpt2", 20), torch.arange(6)[None]
+    before = model(ids).logits
+    fuse_gelu(model)
+    assert "NewGELU" not in repr(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    assert set(SUFFIXES) == {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+    rows, facts = pd.DataFrame({"value": [1.0, 2.0]}), provenance(model="a model")
+    files = write_rows(tmp_path, {"flow": rows}, facts, csv=True)
+    files += write_tables(tmp_path, "flow", {"summary": rows}, facts)
+    assert [f.name for f in files] == ["flow.parquet", "flow.csv", "flow_summary.parquet"]
+    assert all(f.is_file() for f in files)
+    pd.testing.assert_frame_equal(read_table(files[2])[0], rows)
