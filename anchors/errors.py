@@ -43,6 +43,16 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
+def demand_seed(seed: int) -> None:
+    """Refuse a seed that a generator of torch does not hold, before anything is computed.
+
+    Raises:
+        AnchorsError: it is not from 0 to 2⁶³ − 1.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise AnchorsError(f"The seed {seed} is not from 0 to 2^63 - 1.", "Any number will do, such as 42.")
+
+
 def brief(error: object, most: int = 400) -> str:
     """What an error says, on one line and not for ever."""
     if isinstance(error, RecursionError):

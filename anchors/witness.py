@@ -209,6 +209,14 @@ def leak(logits: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "token
     return apart(other[:-1], logits[:-1])
 
 
+def flat(logits: Float[Tensor, "*rows vocabulary"]) -> bool:
+    """Whether no token of the vocabulary is told from any other, beyond rounding: then no loss has a gradient."""
+    other = ~torch.isfinite(logits)
+    low, high = logits.masked_fill(other, torch.inf).amin(-1), logits.masked_fill(other, -torch.inf).amax(-1)
+    size = logits.masked_fill(other, 0).abs().max()
+    return bool(((low <= high) & (high - low <= torch.finfo(logits.dtype).eps * size)).all())
+
+
 @torch.no_grad()
 def first_position(witness: Witness, tolerance: float) -> int | None:
     """Where a family counts positions from, as its `forward` understands `position_ids`; None where they cannot be set.
@@ -253,6 +261,9 @@ def _unordered(witness: Witness, tolerance: float) -> bool:
     middle = ids.shape[1] // 2
     mask = torch.ones_like(ids)
     mask[:, middle] = 0
-    hidden = witness.logits(ids, mask)[:, middle + 1 :]
+    try:
+        hidden = witness.logits(ids, mask)[:, middle + 1 :]
+    except AnchorsError:  # a model that takes no such mask cannot be asked
+        return False
     gone = witness.logits(torch.cat([ids[:, :middle], ids[:, middle + 1 :]], 1))[:, middle:]
     return apart(hidden, gone) <= tolerance

@@ -1,6 +1,7 @@
 """The command `anchors`: parses, draws, and leaves the thinking to the library."""
 
 import os
+import sys
 
 import typer
 
@@ -46,4 +47,8 @@ def version(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe of another encoding shows other signs by their numbers.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     app()

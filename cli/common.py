@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -383,9 +384,22 @@ def layer_cell(row: "pd.Series", prefix: str = "") -> str:
 
 
 def print_json(data: Any) -> None:
-    """Machine-readable output on standard output, and nothing else there."""
-    json.dump(data, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    """Machine-readable output on standard output, all of it or none, and nothing else there."""
+    text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(_finite(data), indent=1, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """JSON knows no infinite number and no NaN: null stands for what cannot be written."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def span(text: str, option: str) -> tuple[int, int]:

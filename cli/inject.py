@@ -1,6 +1,7 @@
 """`anchors inject`: put an expert language model's skill into a vision-language model, by weights alone."""
 
 import copy
+import difflib
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,10 @@ class MergeOrCommand(TyperGroup):
     """A group that merges when what follows is none of its commands, and whose help shows the merge's options, too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not Path(args[0]).exists():
+            shown = [name for name, command in self.commands.items() if not command.hidden]
+            if close := difflib.get_close_matches(args[0], shown, 1, 0.7):
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
         if args and args[0] not in self.commands:
             args = ["--help"] if set(args) & set(ctx.help_option_names) else [DEFAULT, *args]
         return super().parse_args(ctx, args)

@@ -1,5 +1,6 @@
 """`anchors nsa`: train models with Native Sparse Attention, and look inside them."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,6 +223,11 @@ def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
         raise AnchorsError(
             f"A width of {o['width']} cannot be divided among {o['heads']} heads.", "Give --head-dim."
         )
+    for name, option in (("init", "--init"), ("rope_theta", "--rope-theta")):
+        if not 0 < o[name] < math.inf:
+            raise AnchorsError(f"{option} {o[name]} makes no training.", "It must be above 0, and finite.")
+    if o["init"] > 1:
+        raise AnchorsError(f"--init {o['init']} makes no training.", "Usual is 0.02, and 1 is the most.")
     geometry = {k: o[k] for k in ("l", "d", "lp", "n", "w", "n_init", "n_local")}
     return NSAConfig(
         vocab_size=vocabulary,

@@ -131,7 +131,8 @@ def numbers(text: str | None, option: str, least: int = 1) -> tuple[int, ...] | 
     found = [whole_number(part) for part in parts]
     if not found or not all(number is not None and number >= least for number in found):
         raise AnchorsError(
-            f"{option} {text!r} is not a list of numbers from {least} on.", f"For example: {option} 1,3,5"
+            f"{option} {text!r} is not a list of numbers from {least} on, of at most 18 digits.",
+            f"For example: {option} 1,3,5",
         )
     if len(set(found)) < len(found):
         raise AnchorsError(f"{option} {text!r} names a number twice.")

@@ -97,7 +97,7 @@ def run(
         known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
         if only is not None and (strangers := [name for name in only if name not in known]):
             raise AnchorsError(
-                f"No experiment has the tasks {strangers}.", f"There are: {', '.join(sorted(known))}."
+                f"No experiment has the tasks {strangers}.", nearest(strangers[0], sorted(known))
             )
         if only is not None and len(chosen) > 1:
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]

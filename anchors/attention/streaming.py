@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
-    """Cut all query rows, or the given ascending ones (on the CPU), into tiles."""
+    """Cut all query rows, or the given ascending ones (on the CPU; none is none), into tiles."""
     batch, heads, queries, _ = call.q.shape
     keys, device = call.k.shape[2], call.q.device
     width = batch * heads * keys * torch.finfo(call.compute_dtype).bits // 8
@@ -46,6 +46,8 @@ def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
     if call.mask is not None and call.mask.dtype == torch.bool:
         seen = call.mask.flatten(0, 1).any(0).cpu()
     for tile in (torch.arange(queries) if rows is None else rows).split(size):
+        if not len(tile):  # of no rows, torch makes one empty piece
+            continue
         first, last = int(tile[0]), int(tile[-1])
         whole = last - first + 1 == len(tile)
         on_device = torch.arange(first, last + 1, device=device) if whole else tile.to(device)

@@ -22,6 +22,9 @@ from anchors.injection.methods_sign import both, weighted_sum
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of matrices whose rows are tokens: no linear maps of the residual stream."""
 
+STRONGEST = 100.0
+"""Of a task vector: more is a slip of the pen, and beyond the range of half precision soon."""
+
 PIECE = 1 << 18
 """Entries that are merged at a time."""
 
@@ -79,24 +82,34 @@ class Recipe:
         strengths = (self.strength, *(self.per_layer or ()))
         if not all(map(math.isfinite, (*strengths, self.vlm_strength))):
             raise AnchorsError(f"A strength of {self.label()!r} is not finite.")
+        if wild := [x for x in (*strengths, self.vlm_strength) if abs(x) > STRONGEST]:
+            raise AnchorsError(
+                f"A strength of {wild[0]:g} would drown the model in {abs(wild[0]):g} times a task vector.",
+                f"Strengths are about 1; up to {STRONGEST:g} are taken.",
+            )
         if self.density is not None and "density" not in own.defaults:
             raise AnchorsError(
                 f"{self.method} keeps every entry of the task vectors: it takes no density.",
                 f"Methods with a density: {', '.join(n for n, m in METHODS.items() if 'density' in m.defaults)}.",
             )
-        if self.density is not None and not 0 <= self.density <= 1:
-            raise AnchorsError(f"density is {self.density}; it must be a share, from 0 to 1.")
+        if "density" in own.defaults and not 0 < self.parameters()["density"] <= 1:
+            raise AnchorsError(
+                f"density is {self.parameters()['density']:g}; it must be a share above 0, up to 1.",
+                "Density 0 would drop the whole task vector: that is --strength 0.",
+            )
         if self.layers is not None and not (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1]):
             raise AnchorsError(
                 f"layers is {self.layers}; it must be the first and the last layer to inject, such as (2, 5)."
             )
         if self.embeddings not in POLICIES:
-            raise AnchorsError(f"embeddings is {self.embeddings!r}.", f"Take one of {', '.join(POLICIES)}.")
+            raise AnchorsError(
+                f"There is no policy of embeddings {self.embeddings!r}.", nearest(self.embeddings, POLICIES)
+            )
         if unknown := [name for name, _ in self.options if name not in own.defaults or name == "density"]:
             known = [name for name in own.defaults if name != "density"]
             raise AnchorsError(
                 f"{self.method} has no option {unknown[0]!r}.",
-                f"It has {', '.join(known)}." if known else "It has none.",
+                nearest(unknown[0], known) if known else "It has none.",
             )
         own.check(self.parameters(), strengths, self.vlm_strength)
 

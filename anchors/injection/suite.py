@@ -181,7 +181,7 @@ class Suite:
         if not found:
             raise AnchorsError(
                 f"The scenario {scenario!r} of suite {self.name!r} has no examples in split {split!r}.",
-                f"There are: {', '.join(sorted({e.split for e in self.scenarios[scenario]}))}.",
+                nearest(split, sorted({e.split for e in self.scenarios[scenario]})),
             )
         return tuple(found[:limit])
 
@@ -305,7 +305,7 @@ def _read(folder: Path, name: str) -> tuple[Example, ...]:
         if example.split not in SPLITS:
             raise AnchorsError(
                 f"Line {number + 1} of {str(path)!r} has the split {example.split!r}.",
-                f"One of: {', '.join(SPLITS)}.",
+                nearest(example.split, SPLITS),
             )
         found.append(example)
     if not found:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from anchors.digest import file_digest, text_digest
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.identity import software
 from anchors.injection.checkpoint import Checkpoint
 from anchors.injection.evaluate import Prepared, captions, evaluate, evaluate_text, prepare, score
@@ -73,10 +73,15 @@ class Sweep:
         Raises:
             AnchorsError: it has no expert for one of them.
         """
+        if self.scenarios is not None and not self.scenarios:
+            raise AnchorsError(
+                "No scenario is named to be swept.",
+                f"Leave it out for all, or name some of: {', '.join(suite.skills)}.",
+            )
         if unknown := [s for s in self.scenarios or () if s not in suite.skills]:
             raise AnchorsError(
                 f"The suite {suite.name!r} has no expert for {unknown[0]!r}.",
-                f"It has: {', '.join(suite.skills)}.",
+                nearest(unknown[0], suite.skills),
             )
         return self.scenarios or suite.skills
 

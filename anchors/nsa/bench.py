@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, demand_seed, nearest
 from anchors.nsa import reference
 from anchors.nsa.bench_decode import bench_decode
 from anchors.nsa.geometry import Geometry
@@ -77,6 +77,7 @@ def bench(
     Raises:
         AnchorsError: there is no CUDA GPU, or a name is unknown.
     """
+    demand_seed(seed)
     place = device_of(device)
     for asked, known in ((shapes, SHAPES), (patterns, PATTERNS), (implementations, IMPLEMENTATIONS)):
         for name in asked:

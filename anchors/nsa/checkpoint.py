@@ -23,8 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError
-from anchors.results import read_table, write_atomic, write_table
+from anchors.errors import AnchorsError, brief
+from anchors.results import read_table, unwritable, write_atomic, write_table
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,8 @@ class Checkpoint:
             for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
                 path.chmod(0o644)  # some are written as private files
                 path.replace(self.folder / path.name)
-        except OSError as error:
-            raise AnchorsError(
-                f"{str(self.folder)!r} cannot be written: {error.strerror or error}", "Choose another --out."
-            ) from error
+        except (OSError, SafetensorError) as error:
+            raise unwritable(self.folder, error) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -183,10 +181,15 @@ def begin(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the weights of a saved one of the same kind and size.
 
     Raises:
-        AnchorsError: there is none, or it is of another kind or size.
+        AnchorsError: there is none, it cannot be read, or it is of another kind or size.
     """
     try:
         missing, unexpected = model.load_state_dict(load_file(_weights(folder)), strict=False)
+    except (OSError, SafetensorError) as error:
+        raise AnchorsError(
+            f"The weights in {folder} cannot be read: {brief(error)}",
+            "The file was cut short or damaged: give the folder of a finished training.",
+        ) from error
     except RuntimeError as error:
         raise AnchorsError(
             f"The model in {folder} has other sizes: {error}", "Give the same --layers, --width, …"

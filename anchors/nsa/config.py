@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.nsa.geometry import BACKENDS, Geometry
 from anchors.nsa.phi import PHI
 
@@ -54,12 +54,17 @@ class NSAConfig(LlamaConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise AnchorsError(
-                    f"{name} is {getattr(self, name)!r}.", f"It must be one of: {', '.join(allowed)}."
+                    f"There is no {name} {getattr(self, name)!r}.", nearest(getattr(self, name), allowed)
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise AnchorsError(
                 f"{self.num_attention_heads} query heads cannot be divided among {self.num_key_value_heads} groups.",
                 "Choose a number of key-value heads that divides the query heads.",
+            )
+        if self.head_dim % 2:
+            raise AnchorsError(
+                f"Heads of size {self.head_dim} cannot be rotated: the rotary embedding turns pairs of entries.",
+                "Choose an even head_dim.",
             )
         if self.attention == "full" and self.value_head_dim != self.head_dim:
             raise AnchorsError(

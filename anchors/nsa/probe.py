@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from anchors.attention.seam import seam
-from anchors.errors import AnchorsError, CertificateError
+from anchors.errors import AnchorsError, CertificateError, demand_seed
 from anchors.flow.saliency import TOLERANCE, collate, label_loss
 from anchors.identity import software
 from anchors.models import LanguageModel, load
@@ -64,6 +64,7 @@ class Probe:
         for name, least in (("prompts", 1), ("seed", 0), ("vectors", 0), ("demonstrations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise AnchorsError(f"{name} is {value}.", f"It must be at least {least}.")
+        demand_seed(self.seed)
 
     def prompt(self, number: int) -> Prompt:
         """Prompt `number`: its query's label can be known from the demonstrations.

@@ -59,6 +59,12 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
     elif model.context is not None:
         known = {"tokens": min(Episodes.tokens, model.context)}
     known |= {name: value for name, value in options.items() if value is not None}
+    longest = known.get("tokens", Episodes.tokens)
+    if model.context is not None and longest > model.context:
+        raise AnchorsError(
+            f"Episodes of {longest} tokens do not fit into the {model.context} positions of {model.name}.",
+            f"Take --tokens {model.context} or fewer.",
+        )
     return Episodes(**known, vocabulary=vocabulary_of(model))
 
 

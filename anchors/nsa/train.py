@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, demand_seed
 from anchors.nsa.checkpoint import Checkpoint, begin, digest
 from anchors.nsa.data import Data, Rows
 from anchors.nsa.team import Team
@@ -33,6 +33,7 @@ Factory = Callable[[PreTrainedConfig], PreTrainedModel]
 Progress = Callable[[int, int], None]
 
 BETAS = (0.9, 0.95)
+LARGEST = torch.finfo(torch.float32).max
 LESSONS = 4
 """Stages in which the data grows harder."""
 _FREE = ("backend", "dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
@@ -71,14 +72,22 @@ class Recipe:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup", "weight_decay", "text_weight", "last_lr", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        demand_seed(self.seed)
+        for name in ("warmup", "weight_decay", "text_weight"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0, and a number of float32."
+                )
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise AnchorsError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        if not 0 <= self.grow <= 1:
-            raise AnchorsError(f"grow is {self.grow}; it must be a share of the steps, from 0 to 1.")
+            if not 0 < getattr(self, name) <= LARGEST:
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be above 0, and a number of float32."
+                )
+        for name, what in (("grow", "the steps"), ("last_lr", "the highest learning rate")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be a share of {what}, from 0 to 1."
+                )
 
     def lesson(self, step: int) -> int:
         """The stage of a step, from 0 on; `LESSONS` once the data is as hard as it is to be."""
@@ -167,9 +176,14 @@ def train(
         progress: told (steps done, steps).
 
     Raises:
-        AnchorsError: sizes that do not fit, a folder of another training, or a loss that is not finite any more.
+        AnchorsError: sizes that do not fit, a folder of another training, or a training that diverges.
     """
     recipe, watch, out = recipe or Recipe(), watch or Watch(), Path(out)
+    if not config.initializer_range > 0:  # NaN and what is above 1 is refused by the configuration itself
+        raise AnchorsError(
+            f"New weights of standard deviation {config.initializer_range} make no training.",
+            "Take an initializer_range above 0, such as 0.02.",
+        )
     tokenizer = data.tokenizer()
     if config.vocab_size != len(tokenizer):
         raise AnchorsError(
@@ -219,7 +233,13 @@ def train(
     for step, rows in _batches(data, recipe, done, team):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        pending.append(_step(prepared, optimizer, rows, recipe, team))
+        try:
+            pending.append(_step(prepared, optimizer, rows, recipe, team))
+        except AnchorsError as error:
+            if step == done:
+                raise
+            # What ran before refuses only numbers that are none, before there is a loss.
+            raise _diverged("The model's own numbers are", step + 1, checkpoint) from error
         now, last = step + 1, step + 1 == recipe.steps
         if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
             seconds = time.perf_counter() - began
@@ -385,8 +405,12 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
 def _demand_finite(values: Float[np.ndarray, "steps 6"], first: int, checkpoint: Checkpoint) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
-        raise AnchorsError(
-            f"Loss or gradient is not finite at step {first + int(bad[0]) + 1}.",
-            f"{kept}; train again elsewhere with a lower --lr, a longer --warmup or a smaller --clip.",
-        )
+        raise _diverged("Loss or gradient is", first + int(bad[0]) + 1, checkpoint)
+
+
+def _diverged(what: str, step: int, checkpoint: Checkpoint) -> AnchorsError:
+    kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
+    return AnchorsError(
+        f"{what} not finite at step {step}: the training diverged.",
+        f"{kept}; train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --init.",
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, demand_seed, nearest
 from anchors.streams import Stream, stream
 from anchors.tasks.data import Data, Example
 from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
@@ -37,6 +37,7 @@ class Draw:
             raise AnchorsError(f"Unknown control {self.control!r}.", nearest(self.control, CONTROLS))
         if self.shots < 1:
             raise AnchorsError(f"shots = {self.shots}: it must be at least 1.")
+        demand_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 
 COLUMNS = ("text", "label")
 
@@ -46,7 +46,7 @@ def rows(path: Path) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", f"One of {', '.join(READERS)}.")
+        raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", nearest(path.suffix, READERS))
     try:
         if path.stat().st_size == 0:
             raise AnchorsError(f"The file {str(path)!r} is empty.", "It needs rows with `text` and `label`.")

@@ -1,6 +1,7 @@
 """The sizes of the demonstration: `tiny` for minutes on one core, `135m` for minutes on one GPU, `135m-digits` for an hour on
 one core. Every count is here."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 from anchors.errors import AnchorsError
@@ -88,8 +89,10 @@ class Scale:
 
     def with_steps(self, factor: float) -> "Scale":
         """All trainings longer or shorter; none vanishes."""
-        if not factor > 0:
-            raise AnchorsError(f"--steps-factor is {factor}; it must be above 0.")
+        if not 0 < factor < math.inf:
+            raise AnchorsError(
+                f"--steps-factor is {factor}; it must be above 0 and finite.", "For example: 0.1 for a trial."
+            )
 
         def longer(stage: Stage) -> Stage:
             return replace(stage, steps=max(1, round(stage.steps * factor)))
