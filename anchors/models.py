@@ -320,6 +320,8 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
         where = torch.device(_auto_device() if device == "auto" else device)
     except RuntimeError as error:
         raise AnchorsError(f"{device!r} is no device.", nearest(device, DEVICES)) from error
+    if where.type == "cpu" and where.index:
+        raise AnchorsError(f"There is no device {device!r} here.", "The CPU is one device: --device cpu.")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from xxhash import xxh3_64_hexdigest
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, brief
 
 PACKAGES = ("label-anchors", "torch", "transformers", "tokenizers", "numpy", "pandas", "scipy")
 METADATA_KEY = b"label-anchors"
@@ -170,7 +170,47 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     except (OSError, pa.ArrowInvalid) as error:
         raise AnchorsError(f"The table {str(path)!r} cannot be read: {error}") from error
     facts = (table.schema.metadata or {}).get(METADATA_KEY, b"{}")
-    return table.to_pandas(), json.loads(facts)
+    try:
+        return table.to_pandas(), json.loads(facts)
+    except (ValueError, RecursionError) as error:
+        raise AnchorsError(f"The facts in {str(path)!r} cannot be read: {brief(error)}") from error
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], numeric: Sequence[str], facts: Mapping[str, type]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows that a figure is to be drawn from, and their facts; what cannot be drawn is refused.
+
+    Args:
+        path: a table written by `write_table`.
+        columns: that it must have.
+        numeric: those of them that hold numbers; the last one not only missing ones.
+        facts: that it must have, and their types.
+
+    Raises:
+        AnchorsError: the file cannot be read; it lacks a fact or a column, or has no row; text for numbers; all missing.
+    """
+    rows, known = read_table(path)
+    again = "Was it written by this toolkit, and not changed since? Measure again."
+    if lacking := [name for name, kind in facts.items() if not isinstance(known.get(name), kind)]:
+        raise AnchorsError(
+            f"{str(path)!r} does not say how it was measured: it lacks {', '.join(lacking)} in its metadata.",
+            again,
+        )
+    if lacking := [name for name in columns if name not in rows]:
+        raise AnchorsError(f"The rows in {str(path)!r} have no column {lacking[0]!r}.", again)
+    if rows.empty:
+        raise AnchorsError(f"{str(path)!r} has no rows.", again)
+    for name in numeric:
+        numbers = pd.to_numeric(rows[name], errors="coerce")
+        if (strange := numbers.isna() & rows[name].notna()).any():
+            raise AnchorsError(
+                f"The column {name!r} of {str(path)!r} holds {rows.loc[strange, name].iloc[0]!r}, which is no number.",
+                again,
+            )
+    if numbers.isna().all():
+        raise AnchorsError(f"All numbers in the column {name!r} of {str(path)!r} are missing.", again)
+    return rows, known
 
 
 def plain(table: pd.DataFrame) -> list[dict[str, Any]]:

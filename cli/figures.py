@@ -42,11 +42,16 @@ class Drawing:
     mend: str
 
 
+NUMERIC = ("shots", "seed", "number", "example", "layer", "value")
+ROWS = ("model", "task", "control", "condition", "metric", *NUMERIC)
+"""Columns of a measurement's rows; see `anchors.runner.Measured`."""
+
+
 def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
         from anchors.figures import draw
-        from anchors.results import read_table
+        from anchors.results import read_rows
         from anchors.shelf import Shelf, contained
         from anchors.summaries import marked
 
@@ -60,7 +65,9 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                 raise AnchorsError(
                     f"{str(folder)!r} holds no rows of {', '.join(missing)}.", f"Run `{drawing.mend}` first."
                 )
-            read = {kind: read_table(file) for kind, file in drawing.files.items()}
+            read = {
+                kind: read_rows(file, ROWS, NUMERIC, {"model": str}) for kind, file in drawing.files.items()
+            }
             (first, facts), *others = ((kind, facts) for kind, (_, facts) in read.items())
             for kind, other in others:
                 if not (contained(facts, other) and contained(other, facts)):
