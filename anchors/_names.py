@@ -13,6 +13,15 @@ BESIDE = ("cli", "experiments", "figures")
 """Packages that stand beside `anchors/` in a checkout and inside of it in a wheel."""
 
 
+def absent(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that has nothing more."""
+
+    def look_up(name: str) -> Any:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return look_up
+
+
 def forwarding(package: str, known: Callable[[str], Any], moved: Mapping[str, str]) -> Callable[[str], Any]:
     """A package's `__getattr__` that also finds names which have left its first page, with a DeprecationWarning.
 

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors.analyses.causal import POSITIONS as POSITIONS
-from anchors.analyses.causal import Causal as Causal
+from anchors._names import absent, forwarding
 from anchors.context import Context, Queries, answer
 from anchors.errors import AnchorsError, CertificateError
 from anchors.models import LanguageModel
@@ -130,3 +129,8 @@ def literal(
 
     logits = bridge.run_with_hooks(a, fwd_hooks=[(name, swap)])
     return logits[0, own.target, list(own.label_ids)]
+
+
+__getattr__ = forwarding(
+    __name__, absent(__name__), dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal")
+)

@@ -11,14 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from anchors.analyses.compression import METHODS as METHODS
-from anchors.analyses.compression import RULES, Rule
-from anchors.analyses.compression import Compression as Compression
-from anchors.analyses.compression import Speed as Speed
+from anchors._names import absent, forwarding
 from anchors.context import Context, encode
 from anchors.errors import AnchorsError, nearest
 from anchors.lengths import Change, demand_one_side
 from anchors.models import LanguageModel
+from anchors.rules import RULES, Rule
 from anchors.runner import Cell
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
@@ -168,3 +166,10 @@ def seconds(run: Callable[[], object], model: LanguageModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - start
+
+
+__getattr__ = forwarding(
+    __name__,
+    absent(__name__),
+    dict.fromkeys(("METHODS", "Compression", "Speed"), "anchors.analyses.compression"),
+)

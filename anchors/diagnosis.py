@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from anchors.analyses.diagnosis import Diagnosis as Diagnosis
+from anchors._names import absent, forwarding
 from anchors.attention.call import AttentionCall
 from anchors.errors import AnchorsError
 
@@ -91,3 +91,8 @@ def predicted_confusion(
         np.fill_diagonal(matrix, 1)
         found[m] = matrix
     return found
+
+
+__getattr__ = forwarding(
+    __name__, absent(__name__), dict.fromkeys(("Diagnosis",), "anchors.analyses.diagnosis")
+)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.analyses.classification import CONTENT_FREE as CONTENT_FREE
-from anchors.analyses.classification import Classification as Classification
+from anchors._names import absent, forwarding
 from anchors.context import Context, Queries, answer, queries
 from anchors.models import LanguageModel
 from anchors.runner import Record
@@ -94,3 +93,10 @@ def jaccard(one: Int[Tensor, "batch top"], other: Int[Tensor, "batch top"]) -> F
 def joined(*parts: list[list[Record]]) -> list[list[Record]]:
     """Records of the same prompts, put together."""
     return [[record for part in own for record in part] for own in zip(*parts, strict=True)]
+
+
+__getattr__ = forwarding(
+    __name__,
+    absent(__name__),
+    dict.fromkeys(("CONTENT_FREE", "Classification"), "anchors.analyses.classification"),
+)

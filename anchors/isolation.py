@@ -1,5 +1,11 @@
 """Where the study of isolation stood in 0.4.0; it is in `anchors.analyses.isolation`."""
 
-from anchors.analyses.isolation import SIDES, TARGETS, Isolation, TopWords, isolated_contexts
+from anchors._names import absent, forwarding
 
-__all__ = ["SIDES", "TARGETS", "Isolation", "TopWords", "isolated_contexts"]
+__getattr__ = forwarding(
+    __name__,
+    absent(__name__),
+    dict.fromkeys(
+        ("SIDES", "TARGETS", "Isolation", "TopWords", "isolated_contexts"), "anchors.analyses.isolation"
+    ),
+)

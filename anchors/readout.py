@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.analyses.readout import Readout as Readout
+from anchors._names import absent, forwarding
 from anchors.attention.call import AttentionCall
 
 
@@ -31,3 +31,6 @@ class TargetAttention:
         home = call.q.device
         row = call.pattern_at(self.target.to(home)[:, None])[:, :, 0].sum(1)
         self.found[call.layer] = row.gather(1, self.positions.to(home))
+
+
+__getattr__ = forwarding(__name__, absent(__name__), dict.fromkeys(("Readout",), "anchors.analyses.readout"))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anchors.analyses.reweighting import Reweighting as Reweighting
+from anchors._names import absent, forwarding
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, encode
@@ -328,3 +328,8 @@ class _Chosen(nn.Module):
     def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch labels"]:
         logits = self.whole(hidden)
         return logits[..., self.rows.to(logits.device)]
+
+
+__getattr__ = forwarding(
+    __name__, absent(__name__), dict.fromkeys(("Reweighting",), "anchors.analyses.reweighting")
+)

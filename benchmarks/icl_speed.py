@@ -36,9 +36,11 @@ import torch
 from torch import Tensor, nn
 
 import anchors
-from anchors.compression import Speed, seconds
+from anchors.analyses.classification import Classification
+from anchors.analyses.compression import Speed
+from anchors.compression import seconds
 from anchors.context import answer, encode, queries
-from anchors.icl import Classification, label_probabilities
+from anchors.icl import label_probabilities
 from anchors.models import LanguageModel
 from anchors.reweighting import label_head, literal_loss, new_beta, one_token_loss, training_prompts
 from anchors.runner import Cell, batches

@@ -25,23 +25,23 @@ def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
     from injection_suites import build
     from nsa_probing import EPISODES, save
 
-    from anchors.causal import Causal
-    from anchors.compression import Compression, Speed
-    from anchors.diagnosis import Diagnosis
-    from anchors.flow.analysis import FlowMap, InformationFlow
-    from anchors.icl import Classification
+    from anchors.analyses.causal import Causal
+    from anchors.analyses.classification import Classification
+    from anchors.analyses.compression import Compression, Speed
+    from anchors.analyses.diagnosis import Diagnosis
+    from anchors.analyses.flow import FlowMap, InformationFlow
+    from anchors.analyses.isolation import Isolation, TopWords
+    from anchors.analyses.readout import Readout
+    from anchors.analyses.reweighting import Reweighting
     from anchors.injection.flow_report import Wanted
     from anchors.injection.flow_report import measure as measure_flow
     from anchors.injection.grid import Grid
     from anchors.injection.recipe import Recipe
     from anchors.injection.suite import Suite
     from anchors.injection.sweep import Sweep, sweep
-    from anchors.isolation import Isolation, TopWords
     from anchors.models import load
     from anchors.nsa.probe import Probe
     from anchors.nsa.probe import measure as measure_probe
-    from anchors.readout import Readout
-    from anchors.reweighting import Reweighting
     from anchors.runner import Sample, measure
     from anchors.tasks.data import read
     from anchors.tasks.task import TASKS

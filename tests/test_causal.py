@@ -12,7 +12,8 @@ import torch
 from families import make
 
 from anchors import causal
-from anchors.causal import Causal, centred, exchange, literal, places
+from anchors.analyses.causal import Causal
+from anchors.causal import centred, exchange, literal, places
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.figures.causal import draw as draw_figure

@@ -6,19 +6,11 @@ import torch
 from conftest import apart, plainly
 from families import DENSE, make
 
-from anchors.compression import (
-    RULES,
-    AnchorCache,
-    Compression,
-    Speed,
-    anchor_tokens,
-    compress,
-    random_tokens,
-    text_anchor,
-)
+from anchors.analyses.classification import Classification
+from anchors.analyses.compression import Compression, Speed
+from anchors.compression import RULES, AnchorCache, anchor_tokens, compress, random_tokens, text_anchor
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.icl import Classification
 from anchors.models import load
 from anchors.tasks.data import Example
 from anchors.tasks.drawing import demonstrations

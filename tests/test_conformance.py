@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from anchors.compression import Compression, text_anchor
+from anchors.analyses.classification import Classification
+from anchors.analyses.compression import Compression
+from anchors.analyses.isolation import Isolation
+from anchors.analyses.readout import Readout
+from anchors.compression import text_anchor
 from anchors.context import answer, encode, queries
-from anchors.icl import Classification, label_probabilities
-from anchors.isolation import Isolation
+from anchors.icl import label_probabilities
 from anchors.models import load
-from anchors.readout import Readout
 from anchors.runner import Cell
 from anchors.summaries import aucroc
 from anchors.tasks.data import Data, Example

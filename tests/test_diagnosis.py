@@ -10,11 +10,12 @@ from conftest import plainly
 from families import DENSE
 from sklearn.metrics import roc_auc_score
 
+from anchors.analyses.classification import Classification
+from anchors.analyses.diagnosis import Diagnosis
 from anchors.attention.seam import seam
 from anchors.context import answer, encode, queries
-from anchors.diagnosis import Diagnosis, TargetQueries, label_keys, predicted_confusion
+from anchors.diagnosis import TargetQueries, label_keys, predicted_confusion
 from anchors.errors import AnchorsError
-from anchors.icl import Classification
 from anchors.stats import mantel
 from anchors.summaries import actual_confusion, diagnosis_summary, sentence
 

@@ -24,10 +24,10 @@ from made_rows import (
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
+from anchors.analyses.isolation import Isolation
 from anchors.figures import KINDS, draw, generic
 from anchors.figures.isolate import named
 from anchors.figures.style import COLOURS, plain, save, token
-from anchors.isolation import Isolation
 from anchors.runner import Sample, measure
 from anchors.stats import SUMS
 from anchors.study.registry import study

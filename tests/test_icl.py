@@ -8,9 +8,10 @@ import torch
 from conftest import apart, plainly
 from families import make
 
+from anchors.analyses.classification import CONTENT_FREE, Classification
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.icl import CONTENT_FREE, Classification, jaccard, label_probabilities, loyalties
+from anchors.icl import jaccard, label_probabilities, loyalties
 from anchors.models import load
 from anchors.runner import Sample, measure
 from anchors.tasks.drawing import demonstrations

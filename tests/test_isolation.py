@@ -6,13 +6,13 @@ import torch
 from conftest import apart, plainly
 from families import DENSE
 
+from anchors.analyses.classification import Classification
+from anchors.analyses.isolation import Isolation, TopWords, isolated_contexts
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
 from anchors.attention.taps import Probe
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.icl import Classification
-from anchors.isolation import Isolation, TopWords, isolated_contexts
 from anchors.tasks.drawing import random_positions
 
 BOTH = Isolation(layers=(1, 2))

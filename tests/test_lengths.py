@@ -9,11 +9,11 @@ import transformers as hf
 from families import GROUPED, POSITIONS, WIDE, randomised
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from anchors.analyses.flow import InformationFlow
 from anchors.compression import AnchorCache, compress
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow import flow
-from anchors.flow.analysis import InformationFlow
 from anchors.lengths import alike, changes, groups, side
 from anchors.models import load
 from anchors.runner import batches

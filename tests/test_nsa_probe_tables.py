@@ -22,9 +22,9 @@ from anchors.nsa.attention import BRANCHES
 from anchors.nsa.probe import Probe, geometry_of, measure, vocabulary_of
 from anchors.nsa.probe_identity import identity_table
 from anchors.nsa.probe_report import blocks_payload, episodes_of
+from anchors.nsa.probe_tables import choices, null_rates
 from anchors.nsa.probe_taps import Places
 from anchors.summaries import SUMMARIES
-from anchors.summaries.nsa_probe import choices, null_rates
 from anchors.viewer import render_page
 
 runner = CliRunner()

@@ -10,8 +10,9 @@ from conftest import plainly
 from families import DENSE
 from sklearn.metrics import roc_auc_score
 
+from anchors.analyses.readout import Readout
 from anchors.context import answer, queries
-from anchors.readout import Readout, TargetAttention
+from anchors.readout import TargetAttention
 from anchors.summaries import aucroc, readout_summary, weighted_auc
 from anchors.tasks.drawing import Drawn, demonstrations
 from anchors.tasks.prompts import build

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from anchors.analyses.classification import Classification
 from anchors.cli.options import numbers, options_of
 from anchors.context import encode
 from anchors.errors import AnchorsError
-from anchors.icl import Classification
 from anchors.models import prepare
 from anchors.report import Part
 from anchors.runner import Sample, measure

@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 
-from anchors.icl import Classification
+from anchors.analyses.classification import Classification
 from anchors.runner import Sample, measure
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
@@ -23,7 +23,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from anchors.icl import Classification
+from anchors.analyses.classification import Classification
 from anchors.models import load
 from anchors.runner import Sample, measure
 from anchors.tasks.data import read

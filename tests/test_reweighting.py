@@ -8,16 +8,16 @@ from conftest import apart
 from families import make
 
 from anchors import reweighting
+from anchors.analyses.classification import Classification
+from anchors.analyses.reweighting import Reweighting
 from anchors.attention.edits import Edit
 from anchors.attention.seam import seam
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.icl import Classification
 from anchors.models import load
 from anchors.results import provenance
 from anchors.reweighting import (
     Beta,
-    Reweighting,
     fit,
     label_head,
     literal_fit,

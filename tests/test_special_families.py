@@ -12,16 +12,17 @@ from families import GROUPED, WIDE, randomised
 from test_lengths import BLOCKS, LATENT, SMALL
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from anchors.causal import Causal
+from anchors.analyses.causal import Causal
+from anchors.analyses.diagnosis import Diagnosis
+from anchors.analyses.isolation import Isolation, isolated_contexts
+from anchors.analyses.reweighting import Reweighting
 from anchors.compression import anchor_tokens, compress
 from anchors.context import answer, encode, queries
-from anchors.diagnosis import Diagnosis
 from anchors.errors import AnchorsError, RoutingError
 from anchors.flow import flow
-from anchors.isolation import Isolation, isolated_contexts
 from anchors.models import load
 from anchors.patching import demand_one_stream, streams
-from anchors.reweighting import Beta, Reweighting, fit, label_head, literal_loss, new_beta, one_token_loss
+from anchors.reweighting import Beta, fit, label_head, literal_loss, new_beta, one_token_loss
 from anchors.sight import hidden_labels
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}

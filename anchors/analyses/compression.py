@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from anchors.errors import AnchorsError
+from anchors.rules import RULES, Rule
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from anchors.tasks.task import Task
 
 
-Rule = Literal["after-last-anchor", "restart", "original"]
-RULES: tuple[Rule, ...] = get_args(Rule)
-"""Where the test input stands: after the last kept position (the reference for GPT-J), at 0 (the reference for
-GPT2-XL), or where it stood in the whole prompt. `reference` is the reference's choice for a family like this one."""
 Method = Literal["hidden_anchor", "text_anchor", "hidden_random"]
 METHODS: tuple[Method, ...] = get_args(Method)
 

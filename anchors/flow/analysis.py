@@ -1,5 +1,7 @@
 """Where the studies of the information flow stood in 0.4.0; they are in `anchors.analyses.flow`."""
 
-from anchors.analyses.flow import FlowMap, InformationFlow
+from anchors._names import absent, forwarding
 
-__all__ = ["FlowMap", "InformationFlow"]
+__getattr__ = forwarding(
+    __name__, absent(__name__), dict.fromkeys(("FlowMap", "InformationFlow"), "anchors.analyses.flow")
+)

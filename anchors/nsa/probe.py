@@ -1,7 +1,7 @@
 """Do label words stay anchors when attention is natively sparse? Every measure of it on held-out episodes, resumable.
 
 For each prompt one forward and backward pass reads choices, gates, patterns and the flow of every branch; then every
-intervention is run. What the rows come to is in `anchors.summaries.nsa_probe`.
+intervention is run. What the rows come to is in `anchors.nsa.probe_tables`.
 """
 
 import copy

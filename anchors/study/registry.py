@@ -210,7 +210,7 @@ BUILT_IN: dict[str, Study] = {
             "nsa_probe",
             "anchors.nsa.probe:Probe",
             "Are label words still anchors when attention is sparse?",
-            tables=f"{_TABLES}:probe_tables",
+            tables="anchors.nsa.probe_tables:probe_tables",
             figure=f"{_FIGURES}.nsa_probe:draw",
             asked="episodes",
             verb=False,

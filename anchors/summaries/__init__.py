@@ -8,7 +8,6 @@ from anchors.stats import flow_summary
 from anchors.study.registry import Summaries, study
 from anchors.summaries.causal import agreement, causal_summary
 from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
-from anchors.summaries.nsa_probe import probe_tables
 from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
 from anchors.summaries.tables import (
     LOYALTIES,
@@ -43,7 +42,6 @@ __all__ = [
     "flow_tables",
     "map_tables",
     "marked",
-    "probe_tables",
     "readout_summary",
     "readout_tables",
     "reduced",
