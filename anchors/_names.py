@@ -13,17 +13,8 @@ BESIDE = ("cli", "experiments", "figures")
 """Packages that stand beside `anchors/` in a checkout and inside of it in a wheel."""
 
 
-def absent(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that has nothing more."""
-
-    def look_up(name: str) -> Any:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return look_up
-
-
 def forwarding(package: str, known: Callable[[str], Any], moved: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` that also finds names which have left its first page, with a DeprecationWarning.
+    """A package's or module's `__getattr__` that also finds names which have left it, with a DeprecationWarning.
 
     Args:
         package: of whom they were.
@@ -41,6 +32,15 @@ def forwarding(package: str, known: Callable[[str], Any], moved: Mapping[str, st
             stacklevel=2,
         )
         return getattr(import_module(home), name)
+
+    return look_up
+
+
+def unknown(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that finds nothing, for `forwarding`."""
+
+    def look_up(name: str) -> Any:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return look_up
 

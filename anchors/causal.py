@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors._names import absent, forwarding
+from anchors._names import forwarding, unknown
 from anchors.context import Context, Queries, answer
 from anchors.errors import AnchorsError, CertificateError
 from anchors.models import LanguageModel
@@ -132,5 +132,5 @@ def literal(
 
 
 __getattr__ = forwarding(
-    __name__, absent(__name__), dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal")
+    __name__, unknown(__name__), dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal")
 )

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from anchors import formerly
+from anchors._names import forwarding, unknown
 from anchors.agreement import Finding, agreement
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
-from anchors.formerly import moved
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt, label_tokens
 from anchors.tasks.task import Task
@@ -146,4 +145,4 @@ def _labels(model: LanguageModel, task: Task) -> tuple[bool, str]:
     return True, ", ".join(shown)
 
 
-__getattr__ = moved(__name__, {"hidden_labels": ("anchors.sight.hidden_labels", formerly.hidden_labels)})
+__getattr__ = forwarding(__name__, unknown(__name__), {"hidden_labels": "anchors.sight"})

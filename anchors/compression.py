@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from anchors._names import absent, forwarding
+from anchors._names import forwarding, unknown
 from anchors.context import Context, encode
 from anchors.errors import AnchorsError, nearest
 from anchors.lengths import Change, demand_one_side
@@ -170,6 +170,6 @@ def seconds(run: Callable[[], object], model: LanguageModel) -> float:
 
 __getattr__ = forwarding(
     __name__,
-    absent(__name__),
+    unknown(__name__),
     dict.fromkeys(("METHODS", "Compression", "Speed"), "anchors.analyses.compression"),
 )

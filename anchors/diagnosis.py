@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from anchors._names import absent, forwarding
+from anchors._names import forwarding, unknown
 from anchors.attention.call import AttentionCall
 from anchors.errors import AnchorsError
 
@@ -94,5 +94,5 @@ def predicted_confusion(
 
 
 __getattr__ = forwarding(
-    __name__, absent(__name__), dict.fromkeys(("Diagnosis",), "anchors.analyses.diagnosis")
+    __name__, unknown(__name__), dict.fromkeys(("Diagnosis",), "anchors.analyses.diagnosis")
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors._names import absent, forwarding
+from anchors._names import forwarding, unknown
 from anchors.context import Context, Queries, answer, queries
 from anchors.models import LanguageModel
 from anchors.runner import Record
@@ -97,6 +97,6 @@ def joined(*parts: list[list[Record]]) -> list[list[Record]]:
 
 __getattr__ = forwarding(
     __name__,
-    absent(__name__),
+    unknown(__name__),
     dict.fromkeys(("CONTENT_FREE", "Classification"), "anchors.analyses.classification"),
 )

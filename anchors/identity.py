@@ -244,8 +244,7 @@ def settings(module: nn.Module) -> dict[str, Any]:
         and name not in STATES | NAMES
         and not name.endswith("_max_seq_len_cached")
     }
-    # Of a layer of peft; transformers' own models have methods of these names.
-    if isinstance(getattr(type(module), "disable_adapters", None), property):
+    if hasattr(type(module), "disable_adapters"):
         own |= {
             "adapters/active": getattr(module, "active_adapters", None)
             or getattr(module, "active_adapter", None),
@@ -270,6 +269,8 @@ def _name(called: Any) -> Any:
     home = _home(called)
     while isinstance(called, functools.partial):
         called = called.func
+    if home.startswith("transformers_modules."):
+        home = home.rpartition(".")[2]  # what stands before it names the folder that the code was read from
     hidden = home.split(".")[0] in ("accelerate", "anchors")
     return _NOTHING if hidden else f"{home}.{getattr(called, '__qualname__', '')}"
 

@@ -18,13 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors import formerly
+from anchors._names import forwarding, unknown
 from anchors.alteration import Alteration
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument
 from anchors.errors import AnchorsError, RoutingError, nearest
-from anchors.formerly import moved
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
@@ -433,4 +432,4 @@ def default_source() -> tuple[str, str]:
     return DEFAULT_HUB, DEFAULT_HUB
 
 
-__getattr__ = moved(__name__, {"fuse_gelu": ("anchors.preparation.fused_gelu", formerly.fuse_gelu)})
+__getattr__ = forwarding(__name__, unknown(__name__), {"fuse_gelu": "anchors.formerly"})

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anchors import formerly
+from anchors._names import forwarding, unknown
 from anchors.check import arithmetic_error, check, failed
 from anchors.errors import CertificateError
-from anchors.formerly import moved
 from anchors.identity import Identity
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance
@@ -216,11 +215,8 @@ def _page(
     return render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))
 
 
-__getattr__ = moved(
+__getattr__ = forwarding(
     __name__,
-    {
-        "write_rows": ("anchors.shelf.Shelf", formerly.write_rows),
-        "write_tables": ("anchors.shelf.Shelf", formerly.write_tables),
-        "write_figure": ("anchors.shelf.Shelf", formerly.write_figure),
-    },
+    unknown(__name__),
+    dict.fromkeys(("write_rows", "write_tables", "write_figure"), "anchors.formerly"),
 )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anchors._names import absent, forwarding
+from anchors._names import forwarding, unknown
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, encode
@@ -331,5 +331,5 @@ class _Chosen(nn.Module):
 
 
 __getattr__ = forwarding(
-    __name__, absent(__name__), dict.fromkeys(("Reweighting",), "anchors.analyses.reweighting")
+    __name__, unknown(__name__), dict.fromkeys(("Reweighting",), "anchors.analyses.reweighting")
 )

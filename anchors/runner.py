@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from anchors._names import forwarding, unknown
 from anchors.errors import AnchorsError
 from anchors.identity import Identity, held, software
 from anchors.lengths import alike
@@ -307,3 +308,6 @@ def tokens_per_batch(model: LanguageModel, cached: float = 0.0) -> int:
     )
     free, _ = torch.cuda.mem_get_info(model.device)
     return min(16384, max(1, int(0.5 * free / per_token)))
+
+
+__getattr__ = forwarding(__name__, unknown(__name__), {"out_of_memory": "anchors.study.engine"})

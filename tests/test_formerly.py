@@ -16,13 +16,16 @@ MOVED = [
     ("anchors.report", "write_rows"),
     ("anchors.report", "write_tables"),
     ("anchors.report", "write_figure"),
+    ("anchors.runner", "out_of_memory"),
 ]
 STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("anchors.gguf", "converted")]
 
 
 @pytest.mark.parametrize(("module", "name"), MOVED)
 def test_what_moved_is_handed_on_with_a_warning(module, name):
-    with pytest.warns(DeprecationWarning, match=f"{module}.{name} has moved"):
+    with pytest.warns(
+        DeprecationWarning, match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine)\.{name} now"
+    ):
         found = getattr(import_module(module), name)
     assert found
     with pytest.raises(AttributeError, match="nothing_like_it"):
@@ -35,7 +38,7 @@ def test_what_stayed_is_there(module, name):
     assert callable(getattr(import_module(module), name))
 
 
-@pytest.mark.filterwarnings("ignore:.*has moved")
+@pytest.mark.filterwarnings("ignore:.*forwards it")
 def test_what_moved_works(tmp_path):
     from anchors.models import fuse_gelu
     from anchors.report import write_rows, write_tables

@@ -10,9 +10,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anchors import formerly
+from anchors._names import forwarding, unknown
 from anchors.errors import AnchorsError
-from anchors.formerly import moved
 from anchors.tasks.files import READERS, Row, row, rows
 from anchors.tasks.task import TASKS, Task
 
@@ -315,4 +314,4 @@ def _hub(task: Task) -> list[_Part]:
     return parts
 
 
-__getattr__ = moved(__name__, {"SUFFIXES": ("anchors.tasks.files.READERS", formerly.suffixes)})
+__getattr__ = forwarding(__name__, unknown(__name__), {"SUFFIXES": "anchors.formerly"})
