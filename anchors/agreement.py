@@ -130,17 +130,23 @@ def positions(model: LanguageModel) -> Finding:
 
 def beside_witness(model: LanguageModel, name: str, row: Sequence[int]) -> Finding:
     """One prompt; where the witness's attention matrices would be too large, its last rows."""
+    own = last_rows(model, row)
+    if isinstance(own, str):
+        return Finding(name, None, f"not asked: {own}")
+    columns = torch.arange(len(row) - len(own), len(row), device=model.device)
+    error = apart(_routed(model, _padded([row], model), columns)[0], own)
+    return Finding(name, error <= TOLERANCE[model.precision], _said(len(row), error, rows=len(own)))
+
+
+def last_rows(model: LanguageModel, row: Sequence[int]) -> Float[Tensor, "rows vocabulary"] | str:
+    """The witness's logits of a prompt: all rows, the last `ROWS` where its attention matrices would be too large, or why
+    even these cannot be asked."""
     witness, ids = model.witness, _padded([row], model)
     if len(affordable(witness, row)) == len(row):
-        own = witness.logits(ids)[0]
-    elif crossed := [c for c in changes(model.model.config) if c.rotary and _cut_by(c, len(row))]:
-        said = f"not asked: {len(row)} tokens at once are too many, and {crossed[0].what} allows no cut before the last"
-        return Finding(name, None, said)
-    else:
-        own = witness.last_logits(ids)[0]
-    ours = _routed(model, ids, torch.arange(len(row) - len(own), len(row), device=model.device))[0]
-    error = apart(ours, own)
-    return Finding(name, error <= TOLERANCE[model.precision], _said(len(row), error, rows=len(own)))
+        return witness.logits(ids)[0]
+    if crossed := [c for c in changes(model.model.config) if c.rotary and _cut_by(c, len(row))]:
+        return f"{len(row)} tokens at once are too many, and {crossed[0].what} allows no cut before the last"
+    return witness.last_logits(ids)[0]
 
 
 def _cut_by(change: Change, length: int) -> bool:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from anchors._names import forwarding, unknown
-from anchors.agreement import Finding, agreement
+from anchors.agreement import Finding, agreement, last_rows
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
 from anchors.context import answer, encode, queries
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
 from anchors.models import LanguageModel
 from anchors.tasks.prompts import Prompt, label_tokens
@@ -64,6 +64,18 @@ def check(
     return findings
 
 
+def demand(model: LanguageModel, prompts: list[Prompt]) -> None:
+    """The quick form of `check` on the prompts of a run, before anything is measured.
+
+    Raises:
+        CertificateError: it failed.
+    """
+    if wrong := failed(check(model, prompts, [], quick=True)):
+        raise CertificateError(
+            f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
+        )
+
+
 def _relative(one: Tensor, other: Tensor) -> float:
     one, other = one.double(), other.double()
     return float((one - other).norm() / other.norm().clamp(min=1e-300))
@@ -76,22 +88,27 @@ def _shared(model: LanguageModel, prompt: Prompt) -> tuple[bool | None, str]:
         ours = answer(model, context, queries([prompt], prompt.query, model.device))[0]
     except AnchorsError as why:
         return None, f"refused: {why.message}"
-    own = model.witness.logits(torch.tensor([prompt.ids], device=model.device))[0, -1]
-    error = apart(ours, own)
+    own = last_rows(model, prompt.ids)
+    if isinstance(own, str):
+        return None, f"not asked: {own}"
+    error = apart(ours, own[-1])
     return error <= WITNESS_TOLERANCE[model.precision], f"relative difference {error:.1e}"
 
 
-def arithmetic_error(model: LanguageModel, prompt: Prompt) -> float:
-    """How far the label words' logits are from the witness's: what rounding does, in nats.
+def arithmetic_error(model: LanguageModel, prompt: Prompt) -> float | None:
+    """How far the label words' logits are from the witness's: what rounding does, in nats; None where the prompt is too
+    long for the witness.
 
     Two losses of a prompt that differ by no more than twice as much may be the same.
     """
+    own = last_rows(model, prompt.ids)
+    if isinstance(own, str):
+        return None
     batch = collate([prompt], model.device)
     with torch.no_grad():
         ours = model.logits_at(batch.ids, batch.target)[0]
-    own = model.witness.logits(batch.ids)[0, prompt.target].to(ours.device)
     labels = list(prompt.label_ids)
-    return float((ours[labels].double() - own[labels].double()).abs().max())
+    return float((ours[labels].double() - own[-1].to(ours.device)[labels].double()).abs().max())
 
 
 def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:

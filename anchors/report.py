@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from anchors._names import forwarding, unknown
-from anchors.check import arithmetic_error, check, failed
-from anchors.errors import CertificateError
+from anchors.check import arithmetic_error, demand
 from anchors.identity import Identity
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance
@@ -162,11 +161,10 @@ def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
             how = Draw(part.how.shots, seed, part.analysis.fresh, part.how.control)
             drawn = draw(part.task, part.data, model.tokenizer, how, part.how.examples, context=model.context)
             prompts += [d.prompt for d in within_context(drawn, model.context, skip=True)[0]]
-    if prompts and (wrong := failed(check(model, prompts, [], quick=True))):
-        raise CertificateError(
-            f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
-        )
-    return arithmetic_error(model, min(prompts, key=lambda p: len(p.ids))) if prompts else None
+    if not prompts:
+        return None
+    demand(model, prompts)
+    return arithmetic_error(model, min(prompts, key=lambda p: len(p.ids)))
 
 
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:

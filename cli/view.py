@@ -95,6 +95,14 @@ def view(
 
         built = from_text(text, chosen, lm.tokenizer, truth=truth)
         within_context([Drawn(0, built)], lm.context)
+        from dataclasses import replace
+
+        from anchors.check import demand
+        from anchors.sight import hidden_labels
+
+        # Without a right answer, the identity holds for any class.
+        demand(lm, [built if built.gold is not None else replace(built, gold=0)])
+        common.print_notes([note for note in [hidden_labels(lm, [built])] if note])
         facts = provenance(
             model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
         )
@@ -104,8 +112,6 @@ def view(
         write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
         err.print(shown(to))
         if maps is not None:
-            from dataclasses import replace
-
             from safetensors.torch import save_file
 
             from anchors.flow import flow

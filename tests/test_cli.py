@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from families import make
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -221,6 +222,35 @@ def test_view_writes_whole_maps(tiny, tmp_path):
     maps = load_file(tmp_path / "maps.safetensors")
     assert set(maps) == {"layer_0", "layer_2"}
     assert maps["layer_0"].triu().abs().max() == 0 < maps["layer_0"].max()
+
+
+def test_view_asks_the_witness_on_its_own_prompt(tiny, tmp_path, monkeypatch):
+    """A model that is another one beyond a few tokens, as families are that change with length: no page of it."""
+    from anchors.models import LanguageModel
+
+    own = LanguageModel.logits
+    monkeypatch.setattr(
+        LanguageModel,
+        "logits",
+        lambda lm, ids, *more: own(lm, ids, *more) * (1.05 if ids.shape[1] > 9 else 1),
+    )
+    (tmp_path / "p.txt").write_text("Review: fun\nSentiment: Positive\nReview: dull\nSentiment:")
+    result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html")
+    assert result.exit_code == 1
+    assert "failed: logits are the model's own" in result.stderr
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_view_says_which_label_words_the_target_cannot_see(tokenizer, tmp_path):
+    model = make("mistral_window", len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "Review: fun\nSentiment: Positive\nReview: " + "dull and long " * 9 + "\nSentiment:"
+    (tmp_path / "p.txt").write_text(text)
+    options = ["-m", tmp_path / "model", "--device", "cpu", "-t", "sst2", "-o", tmp_path / "x.html"]
+    result = invoke("view", tmp_path / "p.txt", *options)
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 label words" in " ".join(result.stderr.split())
 
 
 def test_view_refuses_a_prompt_without_demonstrations(tiny, tmp_path):

@@ -152,6 +152,24 @@ def test_a_prompt_too_long_for_the_witness_is_asked_in_its_last_rows(gpt2, promp
         assert "last 64 rows" in found["… on the longest prompt"].detail
 
 
+def test_what_rounding_does_is_asked_of_long_prompts_in_their_last_rows(
+    gpt2, prompts, tokenizer, monkeypatch
+):
+    import anchors.agreement as module
+    from anchors.check import arithmetic_error
+
+    long = max(prompts, key=lambda p: len(p.ids))
+    ids = torch.tensor([long.ids])
+    assert len(long.ids) > 64
+    right = plain(make("gpt2", len(tokenizer)), long.ids)[-1, list(long.label_ids)]
+    ours = gpt2.logits_at(ids, torch.tensor([long.target]))[0, list(long.label_ids)]
+    whole = arithmetic_error(gpt2, long)
+    monkeypatch.setattr(module, "EAGER_BYTES", 2 * gpt2.witness.bytes(64))
+    monkeypatch.setattr(module.Witness, "logits", lambda *_: pytest.fail("the whole prompt at once"))
+    for found in (whole, arithmetic_error(gpt2, long)):
+        assert found == pytest.approx(float((ours - right).abs().max()), abs=1e-5)
+
+
 def test_an_edit_is_undone_for_the_witness(gpt2, prompts):
     """Inside the seam the witness hears of no edit."""
     ids = torch.tensor([prompts[0].ids])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import seam
-from anchors.check import check, failed
-from anchors.errors import AnchorsError, CertificateError
+from anchors.check import demand
+from anchors.errors import AnchorsError
 from anchors.models import LanguageModel
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.call import NSACall
@@ -92,11 +92,7 @@ def report(
         AnchorsError: see `anchors.nsa.probe.measure`.
     """
     geometry = geometry_of(model)
-    first = probe.prompt(0)
-    if wrong := failed(check(model, [first], [], quick=True)):
-        raise CertificateError(
-            f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
-        )
+    demand(model, [probe.prompt(number) for number in range(probe.prompts)])
     found = measure(model, probe, out=out, progress=progress)
     part = found.config | {"seeds": [probe.seed], "examples": probe.prompts}
     facts = provenance(
