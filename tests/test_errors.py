@@ -1,13 +1,29 @@
 """What the command line says of what it cannot do: a sentence and its mend, an exit code that means something."""
 
+import json
+import os
 import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
+import numpy as np
 import pytest
+import torch
+from injection_suites import build
+from made_rows import rows
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from anchors.cli import app, common
-from anchors.errors import AnchorsError, nearest, whole_number
+from anchors.errors import AnchorsError, demand_seed, nearest, whole_number
+from anchors.nsa.config import NSAConfig
+from anchors.nsa.model import NSAForCausalLM
+from anchors.nsa.vocabulary import Vocabulary
+from anchors.results import write_atomic, write_table
 
 
 def said(*arguments: object) -> tuple[int, str]:
@@ -44,19 +60,6 @@ def test_plain_digits_are_a_number() -> None:
     assert [whole_number(text) for text in ("0", "007", "42")] == [0, 7, 42]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--seeds", "²"), ("--seeds", "9" * 30), ("--batch-size", "²"), ("--device", "foo"),
-        ("--device", "meta"), ("--control", "permuted-label"), ("--task", "sst3"),
-    ],
-)  # fmt: skip
-def test_options_that_cannot_be_meant_are_refused(options: tuple[str, str], model_directory: Path) -> None:
-    code, text = said("classify", "-m", model_directory, "-n", 4, *options)
-    assert code == 2, text
-    assert "error:" in text
-
-
 @pytest.mark.parametrize("layers", ["²", "0-99999999999", "3-1", "", "0,x"])
 def test_ranges_of_layers(layers: str) -> None:
     with pytest.raises(AnchorsError):
@@ -70,3 +73,360 @@ def test_a_name_that_is_not_known_is_answered_with_the_nearest() -> None:
     assert nearest("zzz", ["sst2", "trec"]) == "There are: sst2, trec."
     assert "Did you mean 'sst2'?" in said("classify", "--task", "sst3", "--device", "cpu")[1]
     assert "Did you mean 'figure3'?" in said("run", "figur3")[1]
+
+
+def test_seeds_are_those_that_a_generator_holds() -> None:
+    demand_seed(0)
+    demand_seed(2**63 - 1)
+    for seed in (-1, 2**63, int("9" * 30)):
+        with pytest.raises(AnchorsError, match="is not from 0"):
+            demand_seed(seed)
+
+
+# ------------------------------------------------------------------------------------- models that make none
+Tensors = dict[str, torch.Tensor]
+
+
+def _zero(held: Tensors) -> None:
+    for weight in held.values():
+        weight.zero_()
+
+
+def _equal(held: Tensors) -> None:
+    held["transformer.wte.weight"][:] = held["transformer.wte.weight"][0]
+
+
+def _nan(held: Tensors) -> None:
+    held["transformer.wte.weight"][7] = torch.nan
+
+
+def _short(held: Tensors) -> None:
+    held["transformer.wte.weight"] = held["transformer.wte.weight"][:100].clone()
+
+
+WEIGHTS: dict[str, Callable[[Tensors], None]] = {"zero": _zero, "equal": _equal, "nan": _nan, "small": _short}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+CONFIGURATIONS: dict[str, dict] = {
+    "small": {"vocab_size": 100}, "shapes": {"n_inner": 77}, "odd": {"n_head": 5}, "flat": {"n_layer": 0},
+    "three": {"n_layer": "three"}, "gptq": {"quantization_config": GPTQ},
+}  # fmt: skip
+DEEP = '{"a":' * 100_000
+INDEX = "model.safetensors.index.json"
+FILES = {
+    "list": ("config.json", "[1, 2]"), "deep": ("config.json", DEEP), "words": ("tokenizer.json", DEEP),
+    "index": (INDEX, '{"weight_map": ["a"]}'), "deep index": (INDEX, DEEP),
+}  # fmt: skip
+NAMES = [*dict.fromkeys([*WEIGHTS, *CONFIGURATIONS, *FILES, "wordless"])]
+
+
+@pytest.fixture(scope="module")
+def broken(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny GPT-2, spoiled in all these ways, by name; `M` is whole."""
+    home = tmp_path_factory.mktemp("broken")
+    for name in NAMES:
+        folder = copytree(model_directory, home / name)
+        weights = folder / "model.safetensors"
+        if name in WEIGHTS:
+            held = load_file(weights)
+            WEIGHTS[name](held)
+            save_file(held, weights, metadata={"format": "pt"})
+        if name in CONFIGURATIONS:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | CONFIGURATIONS[name]))
+        if name in FILES:
+            file, content = FILES[name]
+            (folder / file).write_text(content)
+            if file == INDEX:
+                weights.rename(folder / "model-00001-of-00001.safetensors")
+        if name == "wordless":
+            for path in folder.glob("*token*"):
+                path.unlink()
+    return {name: str(home / name) for name in NAMES} | {"M": str(model_directory)}
+
+
+ALIKE = "gives every token of its vocabulary the same logit"
+VERBS = ("classify", "flow", "isolate", "readout", "reweight", "compress", "diagnose", "causal")
+MODELS = [
+    *((verb, "zero", ALIKE) for verb in (*VERBS, "check", "view")),
+    ("flow", "equal", ALIKE),
+    *((verb, "small", "does not belong to the model") for verb in ("classify", "flow", "check", "view")),
+    *((verb, "nan", "transformer.wte.weight") for verb in ("classify", "check", "view", "causal")),
+    ("classify", "wordless", "came without tokenizer files"),
+    ("classify", "shapes", "c_fc.bias is 128 in the file and 77 in the model"),
+    ("classify", "odd", "could not be"),
+    ("classify", "flat", "has no layers"),
+    ("classify", "three", "could not be read"),
+    ("classify", "gptq", "quantised: gptq"),
+    ("classify", "list", "could not be read"),
+    *(("classify", name, "nested too deep") for name in ("deep", "words", "deep index")),
+    ("classify", "index", "weight_map is no table"),
+]
+
+
+@pytest.mark.parametrize(("verb", "name", "message"), MODELS, ids=lambda x: str(x)[:12])
+def test_models_that_make_none(
+    verb: str, name: str, message: str, broken: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if verb == "check":
+        code, text = said("check", broken[name], "--json")
+    elif verb == "view":
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text("Review: good\nSentiment: Positive\nReview: fine\nSentiment:")
+        code, text = said("view", prompt, "-m", broken[name], "-t", "sst2", "-o", out / "page.html")
+    else:
+        code, text = said(verb, "-m", broken[name], "-n", 4, "-o", out)
+    assert code == 2, text
+    assert "error:" in text
+    assert message in text
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+# ------------------------------------------------------------------------------------- options that cannot be meant
+LONG = "9" * 30
+DEVICES = (
+    ("foo", "mps", "meta", "cpu:3") if not torch.backends.mps.is_available() else ("foo", "meta", "cpu:3")
+)
+OPTIONS = [
+    *(("classify", "--device", device) for device in DEVICES),
+    ("classify", "--seeds", "²"), ("classify", "--seeds", LONG), ("classify", "--batch-size", "²"),
+    ("classify", "--control", "permuted-label", "Did you mean 'permuted-labels'"),
+    ("classify", "--policy", "frist", "Did you mean 'first'"), ("classify", "--task", "sst3", "Did you mean 'sst2'"),
+    ("classify", "--precision", "float31", "Did you mean 'float32'"),
+    ("classify", "--task", "sst2,sst2", "twice"), ("classify", "--shots", "100000", "do not fit into the model's context"),
+    ("flow", "--layers", "²"), ("flow", "--layers", "0-99999999999", "has layers 0 to 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", OPTIONS, ids=lambda row: " ".join(row[:3]))
+def test_options_that_cannot_be_meant_are_refused(
+    row: tuple[str, ...], model_directory: Path, tmp_path: Path
+) -> None:
+    verb, option, value, *message = row
+    code, text = said(verb, "-m", model_directory, "-n", 4, "-o", tmp_path, option, value)
+    assert code == 2, text
+    assert "error:" in text
+    assert all(part in text for part in message), text
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_page_is_of_one_task(model_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Review: good\nSentiment:")
+    code, text = said("view", tmp_path / "prompt.txt", "-m", model_directory, "-t", "sst2,trec")
+    assert code == 2
+    assert "names several" in text
+
+
+TOML = {
+    'labels = ["A", true]': "not a list of strings", "labels = [true, false]": "not a list of strings",
+    "labels = 3": "not a list of strings", 'labels = ["A", "B"]\nseparator = 1': "separator of a task is 1",
+    f"labels = {'[' * 100_000}": "nested too deep",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TOML, ids=lambda table: table[:24])
+def test_task_files_of_wrong_types(table: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'template = "{{text}}:{{label}}"\n{table}')
+    code, text = said("classify", "-t", path)
+    assert code == 2
+    assert TOML[table] in text
+
+
+TRAINING = [
+    ("--init", "nan"), ("--init", "-1"), ("--init", "0"), ("--init", "1e30"), ("--rope-theta", "nan"), ("--head-dim", "3"),
+    ("--last-lr", "5"), ("--lr", "1e39"), ("--text-weight", "1e39"), ("--classes", "²"), ("--seed", LONG), ("--phi", "maen", "Did you mean 'mean'"),
+    ("--attention", "ful", "Did you mean 'full'"), ("--backend", "tritn", "Did you mean 'triton'"),
+    *(("--device", device) for device in DEVICES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TRAINING, ids=lambda row: " ".join(row[:2])[:24])
+def test_options_that_make_no_training(row: tuple[str, ...], tmp_path: Path) -> None:
+    option, value, *message = row
+    code, text = said("nsa", "train", "-o", tmp_path / "out", "--steps", 2, "--layers", 1, option, value)
+    assert code == 2, text
+    assert "error:" in text
+    assert all(part in text for part in message), text
+    assert not (tmp_path / "out").exists()
+
+
+SMALL = (
+    "--layers", 1, "--width", 16, "--tokens", 64, "--words", 2, "--classes", 2, "--batch", 2, "--warmup", 0, "--held-out", 2,
+    "--n", 4, "--lp", 8, "--l", 8, "--d", 4, "--w", 8,
+)  # fmt: skip
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    code, text = said("nsa", "train", "-o", tmp_path, *SMALL, "--steps", 8, "--every", 8, "--lr", "1e30")
+    assert code == 2, text
+    assert "the training diverged" in text
+    assert "lower --lr" in text
+
+
+def test_a_truncated_model_to_begin_with(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    save_file({"a": torch.zeros(100)}, tmp_path / "cut/model.safetensors")
+    os.truncate(tmp_path / "cut/model.safetensors", 200)
+    code, text = said(
+        "nsa", "train", "-o", tmp_path / "out", *SMALL, "--steps", 2, "--from", tmp_path / "cut"
+    )
+    assert code == 2, text
+    assert "cannot be read" in text
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of episodes with 64 positions."""
+    folder, words = tmp_path_factory.mktemp("sparse"), Vocabulary(8, 64)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "vocab_size": len(words)}
+    NSAForCausalLM(
+        NSAConfig(**size, l=8, d=4, lp=8, n=4, w=8, tie_word_embeddings=False, initializer_range=0.3)
+    ).save_pretrained(folder)
+    words.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo", "--json"), "no device"),
+        (("--tokens", 100_000), "do not fit into the 64 positions"),
+        (("--seed", LONG), "is not from 0"),
+    ],
+)
+def test_probes_that_cannot_be_meant(
+    options: tuple[object, ...], message: str, sparse: Path, tmp_path: Path
+) -> None:
+    code, text = said("nsa", "probe", sparse, "-n", 1, "--words", 2, "-o", tmp_path / "out", *options)
+    assert code == 2, text
+    assert message in text
+
+
+# ------------------------------------------------------------------------------------- injection
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("injection"))
+
+
+SWEEPS = [
+    ("sweep", ("--device", "foo"), "no device"), ("sweep", ("--scenarios", ""), "No scenario is named"),
+    ("sweep", ("--scenarios", "instructio"), "Did you mean 'instruction'"), ("sweep", ("--strengths", "1e30"), "would drown"),
+    ("sweep", ("--methods", "ties:density=0"), "density is 0"), ("sweep", ("--methods", "teis"), "Did you mean 'ties'"),
+    ("sweep", ("--grid", "smal"), "Did you mean 'small'"), ("flow", ("--device", "meta"), "not run on the device"),
+    ("flow", ("--seed", LONG), "is not from 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "options", "message"), SWEEPS, ids=lambda x: str(x)[:30])
+def test_sweeps_that_cannot_be_meant(
+    command: str, options: tuple[str, ...], message: str, suite: Path, tmp_path: Path
+) -> None:
+    code, text = said("inject", command, suite, "-o", tmp_path, *options)
+    assert code == 2, text
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strength", "1e30"), "would drown"), (("--method", "ties", "--density", 0), "density is 0"),
+        (("--layers", "²"), "neither a number nor a range"), (("--method", "teis"), "Did you mean 'ties'"),
+        (("--embeddings", "kep"), "Did you mean 'keep'"),
+    ],
+)  # fmt: skip
+def test_merges_that_cannot_be_meant(
+    options: tuple[object, ...], message: str, suite: Path, tmp_path: Path
+) -> None:
+    home, out = suite.parent, tmp_path / "out"
+    own = [home / "vlm", home / "experts/instruction", "--base", home / "base", "-o", out]
+    code, text = said("inject", *own, *options)
+    assert code == 2, text
+    assert message in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_not_one_is_no_model() -> None:
+    for arguments in (["swep"], ["swep", "suite"]):
+        code, text = said("inject", *arguments)
+        assert code == 2
+        assert "Did you mean 'sweep'?" in text
+
+
+@pytest.mark.parametrize("factor", ["inf", "nan", "0"])
+def test_trainings_without_end(factor: str, tmp_path: Path) -> None:
+    code, text = said("inject", "demo", "--steps-factor", factor, "-o", tmp_path / "out")
+    assert code == 2
+    assert "--steps-factor" in text
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- rows and outputs
+SPOILED: dict[str, tuple[Callable, str]] = {
+    "no rows": (lambda table: table[:0], "has no rows"),
+    "a column less": (lambda table: table.drop(columns="value"), "have no column 'value'"),
+    "all NaN": (lambda table: table.assign(value=np.nan), "are missing"),
+    "text": (lambda table: table.assign(value="much"), "which is no number"),
+    "no facts": (lambda table: table, "does not say how it was measured"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_rows_that_cannot_be_drawn(how: str, tmp_path: Path) -> None:
+    spoil, message = SPOILED[how]
+    found = rows(
+        [(0, "none", layer, metric, 0.1) for layer in range(3) for metric in ("s_wp", "s_pq", "s_ww")]
+    )
+    log = found.assign(step=1, split="train", bucket="all")[["step", "split", "metric", "bucket", "value"]]
+    known: dict = {} if how == "no facts" else {"model": "a model"}
+    write_table(tmp_path / "figure3/flow.parquet", spoil(found), known)
+    trained = known and {"model": {"attention": "nsa"}, "data": {}, "recipe": {"seed": 0}}
+    write_table(tmp_path / "run/training/log.parquet", spoil(log), trained)
+    for arguments in (
+        ("figures", "figure3", "-o", tmp_path),
+        ("nsa", "curves", tmp_path / "run", "-o", tmp_path / "curves"),
+    ):
+        code, text = said(*arguments)
+        assert code == 2, text
+        assert message in text
+
+
+def test_a_full_disk_is_one_to_safetensors_too(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the disk: safetensors says either with an error of its own."""
+    path, old = tmp_path / "maps.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
+    try:
+        with pytest.raises(AnchorsError, match="cannot be written"):
+            write_atomic(path, lambda draft: save_file({"a": torch.zeros(1 << 18)}, draft))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_whole_or_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    common.print_json({"change": float("inf"), "parts": [float("nan"), 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"change": None, "parts": [None, 1.0]}
+    with pytest.raises(TypeError):
+        common.print_json({"first": 1, "then": object()})
+    assert capsys.readouterr().out == ""
+
+
+def test_an_output_of_another_encoding_is_still_written() -> None:
+    code = "import sys; from anchors.cli.common import print_json; print_json(['Σ', 'é', '😀'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout) == ["Σ", "é", "😀"]
+    code = "import sys; sys.argv = ['anchors', 'run', '--help']; from anchors.cli import main; main()"
+    helped = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert helped.returncode == 0, helped.stderr

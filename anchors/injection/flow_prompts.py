@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, demand_seed
 from anchors.injection.evaluate import greedy
 from anchors.injection.flow import ImagePrompt
 from anchors.injection.suite import Example, Suite, pictures
@@ -64,6 +64,7 @@ def draw(
     Raises:
         AnchorsError: too few demonstrations of a kind, or too few that the model itself answers.
     """
+    demand_seed(seed)
     queries = _in_turns(suite.examples(scenario, "test"), count)
     pool: dict[str, list[Example]] = {}
     for example in suite.examples(scenario, "demonstration") if shots else ():
