@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from anchors.analyses.flow import InformationFlow
 from anchors.errors import AnchorsError
-from anchors.flow import analysis as flow_analysis
+from anchors.flow import saliency as flow_analysis
 from anchors.results import Run, clear_drafts, key_of, provenance, read_table, write_atomic, write_table
 from anchors.runner import Sample, measure, outstanding
 from anchors.stats import SUMS, flow_summary, shares
