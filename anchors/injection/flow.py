@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from anchors.attention.seam import seam
+from anchors.context import keeping
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
 from anchors.injection.vlm import VisionLanguageModel
@@ -261,7 +262,11 @@ def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
 
 
 def _at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "batch vocabulary"]:
-    return vlm.model(**batch.tensors, logits_to_keep=batch.target[:, None], use_cache=False).logits[:, 0]
+    keep = keeping(vlm.model, batch.target[:, None])
+    logits = vlm.model(**batch.tensors, **keep, use_cache=False).logits
+    if logits.shape[1] != 1:  # all columns: this family's forward does not let one ask for some
+        logits = logits[torch.arange(len(logits)), batch.target.to(logits.device), None]
+    return logits[:, 0]
 
 
 def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
