@@ -166,6 +166,24 @@ def test_a_tower_that_changes_with_the_length_of_prompts_fails(monkeypatch):
         demand(vlm, [prompt()])
 
 
+def test_a_layer_that_does_not_attend_is_named_as_such():
+    vlm = make_vlm("llava")
+    layer = vlm.model.get_decoder().layers[1]
+    layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RoutingError, match=r"arrived at the seam \[1, 0, 1\] times"):
+        prove(vlm)
+
+
+def test_what_only_holds_the_tower_may_share_its_configuration():
+    """As InstructBLIP's OPT does: a language model around the decoder, with no attention of its own."""
+    model = make_vlm("llava").model
+    holder = PreTrainedModel(model.config.text_config)
+    holder.decoder = model.model.language_model
+    model.model.language_model = holder
+    model.get_decoder = lambda: holder.decoder
+    assert len(route_tower(model)) == 3
+
+
 def test_shared_configuration_is_refused():
     vlm = make_vlm("llava")
     model = vlm.model

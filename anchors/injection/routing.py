@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchors.attention.call import AttentionCall
@@ -18,6 +18,15 @@ from anchors.witness import TOLERANCE, apart
 
 if TYPE_CHECKING:
     from anchors.injection.vlm import VisionLanguageModel
+
+
+def _attends(modules: set[nn.Module]) -> bool:
+    """Whether an attention on the seam is among some modules."""
+    return any(
+        type(m).__name__.endswith("Attention")
+        and getattr(getattr(m, "config", None), "_attn_implementation", None) == NAME
+        for m in modules
+    )
 
 
 def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -48,7 +57,10 @@ def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     others = [
         type(m).__name__
         for m in model.modules()
-        if isinstance(m, PreTrainedModel) and m not in inside and m.config._attn_implementation == NAME
+        if isinstance(m, PreTrainedModel)
+        and m not in inside
+        and m.config._attn_implementation == NAME
+        and (decoder not in (own := set(m.modules())) or _attends(own - inside))
     ]
     if others:
         raise RoutingError(
@@ -78,16 +90,8 @@ def prove(vlm: "VisionLanguageModel") -> None:
     """
     picture = Image.new("RGB", (64, 64), (200, 60, 20))
     for text, images in (("a b", []), ("<image> a", [picture])):
-        count = _Count(vlm.n_layers)
         tensors = vlm.encode([text], [images]).tensors
-        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
-            ours = vlm.model(**tensors, use_cache=False).logits
-        if set(count.times) != {1}:
-            raise RoutingError(
-                f"In a run of {vlm.name!r} with {len(images)} images, its layers arrived at the seam "
-                f"{count.times} times.",
-                "Each must arrive exactly once.",
-            )
+        ours = demand_each_layer(vlm, tensors, f"{len(images)} images")
         assert vlm.witness is not None  # noqa: S101 - a routed model has one
         off = apart(ours, vlm.witness.answer(**tensors))
         if not off <= TOLERANCE[vlm.precision]:
@@ -96,3 +100,24 @@ def prove(vlm: "VisionLanguageModel") -> None:
                 f"{off:.1e} of their size.",
                 "This family does something around its attention that the toolkit does not know.",
             )
+
+
+def demand_each_layer(vlm: "VisionLanguageModel", tensors: dict[str, Tensor], what: str) -> Tensor:
+    """The logits of a run in which each layer of the tower arrived at the seam exactly once.
+
+    Raises:
+        RoutingError: one did not.
+    """
+    count, logits = _Count(vlm.n_layers), None
+    try:
+        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
+            logits = vlm.model(**tensors, use_cache=False).logits
+    except RoutingError:  # of layers that were missed; said below with all counts
+        if logits is None:
+            raise
+    if logits is None or set(count.times) != {1}:
+        raise RoutingError(
+            f"In a run of {vlm.name!r} with {what}, its layers arrived at the seam {count.times} times.",
+            "Each must arrive exactly once: layers with attention of another kind, or with none, cannot be analysed.",
+        )
+    return logits
