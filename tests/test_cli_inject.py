@@ -320,7 +320,8 @@ def test_what_must_be_given_is_named(tmp_path):
     for arguments, says in [
         (own, "--out must be given"),
         (own[:2], "--base and --out must be given"),
-        (["sweeep"], "EXPERT and --base and --out must be given"),
+        (["org/vlm"], "EXPERT and --base and --out must be given"),
+        (["sweeep"], "Did you mean 'sweep'?"),
         ([*own, "--inspect", "--dry-run"], "two different things"),
     ]:
         result = invoke(*arguments)

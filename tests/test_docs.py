@@ -71,6 +71,7 @@ def require_known(words: list[str]) -> None:
         command = below[words.pop(0)]
     if command.name == "inject":  # what follows is the VLM, or an option of its own
         command = command.commands["merge"]
+    command = getattr(command, "whole", command)
     assert not getattr(command, "commands", {}) or not words or words[0].startswith("-"), (
         f"{words[0]} is no verb"
     )

@@ -75,7 +75,11 @@ def test_commands_in_the_prose_exist(committed: nbformat.NotebookNode) -> None:
     assert len(lines) > 5
     for line in lines:
         _, verb, *words = shlex.split(line, comments=True)
-        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        known = {
+            option
+            for parameter in getattr(verbs[verb], "whole", verbs[verb]).params
+            for option in parameter.opts
+        }
         assert {word for word in words if word.startswith("-")} <= known, line
         if verb in ("run", "figures"):
             assert words[0] in CATALOGUE, line
