@@ -209,7 +209,7 @@ def test_flow_says_what_the_policy_leaves_out(tiny, tmp_path):
     rest, counted = table.xs("s_pq_rest", level=1), table.xs("s_pq", level=1)
     assert (rest["mean"] > 0).all()
     assert rest["share"].tolist() == pytest.approx((rest["mean"] / (rest["mean"] + counted["mean"])).tolist())
-    lines = [line.split() for line in result.stdout.split("───\n")[1].splitlines()]
+    lines = [line.split() for line in result.stdout.rpartition("─")[2].splitlines()]
     for layer in range(3):
         line = next(own for own in lines if own and own[0] == str(layer))
         assert line[-1] == f"{100 * rest.loc[layer, 'share']:.0f}"
