@@ -648,7 +648,7 @@ def test_what_is_shown_of_a_prompt_are_the_tokens_that_it_had_before_its_label(t
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    texts = 9 * ["dull\n\n", "a joy\n\n", "Label:\n\nPositive", "Negative"]
+    texts = 9 * ["dull\n\n", "a joy\n\n", "Label:\n\nPositive", "Negative", ": Positive Negative"]
     raw.train_from_iterator(texts, BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     own = Task("own", template, ("Negative", "Positive"))
