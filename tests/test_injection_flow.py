@@ -166,17 +166,17 @@ def test_a_tower_that_changes_with_the_length_of_prompts_fails(monkeypatch):
         demand(vlm, [prompt()])
 
 
-def test_a_layer_that_does_not_attend_is_named_as_such():
+def test_a_layer_that_does_not_attend_is_named_as_such(monkeypatch):
     vlm = make_vlm("llava")
-    layer = vlm.model.get_decoder().layers[1]
-    layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    attention = vlm.model.get_decoder().layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None), raising=False)
     with pytest.raises(RoutingError, match=r"arrived at the seam \[1, 0, 1\] times"):
         prove(vlm)
 
 
 def test_what_only_holds_the_tower_may_share_its_configuration():
     """As InstructBLIP's OPT does: a language model around the decoder, with no attention of its own."""
-    model = make_vlm("llava").model
+    model = copy.deepcopy(make_vlm("llava").model)
     holder = PreTrainedModel(model.config.text_config)
     holder.decoder = model.model.language_model
     model.model.language_model = holder
