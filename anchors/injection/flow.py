@@ -27,7 +27,6 @@ from anchors.context import keeping
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
 from anchors.injection.vlm import VisionLanguageModel
-from anchors.lengths import changes, demand_one_side
 from anchors.witness import TOLERANCE as ALLOWED
 from anchors.witness import Witness, apart
 
@@ -254,10 +253,7 @@ def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
     """The witness of a model that can be asked for the flow of a batch."""
     if not vlm.modules or vlm.witness is None:
         raise AnchorsError(f"{vlm.name!r} is not on the seam.", "Load it with load_vlm(..., routed=True).")
-    found = changes(vlm.model.config)
-    if any(change.rotary for change in found):
-        lengths = [int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]]
-        demand_one_side(found, lengths, name=vlm.name)
+    vlm.demand_one_side([int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]])
     return vlm.witness
 
 

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from PIL import Image
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
 
-from anchors.alteration import Alteration
 from anchors.errors import AnchorsError
 from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
 from anchors.lengths import without_memory
 from anchors.loading import Origin, processor_of, vision_language_model
-from anchors.models import DTYPES, LanguageModel, placed, testify
 from anchors.preparation import apply, beyond, guarded
+from anchors.routed import DTYPES, Routed, placed, testify
 from anchors.soundness import sound
-from anchors.witness import Witness
 
 PLACE = "<image>"
 """Stands for an image in texts given to `VisionLanguageModel.encode`."""
@@ -55,57 +53,28 @@ class Inputs:
         return self.tensors["input_ids"]
 
 
-@dataclass(frozen=True)
-class VisionLanguageModel:
-    """A frozen vision-language model with its processor.
+@dataclass(frozen=True, kw_only=True)
+class VisionLanguageModel(Routed):
+    """A frozen vision-language model with its processor; its language tower on the seam, or not.
 
     Attributes:
-        model: the transformers model, in eval mode, no parameter requiring a gradient.
-        processor: turns texts and images into tensors.
         tokenizer: the processor's, a fast one.
-        name: what the user called it.
-        precision: the arithmetic, one of `anchors.models.DTYPES`.
+        processor: turns texts and images into tensors.
         image_token_id: the token at whose places the model puts image features.
-        modules: attention modules of the language tower, by layer, when it is on the seam; else empty.
-        altered: what was changed in the model beside that; see `anchors.preparation.undone`.
-        witness: the model as it came, for certificates, when the tower is on the seam.
     """
 
-    model: PreTrainedModel
     processor: ProcessorMixin
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    precision: str
     image_token_id: int
-    modules: tuple[nn.Module, ...] = ()
-    altered: tuple[Alteration, ...] = ()
-    witness: Witness | None = None
-
-    arithmetic = LanguageModel.arithmetic
 
     @property
     def identity(self) -> Identity:
-        """What the numbers depend on, as the model is now: weights, configuration, tokenizer, how images are prepared."""
+        """As of a language model; how images are prepared belongs to it, too."""
         return identity(self.model, self.tokenizer, self.processor)
-
-    @property
-    def fingerprint(self) -> str:
-        """The digest of `identity`."""
-        return self.identity.digest
 
     @property
     def n_layers(self) -> int:
         """Layers of the language tower."""
         return self.model.config.get_text_config().num_hidden_layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def context(self) -> int | None:
-        """The longest prompt the positions of the language tower allow, in tokens; None when it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def end(self) -> int:
@@ -285,7 +254,7 @@ def load_vlm(
     Args:
         source: hub id or local directory.
         device: auto, cpu, cuda, cuda:1, mps.
-        precision: one of `anchors.models.DTYPES`, or auto: float32, on CUDA tf32.
+        precision: one of `anchors.routed.DTYPES`, or auto: float32, on CUDA tf32.
         revision: branch, tag or commit of a hub model.
         routed: put the language tower on the seam (see `route_tower`).
 

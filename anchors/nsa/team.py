@@ -25,7 +25,7 @@ class Team:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return Several()
-        from anchors.models import placed
+        from anchors.routed import placed
 
         return Team(placed(device, "auto")[0])
 
