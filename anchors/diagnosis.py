@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from anchors._names import forwarding, unknown
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 from anchors.errors import AnchorsError
 
 
@@ -32,7 +32,7 @@ class TargetQueries:
     layers: frozenset[int]
     target: Int[Tensor, " batch"]
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         batch, heads, _, dim = call.q.shape
         place = self.target.to(call.q.device)[:, None, None, None].expand(-1, heads, -1, dim)
         self.found = call.q.gather(2, place).reshape(batch, heads * dim)

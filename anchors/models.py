@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchors._names import forwarding, unknown
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 from anchors.attention.seam import route, seam
 from anchors.context import Context, cache_argument, keeping
 from anchors.errors import AnchorsError, RoutingError
@@ -173,7 +173,7 @@ class _Heads:
     def __post_init__(self) -> None:
         self.found: dict[int, int] = {}
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         self.found[call.layer] = call.q.shape[1]
 
 

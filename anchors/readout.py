@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anchors._names import forwarding, unknown
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 
 
 @dataclass
@@ -27,7 +27,7 @@ class TargetAttention:
     def __post_init__(self) -> None:
         self.found: dict[int, Float[Tensor, "batch positions"]] = {}
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         home = call.q.device
         row = call.pattern_at(self.target.to(home)[:, None])[:, :, 0].sum(1)
         self.found[call.layer] = row.gather(1, self.positions.to(home))

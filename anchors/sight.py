@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall, boolean
+from anchors.attention.form import Call, boolean
 from anchors.attention.seam import seam
 from anchors.lengths import HIDING
 from anchors.models import LanguageModel
@@ -34,7 +34,7 @@ class Unseen:
     def __post_init__(self) -> None:
         self.found: dict[int, Bool[Tensor, " positions"]] = {}
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         row = torch.tensor([self.row], device=call.q.device)
         visible = call.visible(row, slice(0, call.k.shape[2]))
         if visible is None:

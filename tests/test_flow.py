@@ -130,8 +130,8 @@ def test_the_certificate_holds(lm, prompts):
 
 
 def test_the_certificate_refuses_an_attention_it_does_not_know(gpt2, prompts, monkeypatch):
-    original = streaming.AttentionCall.fused
-    monkeypatch.setattr(streaming.AttentionCall, "fused", lambda call: original(call) * 1.01)
+    original = streaming.DenseCall.fused
+    monkeypatch.setattr(streaming.DenseCall, "fused", lambda call: original(call) * 1.01)
     with pytest.raises(CertificateError, match="not the model's"):
         flow(gpt2, prompts)
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall, boolean
+from anchors.attention.form import Call, boolean
 from anchors.errors import AnchorsError
 
-Field = Callable[[AttentionCall], Float[Tensor, "*batch #heads query key"]]
+Field = Callable[[Call], Float[Tensor, "*batch #heads query key"]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,9 @@ class Edit:
     weight: Field | None = None
     name: str = "edit"
     neutral: bool = False
-    shown: Callable[[AttentionCall], Tensor] | None = None
+    shown: Callable[[Call], Tensor] | None = None
 
-    def bias_of(
-        self, call: AttentionCall, visible: Tensor | None
-    ) -> Float[Tensor, "*all #query #key"] | None:
+    def bias_of(self, call: Call, visible: Tensor | None) -> Float[Tensor, "*all #query #key"] | None:
         """The bias, having made sure that it touches an entry that can be seen.
 
         Raises:
@@ -52,9 +50,7 @@ class Edit:
         self._demand_effect(call, bias != 0, visible)
         return bias
 
-    def weight_of(
-        self, call: AttentionCall, visible: Tensor | None
-    ) -> Float[Tensor, "*all #query #key"] | None:
+    def weight_of(self, call: Call, visible: Tensor | None) -> Float[Tensor, "*all #query #key"] | None:
         """The weight; the same check."""
         if self.weight is None:
             return None
@@ -62,14 +58,14 @@ class Edit:
         self._demand_effect(call, weight != 1, visible)
         return weight
 
-    def showing(self, call: AttentionCall, visible: Tensor | None) -> Tensor | None:
+    def showing(self, call: Call, visible: Tensor | None) -> Tensor | None:
         """The mask with what the edit shows."""
         if visible is None or self.shown is None:
             return visible
         new = self.shown(call) & ~boolean(visible)
         return visible | new if visible.dtype == torch.bool else torch.where(new, 0, visible)
 
-    def _demand_effect(self, call: AttentionCall, entries: Tensor, visible: Tensor | None) -> None:
+    def _demand_effect(self, call: Call, entries: Tensor, visible: Tensor | None) -> None:
         if self.neutral:
             return
         if visible is not None:
@@ -90,7 +86,7 @@ def ban(layers: Iterable[int], query: Tensor, key: Tensor, name: str = "ban") ->
             batches). Queries that stand in a cache are out of reach: an error.
     """
 
-    def bias(call: AttentionCall) -> Tensor:
+    def bias(call: Call) -> Tensor:
         home = call.q.device
         field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=home)
         q, k = query.to(home), key.to(home)
@@ -109,7 +105,7 @@ def isolate(layers: Iterable[int], positions: Tensor, name: str = "isolation") -
         positions: [batch, positions] in the prompt; a negative entry is none.
     """
 
-    def bias(call: AttentionCall) -> Tensor:
+    def bias(call: Call) -> Tensor:
         home = call.q.device
         field = torch.zeros(call.q.shape[0], 1, call.q.shape[2], call.k.shape[2], device=home)
         example, p, rows = chosen(call)
@@ -117,13 +113,13 @@ def isolate(layers: Iterable[int], positions: Tensor, name: str = "isolation") -
         field[example, 0, rows] = torch.where(before, -torch.inf, 0.0)
         return field
 
-    def chosen(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    def chosen(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         home = positions.to(call.q.device)
         example, which = (home >= 0).nonzero(as_tuple=True)
         p = home[example, which]
         return example, p, _rows(call, p, name)
 
-    def itself(call: AttentionCall) -> Tensor:
+    def itself(call: Call) -> Tensor:
         shape = (call.q.shape[0], 1, call.q.shape[2], call.k.shape[2])
         field = torch.zeros(shape, dtype=torch.bool, device=call.q.device)
         example, p, rows = chosen(call)
@@ -149,7 +145,7 @@ def scale(
         log_factor: from a layer to the β of its heads and positions, [heads, positions].
     """
 
-    def weight(call: AttentionCall) -> Tensor:
+    def weight(call: Call) -> Tensor:
         home = call.q.device
         beta = log_factor(call.layer).to(home)
         batch, heads, rows, keys = call.q.shape[0], call.q.shape[1], call.q.shape[2], call.k.shape[2]
@@ -167,7 +163,7 @@ def scale(
     return Edit(layers=frozenset(layers), weight=weight, name=name, neutral=True)
 
 
-def _rows(call: AttentionCall, positions: Tensor, name: str) -> Tensor:
+def _rows(call: Call, positions: Tensor, name: str) -> Tensor:
     """Positions in the prompt as query rows of this call."""
     rows = positions - call.past
     if (rows < 0).any():

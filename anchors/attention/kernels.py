@@ -23,7 +23,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.dense import DenseCall
 from anchors.attention.taps import Slopes
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -224,7 +224,7 @@ def _dkv(
     _save(dv, dv_strides[2], columns, length, dv_total, DIM_V, WIDTH_V)
 
 
-def supports(call: AttentionCall) -> bool:
+def supports(call: DenseCall) -> bool:
     """Whether these kernels compute exactly this call. The first look at a boolean mask waits for the GPU."""
     q, k, v = call.q, call.k, call.v
     return (
@@ -239,7 +239,7 @@ def supports(call: AttentionCall) -> bool:
     )
 
 
-def window_of(call: AttentionCall) -> int | None:
+def window_of(call: DenseCall) -> int | None:
     """The w for which a row sees its last w keys, itself included; None where its mask is no such band."""
     length, mask = call.k.shape[2], call.mask
     if mask is None:
@@ -266,7 +266,7 @@ def _band(mask: Bool[Tensor, "batch heads query key"]) -> int | None:
     return found or None
 
 
-def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def forward(call: DenseCall) -> tuple[Tensor, Tensor]:
     """z, laid out so that joining the heads copies nothing, and log₂ Σ_j exp(scores_ij)."""
     q, k, v = map(dense, (call.q, call.k, call.v))
     batch, heads, length, _ = q.shape
@@ -282,7 +282,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return z, lse
 
 
-def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
+def slopes(call: DenseCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
     """Reads z and dz once, for the saliency and for `gradients`."""
     dz = dense(dz)
     batch, heads, length, _ = z.shape
@@ -298,7 +298,7 @@ def slopes(call: AttentionCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
     return Slopes(dz, lse, inner, live, shape["BLOCK"], window_of(call) or length, precision_of(z.dtype))
 
 
-def gradients(call: AttentionCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(call: DenseCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     q, k, v = map(dense, (call.q, call.k, call.v))
     batch, heads, length, _ = q.shape
@@ -346,7 +346,7 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _shape(call: AttentionCall) -> dict[str, int]:
+def _shape(call: DenseCall) -> dict[str, int]:
     dim, dim_v = call.q.shape[-1], call.v.shape[-1]
     width, width_v = width_of(dim), width_of(dim_v)
     block = _block(max(width, width_v), call.q.dtype, shared_memory(call.q.device))
@@ -361,7 +361,7 @@ def _block(width: int, dtype: torch.dtype, memory: int) -> int:
     return next((rows for rows in blocks if held * rows * width * dtype.itemsize <= memory), 0)
 
 
-def _tuning(kernel: str, call: AttentionCall) -> dict[str, int]:
+def _tuning(kernel: str, call: DenseCall) -> dict[str, int]:
     # Measured on an H100. Tiles of float32 leave no room for a second set, and gain nothing by one.
     half = call.q.dtype.itemsize == 2
     wide = max(call.q.shape[-1], call.v.shape[-1]) > 128

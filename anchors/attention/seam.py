@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from anchors.attention import gptj
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
+from anchors.attention.form import Call
 from anchors.attention.selection import chosen_blocks, chosen_keys
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
@@ -55,7 +56,7 @@ class _Session:
     reached: list[nn.Module] = field(default_factory=list)
     fired: set[tuple[int, int]] = field(default_factory=set)
 
-    def run(self, call: AttentionCall) -> Tensor:
+    def run(self, call: Call) -> Tensor:
         edits = [edit for edit in self.edits if call.layer in edit.layers]
         taps = [tap for tap in self.taps if call.layer in tap.layers]
         probes = [probe for probe in self.probes if call.layer in probe.layers]
@@ -100,7 +101,7 @@ def attend(
     is_causal: bool | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
-    form: Callable[..., AttentionCall] = AttentionCall,
+    form: Callable[..., Call] = AttentionCall,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`.
@@ -111,7 +112,7 @@ def attend(
     if unknown:
         raise RoutingError(
             f"{type(module).__name__} passes {unknown} to its attention, which the seam does not know.",
-            "This family needs support in anchors/attention/call.py.",
+            "This family needs support in anchors/attention/dense.py.",
         )
     if dropout:
         raise RoutingError(
@@ -133,8 +134,7 @@ def attend(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=attention_mask,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        softcap=softcap,
-        sinks=s_aux,
+        **{name: own for name, own in (("softcap", softcap), ("sinks", s_aux)) if own is not None},
     )
     if session is not None:
         session.reached.append(module)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anchors.attention.call import boolean
+from anchors.attention.form import boolean
 from anchors.errors import AnchorsError, RoutingError
 
 

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall, grouped, grouped_transposed
+from anchors.attention.dense import DenseCall
+from anchors.attention.form import grouped, grouped_transposed
 from anchors.attention.taps import FusedTap, Tap
 
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20, "mps": 64 << 20}
@@ -36,7 +37,7 @@ class Tile(NamedTuple):
     keys: slice
 
 
-def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
+def tiles(call: DenseCall, rows: Tensor | None = None) -> Iterator[Tile]:
     """Cut all query rows, or the given ascending ones (on the CPU; none is none), into tiles."""
     batch, heads, queries, _ = call.q.shape
     keys, device = call.k.shape[2], call.q.device
@@ -71,7 +72,7 @@ def triton_runs(device: torch.device) -> bool:
     )
 
 
-def fused_kernels(call: AttentionCall, taps: Sequence[Tap]) -> ModuleType | None:
+def fused_kernels(call: DenseCall, taps: Sequence[Tap]) -> ModuleType | None:
     """The Triton kernels, where they compute exactly this call and every tap can do with their sums."""
     if not triton_runs(call.q.device) or not all(isinstance(tap, FusedTap) for tap in taps):
         return None
@@ -112,7 +113,7 @@ class _Streaming(torch.autograd.Function):
     @staticmethod
     def differentiate(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, z, lse = ctx.saved_tensors
-        call: AttentionCall = ctx.call
+        call: DenseCall = ctx.call
         dtype, groups = call.compute_dtype, call.groups
         wanted = any(ctx.needs_input_grad[:3])
         dmask = torch.zeros_like(call.mask, dtype=dtype) if ctx.needs_input_grad[3] else None
@@ -154,7 +155,7 @@ class _Streaming(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
 
 
-def streaming(call: AttentionCall, taps: Sequence[Tap]) -> Tensor:
+def streaming(call: DenseCall, taps: Sequence[Tap]) -> Tensor:
     """z of a call, with the taps shown A ⊙ ∂L/∂A tile by tile when the loss is differentiated.
 
     The output is differentiable even where q, k and v are not (the model's parameters are frozen), so that the

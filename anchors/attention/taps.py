@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 
 
 @runtime_checkable
@@ -15,7 +15,7 @@ class Probe(Protocol):
     @property
     def layers(self) -> frozenset[int]: ...
 
-    def see(self, call: AttentionCall) -> None: ...
+    def see(self, call: Call) -> None: ...
 
 
 @runtime_checkable
@@ -31,14 +31,14 @@ class Tap(Protocol):
 
     def begin(
         self,
-        call: AttentionCall,
+        call: Call,
         z: Float[Tensor, "batch heads query dim_v"],
         dz: Float[Tensor, "batch heads query dim_v"],
     ) -> None: ...
 
     def tile(
         self,
-        call: AttentionCall,
+        call: Call,
         rows: Int[Tensor, " rows"],
         keys: slice,
         product: Float[Tensor, "batch heads rows keys"],
@@ -74,4 +74,4 @@ class FusedTap(Tap, Protocol):
     `fused` comes once per call and layer, in the place of `begin` and every `tile`.
     """
 
-    def fused(self, call: AttentionCall, slopes: Slopes) -> None: ...
+    def fused(self, call: Call, slopes: Slopes) -> None: ...

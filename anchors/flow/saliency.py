@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
+from anchors.attention.form import Call
 from anchors.attention.seam import seam
 from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError, CertificateError, RoutingError
@@ -106,7 +106,7 @@ class FlowTap:
         self.full: dict[int, Tensor] = {}
         self.error: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, call: AttentionCall, z: Tensor, dz: Tensor) -> None:
+    def begin(self, call: Call, z: Tensor, dz: Tensor) -> None:
         batch, keys, layer = z.shape[0], call.k.shape[2], call.layer
         if keys != z.shape[2]:
             raise RoutingError(
@@ -122,7 +122,7 @@ class FlowTap:
         zero = torch.zeros((), **like)
         self.error[layer] = (zero, self._inner.abs().amax())
 
-    def tile(self, call: AttentionCall, rows: Tensor, keys: slice, product: Tensor) -> None:
+    def tile(self, call: Call, rows: Tensor, keys: slice, product: Tensor) -> None:
         layer = call.layer
         off = (product.sum(-1) - self._inner[:, :, rows]).abs().amax()
         worst, scale = self.error[layer]
@@ -138,7 +138,7 @@ class FlowTap:
         picked = flow.gather(1, place[..., None].expand(*place.shape, flow.shape[-1]))
         self.rows[layer][..., keys] += picked * present[..., None]
 
-    def fused(self, call: AttentionCall, slopes: Slopes) -> None:
+    def fused(self, call: Call, slopes: Slopes) -> None:
         from anchors.attention.saliency_kernel import Band, saliency
 
         layer, length = call.layer, call.k.shape[2]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 from anchors.attention.seam import NAME, seam
 from anchors.errors import RoutingError
 from anchors.witness import TOLERANCE, apart
@@ -77,7 +77,7 @@ class _Count:
         self.layers = frozenset(range(layers))
         self.times = [0] * layers
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         self.times[call.layer] += 1
 
 

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
+from anchors.attention.form import Call
 from anchors.attention.taps import Tap
 from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
@@ -60,7 +60,7 @@ class Intervention(Edit):
 
 
 @dataclass(frozen=True)
-class NSACall(AttentionCall):
+class NSACall(Call):
     """What an NSA layer hands to the seam."""
 
     sparse: Sparse = field(kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 from anchors.attention.seam import seam
 from anchors.check import demand
 from anchors.errors import AnchorsError
@@ -128,7 +128,7 @@ class Chosen:
     target: int
     found: dict[int, Int[Tensor, "groups n"]] = field(default_factory=dict)
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         if isinstance(call, NSACall):
             self.found[call.layer] = call.idx[0, self.target].cpu()
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import entropy
 from torch import Tensor
 
-from anchors.attention.call import AttentionCall
+from anchors.attention.form import Call
 from anchors.flow.metrics import flow_sums
 from anchors.flow.saliency import FlowTap
 from anchors.nsa import probe_metrics as metrics
@@ -107,7 +107,7 @@ class Look:
     vectors: dict[int, dict[str, Float[np.ndarray, "labels width"]]] = field(default_factory=dict)
     read: Int[np.ndarray, " labels"] = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def see(self, call: AttentionCall) -> None:
+    def see(self, call: Call) -> None:
         if isinstance(call, NSACall):
             found = call.trace
             for part in (self._selection, self._mass, self._gates, self._churn, self._dilution, self._recall):
@@ -166,7 +166,7 @@ class Look:
             yield from _by_group("purity", here, which, call.layer)
             yield from _by_group("purity_even", even, which, call.layer)
 
-    def _dense_mass(self, call: AttentionCall) -> Iterator[Measure]:
+    def _dense_mass(self, call: Call) -> Iterator[Measure]:
         rows = torch.as_tensor([*self.places.labels, self.places.target], device=call.q.device)
         pattern = call.pattern_at(rows[None])[0].transpose(0, 1)
         return self._shares(_array(pattern.unflatten(1, (call.k.shape[1], -1)).sum(2)), "all", call.layer)
@@ -281,7 +281,7 @@ class BranchTap:
         self.supports: dict[int, dict[str, dict[str, int]]] = {}
         self.gates: list[Measure] = []
 
-    def begin(self, call: AttentionCall, z: Tensor, dz: Tensor) -> None:
+    def begin(self, call: Call, z: Tensor, dz: Tensor) -> None:
         sparse = isinstance(call, NSACall)
         for name, part in self.parts.items():
             if sparse or name == "all":
@@ -295,7 +295,7 @@ class BranchTap:
         for name, product in by_branch.items():
             self.parts[name].tile(call, index, slice(0, product.shape[-1]), product)
 
-    def tile(self, call: AttentionCall, rows: Tensor, keys: slice, product: Tensor) -> None:
+    def tile(self, call: Call, rows: Tensor, keys: slice, product: Tensor) -> None:
         self.parts["all"].tile(call, rows, keys, product)
 
     def _support(self, call: NSACall) -> dict[str, dict[str, int]]:
