@@ -1,8 +1,11 @@
 """The one exception a user is meant to read."""
 
 import difflib
+import errno
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class AnchorsError(ValueError):
@@ -38,6 +41,18 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return (f"Did you mean {meant!r}? " if meant else "") + f"There are: {', '.join(names)}."
 
 
+def parsed(text: str | bytes, **how: Any) -> Any:
+    """`json.loads`, for which nesting too deep is one more thing that is no JSON.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise ValueError(brief(error)) from error
+
+
 def whole_number(text: str) -> int | None:
     """Digits 0 to 9 as a number; None for anything else (`²` is a digit, too, to Python) and for more than 18 of them."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
@@ -62,3 +77,36 @@ def brief(error: object, most: int = 400) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
     return text if len(text) <= most else text[:most].rstrip() + " …"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate")
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error, also of libraries that only print it (safetensors, tokenizers)."""
+    if isinstance(error, OSError):
+        return error.errno
+    printed = re.search(r"\(os error (\d+)\)", str(error))
+    return int(printed[1]) if printed else None
+
+
+def full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit on the size of files was reached."""
+    return errno_of(error) in _FULL
+
+
+def of_the_machine(error: BaseException) -> AnchorsError | None:
+    """What an exception means where memory, room on a disk or a permission was lacking; None where it means something else."""
+    said = brief(error)
+    if isinstance(error, MemoryError) or any(part in str(error).lower() for part in _NO_MEMORY):
+        return AnchorsError(
+            f"There is not enough memory: {said}",
+            "Use a smaller --batch-size, fewer tokens or a smaller model.",
+        )
+    if full(error):
+        return AnchorsError(f"The disk is full: {said}.", "Make room; what is finished is kept.")
+    if errno_of(error) in _CLOSED:
+        return AnchorsError(f"A file cannot be read or written: {said}.", "Look at its path and permissions.")
+    return None

@@ -6,7 +6,6 @@ of the function (`_keys_to_ignore_on_load_unexpected`) and what its class comput
 position ids) may stand in a checkpoint; a tied head need not.
 """
 
-import json
 import re
 import tempfile
 import warnings
@@ -38,7 +37,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from anchors.architectures import known
-from anchors.errors import AnchorsError, brief
+from anchors.errors import AnchorsError, brief, parsed
 from anchors.wrappers import refuse_adapters, unwrapped
 from anchors.written import as_written
 
@@ -213,7 +212,7 @@ def _base(origin: Origin) -> Origin:
     if (path := _adapter(origin)) is None or (Path(origin.source) / "config.json").is_file():
         return origin
     try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = parsed(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except Exception as error:
         raise _unreadable(origin, "its adapter_config.json could not be read", error) from error
     if not isinstance(base, str) or not base:
@@ -384,10 +383,10 @@ def check_files(origin: Origin) -> None:
     names = {path.name for path in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = parsed(index.read_text(encoding="utf-8"))["weight_map"]
             if not (isinstance(shards, dict) and all(isinstance(x, str) for x in shards.values())):
                 raise TypeError("its weight_map is no table from names of weights to names of files")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise AnchorsError(
                 f"The model {origin.name!r} could not be loaded: {index.name} cannot be read: {brief(error)}.",
                 "Download it again.",

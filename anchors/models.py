@@ -26,6 +26,7 @@ from anchors.identity import Identity, identity
 from anchors.identity import fingerprint as fingerprint
 from anchors.lengths import without_memory
 from anchors.loading import Origin, language_model, tokenizer_of
+from anchors.places import refuse_revision
 from anchors.preparation import alterations, apply
 from anchors.routed import DEVICES as DEVICES
 from anchors.routed import DTYPES, Routed, placed, testify
@@ -244,6 +245,7 @@ def load(
 def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
     """Where the files of a model are."""
     source, name = default_source() if source is None else (str(source), str(source))
+    refuse_revision(source, revision)
     if source == DEFAULT_HUB and revision is None:
         revision = DEFAULT_REVISION
     path = Path(source).expanduser()

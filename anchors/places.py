@@ -1,5 +1,6 @@
 """Where things may be read and written: nothing outside `--out` is touched, nothing outside a model's folder is read."""
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def require_another(out: Path, inputs: Iterable[str | Path | None], option: str 
         option: what the user called the output.
 
     Raises:
-        AnchorsError: it is one of them, or lies in one.
+        AnchorsError: it is one of them, or lies in one; or something that is no file is there.
     """
     target = out.expanduser().resolve()
     for source in inputs:
@@ -52,6 +53,40 @@ def require_another(out: Path, inputs: Iterable[str | Path | None], option: str 
                 f"{option} {str(out)!r} would be written over {str(source)!r}, which is read.",
                 f"Choose another {option}.",
             )
+    require_file(out.expanduser())
+
+
+def require_file(path: Path) -> None:
+    """Refuse to put a file where something stands that is none: a device, a pipe, a socket, a link.
+
+    A file that is written whole takes the place of what bears its name: /dev/null, or the link /dev/stdout, would be gone.
+
+    Raises:
+        AnchorsError: it is something else.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing there, or no way there: whoever writes will see
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "a device, a pipe or a socket"
+        raise AnchorsError(
+            f"{str(path)!r} is {what}, not a file: it would be replaced.",
+            "Give the name of a file, new or old.",
+        )
+
+
+def refuse_revision(source: str | Path, revision: str | None) -> None:
+    """Refuse a revision of a model that lies on this machine, where it would be ignored.
+
+    Raises:
+        AnchorsError: there is such a folder or file.
+    """
+    if revision is not None and Path(source).expanduser().exists():
+        raise AnchorsError(
+            f"The model {str(source)!r} lies on this machine, where it has no revision {revision!r}.",
+            "Leave the revision out, or give the model's hub id.",
+        )
 
 
 def file_name(text: str, what: str) -> str:

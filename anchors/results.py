@@ -4,7 +4,6 @@ A run is a folder named by a hash of what its numbers depend on. Each finished b
 atomically and named by what it holds; running the same command again computes only what no whole file holds yet.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from xxhash import xxh3_64_hexdigest
 
-from anchors.errors import AnchorsError, brief
+from anchors.errors import AnchorsError, brief, errno_of, full, parsed
+from anchors.places import require_file
 
 PACKAGES = ("label-anchors", "torch", "transformers", "tokenizers", "numpy", "pandas", "scipy")
 METADATA_KEY = b"label-anchors"
@@ -38,23 +39,23 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a draft beside the target, then move it there in one step; it is on the disk before its name is.
 
     Raises:
-        AnchorsError: the place cannot be written; the target is untouched.
+        AnchorsError: the place cannot be written, or something that is no file is there; it is untouched.
     """
+    require_file(path)
     draft = handle = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=f".draft{path.suffix}"
-        )
-        draft = Path(name)
-        _lock(handle)
-        write(draft)
-        draft.chmod(0o644)  # mkstemp makes private files; results are meant to be shared
-        _sync(draft)
-        draft.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(
+                dir=path.parent, prefix=f".{path.stem}-", suffix=f".draft{path.suffix}"
+            )
+            draft = Path(name)
+            _lock(handle)
+            write(draft)
+            draft.chmod(0o644)  # mkstemp makes private files; results are meant to be shared
+            _sync(draft)
+            draft.replace(path)
+            _sync(path.parent)
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
@@ -62,16 +63,34 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.close(handle)
 
 
-def unwritable(path: Path, error: Exception) -> AnchorsError:
-    """What an error on writing means; safetensors has one of its own, which is no `OSError`."""
-    reason = getattr(error, "strerror", None) or str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
-    return AnchorsError(
-        f"{str(path)!r} cannot be written: {reason}.",
-        "Make room there, or choose another --out; what is finished is kept."
-        if full
-        else "Choose another --out.",
-    )
+@contextmanager
+def writing(path: Path, called: str = "", elsewhere: str = "choose another --out") -> Iterator[None]:
+    """While a file or folder is written: what the system refuses becomes an error with its mend.
+
+    The writers of safetensors and tokenizers raise exceptions of their own for it, the latter a bare `Exception`.
+
+    Args:
+        path: what is written.
+        called: what it is to the user, before its name.
+        elsewhere: how to write to another place.
+
+    Raises:
+        AnchorsError: it cannot be written.
+    """
+    try:
+        yield
+    except AnchorsError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and errno_of(error) is None:
+            raise
+        reason = brief(getattr(error, "strerror", None) or error)
+        raise AnchorsError(
+            f"{called} {str(path)!r} cannot be written: {reason}.".lstrip(),
+            f"Make room there, or {elsewhere}; what is finished is kept."
+            if full(error)
+            else f"{elsewhere[0].upper()}{elsewhere[1:]}.",
+        ) from error
 
 
 def _sync(path: Path) -> None:
@@ -169,10 +188,12 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise AnchorsError(f"The table {str(path)!r} cannot be read: {error}") from error
-    facts = (table.schema.metadata or {}).get(METADATA_KEY, b"{}")
     try:
-        return table.to_pandas(), json.loads(facts)
-    except (ValueError, RecursionError) as error:
+        facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        if not isinstance(facts, dict):
+            raise ValueError("they are no JSON object")
+        return table.to_pandas(), facts
+    except ValueError as error:
         raise AnchorsError(f"The facts in {str(path)!r} cannot be read: {brief(error)}") from error
 
 
@@ -358,7 +379,7 @@ def _key(config: dict[str, Any]) -> str:
 def _config_in(folder: Path) -> dict[str, Any] | None:
     """What a run says of itself; None where it says nothing, or its file was cut."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = parsed((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -392,8 +413,6 @@ def set_aside(path: Path) -> str:
     count = 1
     while (target := path.with_name(f"{path.name}.damaged-{count}")).exists():
         count += 1
-    try:
+    with writing(path):
         path.rename(target)
-    except OSError as error:
-        raise unwritable(path, error) from error
     return str(target)

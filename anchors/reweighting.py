@@ -18,7 +18,7 @@ from anchors._names import forwarding, unknown
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, encode
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.models import LanguageModel
 from anchors.preparation import apply, is_plain_linear, wide_products
 from anchors.results import write_atomic
@@ -119,10 +119,10 @@ class Beta:
         try:
             with safe_open(path, "pt") as file:
                 header, beta = file.metadata() or {}, file.get_tensor("beta")
-            classes = tuple(json.loads(header["classes"]))
-            heads = tuple(json.loads(header.get("heads", "[]")))
-            losses, facts = tuple(json.loads(header["losses"])), json.loads(header["label-anchors"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            classes = tuple(parsed(header["classes"]))
+            heads = tuple(parsed(header.get("heads", "[]")))
+            losses, facts = tuple(parsed(header["losses"])), parsed(header["label-anchors"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise AnchorsError(
                 f"{str(path)!r} does not hold a fitted β: {error}",
                 "Where it lies in a run's folder, remove that: β is fitted anew, and its rows are measured anew.",

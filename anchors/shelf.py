@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.results import key_of, write_atomic, write_table
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ def _begins(file: str, name: str) -> bool:
 def _facts(path: Path) -> dict[str, Any] | None:
     """What stands beside a table; None for any other file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"versions", "command", "written"} <= set(found) else None
 

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from typer.core import TyperGroup
 
 from anchors.cli import common, inject_demo, inject_flow, inject_show, inject_sweep
 from anchors.cli.common import err, out
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 
 if TYPE_CHECKING:
     from anchors.injection.checkpoint import Checkpoint
@@ -237,7 +236,7 @@ def _pair(text: str) -> tuple[str, Any]:
             f"--option {text!r} is not of the form name=value.", "For example: convention=paper"
         )
     try:
-        return name, json.loads(value)
+        return name, parsed(value)
     except ValueError:
         return name, value
 

@@ -260,7 +260,7 @@ SMALL = (
 def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
     code, text = said("nsa", "train", "-o", tmp_path, *SMALL, "--steps", 8, "--every", 8, "--lr", "1e30")
     assert code == 2, text
-    assert "the training diverged" in text
+    assert "The training diverged" in text
     assert "lower --lr" in text
 
 

@@ -11,20 +11,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.gguf.architectures import configuration
 from anchors.gguf.reading import read
 from anchors.gguf.tokens import tokenizer
 from anchors.gguf.weights import parameters
+from anchors.results import writing
 
 log = logging.getLogger(__name__)
 
 # Raised whenever the conversion of some file gives another model, so that no older one is taken for it.
 CONVERSION = 2
-_ELSEWHERE = "Set ANCHORS_CACHE to a directory that can be written, with room for the model in float32."
+_ELSEWHERE = "set ANCHORS_CACHE to a directory that can be written, with room for the model in float32"
 
 
 def cache_directory() -> Path:
@@ -58,7 +58,7 @@ def converted(path: Path) -> Path:
         log.info("converting %s to safetensors (once)", path.name)
         name, weights = parameters(file, config)
         config.architectures, config.dtype = [name], "float32"
-        with _writing(target.parent):
+        with writing(target.parent, "The cache", _ELSEWHERE):
             config.save_pretrained(draft)
             words.save_pretrained(draft)
             save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
@@ -78,7 +78,7 @@ def _draft(target: Path, size: int) -> Iterator[Path]:
     """
     folder = target.parent
     draft, lock = folder / f".draft-{target.name}", FileLock(folder / f".lock-{target.name}")
-    with _writing(folder):
+    with writing(folder, "The cache", _ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         try:
@@ -87,7 +87,7 @@ def _draft(target: Path, size: int) -> Iterator[Path]:
             log.info("another process is converting the same file; waiting for it")
             lock.acquire()
     try:
-        with _writing(folder):
+        with writing(folder, "The cache", _ELSEWHERE):
             shutil.rmtree(draft, ignore_errors=True)  # of a killed process: nobody held the lock
             draft.mkdir()
             free = shutil.disk_usage(folder).free
@@ -103,15 +103,6 @@ def _draft(target: Path, size: int) -> Iterator[Path]:
         lock.release()
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise AnchorsError(f"The cache {str(folder)!r} cannot be written: {reason}.", _ELSEWHERE) from error
-
-
 def _clean(folder: Path) -> None:
     """Remove what killed conversions left: drafts whose lock nobody holds."""
     for draft in folder.glob(".draft-*"):
@@ -123,7 +114,7 @@ def _clean(folder: Path) -> None:
 def intact(target: Path) -> bool:
     """Whether a converted model is whole: its weights match the checksum written with them."""
     try:
-        wanted = json.loads((target / "checksum.json").read_text())["model.safetensors"]
+        wanted = parsed((target / "checksum.json").read_text())["model.safetensors"]
         return _sha256(target / "model.safetensors") == wanted
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anchors.errors import AnchorsError
-from anchors.places import require_inside
+from anchors.errors import AnchorsError, parsed
+from anchors.places import refuse_revision, require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -84,6 +84,7 @@ class Checkpoint:
         """
         if isinstance(source, Checkpoint):
             return source
+        refuse_revision(source, revision)
         here = Path(source).is_dir()
         folder = Path(source) if here else _downloaded(str(source), revision)
         config = _json(folder / "config.json", "Give the folder that save_pretrained wrote.")
@@ -230,7 +231,7 @@ def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
 
 def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AnchorsError(f"{str(path.parent)!r} has no {path.name}.", remedy) from None
     except (OSError, ValueError) as error:

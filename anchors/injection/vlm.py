@@ -21,6 +21,7 @@ from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
 from anchors.lengths import without_memory
 from anchors.loading import Origin, processor_of, vision_language_model
+from anchors.places import refuse_revision
 from anchors.preparation import apply, beyond, guarded
 from anchors.routed import DTYPES, Routed, placed, testify
 from anchors.soundness import sound
@@ -268,6 +269,7 @@ def load_vlm(
     """
     where, precision = placed(device, precision)
     name = str(source)
+    refuse_revision(source, revision)
     place = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise AnchorsError(f"The model {name!r} is not a directory.", "Give a hub id or a directory.")

@@ -23,8 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError, brief
-from anchors.results import read_table, unwritable, write_atomic, write_table
+from anchors.errors import AnchorsError, brief, parsed
+from anchors.results import read_table, write_atomic, write_table, writing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,15 @@ class Checkpoint:
                     "Choose another --out.",
                 )
             return
-        before = json.loads(self.identity.read_text(encoding="utf-8"))
+        try:
+            before = parsed(self.identity.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError) as error:
+            raise AnchorsError(
+                f"{str(self.identity)!r} does not describe a training: {brief(error)}.",
+                "Delete its folder to begin again, or choose another --out.",
+            ) from error
         after = json.loads(json.dumps(identity))
         differing = _differences(before, after)
         if differing:
@@ -143,13 +151,12 @@ class Checkpoint:
         shown = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
         draft = Path(tempfile.mkdtemp(dir=self.folder, prefix=".model-"))
         try:
-            shown.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-                path.chmod(0o644)  # some are written as private files
-                path.replace(self.folder / path.name)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(self.folder, error) from error
+            with writing(self.folder):
+                shown.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
+                for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+                    path.chmod(0o644)  # some are written as private files
+                    path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 

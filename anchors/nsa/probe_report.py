@@ -1,6 +1,5 @@
 """A probe's rows, tables, figure and page, written with their provenance."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from anchors.attention.form import Call
 from anchors.attention.seam import seam
 from anchors.check import demand
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.models import LanguageModel
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.call import NSACall
@@ -46,7 +45,7 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
     known: dict[str, Any] = {}
     if (folder / TRAINING).is_file():
         try:
-            facts = json.loads((folder / TRAINING).read_text(encoding="utf-8"))["data"]
+            facts = parsed((folder / TRAINING).read_text(encoding="utf-8"))["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AnchorsError(f"{str(folder / TRAINING)!r} cannot be read: {error}") from error
         if facts.get("data") != "episodes":

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,6 @@ def train(
     checkpoint.check(identity)
     if team.main:
         require_writable(out)
-        checkpoint.claim(identity)
 
     if factory is None:
         from anchors.nsa.model import NSAForCausalLM as factory
@@ -233,13 +232,8 @@ def train(
     for step, rows in _batches(data, recipe, done, team):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        try:
+        with _diverging(step + 1, checkpoint) if step > done else nullcontext():
             pending.append(_step(prepared, optimizer, rows, recipe, team))
-        except AnchorsError as error:
-            if step == done:
-                raise
-            # What ran before refuses only numbers that are none, before there is a loss.
-            raise _diverged("The model's own numbers are", step + 1, checkpoint) from error
         now, last = step + 1, step + 1 == recipe.steps
         if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
             seconds = time.perf_counter() - began
@@ -249,9 +243,13 @@ def train(
             log.training(now, values, recipe.rate(step), speed)
             pending, since, began = [], now, time.perf_counter()
         if now % watch.evaluate == 0 or last:
-            log.held_out(now, evaluate(model, data, recipe, watch.held_out))
+            with _diverging(now, checkpoint):
+                log.held_out(now, evaluate(model, data, recipe, watch.held_out))
             began = time.perf_counter()
+        if now % watch.save == 0 or last:
+            _demand_sound(model, now, checkpoint)
         if (now % watch.save == 0 or last) and team.main:
+            checkpoint.claim(identity)
             checkpoint.save(
                 model, optimizer, now, log.table(), facts, tokenizer=tokenizer, dtype=watch.dtype
             )  # fmt: skip
@@ -402,15 +400,30 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+@contextmanager
+def _diverging(step: int, checkpoint: Checkpoint) -> Iterator[None]:
+    """A model that ran before refuses only numbers that are none, and cannot know that a learning rate is behind them."""
+    try:
+        yield
+    except AnchorsError as error:
+        raise _diverged("The model's own numbers are not finite", step, checkpoint) from error
+
+
+def _demand_sound(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
+    """Refuse weights that are no numbers, or so large that their squares are infinite."""
+    if not all(float(p.detach().abs().amax()) < LARGEST**0.5 for p in model.parameters() if p.numel()):
+        raise _diverged("Weights are not finite, or huge,", step, checkpoint)
+
+
 def _demand_finite(values: Float[np.ndarray, "steps 6"], first: int, checkpoint: Checkpoint) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        raise _diverged("Loss or gradient is", first + int(bad[0]) + 1, checkpoint)
+        raise _diverged("Loss or gradient is not finite", first + int(bad[0]) + 1, checkpoint)
 
 
 def _diverged(what: str, step: int, checkpoint: Checkpoint) -> AnchorsError:
     kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
     return AnchorsError(
-        f"{what} not finite at step {step}: the training diverged.",
+        f"The training diverged. {what} at step {step}.",
         f"{kept}; train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --init.",
     )

@@ -4,13 +4,12 @@ A column is text whatever it looks like: `NA`, `1.0` and `True` stay these words
 """
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, nearest, parsed
 
 COLUMNS = ("text", "label")
 
@@ -53,10 +52,6 @@ def rows(path: Path) -> list[Row]:
         found = reader(path)
     except AnchorsError:
         raise
-    except RecursionError as error:
-        raise AnchorsError(
-            f"The file {str(path)!r} is nested too deep.", "Write one object a line."
-        ) from error
     except (ValueError, OSError) as error:
         raise AnchorsError(f"The file {str(path)!r} cannot be read: {error}") from error
     if not found:
@@ -165,7 +160,7 @@ def _delimited(path: Path) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------- JSON
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no key stands twice, for `json.loads(…, object_pairs_hook=once)`.
+    """An object in which no key stands twice, for `parsed(…, object_pairs_hook=once)`.
 
     Raises:
         ValueError: a key twice; plain `json` keeps the last one silently.
@@ -184,7 +179,7 @@ def _json_lines(path: Path) -> list[Row]:
     for number, line in enumerate(decode(path.read_bytes(), repr(str(path))).split("\n"), start=1):
         if line.strip():
             try:
-                value = json.loads(line, object_pairs_hook=once)
+                value = parsed(line, object_pairs_hook=once)
             except ValueError as error:
                 raise AnchorsError(
                     f"Line {number} of {path.name} cannot be read as JSON: {error}",
@@ -195,7 +190,7 @@ def _json_lines(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
-    whole = json.loads(decode(path.read_bytes(), repr(str(path))), object_pairs_hook=once)
+    whole = parsed(decode(path.read_bytes(), repr(str(path))), object_pairs_hook=once)
     if isinstance(whole, dict):
         columns = [whole[name] for name in _columns_of(whole, path)]
         if all(isinstance(column, dict) for column in columns) and list(columns[0]) == list(columns[1]):
