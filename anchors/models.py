@@ -245,6 +245,8 @@ def load(
 def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
     """Where the files of a model are."""
     source, name = default_source() if source is None else (str(source), str(source))
+    if not source.strip():
+        raise AnchorsError("The name of the model is empty.", "Leave it out for the default model.")
     refuse_revision(source, revision)
     if source == DEFAULT_HUB and revision is None:
         revision = DEFAULT_REVISION

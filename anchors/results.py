@@ -209,7 +209,8 @@ def read_rows(
         facts: that it must have, and their types.
 
     Raises:
-        AnchorsError: the file cannot be read; it lacks a fact or a column, or has no row; text for numbers; all missing.
+        AnchorsError: the file cannot be read; it lacks a fact or a column, or has no row, or a gap; text for
+            numbers; all missing.
     """
     rows, known = read_table(path)
     again = "Was it written by this toolkit, and not changed since? Measure again."
@@ -222,6 +223,8 @@ def read_rows(
         raise AnchorsError(f"The rows in {str(path)!r} have no column {lacking[0]!r}.", again)
     if rows.empty:
         raise AnchorsError(f"{str(path)!r} has no rows.", again)
+    if gaps := [name for name in columns if name not in numeric and rows[name].isna().any()]:
+        raise AnchorsError(f"The column {gaps[0]!r} of {str(path)!r} has gaps.", again)
     for name in numeric:
         numbers = pd.to_numeric(rows[name], errors="coerce")
         if (strange := numbers.isna() & rows[name].notna()).any():

@@ -7,6 +7,7 @@ import typer
 
 from anchors.cli import (
     check,
+    common,
     figures,
     inject,
     ls,
@@ -44,6 +45,11 @@ def version(
 
         typer.echo(installed("label-anchors"))
         raise typer.Exit
+
+
+for group in (app, nsa.app, inject.app):
+    for command in group.registered_commands:
+        command.callback = common.bounded(command.callback)
 
 
 def main() -> None:

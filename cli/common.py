@@ -1,5 +1,6 @@
 """What the verbs share: options, errors to exit codes, progress. Nothing here imports torch when help is asked for."""
 
+import functools
 import json
 import logging
 import math
@@ -7,7 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from anchors.errors import AnchorsError, CertificateError, whole_number
+from anchors.errors import AnchorsError, CertificateError, brief, demand_seed, of_the_machine, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,8 +175,46 @@ def reporting() -> Iterator[None]:
     except (typer.Exit, typer.Abort, ClickException, BrokenPipeError):
         raise
     except Exception as error:
+        if (lacking := of_the_machine(error)) is not None:
+            print_error(lacking)
+            raise typer.Exit(2) from error
         print_defect(error)
         raise typer.Exit(UNFORESEEN) from error
+
+
+MOST = 10**9
+"""The largest whole number of an option that is no seed."""
+
+
+def bounded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that refuses whole numbers without end, over which some library would trip after hours."""
+
+    @functools.wraps(verb)
+    def checked(**given: Any) -> None:
+        with reporting():
+            demand_bounded(given)
+        verb(**given)
+
+    return checked
+
+
+def demand_bounded(given: Mapping[str, Any]) -> None:
+    """Refuse whole numbers without end.
+
+    Args:
+        given: options by the name of their parameter.
+
+    Raises:
+        AnchorsError: one is larger than `MOST`, or a seed that no generator holds.
+    """
+    for name, value in given.items():
+        if name == "seed" and isinstance(value, int):
+            demand_seed(value)
+        elif isinstance(value, int) and abs(value) > MOST:
+            raise AnchorsError(
+                f"--{name.replace('_', '-')} is {brief(value, 30)}: numbers go up to {MOST}.",
+                "Take a smaller one.",
+            )
 
 
 UNFORESEEN = 70
@@ -184,11 +223,13 @@ UNFORESEEN = 70
 
 def print_defect(error: Exception) -> None:
     """An exception that nobody foresaw: one sentence, and the path of a log with the traceback."""
-    from anchors.errors import brief
-
     said = f"{type(error).__name__}: {brief(error)}"
     err.print(f"[bold red]unforeseen:[/] {escape(said)}")
-    handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
+    try:
+        handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
+    except OSError:  # no place for a log either
+        traceback.print_exception(error)
+        return
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
         log.write(" ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
     err.print(f"       This is a defect of the toolkit, not yours; the traceback is in {shown(Path(name))}")
@@ -324,18 +365,33 @@ def new_table(title: str, *columns: str, caption: str = "[95 % bootstrap interva
 
 
 def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """`0.5,1` as numbers; None where nothing was given."""
+    """`0.5,1` as finite numbers, each once; None where nothing was given."""
+    if text is None:
+        return None
     try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise AnchorsError(
-            f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1"
-        ) from error
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise AnchorsError(f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1")
+    return once(found, option)
 
 
-def words(text: str | None) -> tuple[str, ...] | None:
-    """`a, b` as words; None where nothing was given."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+def words(text: str | None, option: str) -> tuple[str, ...] | None:
+    """`a, b` as words, each once; None where nothing was given."""
+    if text is None:
+        return None
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise AnchorsError(f"{option} {text!r} names nothing.", "Leave it out, or give names with commas.")
+    return once(found, option)
+
+
+def once(found: tuple, option: str) -> tuple:
+    """What an option names, where it names nothing twice."""
+    if twice := [one for one in found if found.count(one) > 1]:
+        raise AnchorsError(f"{option} names {twice[0]!r} twice.", "Name it once.")
+    return found
 
 
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:

@@ -10,7 +10,7 @@ import typer
 from anchors.cli import common
 from anchors.cli.common import err
 from anchors.cli.run import Folder
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, brief, nearest
 
 if TYPE_CHECKING:
     from anchors.summaries import Rows, Tables
@@ -42,9 +42,9 @@ class Drawing:
     mend: str
 
 
-NUMERIC = ("shots", "seed", "number", "example", "layer", "value")
-ROWS = ("model", "task", "control", "condition", "metric", *NUMERIC)
-"""Columns of a measurement's rows; see `anchors.runner.Measured`."""
+NUMERIC = ("seed", "number", "layer", "value")
+ROWS = ("model", "task", "condition", "metric", *NUMERIC)
+"""Columns that all rows have, of a measurement (see `anchors.runner.Measured`) and of what stands beside it."""
 
 
 def figures(names: Names, to: Folder = Path("results")) -> None:
@@ -76,11 +76,21 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                         f"Run `{drawing.mend}` again.",
                     )
             rows = {kind: rows for kind, (rows, _) in read.items()}
-            tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
+            try:
+                tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
+                drawn = draw(drawing.figure, tables, facts["model"])
+            except AnchorsError:
+                raise
+            except (LookupError, ValueError) as error:
+                held = sorted({metric for table in rows.values() for metric in table["metric"].astype(str)})
+                raise AnchorsError(
+                    f"{drawing.name} cannot be drawn from the rows in {str(folder)!r}, whose metrics are "
+                    f"{brief(', '.join(held), 200)}: {brief(error)}.",
+                    f"Run `{drawing.mend}` again.",
+                ) from error
             shelf = Shelf(folder, drawing.name)
             for name, table in tables.items():
                 shelf.table(f"{drawing.name}_{name}", table)
-            drawn = draw(drawing.figure, tables, facts["model"])
             shelf.figure(drawing.name, drawn)
             files, moved = shelf.write(facts)
             common.print_notes(moved)

@@ -97,7 +97,7 @@ def _reader(
         if entry is float:
             return more, str, partial(common.numbers, option=option)
         if entry is str:
-            return more, str, common.words
+            return more, str, partial(common.words, option=option)
         if get_origin(entry) is Literal:
             return more, str, partial(_each_of, known=get_args(entry), option=option)
     raise AnchorsError(
@@ -117,7 +117,7 @@ def _one_of(text: str | None, *, known: Sequence[str], option: str) -> str | Non
 
 
 def _each_of(text: str | None, *, known: Sequence[str], option: str) -> tuple[str, ...] | None:
-    found = common.words(text)
+    found = common.words(text, option)
     for word in found or ():
         _one_of(word, known=known, option=option)
     return found
@@ -134,6 +134,4 @@ def numbers(text: str | None, option: str, least: int = 1) -> tuple[int, ...] | 
             f"{option} {text!r} is not a list of numbers from {least} on, of at most 18 digits.",
             f"For example: {option} 1,3,5",
         )
-    if len(set(found)) < len(found):
-        raise AnchorsError(f"{option} {text!r} names a number twice.")
-    return tuple(found)
+    return common.once(tuple(found), option)

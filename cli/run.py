@@ -92,7 +92,7 @@ def run(
 
         chosen = experiments(names)
         check_protocol(seeds or "42", "none", batch_size)
-        only = common.words(tasks)
+        only = common.words(tasks, "--task")
         require_writable(to)
         known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
         if only is not None and (strangers := [name for name in only if name not in known]):

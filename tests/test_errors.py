@@ -312,7 +312,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SWEEPS = [
-    ("sweep", ("--device", "foo"), "no device"), ("sweep", ("--scenarios", ""), "No scenario is named"),
+    ("sweep", ("--device", "foo"), "no device"), ("sweep", ("--scenarios", ""), "names nothing"),
     ("sweep", ("--scenarios", "instructio"), "Did you mean 'instruction'"), ("sweep", ("--strengths", "1e30"), "would drown"),
     ("sweep", ("--methods", "ties:density=0"), "density is 0"), ("sweep", ("--methods", "teis"), "Did you mean 'ties'"),
     ("sweep", ("--grid", "smal"), "Did you mean 'small'"), ("flow", ("--device", "meta"), "not run on the device"),

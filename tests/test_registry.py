@@ -158,7 +158,7 @@ def test_every_type_of_setting_has_its_option(tmp_path):
         (("--rule", "tow"), "--rule 'tow' is not one of those there are.\nDid you mean 'two'?"),
         (("--sides", "left,rihgt"), "--sides 'rihgt' is not one of those there are.\nDid you mean 'right'?"),
         (("--each", "1,-2"), "--each '1,-2' is not a list of numbers from 0 on"),
-        (("--each", "1,1"), "names a number twice"),
+        (("--each", "1,1"), "names 1 twice"),
         (("--parts", "1,x"), "--parts '1,x' is not a list of numbers"),
         (("-c", "0"), "Invalid value for '--count'"),
         (("--share", "much"), "Invalid value for '--share'"),
