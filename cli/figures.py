@@ -50,7 +50,6 @@ ROWS = ("model", "task", "condition", "metric", *NUMERIC)
 def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
-        from anchors.figures import draw
         from anchors.results import read_rows
         from anchors.shelf import Shelf, contained
         from anchors.summaries import marked
@@ -78,6 +77,8 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
             rows = {kind: rows for kind, (rows, _) in read.items()}
             try:
                 tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
+                from anchors.figures import draw
+
                 drawn = draw(drawing.figure, tables, facts["model"])
             except AnchorsError:
                 raise

@@ -135,8 +135,6 @@ def curves(
     with common.reporting():
         import pandas as pd
 
-        from anchors.figures.nsa_train import draw
-        from anchors.figures.style import save
         from anchors.results import read_rows, write_table
 
         logs, read, alike = [], {}, {}
@@ -159,6 +157,9 @@ def curves(
             logs.append(log.assign(run=name, seed=seed))
             read[str(folder)] = facts
         table = pd.concat(logs, ignore_index=True)
+        from anchors.figures.nsa_train import draw
+        from anchors.figures.style import save
+
         write_table(out.with_suffix(".parquet"), table, {"runs": read})
         common.print_files([out.with_suffix(".parquet"), *save(draw({"log": table}, ""), out)])
 

@@ -6,7 +6,9 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 
@@ -16,14 +18,21 @@ import torch
 from injection_suites import build
 from made_rows import rows
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from anchors.cli import app, common
-from anchors.errors import AnchorsError, demand_seed, nearest, whole_number
+from anchors.errors import AnchorsError, demand_seed, nearest, of_the_machine, parsed, whole_number
+from anchors.icl import best_words
+from anchors.injection.checkpoint import Checkpoint
+from anchors.injection.merge import _compared
+from anchors.injection.suite import Suite
+from anchors.nsa import checkpoint as training
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.model import NSAForCausalLM
 from anchors.nsa.vocabulary import Vocabulary
-from anchors.results import write_atomic, write_table
+from anchors.results import write_atomic, write_table, writing
+from anchors.tasks.files import rows as rows_of
 
 
 def said(*arguments: object) -> tuple[int, str]:
@@ -42,6 +51,40 @@ def test_an_unforeseen_exception_is_a_sentence_a_log_and_an_exit_code_of_its_own
     log = Path(re.search(r"(/\S+?\.log)", text)[1])
     assert "Traceback" in log.read_text()
     log.unlink()
+
+
+def test_it_is_shown_where_no_log_can_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(common.typer.Exit) as left, common.reporting():
+        _ = [][3]
+    assert left.value.exit_code == common.UNFORESEEN
+    assert "Traceback" in capsys.readouterr().err
+
+
+MACHINE = {
+    "not enough memory": [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")],
+    "disk is full": [OSError(28, "No space left on device"), Exception("I/O error (os error 28)")],
+    "cannot be read or written": [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "error"), [(r, e) for r, errors in MACHINE.items() for e in errors])
+def test_what_the_machine_lacks_is_no_defect(
+    reason: str, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(common.typer.Exit) as left, common.reporting():
+        raise error
+    assert left.value.exit_code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("shapes differ"), FileNotFoundError(2, "No such file"), KeyError(28)]
+)
+def test_other_errors_are_not_the_machines(error: Exception) -> None:
+    assert of_the_machine(error) is None
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -145,12 +188,11 @@ def broken(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 ALIKE = "gives every token of its vocabulary the same logit"
-VERBS = ("classify", "flow", "isolate", "readout", "reweight", "compress", "diagnose", "causal")
 MODELS = [
-    *((verb, "zero", ALIKE) for verb in (*VERBS, "check", "view")),
+    *((verb, "zero", ALIKE) for verb in ("classify", "check", "view")),
     ("flow", "equal", ALIKE),
-    *((verb, "small", "does not belong to the model") for verb in ("classify", "flow", "check", "view")),
-    *((verb, "nan", "transformer.wte.weight") for verb in ("classify", "check", "view", "causal")),
+    *((verb, "small", "does not belong to the model") for verb in ("classify", "check", "view")),
+    *((verb, "nan", "transformer.wte.weight") for verb in ("classify", "view")),
     ("classify", "wordless", "came without tokenizer files"),
     ("classify", "shapes", "c_fc.bias is 128 in the file and 77 in the model"),
     ("classify", "odd", "could not be"),
@@ -195,6 +237,9 @@ OPTIONS = [
     ("classify", "--precision", "float31", "Did you mean 'float32'"),
     ("classify", "--task", "sst2,sst2", "twice"), ("classify", "--shots", "100000", "do not fit into the model's context"),
     ("flow", "--layers", "²"), ("flow", "--layers", "0-99999999999", "has layers 0 to 2"),
+    ("classify", "--revision", "other", "has no revision 'other'"), ("classify", "-m", "", "is empty"),
+    ("classify", "--shots", LONG, "go up to"), ("isolate", "--sides", "", "names nothing"),
+    ("causal", "--positions", "label,label", "names 'label' twice"), ("diagnose", "--components", "3,3", "names 3 twice"),
 ]  # fmt: skip
 
 
@@ -236,7 +281,7 @@ def test_task_files_of_wrong_types(table: str, tmp_path: Path) -> None:
 TRAINING = [
     ("--init", "nan"), ("--init", "-1"), ("--init", "0"), ("--init", "1e30"), ("--rope-theta", "nan"), ("--head-dim", "3"),
     ("--last-lr", "5"), ("--lr", "1e39"), ("--text-weight", "1e39"), ("--classes", "²"), ("--seed", LONG), ("--phi", "maen", "Did you mean 'mean'"),
-    ("--attention", "ful", "Did you mean 'full'"), ("--backend", "tritn", "Did you mean 'triton'"),
+    ("--recent", LONG, "go up to"), ("--attention", "ful", "Did you mean 'full'"), ("--backend", "tritn", "Did you mean 'triton'"),
     *(("--device", device) for device in DEVICES),
 ]  # fmt: skip
 
@@ -257,11 +302,32 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
-    code, text = said("nsa", "train", "-o", tmp_path, *SMALL, "--steps", 8, "--every", 8, "--lr", "1e30")
+@pytest.mark.parametrize(
+    "options", [("--steps", 8, "--every", 8), ("--steps", 1, "--attention", "full")], ids=str
+)
+def test_a_training_that_diverges_says_so_and_leaves_the_folder_to_another(
+    options: tuple[object, ...], tmp_path: Path
+) -> None:
+    code, text = said("nsa", "train", "-o", tmp_path, *SMALL, *options, "--lr", "1e30")
     assert code == 2, text
     assert "The training diverged" in text
     assert "lower --lr" in text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    training.Checkpoint(tmp_path).check({"another": "training"})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("nsa", "train", *SMALL, "--steps", 1), ("inject", "demo", "--scale", "tiny", "--steps-factor", 1e-9)],
+    ids=lambda c: c[1],
+)
+def test_a_training_without_room_leaves_no_half_of_it(command: tuple[object, ...], tmp_path: Path) -> None:
+    with files_no_larger_than(100):
+        code, text = said(*command, "-o", tmp_path)
+    assert code == 2, text
+    assert "cannot be written" in text
+    assert "Make room" in text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_truncated_model_to_begin_with(tmp_path: Path) -> None:
@@ -316,7 +382,8 @@ SWEEPS = [
     ("sweep", ("--scenarios", "instructio"), "Did you mean 'instruction'"), ("sweep", ("--strengths", "1e30"), "would drown"),
     ("sweep", ("--methods", "ties:density=0"), "density is 0"), ("sweep", ("--methods", "teis"), "Did you mean 'ties'"),
     ("sweep", ("--grid", "smal"), "Did you mean 'small'"), ("flow", ("--device", "meta"), "not run on the device"),
-    ("flow", ("--seed", LONG), "is not from 0"),
+    ("flow", ("--seed", LONG), "is not from 0"), ("sweep", ("--strengths", "inf"), "not a list of numbers"),
+    ("sweep", ("--strengths", "1,1"), "names 1.0 twice"),
 ]  # fmt: skip
 
 
@@ -369,6 +436,7 @@ SPOILED: dict[str, tuple[Callable, str]] = {
     "a column less": (lambda table: table.drop(columns="value"), "have no column 'value'"),
     "all NaN": (lambda table: table.assign(value=np.nan), "are missing"),
     "text": (lambda table: table.assign(value="much"), "which is no number"),
+    "a gap": (lambda table: table.assign(metric=None), "has gaps"),
     "no facts": (lambda table: table, "does not say how it was measured"),
 }
 
@@ -393,16 +461,68 @@ def test_rows_that_cannot_be_drawn(how: str, tmp_path: Path) -> None:
         assert message in text
 
 
-def test_a_full_disk_is_one_to_safetensors_too(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the disk: safetensors says either with an error of its own."""
-    path, old = tmp_path / "maps.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
+def test_rows_without_what_a_figure_shows(tmp_path: Path) -> None:
+    write_table(tmp_path / "figure3/flow.parquet", rows([(0, "none", 0, "other", 0.1)]), {"model": "a model"})
+    code, text = said("figures", "figure3", "-o", tmp_path)
+    assert code == 2, text
+    assert "cannot be drawn from the rows" in text
+    assert "metrics are other" in text
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """A process's limit on the size of its files stands in for a full disk: libraries say either in the same way."""
+    old, cached = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # or half a module would be left of one that is imported meanwhile
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
-        with pytest.raises(AnchorsError, match="cannot be written"):
-            write_atomic(path, lambda draft: save_file({"a": torch.zeros(1 << 18)}, draft))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert not list(tmp_path.iterdir())
+        sys.dont_write_bytecode = cached
+
+
+def test_a_full_disk_is_one_to_the_writers_of_libraries_too(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "maps.safetensors"
+    with files_no_larger_than(1 << 10):
+        with pytest.raises(AnchorsError, match=r"cannot be written.*\n.*Make room"):
+            write_atomic(path, lambda draft: save_file({"a": torch.zeros(1 << 18)}, draft))
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(AnchorsError, match=r"cannot be written.*\n.*Make room"), writing(tmp_path):
+            tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "suite.json": lambda path: Suite.open(path.parent),
+    "config.json": lambda path: Checkpoint.open(path.parent),
+    "training/run.json": lambda path: training.Checkpoint(path.parents[1]).check({}),
+    "data.json": rows_of,
+    "data.jsonl": rows_of,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_json_nested_too_deep_is_none_to_every_reader(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(DEEP)
+    with pytest.raises(AnchorsError, match="nested too deep"):
+        READERS[name](tmp_path / name)
+    assert parsed('{"a": [1]}') == {"a": [1]}
+
+
+def test_all_words_are_not_the_best_ones() -> None:
+    assert best_words(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices.tolist() == [[1, 2]]
+    with pytest.raises(AnchorsError, match="the vocabulary has 3"):
+        best_words(torch.zeros(1, 3), 3)
+
+
+def test_a_merge_beyond_any_norm_is_refused() -> None:
+    plain = torch.ones(4, 4)
+    assert _compared("q", 2 * plain, plain)["change"] == 4
+    with pytest.raises(AnchorsError, match="beyond float32"):
+        _compared("q", torch.full((4, 4), 3e38), plain)
 
 
 def test_json_is_whole_or_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,19 +534,12 @@ def test_json_is_whole_or_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_output_of_another_encoding_is_still_written() -> None:
-    code = "import sys; from anchors.cli.common import print_json; print_json(['Σ', 'é', '😀'])"
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        check=True,
+    code = (
+        "import sys; from anchors.cli import common, main; common.print_json(['Σ', 'é', '😀']); "
+        "sys.argv = ['anchors', 'run', '--help']; main()"
     )
-    assert json.loads(shown.stdout) == ["Σ", "é", "😀"]
-    code = "import sys; sys.argv = ['anchors', 'run', '--help']; from anchors.cli import main; main()"
-    helped = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        check=False,
-    )
-    assert helped.returncode == 0, helped.stderr
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown, _ = json.JSONDecoder().raw_decode(done.stdout.decode("ascii"))
+    assert shown == ["Σ", "é", "😀"]

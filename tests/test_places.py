@@ -13,6 +13,7 @@ from anchors.cli import app
 from anchors.errors import AnchorsError
 from anchors.injection.demo.build import MARK
 from anchors.places import file_name, require_another, require_inside
+from anchors.results import write_atomic
 
 
 def test_a_draft_that_is_a_link_is_not_followed(models: Saved, tmp_path: Path) -> None:
@@ -140,3 +141,21 @@ def test_a_folder_with_a_stages_name_is_not_overwritten(tmp_path: Path) -> None:
     assert said.exit_code == 2, said.output
     assert (tmp_path / "demo" / "base" / "thesis.txt").read_text() == "mine"
     assert not (tmp_path / "demo" / "base" / MARK).exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "link to nothing"])
+def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    place, aim = tmp_path / "out.html", tmp_path / "aim"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(aim)
+        if kind == "link":
+            aim.write_text("mine")
+    before = place.lstat()
+    with pytest.raises(AnchorsError, match="not a file: it would be replaced"):
+        write_atomic(place, lambda draft: draft.write_text("x"))
+    with pytest.raises(AnchorsError, match="not a file: it would be replaced"):
+        require_another(place, [])
+    assert os.path.samestat(place.lstat(), before)
+    assert kind != "link" or aim.read_text() == "mine"
