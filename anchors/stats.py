@@ -108,16 +108,23 @@ def refuse_models(rows: pd.DataFrame) -> None:
         raise AnchorsError(f"The rows are of several models: {models}.", "Summarise one model at a time.")
 
 
-def refuse_doubles(rows: pd.DataFrame) -> None:
+PLACE = (*GROUP, "seed", "number", "condition", "metric", "layer", "group", "head", "place")
+"""The columns that tell one value of a study of tasks from another."""
+
+
+def refuse_doubles(rows: pd.DataFrame, place: Sequence[str] = PLACE) -> None:
     """Rows must be of one model and every value there once: nothing is averaged over models or over two label sets under one
     name. Every summary calls this first.
+
+    Args:
+        rows: of one model.
+        place: the columns that tell one value from another; those that the rows lack do not.
 
     Raises:
         AnchorsError: rows of several models, or values that are there several times.
     """
     refuse_models(rows)
-    identity = [*GROUP, "seed", "number", "condition", "metric", "layer", "group", "head", "place"]
-    doubles = rows.duplicated([name for name in identity if name in rows])
+    doubles = rows.duplicated([name for name in place if name in rows])
     if doubles.any():
         raise AnchorsError(
             f"{int(doubles.sum())} values stand there more than once for the same prompt, condition and metric.",

@@ -16,11 +16,13 @@ import pandas as pd
 from anchors.injection.flow import INTO_LABELS, INTO_TARGET, SUMS
 from anchors.injection.flow_report import GOLD, NOBODY
 from anchors.intervals import interval
-from anchors.stats import resampling
+from anchors.stats import refuse_doubles, resampling
 
 MEASURES = ("loss", "odds", "share")
 PARTS = ("all", "shallow", "deep")
 SETTING = ["scenario", "labels", "expert", "strength"]
+PLACE = (*SETTING, "seed", "number", "metric", "layer")
+"""The columns that tell one value from another."""
 
 
 def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]:
@@ -31,7 +33,11 @@ def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]
         `strengths`: the same by setting, measure, metric and part of the layers (all, shallow, deep: the sum, for shares
             the mean over them), and `change`, change_low, change_high: the value over that before injection, minus 1.
         `accuracy`: by scenario, expert and strength.
+
+    Raises:
+        AnchorsError: rows of several models, or values that are there several times (of two runs, say).
     """
+    refuse_doubles(rows, PLACE)
     flows, sums, changes = [], [], {}
     for setting, part in _settings(rows):
         data = _Flow.of(part, resamples)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from anchors.errors import AnchorsError
 from anchors.intervals import interval
-from anchors.stats import RESAMPLES, resampling
+from anchors.stats import RESAMPLES, refuse_doubles, resampling
 
 RETENTION = 0.95
 """Of the uninjected VLM's vision: what a setting must keep to be chosen, unless another share is asked for."""
@@ -23,6 +23,8 @@ NEAR = 0.9
 CONDITIONS = ("skill", "vision", "blank", "shuffled")
 VLM, ORACLE, REFERENCE, ANCHOR = "VLM alone", "text oracle", "reference", "task-arithmetic"
 RECIPE = ["family", "method", "strength", "density", "layers", "embeddings", "options"]
+PLACE = ("seed", "scenario", "setting", "mask", "condition", "split", "kind", "number")
+"""The columns that tell one answer from another."""
 SIZES = ["changed", "norm", "relative", "dose"]
 
 
@@ -97,7 +99,11 @@ def tables(
         summary: every setting and reference of every scenario; best: the setting of each family that was chosen on
         `tune` (on `split` itself where `chosen_apart` says no) with what it does on `split`, see `best_table`; matched, sensitivity and scenarios:
         see the functions of these names.
+
+    Raises:
+        AnchorsError: rows of several models, or answers that are there several times (of two runs, say).
     """
+    refuse_doubles(rows, PLACE)
     parts: dict[str, list[pd.DataFrame]] = {}
     chosen: dict[str, tuple[Samples, pd.DataFrame, str]] = {}
     for scenario in dict.fromkeys(settings["scenario"]):

@@ -169,11 +169,15 @@ def map_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     `tokens`: position, role, text, and whether it is counted as a label word (a position p_k, which S_wp and S_pq are sums
     over). In rows that do not say, from before they did, every token of a label word is. `flows`: layer, from_, to, value.
+
+    Raises:
+        AnchorsError: rows of several models, or flows that are there several times.
     """
     refuse_models(rows)  # a token's text may stand there several times
     tokens = rows[rows["metric"].str.startswith("token/")]
     parts = tokens["metric"].str.split("/", n=2, expand=True)
     flows = rows[rows["metric"].str.startswith("flow/")]
+    refuse_doubles(flows)
     ends = flows["metric"].str.split("/", expand=True)
     own = ["task", "seed", "number", "value"]
     counted = pd.MultiIndex.from_frame(rows.loc[rows["metric"] == "counted", own])
