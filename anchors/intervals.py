@@ -20,7 +20,7 @@ EQUAL_TO = 1e-12
 
 def interval(
     samples: np.ndarray, confidence: float = 0.95, count: np.ndarray | float | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | np.floating, np.ndarray | np.floating, np.ndarray | np.floating]:
     """The estimate (row 0) and the interval that the resamples (the other rows) give.
 
     Percentiles of the resamples. Where these are all the same number, as those of 3 right answers out of 3 are, a
@@ -55,7 +55,7 @@ def settled(samples: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # columns without any number
         gap = np.nanmax(samples, 0) - np.nanmin(samples, 0)
-        return gap <= EQUAL_TO * np.nanmax(np.abs(samples), 0)
+        return np.asarray(gap <= EQUAL_TO * np.nanmax(np.abs(samples), 0))
 
 
 def method(samples: np.ndarray, count: np.ndarray | float | None = None) -> np.ndarray:

@@ -60,7 +60,9 @@ class Witness:
             AnchorsError: the model by itself does not run.
         """
         parts: list[Part] = [*model.modules(), *_configurations(model)]
-        witness = cls(model, tuple((part, _copied(vars(part))) for part in parts), ids, torch.empty(2, 0, 0))
+        witness = cls(
+            model, tuple((part, _copied(vars(part))) for part in parts), ids, torch.empty(*ids.shape, 0)
+        )
         return replace(witness, said=witness.logits(ids))
 
     @contextmanager

@@ -129,7 +129,7 @@ def curve(
 
 def bars(
     axes: Axes,
-    x: Sequence[float],
+    x: Sequence[float] | np.ndarray,
     table: pd.DataFrame,
     colour: str,
     name: str,

@@ -9,12 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["COLUMNS"] = "200"  # what is printed is read whole, whatever terminal the tests run in
 
-from jaxtyping import install_import_hook
+import checking
 
-HOOKED = (
-    "attention", "compression", "context", "diagnosis", "flow", "icl", "isolation", "models", "readout", "reweighting"
-)  # fmt: skip
-install_import_hook([f"anchors.{name}" for name in HOOKED], "beartype.beartype")
+checking.install()
 
 import pytest
 import torch
@@ -47,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(without)
+
+
+@pytest.fixture
+def wrong_types() -> Iterator[None]:
+    """See `checking.unchecked`."""
+    with checking.unchecked():
+        yield
 
 
 @pytest.fixture(scope="session")

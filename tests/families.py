@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from anchors.architectures import known
 from anchors.nsa.config import NSAConfig
 
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -60,6 +61,7 @@ DENSE = sorted(set(CONFIGS) - {"nsa"})
 
 def make(family: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of a family, with weights large enough for attention to be far from uniform."""
+    known()
     torch.manual_seed(sorted(CONFIGS).index(family))
     config = type(CONFIGS[family]).from_dict(CONFIGS[family].to_dict() | {"vocab_size": vocabulary})
     config._attn_implementation = "eager"

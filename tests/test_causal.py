@@ -147,6 +147,7 @@ def test_layers_below_the_patch_share_memory(gpt2, tmp_path):
         causal.demand_equal(context, state.exchanged)
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_label_words_are_exchanged_within_equal_lengths():
     task = SimpleNamespace(name="own", labels=tuple("abcde"))
     for seed in range(20):
@@ -206,6 +207,7 @@ def test_a_stream_that_is_not_met_exactly_once_is_refused(gpt2, prompts):
         gpt2.model.generate(torch.tensor([prompts[0].ids]), max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_settings_that_cannot_work_are_refused(gpt2, tmp_path):
     for wrong in (
         {"positions": ("labels",)},

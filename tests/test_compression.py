@@ -157,6 +157,7 @@ def test_positions_of_the_test_input(gpt2, make_cell, rule):
         assert torch.equal(own, full[:, :, kept])
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_rules_and_tokens_that_cannot_work(gpt2, make_cell):
     prompt = make_cell().prompts[0].prompt
     whole = encode(gpt2, prompt.ids[: prompt.query])

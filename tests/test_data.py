@@ -137,6 +137,7 @@ def test_whole_numbers_in_toml_are_label_words(tmp_path, mark):
         ("labels = [" + "9" * 5000 + "]", "is not TOML"),
     ],
 )
+@pytest.mark.usefixtures("wrong_types")
 def test_toml_values_of_other_types_are_refused(tmp_path, line, said):
     lines = {"template": "template = '{text}:{label}'", "labels": "labels = ['a', 'b']"}
     path = tmp_path / "mood.toml"
@@ -147,6 +148,7 @@ def test_toml_values_of_other_types_are_refused(tmp_path, line, said):
 
 
 @pytest.mark.parametrize("labels", ["ab", [0, 1]])
+@pytest.mark.usefixtures("wrong_types")
 def test_label_words_from_python_are_strings(labels):
     with pytest.raises(AnchorsError, match="string"):
         task(template="{text}:{label}", labels=labels)

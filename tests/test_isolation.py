@@ -143,6 +143,7 @@ def test_more_layers_than_the_model_has_are_an_error(gpt2, make_cell, sides):
     "settings",
     [{"layers": ()}, {"layers": (0,)}, {"sides": ("middle",)}, {"positions": ("text",)}, {"top": 0}],
 )
+@pytest.mark.usefixtures("wrong_types")
 def test_settings_that_cannot_work(settings):
     with pytest.raises(AnchorsError):
         Isolation(**settings)

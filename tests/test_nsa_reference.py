@@ -238,6 +238,7 @@ def broken(name):
         ("twice", "twice in a row"), ("rows", "idx has the shape"), ("triton", "tensors on cpu"), ("backend", "no backend called"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("wrong_types")
 def test_bad_input_is_refused(name, said):
     q, kv, gates, geometry, options = broken(name)
     with pytest.raises(AnchorsError, match=said):

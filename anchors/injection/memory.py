@@ -80,7 +80,7 @@ class TaskVectors:
 
     @classmethod
     def of(
-        cls, vlm: Weights, base: Weights, expert: Weights, *, tokenizers: tuple[Any, Any, Any] | None = None
+        cls, vlm: Weights, base: Weights, expert: Weights, *, tokenizers: Sequence[Any] | None = None
     ) -> "TaskVectors":
         """The task vectors of a vision-language model and an expert over a base.
 

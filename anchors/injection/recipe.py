@@ -62,7 +62,7 @@ class Recipe:
     layers: tuple[int, int] | None = None
     per_layer: tuple[float, ...] | None = None
     embeddings: str = "keep"
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -105,7 +105,7 @@ class Recipe:
             raise AnchorsError(
                 f"There is no policy of embeddings {self.embeddings!r}.", nearest(self.embeddings, POLICIES)
             )
-        if unknown := [name for name, _ in self.options if name not in own.defaults or name == "density"]:
+        if unknown := [name for name in dict(self.options) if name not in own.defaults or name == "density"]:
             known = [name for name in own.defaults if name != "density"]
             raise AnchorsError(
                 f"{self.method} has no option {unknown[0]!r}.",
@@ -161,7 +161,7 @@ class Recipe:
             parts.append(f"λv={self.vlm_strength:g}")
         if self.density is not None:
             parts.append(f"d={self.density:g}")
-        parts += [f"{name}={value}" for name, value in self.options]
+        parts += [f"{name}={value}" for name, value in dict(self.options).items()]
         if self.layers is not None:
             parts.append(f"layers {self.layers[0]}–{self.layers[1]}")
         if self.embeddings != "keep":

@@ -152,6 +152,7 @@ class VisionLanguageModel(Routed):
                     padded(range(len(r), len(r) + len(a)), [], -1, most)
                     for r, a in zip(ids, after, strict=True)
                 ],
+                dtype=torch.long,
                 device=self.device,
             ).view(len(ids), most),
             marked=marked,

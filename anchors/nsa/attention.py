@@ -156,7 +156,7 @@ def trace(
     force: Tensor | None = None,
     ban: Tensor | None = None,
     bias: Tensor | None = None,
-    token_bias: Float[Tensor, "batch #heads query tokens"] | None = None,
+    token_bias: Float[Tensor, "#batch #heads query tokens"] | None = None,
 ) -> Trace:
     """The same by the equations, with all that lies between; memory O(T²).
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,6 +34,7 @@ class Rows:
     knowable: Bool[np.ndarray, "batch tokens"]
 
 
+@runtime_checkable
 class Data(Protocol):
     """Anything a model can be trained on: rows depend on (seed, number, held_out) alone."""
 

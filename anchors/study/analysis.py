@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from anchors.models import LanguageModel
@@ -45,6 +45,7 @@ class Cell:
     folder: Path
 
 
+@runtime_checkable
 class Analysis(Protocol):
     """What is measured on a prompt. A frozen data class: its fields are its settings.
 

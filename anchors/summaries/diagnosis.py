@@ -90,7 +90,7 @@ def diagnosis_summary(
                     }
                     | {"actual": mean[i, j], "low": low[i, j], "high": high[i, j], "interval": how[i, j]}
                     | {"one_texts": texts[i, j], "other_texts": texts[j, i]}
-                    | {"note": _why_missing(mean[i, j], labels, gold, i, j)}
+                    | {"note": _why_missing(float(mean[i, j]), labels, gold, int(i), int(j))}
                 )
             rho, p = mantel(predicted[have], mean[have])
             samples = np.array([_spearman(predicted[upper], a[upper]) for a in actual])
