@@ -22,6 +22,7 @@ from anchors.identity import software
 from anchors.injection.evaluate import Prepared, prepare, score
 from anchors.injection.flow import ImageBatch, collate, demand, image_flow
 from anchors.injection.flow_prompts import Drawn, draw, own_answers
+from anchors.injection.flow_rows import GOLD, IDENTITY, KIND, NOBODY, OWN, ROWS, VERSION, Measured
 from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Suite
@@ -29,13 +30,6 @@ from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
 from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent, told
 
-KIND, VERSION = "inject-flow", 1
-IDENTITY = ("seed", "expert", "scenario", "labels", "strength")
-ROWS = [*IDENTITY, "number", "layer", "metric", "value"]
-NOBODY = "none"
-"""The expert of the VLM before injection, at strength 0."""
-GOLD, OWN = "gold", "own"
-"""Whose answers: the suite's, or those that the VLM gave before injection (no labels are used)."""
 BATCH = {"cpu": 16, "cuda": 64}
 
 
@@ -62,6 +56,15 @@ class Wanted:
     scenarios: tuple[str, ...] | None = None
     experts: tuple[str, ...] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        found = tuple(sorted({*self.strengths, 0.0}))
+        if len(found) < 2 or found[0] < 0:
+            raise AnchorsError(
+                f"Strengths of {','.join(f'{x:g}' for x in self.strengths)}: there must be a λ above 0 and none below.",
+                "For example: --strengths 0,0.5,1",
+            )
+        object.__setattr__(self, "strengths", found)
 
     def of(self, suite: Suite) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The scenarios and experts of a suite that are measured.
@@ -92,25 +95,6 @@ class Wanted:
                     if scenario in (suite.vision, expert):
                         found[expert] += [(scenario, labels, s) for s in self.strengths if s != 0]
         return found
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Tidy rows of all suites, and what they depend on.
-
-    Attributes:
-        rows: columns seed, expert, scenario, labels, strength, number, layer, metric, value; layer -1 is no layer.
-        ratios: by seed and expert ‖τ_v‖ / ‖τ_e‖ over the tower without embedding and head.
-        vision: name of the scenario that the VLM could do before.
-        configs: one per run on disk.
-        notes: what was found there that a reader must know.
-    """
-
-    rows: pd.DataFrame
-    ratios: pd.DataFrame
-    vision: str
-    configs: list[dict[str, Any]]
-    notes: tuple[str, ...] = ()
 
 
 def measure(
