@@ -7,6 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 from injection_suites import build
+from matplotlib.figure import Figure
 from nsa_probing import EPISODES, save
 from typer.testing import CliRunner
 
@@ -56,6 +57,8 @@ def test_it_is_foretold_measured_taken_up_again_and_drawn_again(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
+    for slow in ("inject_flow.draw", "inject_sweep.curves"):  # drawn in tests of their own
+        monkeypatch.setattr(f"anchors.figures.{slow}", lambda *_: Figure())
     line, out = BUILT_IN[name], tmp_path / "out"
     folder = out / line.folder
     command = [*line.command.split(), source, *ASKED[name], "--device", "cpu", "-o", folder]
