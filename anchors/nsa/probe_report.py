@@ -22,6 +22,8 @@ from anchors.nsa.episodes import Episodes
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.probe import KIND, Probe, geometry_of, measure, stretch, vocabulary_of
 from anchors.nsa.probe_identity import identity_table
+from anchors.nsa.probe_interventions import conditions
+from anchors.nsa.probe_taps import Places
 from anchors.study.engine import Progress, Unit
 from anchors.study.plan import Outlook, foretold
 from anchors.study.report import Found, Inquiry, Report, conclude
@@ -110,7 +112,12 @@ class Probing(Inquiry):
         def tokens(units: Sequence[Unit]) -> int:
             return sum(len(self.probe.prompt(number).ids) for _, number in units)
 
-        return foretold([own], out, self.model, tokens)
+        first, passes = self.probe.prompt(0), 3.0  # forward and backward
+        if self.probe.interventions:
+            places, geometry = Places.of(first, np.random.default_rng(0)), geometry_of(self.model)
+            layers = frozenset(range(self.model.n_layers))
+            passes += 1 + len(conditions(layers, places, len(first.ids), geometry))
+        return foretold([own], out, self.model, tokens, passes)
 
     def pages(self, found: Found, facts: dict[str, Any], *, pages: int = 0) -> dict[str, str]:
         """Blocks and flow of some prompts."""

@@ -95,14 +95,15 @@ def foretold(
     out: Path,
     model: LanguageModel | None = None,
     tokens: Callable[[Sequence[Unit]], int] | None = None,
+    passes: float = 1.0,
 ) -> list[Outlook]:
     """What is left of each stretch of work; nothing is written.
 
     Args:
         stretches: the work.
         out: folder whose `runs` holds what is finished.
-        model, tokens: by which time, operations and memory are foretold, of one forward pass; without them nobody knows
-            these before.
+        model, tokens: by which time, operations and memory are foretold; without them nobody knows these before.
+        passes: about how many forward passes a unit costs.
     """
     found = []
     for own in stretches:
@@ -111,8 +112,8 @@ def foretold(
         found.append(
             Outlook(
                 own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left), size,
-                seconds=None if model is None else (size * seconds_per_token(model) if left else 0.0),
-                flop=None if each is None else 2.0 * each * size,
+                seconds=None if model is None else (passes * size * seconds_per_token(model) if left else 0.0),
+                flop=None if each is None else 2.0 * each * passes * size,
                 memory=0 if model is None else held_bytes(model),
             )
         )  # fmt: skip
