@@ -62,7 +62,7 @@ VERBS = {
 
 
 def test_every_verb_of_a_study_is_tried():
-    assert set(VERBS) == {name for name, study in BUILT_IN.items() if study.verb}
+    assert set(VERBS) == {name for name, study in BUILT_IN.items() if study.verb and study.asked == "prompts"}
 
 
 @dataclass(frozen=True)
