@@ -53,11 +53,14 @@ class Drawing:
 
         if self.columns and kind != self.figure:
             return read_table(file)
-        columns, numeric = (self.columns, self.columns[-1:]) if self.columns else (ROWS, NUMERIC)
+        columns = self.columns or ROWS
+        numeric = [name for name in columns if name in NUMERIC or name in OTHERS]
         return read_rows(file, columns, numeric, {"model": str})
 
 
 NUMERIC = ("seed", "number", "layer", "value")
+OTHERS = ("group", "head", "place", "mask", "strength", "correct")
+"""Columns of numbers that rows of other studies have."""
 ROWS = ("model", "task", "condition", "metric", *NUMERIC)
 """Columns that all rows have, of a measurement (see `anchors.runner.Measured`) and of what stands beside it."""
 

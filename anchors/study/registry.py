@@ -51,7 +51,7 @@ class Study:
             `anchors.study.report.Inquiry` of them.
         units: what its progress counts.
         more: what is kept with its rows, by name; `tables` then takes these by their names and the provenance as `facts`.
-        columns: of its rows, where they are not those of prompts; the last one holds numbers.
+        columns: of its rows, where they are not those of prompts; the last one is the value.
         group: of verbs, in which its verb is what its name has after this; by default there is none.
         verb: whether there is a verb of its name.
         home: which package brings it.
