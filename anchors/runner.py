@@ -2,7 +2,7 @@
 
 import platform
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from anchors.lengths import alike
 from anchors.models import LanguageModel
 from anchors.results import Run
 from anchors.study.analysis import Analysis, Cell, Record
-from anchors.study.engine import Lot, Progress, silent, work
+from anchors.study.engine import Lot, Progress, Stretch, carry_out, silent
 from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, Drawn, draw, within_context
@@ -156,6 +156,7 @@ def measure(
     *,
     out: Path | None = None,
     progress: Progress = silent,
+    certify: Callable[[], object] = lambda: None,
 ) -> Measured:
     """Run an analysis on every prompt that the protocol draws, computing only what `out` does not hold.
 
@@ -163,12 +164,14 @@ def measure(
         model, analysis, task, data, how: what is measured.
         out: results folder; finished batches are kept under its `runs`. None takes a new temporary folder.
         progress: called with (prompts done, prompts in all).
+        certify: asked before the first prompt, see `anchors.study.engine.Stretch`.
 
     Raises:
         AnchorsError: see `draw`, `within_context` and the analysis.
     """
+    out = out or Path(tempfile.mkdtemp(prefix="anchors-"))
     with held(model.model, found := model.identity):
-        return _measured(model, analysis, task, data, how, out, progress, unknown_code(found))
+        return _measured(model, analysis, task, data, how, out, progress, certify, unknown_code(found))
 
 
 def unknown_code(found: Identity) -> tuple[str, ...]:
@@ -187,18 +190,21 @@ def _measured(
     task: Task,
     data: Data,
     how: Sample,
-    out: Path | None,
+    out: Path,
     progress: Progress,
+    certify: Callable[[], object],
     notes: tuple[str, ...],
 ) -> Measured:
     config = config_of(model, analysis, task, data, how)
-    out = out or Path(tempfile.mkdtemp(prefix="anchors-"))
-    run = Run.open(out, analysis.kind, config, model=model.name)
-    cells, skipped = _cells(model, analysis, task, data, how, run.folder)
+    folder = Run.at(out, analysis.kind, config).folder
+    cells, skipped = _cells(model, analysis, task, data, how, folder)
     if not any(units for _, units in cells.values()):
         raise AnchorsError("Every prompt is longer than the model's context.", "Use fewer --shots.")
     lots = [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
-    rows = work(run, lots, progress)
+    units = [unit for lot in lots for unit in lot.units]
+    rows, (run,) = carry_out(
+        [Stretch(config, units, lambda _: lots, model.name, certify=certify)], out, progress
+    )
     for name, value in {
         "control": how.control,
         "shots": how.shots,

@@ -130,6 +130,16 @@ def print_data(tasks: "Sequence[Task]", sets: "Sequence[Data]") -> None:
         err.print(f"[dim]{escape(f'{task.name}: {data.facts(task).read()}')}[/]")
 
 
+def load_libraries() -> None:
+    """Load torch and transformers, saying so; they say nothing themselves."""
+    with err.status("loading torch and transformers"):
+        from transformers.utils import logging as transformers_logging
+
+        import anchors.models  # noqa: F401
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def load_model(
     model: str | None,
     device: str,
@@ -139,13 +149,9 @@ def load_model(
     trust_remote_code: bool,
 ) -> "LanguageModel":
     """Load a model, saying so."""
-    with err.status("loading torch and transformers"):
-        from transformers.utils import logging as transformers_logging
+    load_libraries()
+    from anchors.models import load
 
-        from anchors.models import load
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     with err.status(f"loading {escape(model or 'the default model')}"):
         return load(
             model,
@@ -271,8 +277,10 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
     for name, part in every:
         cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
-        table.add_row(name, *map(str, cells), work, _clock(part.seconds))
-    table.caption = f"about {_clock(sum(part.seconds for _, part in every))} in all, without loading and certifying the model"
+        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else _clock(part.seconds))
+    known = [part.seconds for _, part in every if part.seconds is not None]
+    time = f"about {_clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
+    table.caption = f"{time}, without loading and certifying the model"
     if len(plans) > 1:
         table.caption += "; cells that experiments share count more than once"
     if memory := max((part.memory for _, part in every), default=0):
@@ -458,8 +466,10 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def span(text: str, option: str) -> tuple[int, int]:
-    """A number, or a range as 4-8."""
+def span(text: str | None, option: str) -> tuple[int, int] | None:
+    """A number, or a range as 4-8; None where nothing was given."""
+    if text is None:
+        return None
     low, dash, high = text.partition("-")
     first, last = whole_number(low.strip()), whole_number(high.strip() if dash else low.strip())
     if first is None or last is None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from anchors.cli.run import Folder
 from anchors.errors import AnchorsError, brief, nearest
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from anchors.summaries import Rows, Tables
 
 Names = Annotated[
@@ -28,21 +30,37 @@ class Drawing:
     """What is drawn again.
 
     Attributes:
-        name: of the experiment or study, its folder and its files.
+        name: of the experiment or study, and its folder.
+        stem: what its files' names begin with.
         files: of its rows by kind.
-        tables: from rows to tables.
+        tables: from rows to tables; None where the kind of rows says it.
         figure: kind of picture.
         mend: the command that makes its rows.
+        columns: of its rows, where they are not those of prompts.
     """
 
     name: str
+    stem: str
     files: dict[str, Path]
-    tables: "Callable[[Rows], Tables]"
+    tables: "Callable[[Rows], Tables] | None"
     figure: str
     mend: str
+    columns: tuple[str, ...] = ()
+
+    def read(self, kind: str, file: Path) -> "tuple[pd.DataFrame, dict[str, Any]]":
+        """Rows and their facts; see `anchors.results.read_rows`."""
+        from anchors.results import read_rows, read_table
+
+        if self.columns and kind != self.figure:
+            return read_table(file)
+        columns = self.columns or ROWS
+        numeric = [name for name in columns if name in NUMERIC or name in OTHERS]
+        return read_rows(file, columns, numeric, {"model": str})
 
 
 NUMERIC = ("seed", "number", "layer", "value")
+OTHERS = ("group", "head", "place", "mask", "strength", "correct")
+"""Columns of numbers that rows of other studies have."""
 ROWS = ("model", "task", "condition", "metric", *NUMERIC)
 """Columns that all rows have, of a measurement (see `anchors.runner.Measured`) and of what stands beside it."""
 
@@ -50,9 +68,8 @@ ROWS = ("model", "task", "condition", "metric", *NUMERIC)
 def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
-        from anchors.results import read_rows
-        from anchors.shelf import Shelf, contained
-        from anchors.summaries import marked
+        from anchors.shelf import contained
+        from anchors.study.report import leave, tabulated
 
         drawn_any = False
         for drawing in drawings(names, to):
@@ -64,9 +81,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                 raise AnchorsError(
                     f"{str(folder)!r} holds no rows of {', '.join(missing)}.", f"Run `{drawing.mend}` first."
                 )
-            read = {
-                kind: read_rows(file, ROWS, NUMERIC, {"model": str}) for kind, file in drawing.files.items()
-            }
+            read = {kind: drawing.read(kind, file) for kind, file in drawing.files.items()}
             (first, facts), *others = ((kind, facts) for kind, (_, facts) in read.items())
             for kind, other in others:
                 if not (contained(facts, other) and contained(other, facts)):
@@ -76,28 +91,21 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                     )
             rows = {kind: rows for kind, (rows, _) in read.items()}
             try:
-                tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
-                from anchors.figures import draw
-
-                drawn = draw(drawing.figure, tables, facts["model"])
+                tables = tabulated(rows, facts, drawing.tables)
+                result = leave(folder, drawing.stem, facts, tables, drawing.figure)
             except AnchorsError:
                 raise
             except (LookupError, ValueError) as error:
-                held = sorted({metric for table in rows.values() for metric in table["metric"].astype(str)})
+                held = [set(t["metric"].astype(str)) for t in rows.values() if "metric" in t]
                 raise AnchorsError(
                     f"{drawing.name} cannot be drawn from the rows in {str(folder)!r}, whose metrics are "
-                    f"{brief(', '.join(held), 200)}: {brief(error)}.",
+                    f"{brief(', '.join(sorted(set().union(*held))), 200)}: {brief(error)}.",
                     f"Run `{drawing.mend}` again.",
                 ) from error
-            shelf = Shelf(folder, drawing.name)
-            for name, table in tables.items():
-                shelf.table(f"{drawing.name}_{name}", table)
-            shelf.figure(drawing.name, drawn)
-            files, moved = shelf.write(facts)
-            common.print_notes(moved)
-            common.print_files(files)
+            common.print_notes(result.notes[len(facts.get("notes", ())) :])
+            common.print_files(result.files)
             drawn_any = True
-            if drawn is None:
+            if not any(file.suffix == ".png" for file in result.files):
                 err.print(f"{drawing.name} has no picture; its tables are written.")
         if not drawn_any:
             raise AnchorsError(
@@ -109,10 +117,10 @@ def drawings(names: list[str], to: Path) -> list[Drawing]:
     """What these names stand for: experiments, and studies by their verbs."""
     from anchors.experiments import CATALOGUE
     from anchors.study.registry import STUDIES
-    from anchors.summaries import tables_of
 
     found = {
         e.name: Drawing(
+            e.name,
             e.name,
             {kind: to / e.name / f"{kind}.parquet" for kind in e.kinds()},
             e.tables,
@@ -123,11 +131,11 @@ def drawings(names: list[str], to: Path) -> list[Drawing]:
     }
     for name, line in STUDIES.items():
         if line.verb:
-            files = {name: to / name / f"{name}.parquet"}
-            if line.beside is not None:
-                beside = to / name / f"{name}_{line.beside[0]}_rows.parquet"
-                files |= {line.beside[0]: beside} if beside.is_file() else {}
-            found[name] = Drawing(name, files, tables_of, name, f"anchors {name}")
+            files = {kind: to / line.folder / f"{stem}.parquet" for kind, stem in line.stems.items()}
+            files = {kind: file for kind, file in files.items() if kind == name or file.is_file()}
+            found[line.folder] = Drawing(
+                line.folder, line.stems[name], files, None, name, f"anchors {line.command}", line.columns
+            )
     if "all" in names:
         return list(found.values())
     if unknown := [name for name in names if name not in found]:

@@ -10,8 +10,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from anchors.cli import common, inject_demo, inject_flow, inject_show, inject_sweep
+from anchors.cli import common, inject_demo, inject_show
 from anchors.cli.common import err, out
+from anchors.cli.verb import add_verbs
 from anchors.errors import AnchorsError, parsed
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ SHARD_SIZE = "1GB"
 
 class MergeOrCommand(TyperGroup):
     """A group that merges when what follows is none of its commands, and whose help shows the merge's options, too."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        add_verbs(self, "inject")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not Path(args[0]).exists():
@@ -54,8 +59,6 @@ app = typer.Typer(
 
 
 app.command("demo")(inject_demo.demo)
-app.command("sweep")(inject_sweep.sweep)
-app.command("flow")(inject_flow.flow)
 
 
 @app.command(DEFAULT, hidden=True)

@@ -1,121 +1,27 @@
-"""`anchors inject flow`: information flow from images and text, before and after an injection."""
+"""How `anchors inject flow` shows information flow from images and text, before and after an injection."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
-from anchors.cli import common
-from anchors.cli.common import err, estimate, new_table, out
+from anchors.cli.common import estimate, new_table
 from anchors.cli.inject_sweep import INTERVALS, guessed
-from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-def flow(
-    suites: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="SUITE...",
-            help="Folders of suites; several are trainings of one experiment with other seeds.",
-        ),
-    ],
-    method: Annotated[
-        str, typer.Option(help="How experts are injected.", rich_help_panel="Injection")
-    ] = "task-arithmetic",
-    strengths: Annotated[
-        str, typer.Option(help="λ_e, with commas; 0 is always there.", rich_help_panel="Injection")
-    ] = "0,0.25,0.3,0.5,0.75,1,1.25,1.5",
-    density: Annotated[
-        float | None,
-        typer.Option(help="Of methods that drop entries.", min=0, max=1, rich_help_panel="Injection"),
-    ] = None,
-    experts: Annotated[
-        str, typer.Option(help="Names with commas, or all.", rich_help_panel="Injection")
-    ] = "all",
-    scenarios: Annotated[
-        str,
-        typer.Option(
-            help="Names with commas, or all; an expert is measured on its own and on vision.",
-            rich_help_panel="Protocol",
-        ),
-    ] = "all",
-    shots: Annotated[
-        int, typer.Option(min=0, help="Demonstrations before the query.", rich_help_panel="Protocol")
-    ] = 2,
-    prompts: Annotated[
-        int,
-        typer.Option("--prompts", "-n", min=1, help="Prompts of each scenario.", rich_help_panel="Protocol"),
-    ] = 100,
-    examples: Annotated[
-        int,
-        typer.Option(min=1, help="Examples of each scenario for the accuracy.", rich_help_panel="Protocol"),
-    ] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of the demonstrations.", rich_help_panel="Protocol")] = 0,
-    device: common.Device = "auto",
-    precision: common.Precision = "auto",
-    to: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
-    ] = Path("results/inject-flow"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
-    ] = False,
-) -> None:
-    """Split the information flow by its source (images, text) and see what an injection does to it.
-
-    Image tokens, text, label words and target are the roles of a prompt with demonstrations. Written are the flow by layer
-    before and after, and over λ; whether vision damage goes with lost image flow; and whether a λ that is chosen as the
-    largest that leaves the image flow as it was, within an ε, comes near the best. That choice uses no labels of its
-    expert; ε, like the factor c of the norm-ratio rule, is fitted with labels of the other experts. Running the same
-    command again computes only what is missing.
-    """
-    with common.reporting():
-        from anchors.results import plain, require_writable
-
-        require_writable(to)
-        with err.status("loading torch and transformers"):
-            from transformers.utils import logging as transformers_logging
-
-            from anchors.injection.flow_report import Wanted, measure
-            from anchors.injection.recipe import Recipe
-            from anchors.injection.suite import Suite
-
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        wanted = Wanted(
-            Recipe(method=method, density=density), _with_none(strengths), shots, prompts, examples,
-            common.words(None if scenarios == "all" else scenarios, "--scenarios"),
-            common.words(None if experts == "all" else experts, "--experts"), seed,
-        )  # fmt: skip
-        opened = [Suite.open(folder) for folder in suites]
-        with common.progress_bar("settings") as progress:
-            measured = measure(opened, wanted, out=to, device=device, precision=precision, progress=progress)
-        from anchors.injection.flow_write import write
-
-        with err.status("tables and figures"):
-            tables, files, notes = write(measured, opened, wanted, to)
-        common.print_notes(notes)
-        if as_json:
-            common.print_json({name: plain(table) for name, table in tables.items()})
-            return
-        title = f"{opened[0].name}, {method}"
-        for table in (_strengths(tables, title), _damage(tables, title), _regret(tables, title)):
-            if table is not None:
-                out.print(table)
-        common.print_files(files)
+    from anchors.study.report import Report
 
 
-def _with_none(text: str) -> tuple[float, ...]:
-    found = sorted({*common.numbers(text, "--strengths"), 0.0})
-    if len(found) < 2 or found[0] < 0:
-        raise AnchorsError(
-            f"--strengths {text!r} needs a λ above 0 and none below.", "For example: --strengths 0,0.5,1"
-        )
-    return tuple(found)
+def shown(result: "Report", view: Any) -> Iterator[Table]:
+    """Flow over λ, whether damage goes with it, and rules for λ."""
+    facts = result.facts
+    method = next(part["recipe"]["method"] for part in facts["parts"] if "recipe" in part)
+    for show in (_strengths, _damage, _regret):
+        if (table := show(result.tables, f"{facts['model']}, {method}")) is not None:
+            yield table
 
 
 def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:

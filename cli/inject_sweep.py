@@ -1,150 +1,31 @@
-"""`anchors inject sweep`: which method injects how much of a skill, and what the VLM forgets meanwhile."""
+"""How `anchors inject sweep` shows which method injects how much of a skill, and what the VLM forgets meanwhile."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from anchors.cli import common
-from anchors.cli.common import estimate, out
+from anchors.cli.common import estimate
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from anchors.study.report import Report
 
-def sweep(
-    suites: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="SUITE...",
-            help="Folders with suite.json, as `anchors inject demo` builds them; several are trainings of one experiment "
-            "with different seeds.",
-        ),
-    ],
-    grid: Annotated[
-        str,
-        typer.Option(help="small (some twenty settings) or full (some two hundred).", rich_help_panel="Grid"),
-    ] = "full",
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="With commas, options behind colons: task-arithmetic:vlm_strength=0.8,ties,dare:rescale=none.",
-            rich_help_panel="Grid",
-        ),
-    ] = None,
-    strengths: Annotated[
-        str | None, typer.Option(help="λ of the expert, such as 0.25,0.5,1.", rich_help_panel="Grid")
-    ] = None,
-    densities: Annotated[
-        str | None,
-        typer.Option(help="Of methods that drop entries, such as 0.2,0.5.", rich_help_panel="Grid"),
-    ] = None,
-    draws: Annotated[
-        int | None, typer.Option(min=1, help="Masks of each random method.", rich_help_panel="Grid")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Ranges that are injected, such as 0-3,4-7,all, or thirds; default: all, and in a full grid each third "
-            "of task arithmetic's.",
-            rich_help_panel="Grid",
-        ),
-    ] = None,
-    embeddings: Annotated[
-        str, typer.Option(help="keep, shared-rows, by-token; with commas.", rich_help_panel="Grid")
-    ] = "keep",
-    scenarios: Annotated[
-        str | None,
-        typer.Option(help="With commas; default: all that have an expert.", rich_help_panel="Protocol"),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="At most so many examples of each split.", rich_help_panel="Protocol"),
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="Where results are reported; settings are chosen on `tune`, where the scenario and vision both have it.",
-            rich_help_panel="Protocol",
-        ),
-    ] = "test",
-    controls: Annotated[
-        bool,
-        typer.Option(help="Blank and shuffled images at every setting.", rich_help_panel="Protocol"),
-    ] = True,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompts at once; default: by length.", rich_help_panel="Protocol"),
-    ] = None,
-    retention: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="The share of the VLM's vision that a setting must keep on the examples it is chosen on (`tune`, see "
-            "--split); whether it does so where results are reported is said. Changing it computes nothing anew.",
-            rich_help_panel="Protocol",
-        ),
-    ] = 0.95,
-    device: common.Device = "auto",
-    precision: common.Precision = "auto",
-    to: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
-    ] = Path("results/inject-sweep"),
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
-    ] = False,
-) -> None:
-    """Method × strength × density × mask × layers on the scenarios of a suite: skill gained, vision kept, by intervals.
 
-    Beside every setting stand the same questions on blank and on shuffled images; beside all of them the VLM alone, the
-    expert told in words, the cascade and a fine-tuned VLM. Running the same command again computes only what is
-    missing.
-    """
-    with common.reporting():
-        from anchors.results import require_writable
-
-        require_writable(to)
-        with common.err.status("loading torch and transformers"):
-            from transformers.utils import logging as transformers_logging
-
-            from anchors.injection.grid import Grid
-            from anchors.injection.suite import Suite
-            from anchors.injection.sweep import Sweep
-            from anchors.injection.sweep_report import report
-
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        wanted = Sweep(
-            Grid(
-                grid, common.words(methods, "--methods"), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
-                common.words(layers, "--layers"), common.words(embeddings, "--embeddings") or ("keep",),
-            ),
-            common.words(scenarios, "--scenarios"), split, limit, controls, batch, retention,
-        )  # fmt: skip
-        opened = [Suite.open(path) for path in suites]
-        with common.progress_bar("settings") as progress:
-            result = report(
-                opened, wanted, out=to, device=device, precision=precision, csv=csv, progress=progress,
-            )  # fmt: skip
-        common.print_notes(result.notes)
-        if as_json:
-            common.print_json(result.as_json())
-            return
-        for scenario in dict.fromkeys(result.tables["summary"]["scenario"]):
-            own = {name: t[t["scenario"] == scenario] for name, t in result.tables.items()}
-            guesses = result.tables["guessing"]
-            own["guessing"] = guesses[guesses["scenario"].isin([scenario, opened[0].vision])]
-            for show in (_references, _best, _matched, _sensitivity):
-                if (table := show(own, scenario)) is not None:
-                    out.print(table)
-        out.print(_scenarios(result.tables["scenarios"]))
-        common.print_files(result.files)
+def shown(result: "Report", view: Any) -> Iterator[Table]:
+    """Of every scenario references, what is best, comparisons and sensitivity; all scenarios beside each other."""
+    (vision,) = set(result.tables["guessing"]["scenario"]) - set(result.tables["summary"]["scenario"])
+    for scenario in dict.fromkeys(result.tables["summary"]["scenario"]):
+        own = {name: t[t["scenario"] == scenario] for name, t in result.tables.items()}
+        guesses = result.tables["guessing"]
+        own["guessing"] = guesses[guesses["scenario"].isin([scenario, vision])]
+        for show in (_references, _best, _matched, _sensitivity):
+            if (table := show(own, scenario)) is not None:
+                yield table
+    yield _scenarios(result.tables["scenarios"])
 
 
 INTERVALS = "[95 % bootstrap interval; Wilson's where all answers are right, or all wrong]"

@@ -8,9 +8,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
-from anchors.cli import common, nsa_bench, nsa_probe
+from anchors.cli import common, nsa_bench
 from anchors.cli.common import out as console
+from anchors.cli.verb import add_verbs
 from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
@@ -18,13 +20,22 @@ if TYPE_CHECKING:
     from anchors.nsa.data import Data
     from anchors.nsa.train import Recipe, Trained, Watch
 
+
+class NSAVerbs(TyperGroup):
+    """With the verbs of studies."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        add_verbs(self, "nsa")
+
+
 app = typer.Typer(
+    cls=NSAVerbs,
     help="Native Sparse Attention: train small models and look inside them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
 )
-app.command("probe")(nsa_probe.probe)
 app.command("bench")(nsa_bench.bench)
 
 

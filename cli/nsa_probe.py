@@ -1,151 +1,40 @@
-"""`anchors nsa probe`: what becomes of label words in a model with Native Sparse Attention."""
+"""How `anchors nsa probe` shows what becomes of label words in a model with Native Sparse Attention."""
 
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
-from anchors.cli import common
-from anchors.cli.common import estimate, new_table, out
-from anchors.errors import AnchorsError
+from anchors.cli.common import estimate, new_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT = Path(__file__).parents[1] / "experiments" / "nsa" / "checkpoint"
-"""The model that comes with the repository."""
-OTHER = "The same weights, other blocks"
+    from anchors.study.report import Report
 
 
-def probe(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[MODEL_DIR]",
-            help="A folder of `anchors nsa train`; default: the small model that comes along.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        int, typer.Option("--prompts", "-n", min=1, help="Held-out episodes.", rich_help_panel="Protocol")
-    ] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the episodes.", rich_help_panel="Protocol")] = 0,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Length of an episode; default: as trained.", rich_help_panel="Protocol"),
-    ] = None,
-    demonstrations: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="At most so many before the query; default: as many as fit.",
-            rich_help_panel="Protocol",
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            help="Classes of an episode, e.g. 4-8; default: as trained.", rich_help_panel="Protocol"
-        ),
-    ] = None,
-    words: Annotated[
-        str | None,
-        typer.Option(
-            help="Words of a text, e.g. 16-24: longer ones leave blocks without a label word; default: as trained.",
-            rich_help_panel="Protocol",
-        ),
-    ] = None,
-    keyword_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of a text's words that are its class's; default: as trained.",
-            rich_help_panel="Protocol",
-        ),
-    ] = None,
-    d: Annotated[
-        int | None, typer.Option("--d", min=1, help="Another stride.", rich_help_panel=OTHER)
-    ] = None,
-    lp: Annotated[
-        int | None, typer.Option("--lp", min=1, help="Other selection blocks, l'.", rich_help_panel=OTHER)
-    ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Another number of blocks.", rich_help_panel=OTHER)
-    ] = None,
-    w: Annotated[
-        int | None, typer.Option("--w", min=1, help="Another window.", rich_help_panel=OTHER)
-    ] = None,
-    interventions: Annotated[
-        bool, typer.Option(help="Ban, force, cut and isolate, too.", rich_help_panel="Protocol")
-    ] = True,
-    vectors: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Label words of a prompt for the identity probe.", rich_help_panel="Protocol"
-        ),
-    ] = 32,
-    device: common.Device = "auto",
-    precision: common.Precision = "auto",
-    to: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel="Output")
-    ] = Path("results/nsa-probe"),
-    pages: Annotated[
-        int, typer.Option(min=0, help="Prompts on the HTML page.", rich_help_panel="Output")
-    ] = 2,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")
-    ] = False,
-) -> None:
-    """Are label words still anchors when attention is sparse? By branch, layer and group, on held-out episodes.
+@dataclass(frozen=True)
+class View:
+    """What is shown of a probe.
 
-    Flow by branch; how often the last position selects label words' blocks, against chance and near-by blocks; purity,
-    recall, dilution; gates; and what banning, forcing, cutting and isolating them does to the answer. Running the same
-    command again computes only what is missing.
+    Attributes:
+        pages: prompts on the HTML page.
     """
-    with common.reporting():
-        folder = DEFAULT if model is None else model
-        if not folder.is_dir():
-            raise AnchorsError(
-                f"The model {str(folder)!r} is not a directory.", "Train one: `anchors nsa train --out DIR`."
-            )
-        ranges = {
-            name: None if text is None else common.span(text, f"--{name}")
-            for name, text in (("classes", classes), ("words", words))
-        }
-        from anchors.results import require_writable
 
-        require_writable(to)
-        lm = common.load_model(str(folder), device, precision, None, None, False)
-        if model is None:
-            # Where the package lies is nobody's business in results.
-            lm = replace(lm, name="the small NSA model")
-        from anchors.nsa.probe import Probe, geometry_of, with_geometry
-        from anchors.nsa.probe_report import episodes_of, report
+    pages: int = field(default=2, metadata={"min": 0})
 
-        geometry_of(lm)
-        lm = with_geometry(lm, d=d, lp=lp, n=n, w=w)
-        wanted = Probe(
-            episodes_of(lm, folder, tokens=tokens, keyword_rate=keyword_rate, **ranges),
-            seed,
-            prompts,
-            demonstrations,
-            interventions,
-            vectors,
-        )
-        with common.progress_bar("prompts") as progress:
-            result = report(lm, wanted, out=to, pages=pages, csv=csv, progress=progress)
-        common.print_notes(result.notes)
-        if as_json:
-            common.print_json(result.as_json())
-            return
-        title = f"{result.facts['model']}, {prompts} prompts"
-        for show in (_selection, _branches, _summary):
-            if (table := show(result.tables, title)) is not None:
-                out.print(table)
-        common.print_files(result.files)
+    def of(self, model: Any) -> dict[str, Any]:
+        """What the page takes."""
+        return {"pages": self.pages}
+
+
+def shown(result: "Report", view: View) -> Iterator[Table]:
+    """Selection, branches and interventions."""
+    title = f"{result.facts['model']}, {result.facts['parts'][0]['examples']} prompts"
+    for show in (_selection, _branches, _summary):
+        if (table := show(result.tables, title)) is not None:
+            yield table
 
 
 def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:

@@ -64,7 +64,7 @@ def _option(field: Field, type_: Any, said: str, panel: str | None) -> Option:
         default = ",".join(map(str, default))
     flags = names if taken is not bool or not default else (f"{names[0]}/--no-{names[0][2:]}", *names[1:])
     text = said[:1].upper() + said[1:]
-    how = typer.Option(*flags, help=escape(text.replace("`", "")), rich_help_panel=panel, **choice)
+    how = typer.Option(*flags, help=escape(text.replace("`", "")), **{"rich_help_panel": panel} | choice)
     annotated = Annotated[taken if default is not None or taken is bool else taken | None, how]
     place = inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated
@@ -90,6 +90,8 @@ def _reader(
     (only,) = parts if len(parts) == 1 else (None,)
     if only in (bool, int, float, str):
         return more, only, _same
+    if only == tuple[int, int]:
+        return more, str, partial(common.span, option=option)
     if get_origin(only) is tuple and get_args(only)[1:] == (...,):
         (entry, _), least = get_args(only), more.pop("min", None)
         if entry is int:

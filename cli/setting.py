@@ -9,10 +9,14 @@ import typer
 from anchors.cli import common
 from anchors.cli.options import numbers
 from anchors.errors import AnchorsError, nearest, whole_number
+from anchors.study.registry import Study
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
+    from anchors.injection.study import InjectFlow, InjectSweep
+    from anchors.nsa.study import NSAProbe
     from anchors.runner import Sample
+    from anchors.study.analysis import Analysis
+    from anchors.study.report import Inquiry
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
@@ -52,12 +56,30 @@ DryRun = Annotated[
         rich_help_panel="Output",
     ),
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Folder of the results; default: results/@folder.", rich_help_panel="Output"
+    ),
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Write the rows as CSV, too.", rich_help_panel="Output")]
 Json = Annotated[bool, typer.Option("--json", help="Print the tables as JSON.", rich_help_panel="Output")]
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class Always:
+    """What every study takes."""
+
+    device: common.Device = "auto"
+    precision: common.Precision = "auto"
+    out: Out = None
+    dry_run: DryRun = False
+    csv: Csv = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Always):
     """What a measurement is made on and how. The fields' annotations are the options' help."""
 
     model: common.Model = None
@@ -83,20 +105,9 @@ class Setting:
     ] = "none"
     skip_too_long: TooLong = False
     batch_size: BatchSize = "auto"
-    device: common.Device = "auto"
-    precision: common.Precision = "auto"
     device_map: common.DeviceMap = None
     revision: common.Revision = None
     trust_remote_code: common.Remote = False
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder of the results; default: results/@verb.", rich_help_panel="Output"
-        ),
-    ] = None
-    dry_run: DryRun = False
-    csv: Csv = False
-    as_json: Json = False
 
     def tasks(self, default: str = "sst2") -> "list[Task]":
         return common.tasks_from(self.task or [], self.template, self.labels, self.policy, default)
@@ -105,11 +116,6 @@ class Setting:
         from anchors.tasks.data import read
 
         return [read(task, self.data) for task in tasks]
-
-    def load(self) -> "LanguageModel":
-        return common.load_model(
-            self.model, self.device, self.precision, self.device_map, self.revision, self.trust_remote_code
-        )
 
     def sample(self) -> "Sample":
         from anchors.runner import Sample
@@ -123,22 +129,73 @@ class Setting:
             skip_too_long=self.skip_too_long,
         )
 
-    def prepared(self, verb: str, task: str) -> "tuple[list[tuple[Task, Data]], Path]":
-        """The tasks with their data, and where results go. All that can be checked is checked before anything is loaded.
-
-        Args:
-            verb: names the folder of the results.
-            task: what is measured on where none is named.
-        """
-        from anchors.results import require_writable
-
+    def inquiry(self, line: Study, studies: "list[Analysis]") -> "Inquiry":
+        """The studies of tasks' prompts. All that can be checked is checked before anything is loaded."""
         check_protocol(self.seeds, self.control, self.batch_size)
-        tasks = self.tasks(task)
+        tasks = self.tasks(line.task)
         sets = self.sets(tasks)
         common.print_data(tasks, sets)
-        out = Path("results") / verb if self.out is None else self.out
-        require_writable(out)
-        return list(zip(tasks, sets, strict=True)), out
+        model = common.load_model(
+            self.model, self.device, self.precision, self.device_map, self.revision, self.trust_remote_code
+        )
+        from anchors.report import Part, Prompted
+
+        how, pairs = self.sample(), list(zip(tasks, sets, strict=True))
+        parts = [Part(analysis, task, data, how) for analysis in studies for task, data in pairs]
+        return Prompted(model, parts)
+
+
+COMES_ALONG = Path(__file__).parents[1] / "experiments" / "nsa" / "checkpoint"
+"""The model that comes with the repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeSetting(Always):
+    """A model of `anchors nsa train`, and the episodes it was trained on."""
+
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL_DIR]",
+            help="A folder of `anchors nsa train`; default: the small model that comes along.",
+        ),
+    ] = None
+
+    def inquiry(self, line: Study, studies: "list[NSAProbe]") -> "Inquiry":
+        """The study of a model."""
+        folder = COMES_ALONG if self.model is None else self.model
+        if not folder.is_dir():
+            raise AnchorsError(
+                f"The model {str(folder)!r} is not a directory.", "Train one: `anchors nsa train --out DIR`."
+            )
+        model = common.load_model(str(folder), self.device, self.precision, None, None, False)
+        # Where the package lies is nobody's business in results.
+        return studies[0].on(model, folder, "the small NSA model" if self.model is None else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSetting(Always):
+    """Suites: vision-language models with scenarios and experts."""
+
+    suites: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUITE...",
+            help="Folders with suite.json, as `anchors inject demo` builds them; several are trainings of one experiment "
+            "with different seeds.",
+        ),
+    ]
+
+    def inquiry(self, line: Study, studies: "list[InjectSweep | InjectFlow]") -> "Inquiry":
+        """The study of suites."""
+        common.load_libraries()
+        from anchors.injection.suite import Suite
+
+        return studies[0].on([Suite.open(path) for path in self.suites], self.device, self.precision)
+
+
+SETTINGS = {"prompts": Setting, "episodes": EpisodeSetting, "suites": SuiteSetting}
+"""By what a study is asked of."""
 
 
 def check_protocol(seeds: str, control: str, batch_size: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +13,9 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from anchors.cli import common
-from anchors.cli.common import err, out
+from anchors.cli.common import out
 from anchors.cli.options import Option, options_of
-from anchors.cli.setting import Setting
+from anchors.cli.setting import SETTINGS, Always
 from anchors.errors import AnchorsError
 from anchors.study.docstring import prose
 from anchors.study.registry import BUILT_IN, Study, plugins, study
@@ -30,14 +31,14 @@ class Verb(TyperCommand):
     """A study's verb. Its settings are imported when it is called, not when verbs are listed."""
 
     def __init__(self, line: Study) -> None:
-        super().__init__(name=line.name, help=escape(line.help), rich_markup_mode="rich")
+        super().__init__(name=line.command.split()[-1], help=escape(line.help), rich_markup_mode="rich")
         self.line = line
 
     @cached_property
     def whole(self) -> TyperCommand:
         """The command with its options."""
         alone = typer.Typer(add_completion=False)
-        alone.command(self.line.name, help=escape(_help(self.line)))(command_of(self.line))
+        alone.command(self.name, help=escape(_help(self.line)))(command_of(self.line))
         return typer.main.get_command(alone)  # type: ignore[return-value]
 
     def make_context(self, info_name: str | None, args: list[str], *given: Any, **more: Any) -> Any:
@@ -46,12 +47,18 @@ class Verb(TyperCommand):
         return whole.make_context(info_name, args, *given, **more)
 
 
+def add_verbs(group: TyperGroup, name: str = "") -> None:
+    """Put the verbs of studies of a group before the others."""
+    verbs = [Verb(line) for line in BUILT_IN.values() if line.verb and line.group == name]
+    group.commands = {verb.name: verb for verb in verbs} | group.commands
+
+
 class Verbs(TyperGroup):
     """Verbs of studies before the others, those that other packages bring after them."""
 
     def __init__(self, *, commands: dict[str, Any], **more: Any) -> None:
-        studies = {name: Verb(line) for name, line in BUILT_IN.items() if line.verb}
-        super().__init__(commands=studies | commands, **more)
+        super().__init__(commands=commands, **more)
+        add_verbs(self)
         self.complete = False
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -90,13 +97,16 @@ def command_of(line: Study) -> Any:
     """
     own = options_of(line.resolve(line.settings))
     view = options_of(line.resolve(line.view), "Output") if line.view else []
-    shared = [_shared(line, place) for place in inspect.signature(Setting).parameters.values()]
+    kind = SETTINGS[line.asked]
+    places = inspect.signature(kind).parameters.values()
+    last = inspect.signature(Always).parameters
+    shared = [_shared(line, place) for place in sorted(places, key=lambda p: p.name in last)]
     _refuse_doubles(line, [*own, *view], shared)
 
     def command(**given: Any) -> None:
         with common.reporting():
             common.demand_bounded(given)
-            setting = Setting(**{p.name: given.pop(p.name) for p in shared})
+            setting = kind(**{p.name: given.pop(p.name) for p in shared})
             settings, seen = ({o.field: o.read(given.pop(o.field)) for o in part} for part in (own, view))
             look = line.resolve(line.view)(**seen) if line.view else None
             measure(line, setting, _analyses(line, settings, beside=any(given.values())), look)
@@ -111,7 +121,7 @@ def command_of(line: Study) -> Any:
 def _shared(line: Study, place: inspect.Parameter) -> inspect.Parameter:
     """An option of every measurement, with this study's default and name."""
     how = copy(place.annotation.__metadata__[0])
-    how.help = how.help.replace("@task", line.task).replace("@verb", line.name)
+    how.help = how.help.replace("@task", line.task).replace("@folder", line.folder)
     return place.replace(
         default=line.examples if place.name == "examples" else place.default,
         kind=inspect.Parameter.KEYWORD_ONLY,
@@ -156,22 +166,21 @@ def _analyses(line: Study, settings: dict[str, Any], *, beside: bool) -> "list[A
     return [main, other.make(**{name: getattr(main, name) for name in common_fields})]
 
 
-def measure(line: Study, setting: Setting, analyses: "list[Analysis]", view: Any) -> None:
+def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> None:
     """Measure and print, or tell what is left to do."""
-    sets, folder = setting.prepared(line.name, line.task)
-    with err.status("loading torch and transformers"):
-        from anchors.report import Part, report
-    model = setting.load()
-    how = setting.sample()
-    parts = [Part(analysis, task, data, how) for analysis in analyses for task, data in sets]
-    if setting.dry_run:
-        from anchors.study.plan import outlook
+    from anchors.results import require_writable
 
-        common.print_outlook({line.name: outlook(model, parts, folder)}, as_json=setting.as_json)
+    folder = setting.out or Path("results") / line.folder
+    require_writable(folder)
+    inquiry = setting.inquiry(line, studies)
+    if setting.dry_run:
+        common.print_outlook({line.name: inquiry.outlook(folder)}, as_json=setting.as_json)
         return
-    more = {} if view is None else view.of(model)
-    with common.progress_bar("prompts") as progress:
-        result = report(model, parts, out=folder, csv=setting.csv, progress=progress, **more)
+    from anchors.study.report import conclude
+
+    look = {} if view is None else view.of(inquiry.model)
+    with common.progress_bar(line.units) as progress:
+        result = conclude(inquiry, out=folder, csv=setting.csv, progress=progress, **look)
     common.print_notes(result.notes)
     if setting.as_json:
         common.print_json(result.as_json())

@@ -12,8 +12,8 @@ KINDS = tuple(name for name, study in BUILT_IN.items() if study.asked != "suites
 """Kinds of rows that come along and are drawn."""
 
 
-def draw(kind: str, tables: "dict[str, pd.DataFrame]", model: str) -> "Figure | None":
-    """Draw what a study's rows came to; None for a kind without a picture.
+def draw(kind: str, tables: "dict[str, pd.DataFrame]", model: str) -> "Figure | dict[str, Figure] | None":
+    """Draw what a study's rows came to, one picture or several by name; None for a kind without.
 
     Args:
         kind: of the study, see `anchors.study.registry`.

@@ -22,6 +22,31 @@ UNITS = {"loss": "flow of the loss", "odds": "flow of the log-odds", "share": "s
 EXPERTS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 
+def draw_all(tables: dict[str, pd.DataFrame], model: str) -> dict[str, Figure]:
+    """The pictures of a flow, by name: by measure that of the experts on vision and on their own skills; damage; regret."""
+    flow = tables["strengths"]
+    after = min(flow.loc[flow["strength"] > 0, "strength"].unique(), key=lambda x: abs(np.log(x)))
+    there = dict.fromkeys(flow.loc[flow["expert"] != "none", "expert"])
+    asked = [name for name in tables["guessing"]["scenario"] if name in there]  # in their order
+    experts = list(dict.fromkeys([*asked, *there]))
+    vision = list(dict.fromkeys(flow.loc[flow["labels"] == "own", "scenario"]))
+    panels = {
+        "vision": [(scenario, expert) for scenario in vision for expert in experts],
+        "skills": [(expert, expert) for expert in experts if (flow["scenario"] == expert).any()],
+    }
+    found = {
+        f"{name}_{measure}": draw(tables, measure, own, model, after)
+        for measure in UNITS
+        for name, own in panels.items()
+        if own
+    }
+    if "damage" in tables:
+        found["damage"] = draw_damage(tables["damage"], tables["points"], model)
+    if "regret" in tables:
+        found["regret"] = draw_regret(tables["choices"], tables["regret"], model)
+    return found
+
+
 def draw(
     tables: dict[str, pd.DataFrame], measure: str, panels: list[tuple[str, str]], model: str, strength: float
 ) -> Figure:

@@ -37,11 +37,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_help_shows_the_merges_options_and_the_commands_without_loading_torch():
     code = """
 import sys
+import typer
 from typer.testing import CliRunner
 from anchors.cli.inject import app
 
-commands = [command.name for command in app.registered_commands if not command.hidden]
-assert commands == ["demo", "sweep", "flow"], commands
+commands = [name for name, command in typer.main.get_command(app).commands.items() if not command.hidden]
+assert commands == ["sweep", "flow", "demo"], commands
 for command in commands:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0, (command, result.output)

@@ -106,7 +106,7 @@ def test_compare_prints_the_papers_numbers_beside_ours(results):
 
 
 def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, wide, monkeypatch):
-    monkeypatch.setattr("anchors.report.drawn", lambda *_: None)  # takes much of the time
+    monkeypatch.setattr("anchors.figures.draw", lambda *_: None)  # takes much of the time
     folder = results[0]
     before = contents(folder / "runs")
     assert sum(name.startswith("reweight") and name.endswith(".safetensors") for name in before) == 4

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from injection_suites import build
 from typer.testing import CliRunner
 
 from anchors.cli import inject_flow as cli
+from anchors.cli.inject import app
 from anchors.errors import AnchorsError
 from anchors.injection import flow_choice, flow_report
 from anchors.injection.flow_choice import choices, damage, distances
@@ -83,10 +83,10 @@ def test_own_answers_use_no_labels(suite, measured, tmp_path):
 
 def test_everything_is_written(suite, measured):
     found, out, _ = measured
-    shown, files, notes = write(found, [suite], WANTED, out, measures=["share"], resamples=20)
+    shown, files, notes = write(found, [suite], WANTED, out)
     assert {"layers", "strengths", "accuracy", "damage", "points"} <= set(shown)
     assert all(path.is_file() and path.stat().st_size for path in files)
-    assert {f"flow-{name}.png" for name in ("vision-share", "skills-share", "damage")} <= {
+    assert {f"inject_flow_{name}.png" for name in ("vision_share", "skills_share", "damage")} <= {
         p.name for p in files
     }
     assert notes
@@ -277,11 +277,7 @@ def test_many_tests_are_corrected():
 
 
 def test_vision_alone_judges_no_rule(suite, measured, tmp_path, monkeypatch):
-    from anchors.injection import flow_write
-
-    monkeypatch.setattr(flow_write.Shelf, "figure", lambda *_: None)
-    app = typer.Typer()
-    app.command()(cli.flow)
+    monkeypatch.setattr("anchors.shelf.Shelf.figure", lambda *_: None)
     wanted = [
         "--scenarios",
         "vision",
@@ -296,6 +292,8 @@ def test_vision_alone_judges_no_rule(suite, measured, tmp_path, monkeypatch):
         "--examples",
         "4",
     ]
-    shown = CliRunner().invoke(app, [str(suite.folder), *wanted, "--device", "cpu", "-o", str(tmp_path)])
+    shown = CliRunner().invoke(
+        app, ["flow", str(suite.folder), *wanted, "--device", "cpu", "-o", str(tmp_path)]
+    )
     assert shown.exit_code == 0, shown.output
     assert "No rule for λ was judged" in " ".join(shown.output.split())

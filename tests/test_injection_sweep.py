@@ -8,12 +8,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from injection_suites import build
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from anchors.cli.inject_sweep import sweep as command
+from anchors.cli.inject import app
 from anchors.errors import AnchorsError
 from anchors.figures import inject_sweep
 from anchors.injection import sweep as module
@@ -244,22 +243,20 @@ def test_tables_of_a_sweep(swept: tuple) -> None:
 
 
 def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = typer.Typer()
-    app.command()(command)
     run = CliRunner().invoke
     grid = ["--grid", "small", "--methods", "task-arithmetic,dare,swap", "--strengths", "0.5,1"]
     grid += ["--densities", "0.5", "--draws", "2"]
     monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
     monkeypatch.setattr(inject_sweep, "curves", lambda *_: Figure())  # drawn above
     folders = [str(suites[0].folder)]
-    found = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1]), "--json"])
+    found = run(app, ["sweep", *folders, *grid, "--device", "cpu", "-o", str(swept[1]), "--json"])
     assert found.exit_code == 0, found.output
     data = json.loads(found.stdout)
     assert {"summary", "best", "matched", "sensitivity", "scenarios", "notes", "files"} <= set(data)
     assert all(Path(f).is_file() for f in data["files"])
     assert {Path(f).suffix for f in data["files"]} == {".parquet", ".png", ".pdf"}
     monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
-    shown = run(app, [*folders, *grid, "--device", "cpu", "-o", str(swept[1])])
+    shown = run(app, ["sweep", *folders, *grid, "--device", "cpu", "-o", str(swept[1])])
     assert shown.exit_code == 0, shown.output
     for text in (
         "instruction without injection",
@@ -274,8 +271,6 @@ def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch:
 def test_command_without_task_arithmetic(
     suites: list[Suite], swept: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = typer.Typer()
-    app.command()(command)
     monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
     grid = [
         "--grid",
@@ -292,7 +287,7 @@ def test_command_without_task_arithmetic(
         "cpu",
         "-o",
     ]
-    shown = CliRunner().invoke(app, [str(suites[0].folder), *grid, str(swept[1])])
+    shown = CliRunner().invoke(app, ["sweep", str(suites[0].folder), *grid, str(swept[1])])
     assert shown.exit_code == 0, shown.output
     assert "highest skill among those that keep 50 % of the VLM's vision on" in " ".join(shown.stdout.split())
     assert "equal norm added" not in shown.stdout
@@ -307,10 +302,8 @@ def test_command_without_task_arithmetic(
     ],
 )  # fmt: skip
 def test_command_refuses(suites: list[Suite], tmp_path: Path, wrong: str, said: str) -> None:
-    app = typer.Typer()
-    app.command()(command)
     failed = CliRunner().invoke(
-        app, [str(suites[0].folder), *wrong.split(), "--device", "cpu", "-o", str(tmp_path)]
+        app, ["sweep", str(suites[0].folder), *wrong.split(), "--device", "cpu", "-o", str(tmp_path)]
     )
     assert failed.exit_code == 2, failed.output
     assert said in " ".join(failed.output.split())

@@ -26,16 +26,12 @@ from anchors.attention.seam import seam
 from anchors.context import keeping
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
+from anchors.injection.flow_rows import INTO_LABELS as INTO_LABELS
+from anchors.injection.flow_rows import INTO_TARGET as INTO_TARGET
+from anchors.injection.flow_rows import MASSES, SUMS
 from anchors.injection.vlm import VisionLanguageModel
 from anchors.witness import TOLERANCE as ALLOWED
 from anchors.witness import Witness, apart
-
-SUMS = ("s_ip", "s_tp", "s_wp", "s_pq", "s_iq", "s_tq", "s_ww")
-MASSES = ("m_ip", "m_tp", "m_pq", "m_iq", "m_tq", "m_dq", "m_eq", "m_all")
-"""Undivided: into label words from images and other tokens; into the target from label words, the query's image and
-other tokens, the demonstrations' images and other tokens; and all that flows."""
-INTO_LABELS = ("m_ip", "m_tp")
-INTO_TARGET = ("m_pq", "m_iq", "m_tq", "m_dq", "m_eq")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, rankdata
 
-from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured
-from anchors.injection.flow_tables import MEASURES, profiles
+from anchors.injection.flow_rows import GOLD, NOBODY, OWN, Measured
+from anchors.injection.flow_tables import MEASURES, profiles, tables
 from anchors.intervals import interval
 from anchors.stats import resampling
 
@@ -24,6 +24,21 @@ EPSILONS = np.geomspace(0.003, 30, 121)
 FACTORS = np.geomspace(0.02, 50, 121)
 """Factors c of the norm-ratio rule that are tried."""
 KEY = ["seed", "expert"]
+
+
+def all_tables(
+    rows: pd.DataFrame, *, ratios: pd.DataFrame, resamples: int = 1000, **_: object
+) -> dict[str, pd.DataFrame]:
+    """What the rows come to by name: layers, strengths, accuracy; damage and points where vision was asked; choices and
+    regret where the experts' own scenarios were, too."""
+    found = tables(rows, resamples)
+    own = rows.loc[rows["labels"] == OWN, "scenario"]  # only of vision
+    if len(own):
+        measured = Measured(rows, ratios, own.iloc[0], [])
+        found["damage"], found["points"] = damage(measured)
+        chosen, regret = choices(measured)
+        found |= {"choices": chosen, "regret": regret} if len(chosen) else {}
+    return found
 
 
 def accuracies(rows: pd.DataFrame, vision: str) -> pd.DataFrame:

@@ -22,21 +22,14 @@ from anchors.identity import software
 from anchors.injection.evaluate import Prepared, prepare, score
 from anchors.injection.flow import ImageBatch, collate, demand, image_flow
 from anchors.injection.flow_prompts import Drawn, draw, own_answers
+from anchors.injection.flow_rows import GOLD, IDENTITY, KIND, NOBODY, OWN, ROWS, VERSION, Measured
 from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
 from anchors.injection.suite import Suite
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
-from anchors.results import Run
-from anchors.study.engine import Lot, Progress, Unit, part_of, silent, work
+from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent, told
 
-KIND, VERSION = "inject-flow", 1
-IDENTITY = ("seed", "expert", "scenario", "labels", "strength")
-ROWS = [*IDENTITY, "number", "layer", "metric", "value"]
-NOBODY = "none"
-"""The expert of the VLM before injection, at strength 0."""
-GOLD, OWN = "gold", "own"
-"""Whose answers: the suite's, or those that the VLM gave before injection (no labels are used)."""
 BATCH = {"cpu": 16, "cuda": 64}
 
 
@@ -63,6 +56,15 @@ class Wanted:
     scenarios: tuple[str, ...] | None = None
     experts: tuple[str, ...] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        found = tuple(sorted({*self.strengths, 0.0}))
+        if len(found) < 2 or found[0] < 0:
+            raise AnchorsError(
+                f"Strengths of {','.join(f'{x:g}' for x in self.strengths)}: there must be a λ above 0 and none below.",
+                "For example: --strengths 0,0.5,1",
+            )
+        object.__setattr__(self, "strengths", found)
 
     def of(self, suite: Suite) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The scenarios and experts of a suite that are measured.
@@ -95,25 +97,6 @@ class Wanted:
         return found
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Tidy rows of all suites, and what they depend on.
-
-    Attributes:
-        rows: columns seed, expert, scenario, labels, strength, number, layer, metric, value; layer -1 is no layer.
-        ratios: by seed and expert ‖τ_v‖ / ‖τ_e‖ over the tower without embedding and head.
-        vision: name of the scenario that the VLM could do before.
-        configs: one per run on disk.
-        notes: what was found there that a reader must know.
-    """
-
-    rows: pd.DataFrame
-    ratios: pd.DataFrame
-    vision: str
-    configs: list[dict[str, Any]]
-    notes: tuple[str, ...] = ()
-
-
 def measure(
     suites: Sequence[Suite],
     wanted: Wanted,
@@ -135,6 +118,26 @@ def measure(
     Raises:
         AnchorsError: suites of one seed or with other scenarios, models that do not fit, prompts that cannot be drawn.
     """
+    ratios: list[dict[str, Any]] = []
+    rows, runs = carry_out(
+        stretches(suites, wanted, ratios, device=device, precision=precision), out, progress
+    )
+    configs = [run.config for run in runs]
+    return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(told(runs)))
+
+
+def stretches(
+    suites: Sequence[Suite], wanted: Wanted, ratios: list[dict[str, Any]], *, device: str, precision: str
+) -> Iterator[Stretch]:
+    """The work, a suite and an expert at a time; only one suite's VLM and one expert are held.
+
+    Args:
+        suites, wanted, device, precision: as in `measure`.
+        ratios: gets `norm_ratio` of every seed and expert.
+
+    Raises:
+        AnchorsError: see `measure`.
+    """
     if len({suite.seed for suite in suites}) < len(suites):
         raise AnchorsError(
             "Two suites have the same seed.", "Suites of one run are trainings with different seeds."
@@ -144,8 +147,6 @@ def measure(
             "The suites have different scenarios.", "Name common ones with --scenarios and --experts."
         )
     total = sum(len(units) for suite in suites for units in wanted.plan(suite).values())
-    found, ratios, configs, finished = [], [], [], 0
-    notes: list[str] = []
     for suite in suites:
         world = World(
             suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision, routed=True)
@@ -154,17 +155,14 @@ def measure(
             vectors, prints = world.vectors(expert)
             if vectors is not None:
                 ratios.append({"seed": suite.seed, "expert": expert, "ratio": norm_ratio(world.vlm, vectors)})
-            run = Run.open(out, KIND, world.config(expert, prints), IDENTITY, model=world.vlm.name)
-            configs.append(run.config)
-            notes += [note for note in run.notes if note not in notes]
             keys = [(suite.seed, expert, *unit) for unit in units]
-            lot = Lot(keys, lambda vectors=vectors: vectors, world.kept, _too_large)
-            found.append(work(run, [lot], part_of(progress, finished, total)))
-            finished += len(keys)
-            del vectors, lot
+            lots = [Lot(keys, lambda vectors=vectors: vectors, world.kept, _too_large)]
+            yield Stretch(
+                world.config(expert, prints), keys, lambda _, lots=lots: lots, world.vlm.name, IDENTITY,
+                certify=world.certify, total=total, task=expert,
+            )  # fmt: skip
+            del vectors, lots
             gc.collect()
-    rows = pd.concat(found, ignore_index=True)
-    return Measured(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(notes))
 
 
 def norm_ratio(vlm: VisionLanguageModel, vectors: TaskVectors) -> float:
@@ -263,20 +261,39 @@ class World:
             self._kept[key] = prepare(self.vlm, self.suite, examples, features=True)
         return self._kept[key]
 
+    def certify(self) -> None:
+        """Hold the VLM against itself as it came, on the shortest and the longest prompt of every scenario; once.
+
+        Raises:
+            CertificateError: see `demand`.
+        """
+        if not self._kept.get("certified"):
+            for scenario, labels, _ in self.wanted.plan(self.suite)[NOBODY]:
+                by_length = sorted(self.drawn(scenario, labels).prompts, key=lambda prompt: len(prompt.text))
+                demand(self.vlm, [by_length[0], by_length[-1]])
+            self._kept["certified"] = True
+
+    def drawn(self, scenario: str, labels: str) -> Drawn:
+        """Prompts of a scenario."""
+        key = ("drawn", scenario, labels)
+        if key not in self._kept:
+            own = labels == OWN
+            said = own_answers(self.vlm, self.suite, scenario) if own and self.wanted.shots else {}
+            self._kept[key] = draw(
+                self.vlm, self.suite, scenario, shots=self.wanted.shots, count=self.wanted.prompts,
+                seed=self.wanted.seed, said=said if own else None,
+            )  # fmt: skip
+        return self._kept[key]
+
     def batches(self, scenario: str, labels: str) -> list[tuple[ImageBatch, list[int]]]:
         """Encoded prompts of a scenario, and the numbers of their queries."""
         key = (scenario, labels)
         if key not in self._kept:
-            said = own_answers(self.vlm, self.suite, scenario) if labels == OWN and self.wanted.shots else {}
-            drawn = draw(
-                self.vlm, self.suite, scenario, shots=self.wanted.shots, count=self.wanted.prompts,
-                seed=self.wanted.seed, said=said if labels == OWN else None,
-            )  # fmt: skip
-            by_length = sorted(drawn.prompts, key=lambda prompt: len(prompt.text))
-            demand(self.vlm, [by_length[0], by_length[-1]])
             self._kept[key] = [
                 (self._answered(collate(self.vlm, part)), [p.number for p in part])
-                for part in _parts(drawn, BATCH.get(self.vlm.device.type, BATCH["cpu"]))
+                for part in _parts(
+                    self.drawn(scenario, labels), BATCH.get(self.vlm.device.type, BATCH["cpu"])
+                )
             ]
         return self._kept[key]
 

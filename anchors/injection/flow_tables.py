@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from anchors.injection.flow import INTO_LABELS, INTO_TARGET, SUMS
-from anchors.injection.flow_report import GOLD, NOBODY
+from anchors.injection.flow_rows import GOLD, INTO_LABELS, INTO_TARGET, NOBODY, SUMS
 from anchors.intervals import interval
 from anchors.stats import refuse_doubles, resampling
 

@@ -1,80 +1,80 @@
-"""Tables, figures and provenance of a flow run."""
+"""The flow of merged models as a study: what is kept beside its rows, and what a reader must know of its tables."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from anchors.figures import inject_flow as figures
-from anchors.injection.flow_choice import choices, damage
-from anchors.injection.flow_report import Measured, Wanted
-from anchors.injection.flow_tables import MEASURES, tables
+from anchors.injection.flow_report import Wanted, measure, stretches
+from anchors.injection.flow_rows import KIND, Measured
 from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
-from anchors.results import provenance
-from anchors.shelf import Shelf
+from anchors.study.engine import Progress
+from anchors.study.plan import Outlook, foretold
+from anchors.study.report import Found, Inquiry, finish
+from anchors.summaries import Tables
 
-NAME = "flow"
+
+@dataclass(frozen=True)
+class Flowing(Inquiry):
+    """Flow and accuracy of merged models over λ: see `anchors.injection.flow_report.measure`."""
+
+    suites: Sequence[Suite]
+    wanted: Wanted
+    device: str = "auto"
+    precision: str = "auto"
+
+    def measure(self, out: Path, progress: Progress) -> Found:
+        """With ‖τ_v‖ / ‖τ_e‖ of every expert, and what guessing comes to."""
+        found = measure(
+            self.suites, self.wanted, out=out, device=self.device, precision=self.precision, progress=progress
+        )
+        return self.found(found)
+
+    def found(self, measured: Measured) -> Found:
+        """Of a measurement, what is written."""
+        suites, wanted = self.suites, self.wanted
+        more = {
+            "ratios": measured.ratios,
+            "guessing": guessing(suites, wanted.of(suites[0])[0], "test", wanted.examples),
+        }
+        grid = sorted({f"{x:g}" for x in wanted.strengths})
+        others = f" and {len(suites) - 1} more" if len(suites) > 1 else ""
+        facts = {
+            "model": suites[0].name + others,
+            "suites": [s.name for s in suites],
+            "parts": [part | {"grid": grid} for part in measured.configs],
+        }
+        return Found({KIND: measured.rows, **more}, facts, kept=measured)
+
+    def outlook(self, out: Path) -> list[Outlook]:
+        """See `anchors.study.plan.foretold`."""
+        work = stretches(self.suites, self.wanted, [], device=self.device, precision=self.precision)
+        return foretold(work, out)
+
+    def notes_on(self, found: Found, tables: Tables) -> list[str]:
+        """How far the intervals and the flow of the loss can be trusted, and what was not judged."""
+        notes = _notes(found.kept)
+        if "damage" in tables and "regret" not in tables:
+            notes.append("No rule for λ was judged: that needs the experts' own scenarios, too.")
+        return notes
 
 
 def write(
-    measured: Measured,
-    suites: Sequence[Suite],
-    wanted: Wanted,
-    out: Path,
-    *,
-    measures: Sequence[str] = MEASURES,
-    resamples: int = 1000,
-) -> tuple[dict[str, pd.DataFrame], list[Path], list[str]]:
+    measured: Measured, suites: Sequence[Suite], wanted: Wanted, out: Path
+) -> tuple[Tables, list[Path], list[str]]:
     """Write everything that can be said about the rows.
 
     Args:
         measured, suites, wanted: as in `anchors.injection.flow_report.measure`.
         out: results folder.
-        measures: which are drawn by layer; the tables hold all.
-        resamples: of the bootstrap.
 
     Returns:
         Tables by name (layers, strengths, accuracy; damage, points; choices, regret), the files, and notes.
     """
-    scenarios, experts = wanted.of(suites[0])
-    found = tables(measured.rows, resamples)
-    found["guessing"] = guessing(suites, scenarios, "test", wanted.examples)
-    notes = _notes(measured)
-    if measured.vision in scenarios:
-        found["damage"], found["points"] = damage(measured)
-        chosen, regret = choices(measured)
-        if len(chosen):
-            found |= {"choices": chosen, "regret": regret}
-        else:
-            notes.append("No rule for λ was judged: that needs the experts' own scenarios, too.")
-    grid = sorted({f"{x:g}" for x in wanted.strengths})
-    facts = provenance(
-        model=suites[0].name,
-        suites=[s.name for s in suites],
-        parts=[part | {"grid": grid} for part in measured.configs],
-    )
-    shelf = Shelf(out, NAME)
-    for name, table in {"rows": measured.rows, **found}.items():
-        shelf.table(f"{NAME}-{name}", table, csv=name != "rows")
-    after = min((s for s in wanted.strengths if s > 0), key=lambda s: abs(np.log(s)))
-    model = f"{suites[0].name}" if len(suites) == 1 else f"{suites[0].name} and {len(suites) - 1} more"
-    panels = {
-        "vision": [(measured.vision, expert) for expert in experts if measured.vision in scenarios],
-        "skills": [(expert, expert) for expert in experts if expert in scenarios],
-    }
-    for measure in measures:
-        for name, own in panels.items():
-            if own:
-                shelf.figure(f"{NAME}-{name}-{measure}", figures.draw(found, measure, own, model, after))
-    if "damage" in found:
-        shelf.figure(f"{NAME}-damage", figures.draw_damage(found["damage"], found["points"], model))
-    if "regret" in found:
-        shelf.figure(f"{NAME}-regret", figures.draw_regret(found["choices"], found["regret"], model))
-    files, moved = shelf.write(facts)
-    return found, files, notes + moved
+    inquiry = Flowing(suites, wanted)
+    done = finish(inquiry, inquiry.found(measured), out=out)
+    return done.tables, done.files, done.notes
 
 
 def _notes(measured: Measured) -> list[str]:

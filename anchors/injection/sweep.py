@@ -5,7 +5,7 @@ image, on a grey one and on another example's, and the questions of the vision s
 running the same sweep again, or a larger one, computes only what no file holds yet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,7 @@ from anchors.injection.suite import Example, Shown, Suite
 from anchors.injection.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_apart
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import LanguageModel, load
-from anchors.results import Run
-from anchors.study.engine import Lot, Progress, Unit, part_of, silent, work
+from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent, told
 
 KIND = "inject-sweep"
 VERSION = 1
@@ -138,43 +137,55 @@ def sweep(
     Raises:
         AnchorsError: suites that do not belong together, models that do not fit, no memory.
     """
-    _require_siblings(suites, wanted)
-    references, notes = _shared_references(suites, wanted)
-    recipes: tuple[Recipe, ...] = ()
-    found, configs, finished = [], [], 0
+    recipes: list[Recipe] = []
+    _, notes = _shared_references(suites, wanted)
+    work = stretches(suites, wanted, recipes, device=device, precision=precision)
+    rows, runs = carry_out(work, out, progress)
+    return _swept(rows, recipes, [run.config for run in runs], wanted.split, notes + told(runs))
+
+
+def stretches(
+    suites: Sequence[Suite], wanted: Sweep, recipes: list[Recipe], *, device: str, precision: str
+) -> Iterator[Stretch]:
+    """The work of a sweep, a suite and a scenario at a time; only one suite's VLM is held.
+
+    Args:
+        suites, wanted, device, precision: as in `sweep`.
+        recipes: gets the settings of the grid once the first VLM is known.
+
+    Raises:
+        AnchorsError: suites that do not belong together, models that do not fit.
+    """
+    references, _ = _shared_references(suites, wanted)
     for suite in suites:
         world = World(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
-        if recipes and recipes != wanted.grid.recipes(world.vlm.n_layers):
+        own = wanted.grid.recipes(world.vlm.n_layers)
+        if recipes and tuple(recipes) != own:
             raise AnchorsError("The suites' VLMs differ in their layers: they are not one experiment.")
-        recipes = wanted.grid.recipes(world.vlm.n_layers)
-        total = len(suites) * sum(len(own) + len(recipes) for own in references.values())
+        recipes[:] = own
+        total = len(suites) * sum(len(names) + len(own) for names in references.values())
         for skill in wanted.skills(suite):
             named = [(name, 0, name) for name in references[skill]]
             units = {
                 (suite.seed, skill, setting, mask): what
-                for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in recipes)]
+                for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in own)]
             }
-            rows, config, told = _measured(world, skill, units, out, part_of(progress, finished, total))
-            finished += len(units)
-            found.append(rows)
-            configs.append(config)
-            notes += [note for note in told if note not in notes]
+            yield _stretch(world, skill, units, total)
         del world  # before the next VLM comes
-    return _swept(pd.concat(found, ignore_index=True), recipes, configs, wanted.split, notes)
 
 
-def _measured(
-    world: "World", skill: str, units: dict[Unit, Recipe | str], out: Path, progress: Progress
-) -> tuple[pd.DataFrame, dict[str, Any], tuple[str, ...]]:
-    """The rows of these units, of which those are measured that `out` does not hold; what they depend on; and notes."""
+def _stretch(world: "World", skill: str, units: dict[Unit, Recipe | str], total: int) -> Stretch:
+    """Without a certificate: the VLM is asked as it came, nothing of it passes the seam."""
     bench = Bench(world, skill, world.language_model(world.suite.model("experts", skill)))
-    run = Run.open(out, KIND, bench.config(), IDENTITY, model=world.vlm.name)
 
     def one(_: None, part: Sequence[Unit]) -> pd.DataFrame:
         (unit,) = part
         return bench.measure(units[unit]).assign(**dict(zip(IDENTITY, unit, strict=True)))
 
-    return work(run, [Lot(list(units), lambda: None, one, _too_large)], progress), run.config, run.notes
+    lots = [Lot(list(units), lambda: None, one, _too_large)]
+    return Stretch(
+        bench.config(), list(units), lambda _: lots, world.vlm.name, IDENTITY, total=total, task=skill
+    )
 
 
 def _too_large(unit: Unit | None) -> AnchorsError:
@@ -318,6 +329,7 @@ def _references(suite: Suite, skill: str) -> list[str]:
 def _shared_references(suites: Sequence[Suite], wanted: Sweep) -> tuple[dict[str, list[str]], list[str]]:
     """By scenario the references that all suites have, and notes on those that only some have: over all trainings
     these have no accuracy."""
+    _require_siblings(suites, wanted)
     found, notes = {}, []
     for skill in wanted.skills(suites[0]):
         own = [_references(suite, skill) for suite in suites]

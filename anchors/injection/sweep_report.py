@@ -1,63 +1,71 @@
-"""A sweep's rows, tables and pictures, written with their provenance."""
+"""A sweep as a study: what is kept beside its rows, and what a reader must know of its tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from anchors.injection.guessing import guessing
 from anchors.injection.suite import Suite
-from anchors.injection.sweep import Sweep, sweep
-from anchors.injection.tables import tables
-from anchors.report import Report
-from anchors.results import provenance
-from anchors.shelf import Shelf
+from anchors.injection.sweep import KIND, Sweep, stretches, sweep
+from anchors.study.engine import Progress
+from anchors.study.plan import Outlook, foretold
+from anchors.study.report import Found, Inquiry, Report, conclude
+from anchors.summaries import Tables
 
 NAME = "inject_sweep"
 
 
+@dataclass(frozen=True)
+class Sweeping(Inquiry):
+    """A sweep over suites: see `anchors.injection.sweep.sweep`."""
+
+    suites: Sequence[Suite]
+    wanted: Sweep
+    device: str = "auto"
+    precision: str = "auto"
+
+    def measure(self, out: Path, progress: Progress) -> Found:
+        """With the settings, and what guessing comes to."""
+        suites, wanted = self.suites, self.wanted
+        found = sweep(
+            suites, wanted, out=out, device=self.device, precision=self.precision, progress=progress
+        )
+        asked = dict.fromkeys([*wanted.skills(suites[0]), suites[0].vision])
+        more = {
+            "settings": found.settings,
+            "guessing": guessing(suites, asked, wanted.split, wanted.limit),
+        }
+        grid = sorted(set(found.settings["setting"] + " " + found.settings["mask"].astype(str)))
+        parts = [part | {"grid": grid, "retention": wanted.retention} for part in found.configs]
+        facts = {"model": suites[0].name, "seeds": [s.seed for s in suites], "parts": parts}
+        return Found({KIND: found.rows, **more}, facts, found.notes)
+
+    def outlook(self, out: Path) -> list[Outlook]:
+        """See `anchors.study.plan.foretold`."""
+        work = stretches(self.suites, self.wanted, [], device=self.device, precision=self.precision)
+        return foretold(work, out)
+
+    def notes_on(self, found: Found, tables: Tables) -> list[str]:
+        """Of settings that were chosen: λ at the edge of the grid, vision that is not kept after all."""
+        return _edges(tables["best"]) + _forgetful(tables["best"])
+
+
 def report(
-    suites: Sequence[Suite],
-    wanted: Sweep,
-    *,
-    out: Path,
-    device: str = "auto",
-    precision: str = "auto",
-    csv: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    suites: Sequence[Suite], wanted: Sweep, *, device: str = "auto", precision: str = "auto", **how: Any
 ) -> Report:
-    """Sweep, and write rows, tables and pictures under `out`.
+    """Sweep, and write rows, tables and pictures: see `anchors.study.report.conclude`.
 
     Args:
-        suites, wanted, device, precision, progress: as in `anchors.injection.sweep.sweep`.
-        out: folder of the results.
-        csv: write the rows as CSV, too.
+        suites, wanted, device, precision: as in `anchors.injection.sweep.sweep`.
+        how: what `conclude` takes, `out` among it.
 
     Raises:
         AnchorsError: see `anchors.injection.sweep.sweep`.
     """
-    found = sweep(suites, wanted, out=out, device=device, precision=precision, progress=progress)
-    made = tables(found.rows, found.settings, wanted.split, retention=wanted.retention)
-    asked = dict.fromkeys([*wanted.skills(suites[0]), suites[0].vision])
-    made["guessing"] = guessing(suites, asked, wanted.split, wanted.limit)
-    notes = found.notes + _edges(made["best"]) + _forgetful(made["best"])
-    grid = sorted(set(found.settings["setting"] + " " + found.settings["mask"].astype(str)))
-    facts = provenance(
-        model=suites[0].name,
-        seeds=[s.seed for s in suites],
-        parts=[part | {"grid": grid, "retention": wanted.retention} for part in found.configs],
-        notes=notes,
-    )
-    from anchors.figures import inject_sweep
-
-    shelf = Shelf(out, NAME)
-    shelf.table(NAME, found.rows, csv=csv)
-    for name, table in (made | {"settings": found.settings}).items():
-        shelf.table(f"{NAME}_{name}", table)
-    for name, figure in inject_sweep.draw(made, suites[0].name).items():
-        shelf.figure(f"{NAME}_{name}", figure)
-    files, moved = shelf.write(facts)
-    return Report(made, files, notes + moved, facts)
+    return conclude(Sweeping(suites, wanted, device, precision), **how)
 
 
 def _forgetful(best: pd.DataFrame) -> list[str]:

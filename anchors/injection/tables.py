@@ -5,8 +5,9 @@ everything of one scenario is paired; where all answers are right, or all wrong,
 torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from anchors.stats import RESAMPLES, refuse_doubles, resampling
 
 RETENTION = 0.95
 """Of the uninjected VLM's vision: what a setting must keep to be chosen, unless another share is asked for."""
+
 NEAR = 0.9
 """Of the best skill: what counts as near it."""
 CONDITIONS = ("skill", "vision", "blank", "shuffled")
@@ -78,6 +80,14 @@ class Samples:
     def count(self, setting: str, condition: str) -> float | None:
         """Of the answers behind `at`, see `counts`."""
         return None if condition == "net" else self.counts[condition][self.settings.index(setting)]
+
+
+def all_tables(
+    rows: pd.DataFrame, *, settings: pd.DataFrame, facts: Mapping[str, Any], **_: object
+) -> dict[str, pd.DataFrame]:
+    """`tables`, with the split and the retention that the provenance names."""
+    part = facts["parts"][0]
+    return tables(rows, settings, part["split"], retention=part["retention"])
 
 
 def tables(

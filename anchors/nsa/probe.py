@@ -8,7 +8,7 @@ import copy
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from anchors.nsa.probe_taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.vocabulary import SPECIALS, Vocabulary
 from anchors.results import Run, set_aside, write_atomic
 from anchors.runner import unknown_code
-from anchors.study.engine import Lot, Progress, Unit, silent, work
+from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent
 from anchors.tasks.prompts import Prompt
 
 KIND = "nsa_probe"
@@ -237,12 +237,71 @@ def _facts(prompt: Prompt, places: Places, geometry: Geometry | None) -> list[Me
     return found
 
 
+def stretch(
+    model: LanguageModel, probe: Probe, told: list[str], certify: Callable[[], object] = lambda: None
+) -> Stretch:
+    """The work of a probe.
+
+    Args:
+        model, probe: as in `measure`.
+        told: gets notes on vectors that are gone.
+        certify: see `Stretch`.
+
+    Raises:
+        AnchorsError: another kind of model, prompts that are selected whole or too long.
+    """
+    geometry = geometry_of(model)
+    demand_choice(probe, geometry)
+    if model.context is not None and probe.episodes.tokens > model.context:
+        raise AnchorsError(
+            f"Episodes of {probe.episodes.tokens} tokens exceed the model's {model.context} positions.",
+            f"Use --tokens {model.context} or fewer.",
+        )
+    config = {
+        "kind": KIND, "version": VERSION, "model": dict(model.identity.parts), "software": software(), "precision": model.precision,
+        "episodes": probe.episodes.facts(), "demonstrations": probe.demonstrations,
+        "interventions": probe.interventions, "vectors": probe.vectors,
+    }  # fmt: skip
+    wanted = [(probe.seed, number) for number in range(probe.prompts)]
+
+    def lots(run: Run) -> list[Lot]:
+        again = set()
+        for unit in run.done().intersection(wanted):
+            path = _vectors(run.folder, unit)
+            if not _whole(path):
+                again.add(unit)
+                what = f"{set_aside(path)} was cut or changed" if path.exists() else f"{str(path)!r} is gone"
+                told.append(f"{what}; its prompt is probed anew.")
+
+        def one(_: None, units: Sequence[Unit]) -> pd.DataFrame:
+            ((seed, number),) = units
+            prompt = probe.prompt(number)
+            found, look, places = probe_prompt(
+                model, prompt, geometry, np.random.default_rng([seed, number, 7]),
+                interventions=probe.interventions, vectors=probe.vectors,
+            )  # fmt: skip
+            _write_vectors(_vectors(run.folder, (seed, number)), look, places, prompt)
+            return _frame(seed, number, found)
+
+        return [Lot(wanted, lambda: None, one, too_large, again=again)]
+
+    def too_large(unit: Unit | None) -> AnchorsError:
+        tokens = len(probe.prompt(unit[1]).ids)
+        return AnchorsError(
+            f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
+            "Use fewer --tokens or another --device.",
+        )
+
+    return Stretch(config, wanted, lots, model.name, certify=certify, task="episodes")
+
+
 def measure(
     model: LanguageModel,
     probe: Probe,
     *,
     out: Path | None = None,
     progress: Progress = silent,
+    certify: Callable[[], object] = lambda: None,
 ) -> Probed:
     """Probe a model, computing only the prompts that `out` does not hold.
 
@@ -251,6 +310,7 @@ def measure(
         probe: what is probed.
         out: results folder; finished prompts are kept under its `runs`. None takes a new temporary folder.
         progress: called with (prompts done, prompts in all).
+        certify: asked before the first prompt, see `anchors.study.engine.Stretch`.
 
     Raises:
         AnchorsError: another kind of model, prompts that are selected whole or too long, no memory.
@@ -260,49 +320,12 @@ def measure(
         >>> found = measure(model, Probe(Episodes(tokens=1024, vocabulary=vocabulary_of(model)), prompts=16))
         >>> probe_tables(found.rows)["selection"]
     """
-    geometry = geometry_of(model)
-    demand_choice(probe, geometry)
-    if model.context is not None and probe.episodes.tokens > model.context:
-        raise AnchorsError(
-            f"Episodes of {probe.episodes.tokens} tokens exceed the model's {model.context} positions.",
-            f"Use --tokens {model.context} or fewer.",
-        )
-    found = model.identity
-    config = {
-        "kind": KIND, "version": VERSION, "model": dict(found.parts), "software": software(), "precision": model.precision,
-        "episodes": probe.episodes.facts(), "demonstrations": probe.demonstrations,
-        "interventions": probe.interventions, "vectors": probe.vectors,
-    }  # fmt: skip
-    run = Run.open(out or Path(tempfile.mkdtemp(prefix="anchors-")), KIND, config, model=model.name)
-    wanted = [(probe.seed, number) for number in range(probe.prompts)]
-    notes, again = [*unknown_code(found), *run.notes], set()
-    for unit in run.done().intersection(wanted):
-        path = _vectors(run.folder, unit)
-        if not _whole(path):
-            again.add(unit)
-            what = f"{set_aside(path)} was cut or changed" if path.exists() else f"{str(path)!r} is gone"
-            notes.append(f"{what}; its prompt is probed anew.")
-
-    def one(_: None, units: Sequence[Unit]) -> pd.DataFrame:
-        ((seed, number),) = units
-        prompt = probe.prompt(number)
-        found, look, places = probe_prompt(
-            model, prompt, geometry, np.random.default_rng([seed, number, 7]),
-            interventions=probe.interventions, vectors=probe.vectors,
-        )  # fmt: skip
-        _write_vectors(_vectors(run.folder, (seed, number)), look, places, prompt)
-        return _frame(seed, number, found)
-
-    def too_large(unit: Unit | None) -> AnchorsError:
-        tokens = len(probe.prompt(unit[1]).ids)
-        return AnchorsError(
-            f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
-            "Use fewer --tokens or another --device.",
-        )
-
-    rows = work(run, [Lot(wanted, lambda: None, one, too_large)], progress, again=again)
+    told: list[str] = []
+    work = stretch(model, probe, told, certify)
+    rows, (run,) = carry_out([work], out or Path(tempfile.mkdtemp(prefix="anchors-")), progress)
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
-    return Probed(rows, _read_vectors(run.folder, wanted), config, [*notes, *notes_on(rows, geometry)])
+    notes = [*unknown_code(model.identity), *run.notes, *told, *notes_on(rows, geometry_of(model))]
+    return Probed(rows, _read_vectors(run.folder, work.units), work.config, notes)
 
 
 def _frame(seed: int, number: int, found: list[Measure]) -> pd.DataFrame:

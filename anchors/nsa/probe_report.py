@@ -1,7 +1,8 @@
 """A probe's rows, tables, figure and page, written with their provenance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.call import NSACall
 from anchors.nsa.episodes import Episodes
 from anchors.nsa.geometry import Geometry
-from anchors.nsa.probe import KIND, Probe, geometry_of, measure, vocabulary_of
+from anchors.nsa.probe import KIND, Probe, geometry_of, measure, stretch, vocabulary_of
 from anchors.nsa.probe_identity import identity_table
-from anchors.report import Report, drawn
-from anchors.results import provenance
-from anchors.shelf import Shelf
-from anchors.summaries import SUMMARIES
+from anchors.nsa.probe_interventions import conditions
+from anchors.nsa.probe_taps import Places
+from anchors.study.engine import Progress, Unit
+from anchors.study.plan import Outlook, foretold
+from anchors.study.report import Found, Inquiry, Report, conclude
 from anchors.tasks.prompts import Prompt
 
 TRAINING = Path("training") / "run.json"
@@ -67,56 +69,75 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
     return Episodes(**known, vocabulary=vocabulary_of(model))
 
 
-def report(
-    model: LanguageModel,
-    probe: Probe,
-    *,
-    out: Path,
-    pages: int = 0,
-    csv: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
-    """Certify the model, probe it, and write rows, tables, figure and page under `out`.
+@dataclass(frozen=True)
+class Probing(Inquiry):
+    """A probe of a model.
 
-    Args:
+    Attributes:
         model: NSA, or its twin with full attention.
         probe: what is probed.
-        out: folder of the results.
-        pages: prompts on the HTML page.
-        csv: write the rows as CSV, too.
-        progress: called with (prompts done, prompts in all).
+    """
+
+    model: LanguageModel
+    probe: Probe
+
+    @cached_property
+    def certified(self) -> bool:
+        """Whether the quick form of `anchors check` holds on all prompts; asked once.
+
+        Raises:
+            CertificateError: it does not.
+        """
+        demand(self.model, [self.probe.prompt(number) for number in range(self.probe.prompts)])
+        return True
+
+    def measure(self, out: Path, progress: Progress) -> Found:
+        """See `anchors.nsa.probe.measure`."""
+        model, probe = self.model, self.probe
+        geometry = geometry_of(model)
+        found = measure(model, probe, out=out, progress=progress, certify=lambda: self.certified)
+        facts = {
+            "model": model.name, "revision": model.revision, "fingerprint": model.fingerprint, "precision": model.precision,
+            "device": str(model.device), "geometry": None if geometry is None else vars(geometry),
+            "parts": [found.config | {"seeds": [probe.seed], "examples": probe.prompts}],
+        }  # fmt: skip
+        identity = identity_table(found.vectors)
+        more = {"identity": identity} if len(identity) else {}
+        return Found({KIND: found.rows, **more}, facts, found.notes)
+
+    def outlook(self, out: Path) -> list[Outlook]:
+        """See `anchors.study.plan.foretold`."""
+        own = stretch(self.model, self.probe, [])
+
+        def tokens(units: Sequence[Unit]) -> int:
+            return sum(len(self.probe.prompt(number).ids) for _, number in units)
+
+        first, passes = self.probe.prompt(0), 3.0  # forward and backward
+        if self.probe.interventions:
+            places, geometry = Places.of(first, np.random.default_rng(0)), geometry_of(self.model)
+            layers = frozenset(range(self.model.n_layers))
+            passes += 1 + len(conditions(layers, places, len(first.ids), geometry))
+        return foretold([own], out, self.model, tokens, passes)
+
+    def pages(self, found: Found, facts: dict[str, Any], *, pages: int = 0) -> dict[str, str]:
+        """Blocks and flow of some prompts."""
+        if not pages or not self.certified:
+            return {}
+        return {"": _page(self.model, self.probe, geometry_of(self.model), pages, facts)}
+
+
+def report(model: LanguageModel, probe: Probe, **how: Any) -> Report:
+    """Certify the model, probe it, and write rows, tables, figure and page: see `anchors.study.report.conclude`.
+
+    Args:
+        model, probe: as in `Probing`.
+        how: what `conclude` takes, `out` among it; `pages` is the number of prompts on the HTML page.
 
     Raises:
         CertificateError: the quick form of `anchors check` failed on this model.
         AnchorsError: see `anchors.nsa.probe.measure`.
     """
-    geometry = geometry_of(model)
-    demand(model, [probe.prompt(number) for number in range(probe.prompts)])
-    found = measure(model, probe, out=out, progress=progress)
-    part = found.config | {"seeds": [probe.seed], "examples": probe.prompts}
-    facts = provenance(
-        model=model.name,
-        revision=model.revision,
-        fingerprint=model.fingerprint,
-        precision=model.precision,
-        device=str(model.device),
-        geometry=None if geometry is None else vars(geometry),
-        parts=[part],
-        notes=found.notes,
-    )
-    tables = SUMMARIES[KIND](found.rows)
-    identity = identity_table(found.vectors)
-    if len(identity):
-        tables["identity"] = identity
-    shelf = Shelf(out, KIND)
-    shelf.table(KIND, found.rows, csv=csv)
-    for key, table in tables.items():
-        shelf.table(f"{KIND}_{key}", table)
-    shelf.figure(KIND, drawn(KIND, tables, model.name))
-    if pages:
-        shelf.page(KIND, _page(model, probe, geometry, pages, facts))
-    files, moved = shelf.write(facts)
-    return Report(tables, files, found.notes + moved, facts)
+    return conclude(Probing(model, probe), **how)
 
 
 @dataclass

@@ -60,6 +60,11 @@ def probe_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in tables.items() if len(table)}
 
 
+def all_tables(rows: pd.DataFrame, **_: object) -> dict[str, pd.DataFrame]:
+    """`probe_tables`, of which what is kept beside the rows is no part."""
+    return probe_tables(rows)
+
+
 def bootstrap(rows: pd.DataFrame, by: Sequence[str]) -> Samples:
     """Bootstrap means over prompts of every combination of `by`; a prompt that lacks one does not count for it.
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
@@ -45,6 +46,7 @@ class Lot(Generic[State]):
         too_large: the error where one unit does not fit into memory, or (None) what is shared does not.
         batches: how the units that are left are put together.
         whole: a unit that describes the lot, and how its rows are made; None where there is none.
+        again: units to measure although there are rows of them.
     """
 
     units: Sequence[Unit]
@@ -53,18 +55,75 @@ class Lot(Generic[State]):
     too_large: Callable[[Unit | None], AnchorsError]
     batches: Callable[[Sequence[Unit]], Iterable[Sequence[Unit]]] = one_by_one
     whole: tuple[Unit, Callable[[State], pd.DataFrame]] | None = None
+    again: Collection[Unit] = ()
 
 
-def work(
-    run: Run, lots: Sequence[Lot], progress: Progress = silent, *, again: Collection[Unit] = ()
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Stretch:
+    """The work of one run on disk: all that depends on the same.
+
+    Attributes:
+        config: what its rows depend on; its `kind` names the run.
+        units: all of them, but those that describe a lot.
+        lots: from the run to the work.
+        model: what the model is called.
+        identity: the columns that name a unit.
+        certify: holds the model against the model as it came; asked before anything is measured, and not where nothing is left.
+        total: units of all stretches of a study; 0 where this is the only one.
+        task: what of the study it is.
+    """
+
+    config: dict[str, Any]
+    units: Sequence[Unit]
+    lots: Callable[[Run], Sequence[Lot]]
+    model: str
+    identity: tuple[str, ...] = ("seed", "number")
+    certify: Callable[[], object] = lambda: None
+    total: int = 0
+    task: str = ""
+
+    def left(self, run: Run) -> list[Unit]:
+        """The units that a run does not hold."""
+        done = run.done()
+        return [unit for unit in self.units if unit not in done]
+
+
+def carry_out(
+    stretches: Iterable[Stretch], out: Path, progress: Progress = silent
+) -> tuple[pd.DataFrame, list[Run]]:
+    """The rows of all stretches, and the runs in which they are kept under `out`.
+
+    Each is forgotten before the next is asked for, so that models need not be in memory together.
+
+    Raises:
+        AnchorsError: see `work`.
+        CertificateError: a model is not what it came as.
+    """
+    found, runs, finished = [], [], 0
+    for stretch in stretches:
+        run = Run.open(out, stretch.config["kind"], stretch.config, stretch.identity, model=stretch.model)
+        if stretch.left(run):
+            stretch.certify()
+        part = part_of(progress, finished, stretch.total or len(stretch.units))
+        found.append(work(run, stretch.lots(run), part))
+        runs.append(run)
+        finished += len(stretch.units)
+        del stretch
+    return pd.concat(found, ignore_index=True), runs
+
+
+def told(runs: Iterable[Run]) -> list[str]:
+    """What was found of earlier results, each said once."""
+    return list(dict.fromkeys(note for run in runs for note in run.notes))
+
+
+def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataFrame:
     """The rows of all lots; only what the run does not hold is computed, and kept as it is finished.
 
     Args:
         run: where rows are kept.
         lots: the work.
         progress: called with (units done, units in all); units that describe a lot do not count.
-        again: units to measure although there are rows of them.
 
     Returns:
         The rows of these lots' units, in the order in which they were kept.
@@ -72,7 +131,7 @@ def work(
     Raises:
         AnchorsError: a unit, or what a lot shares, does not fit into memory; whatever preparing and measuring raise.
     """
-    done = run.done() - set(again)
+    done = run.done().difference(*(lot.again for lot in lots))
     total = sum(len(lot.units) for lot in lots)
     finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)

@@ -1,18 +1,22 @@
 """What is left to do, and about how long it takes: told before anything is measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from anchors.context import encode
 from anchors.identity import held
 from anchors.models import LanguageModel
-from anchors.report import Part
+from anchors.results import Run
 from anchors.runner import outstanding
+from anchors.study.engine import Stretch, Unit
 from anchors.tasks.drawing import Draw, draw, within_context
+
+if TYPE_CHECKING:
+    from anchors.report import Part
 
 PROMPTS, TOKENS = 8, 48
 """What is timed: a batch of so many prompts of so many tokens."""
@@ -28,7 +32,7 @@ class Outlook:
         left: of them, those that are not measured yet.
         tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
         seconds: about how long that takes: tokens · passes, times the time of one token here; loading and certifying the model
-            come on top.
+            come on top. None where nobody can tell.
         flop: about how many floating-point operations: 2 · parameters · tokens · passes, of the parameters that every token is
             multiplied with (not of embeddings, and of the head only the last token needs any); without the products of
             attention itself. None where a router chooses among experts.
@@ -42,16 +46,16 @@ class Outlook:
     prompts: int
     left: int
     tokens: int
-    seconds: float
+    seconds: float | None
     flop: float | None
     memory: int
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self) | {"seconds": round(self.seconds, 1)}
+        return asdict(self) | {"seconds": None if self.seconds is None else round(self.seconds, 1)}
 
 
-def outlook(model: LanguageModel, parts: Sequence[Part], out: Path) -> list[Outlook]:
+def outlook(model: LanguageModel, parts: "Sequence[Part]", out: Path) -> list[Outlook]:
     """What is left of each part; nothing is written.
 
     Args:
@@ -86,7 +90,38 @@ def outlook(model: LanguageModel, parts: Sequence[Part], out: Path) -> list[Outl
     return found
 
 
-def longest(model: LanguageModel, part: Part) -> int:
+def foretold(
+    stretches: Iterable[Stretch],
+    out: Path,
+    model: LanguageModel | None = None,
+    tokens: Callable[[Sequence[Unit]], int] | None = None,
+    passes: float = 1.0,
+) -> list[Outlook]:
+    """What is left of each stretch of work; nothing is written.
+
+    Args:
+        stretches: the work.
+        out: folder whose `runs` holds what is finished.
+        model, tokens: by which time, operations and memory are foretold; without them nobody knows these before.
+        passes: about how many forward passes a unit costs.
+    """
+    found = []
+    for own in stretches:
+        left = own.left(Run.at(out, own.config["kind"], own.config, own.identity))
+        size, each = (tokens(left) if tokens else 0), None if model is None else multiplied(model)
+        found.append(
+            Outlook(
+                own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left), size,
+                seconds=None if model is None else (passes * size * seconds_per_token(model) if left else 0.0),
+                flop=None if each is None else 2.0 * each * passes * size,
+                memory=0 if model is None else held_bytes(model),
+            )
+        )  # fmt: skip
+        del own
+    return found
+
+
+def longest(model: LanguageModel, part: "Part") -> int:
     """Tokens of a part's longest prompt."""
     sizes = []
     for seed in part.how.seeds:

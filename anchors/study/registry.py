@@ -46,8 +46,13 @@ class Study:
             the option that refuses it bears the study's name, and this is its help.
         view: a frozen class of options that change no rows, only what is shown and drawn of them.
         task, examples: what is measured on where nothing else is said.
-        asked: what its units are. Those of `prompts` share a protocol, and so does their verb; others have verbs of their own.
-            `tables` and `figure` of those of `suites` take more than rows.
+        asked: what it is asked of: prompts of tasks (`anchors.study.analysis.Analysis`), episodes of a model of `anchors nsa
+            train`, or suites of `anchors inject`; the settings of these two have `on`, which makes an
+            `anchors.study.report.Inquiry` of them.
+        units: what its progress counts.
+        more: what is kept with its rows, by name; `tables` then takes these by their names and the provenance as `facts`.
+        columns: of its rows, where they are not those of prompts; the last one is the value.
+        group: of verbs, in which its verb is what its name has after this; by default there is none.
         verb: whether there is a verb of its name.
         home: which package brings it.
     """
@@ -65,6 +70,10 @@ class Study:
     task: str = "sst2"
     examples: int = 60
     asked: Literal["prompts", "episodes", "suites"] = "prompts"
+    units: str = "prompts"
+    more: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    group: str = ""
     verb: bool = True
     home: str = "label-anchors"
 
@@ -82,21 +91,38 @@ class Study:
                 f"Mend or uninstall {self.home}.",
             ) from error
 
+    @property
+    def command(self) -> str:
+        """Its verb, with the group in which it stands."""
+        return f"{self.group} {self.name[len(self.group) + 1 :]}" if self.group else self.name
+
+    @property
+    def folder(self) -> str:
+        """Of its results."""
+        return self.command.replace(" ", "-")
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """By kind of rows, the names of their files; those of all its files begin with that of the first."""
+        stem = self.name.replace("-", "_")
+        beside = {self.beside[0]: f"{stem}_{self.beside[0]}_rows"} if self.beside else {}
+        return {self.name: stem, **beside, **{name: f"{stem}_{name}" for name in self.more}}
+
     def make(self, **settings: Any) -> "Analysis":
         """The study with these settings."""
         return self.resolve(self.settings)(**settings)
 
-    def tabulate(self, rows: "pd.DataFrame") -> "Tables":
+    def tabulate(self, rows: "pd.DataFrame", **more: Any) -> "Tables":
         """What its rows come to, with intervals."""
         if self.tables is not None:
-            return self.resolve(self.tables)(rows)
+            return self.resolve(self.tables)(rows, **more)
         from anchors.stats import summarise
 
         baseline = "none" if rows["condition"].nunique() > 1 else None
         return {"summary": summarise(rows, self.metrics, baseline=baseline)}
 
-    def draw(self, tables: "Tables", model: str) -> "Figure | None":
-        """The picture of its tables; None where the plain picture finds nothing to draw."""
+    def draw(self, tables: "Tables", model: str) -> "Figure | dict[str, Figure] | None":
+        """The picture of its tables, or several by name; None where the plain picture finds nothing to draw."""
         return self.resolve(self.figure or "anchors.figures.generic:draw")(tables, model)
 
 
@@ -208,30 +234,62 @@ BUILT_IN: dict[str, Study] = {
         ),
         Study(
             "nsa_probe",
-            "anchors.nsa.probe:Probe",
+            "anchors.nsa.study:NSAProbe",
             "Are label words still anchors when attention is sparse?",
-            tables="anchors.nsa.probe_tables:probe_tables",
+            tables="anchors.nsa.probe_tables:all_tables",
             figure=f"{_FIGURES}.nsa_probe:draw",
+            shown=f"{_CLI}.nsa_probe:shown",
+            view=f"{_CLI}.nsa_probe:View",
             asked="episodes",
-            verb=False,
+            more=("identity",),
+            columns=("seed", "number", "condition", "layer", "group", "head", "place", "metric", "value"),
+            group="nsa",
         ),
         Study(
             "inject-sweep",
-            "anchors.injection.sweep:Sweep",
-            "Skill against retained vision: method × λ × density × layers.",
-            tables="anchors.injection.tables:tables",
+            "anchors.injection.study:InjectSweep",
+            "Which method injects how much of a skill, and what the VLM forgets meanwhile.",
+            tables="anchors.injection.tables:all_tables",
             figure=f"{_FIGURES}.inject_sweep:draw",
+            shown=f"{_CLI}.inject_sweep:shown",
             asked="suites",
-            verb=False,
+            units="settings",
+            more=("settings", "guessing"),
+            columns=(
+                "seed",
+                "scenario",
+                "setting",
+                "mask",
+                "condition",
+                "split",
+                "kind",
+                "number",
+                "correct",
+            ),
+            group="inject",
         ),
         Study(
             "inject-flow",
-            "anchors.injection.flow_report:Wanted",
-            "The information flow from images and text, before and after an injection.",
-            tables="anchors.injection.flow_tables:tables",
-            figure=f"{_FIGURES}.inject_flow:draw",
+            "anchors.injection.study:InjectFlow",
+            "Split the information flow by its source (images, text) and see what an injection does to it.",
+            tables="anchors.injection.flow_choice:all_tables",
+            figure=f"{_FIGURES}.inject_flow:draw_all",
+            shown=f"{_CLI}.inject_flow:shown",
             asked="suites",
-            verb=False,
+            units="settings",
+            more=("ratios", "guessing"),
+            columns=(
+                "seed",
+                "expert",
+                "scenario",
+                "labels",
+                "strength",
+                "number",
+                "layer",
+                "metric",
+                "value",
+            ),
+            group="inject",
         ),
     )
 }

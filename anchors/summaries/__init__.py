@@ -1,6 +1,7 @@
 """What the rows of each analysis come to, with intervals. Nothing here imports torch: tables and figures need rows alone."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -60,10 +61,14 @@ Tables = dict[str, pd.DataFrame]
 """Tables by name."""
 
 
-def tables_of(rows: Rows) -> Tables:
-    """The tables of the first kind of rows; of other kinds their summary, by the kind's name."""
+def tables_of(rows: Rows, facts: Mapping[str, Any] | None = None) -> Tables:
+    """The tables of the first kind of rows, and what was measured `more` with them; of other kinds their summary, by the
+    kind's name."""
     (main, own), *others = rows.items()
-    return study(main).tabulate(own) | {kind: study(kind).tabulate(more)["summary"] for kind, more in others}
+    line = study(main)
+    if line.more:
+        return line.tabulate(own, facts=facts, **dict(others)) | dict(others)
+    return line.tabulate(own) | {kind: study(kind).tabulate(more)["summary"] for kind, more in others}
 
 
 def flow_tables(rows: pd.DataFrame) -> Tables:

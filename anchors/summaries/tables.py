@@ -151,10 +151,12 @@ def marked(
         rows: by kind of analysis.
         error: of a run (`anchors.check.arithmetic_error`), in nats; None where nobody knows it.
     """
+    name, table = next(iter(tables.items()))
+    if error is None or "difference" not in table:
+        return tables
     loss = next(iter(rows.values()))
     loss = loss[(loss["metric"] == "loss") & (loss["number"] >= 0)]
-    name, table = next(iter(tables.items()))
-    if error is None or "difference" not in table or "none" not in set(loss["condition"]):
+    if "none" not in set(loss["condition"]):
         return tables
     wide = loss.pivot_table(index=[*GROUP, "seed", "number"], columns="condition", values="value")
     gap = wide.sub(wide["none"], axis=0).abs().groupby(GROUP).max()

@@ -1,0 +1,173 @@
+"""What every study leaves behind, written once: rows, tables, figures and pages with their provenance. Nothing here imports torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
+
+from anchors.results import plain, provenance
+from anchors.shelf import Shelf
+from anchors.study.registry import study
+from anchors.summaries import Rows, Tables, marked, tables_of
+
+if TYPE_CHECKING:
+    from anchors.study.engine import Progress
+    from anchors.study.plan import Outlook
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to.
+
+    Attributes:
+        tables: what the rows come to, see `anchors.summaries`; the main one is `summary`.
+        files: what was written.
+        notes: what a reader must know before believing the numbers.
+        facts: the provenance.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    files: list[Path]
+    notes: list[str]
+    facts: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The tables as plain data; missing values are null."""
+        tables = {name: plain(table) for name, table in self.tables.items()}
+        return tables | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an inquiry found, before anything is written.
+
+    Attributes:
+        rows: by kind of study; the main one first, after it what was measured beside it.
+        facts: of whom and of what; see `anchors.shelf` for `parts`.
+        notes: what a reader must know before believing the numbers.
+        kept: what the inquiry keeps for its notes and pages.
+    """
+
+    rows: Rows
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    kept: Any = None
+
+
+class Inquiry(Protocol):
+    """A study with its settings, and the models, prompts or suites that it is of."""
+
+    def measure(self, out: Path, progress: "Progress") -> Found:
+        """Measure what `out` does not hold, the models certified (see `anchors.study.engine.carry_out`)."""
+
+    def outlook(self, out: Path) -> "list[Outlook]":
+        """What is left to do; nothing is written."""
+
+    def notes_on(self, found: Found, tables: Tables) -> list[str]:
+        """What a reader must know before believing the tables."""
+        return []
+
+    def pages(self, found: Found, facts: dict[str, Any], **view: Any) -> dict[str, str]:
+        """The pages by what their names have after the study's."""
+        return {}
+
+
+def conclude(
+    inquiry: Inquiry, *, out: Path, progress: "Progress" = lambda done, total: None, **how: Any
+) -> Report:
+    """Certify, measure, and write rows, tables, figures and pages under `out`.
+
+    Args:
+        inquiry: what is measured.
+        out: folder of the results.
+        progress: called with (units done, units in all).
+        how: what `finish` takes.
+
+    Raises:
+        CertificateError: a model is not what it came as.
+        AnchorsError: whatever preparing and measuring raise.
+    """
+    return finish(inquiry, inquiry.measure(out, progress), out=out, **how)
+
+
+def finish(
+    inquiry: Inquiry,
+    found: Found,
+    *,
+    out: Path,
+    name: str | None = None,
+    tables: Callable[[Rows], Tables] | None = None,
+    figure: str | None = None,
+    files: Mapping[str, str] | None = None,
+    csv: bool = False,
+    **view: Any,
+) -> Report:
+    """Write what was found: rows, tables, figures and pages.
+
+    Args:
+        inquiry, found: what was measured.
+        out: folder of the results.
+        name: what the files' names begin with; by default as the main study says.
+        tables: from rows to tables; by default those of the kinds of rows.
+        figure: the study whose picture is drawn; by default the main one.
+        files: names of the rows' files by kind; by default as the main study says.
+        csv: write the rows as CSV, too.
+        view: what the inquiry's pages show.
+    """
+    main = next(iter(found.rows))
+    named = study(main).stems if files is None else files
+    name = name or named[main]
+    made = tabulated(found.rows, found.facts, tables)
+    facts = provenance(**found.facts, notes=[*found.notes, *inquiry.notes_on(found, made)])
+    rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
+    pages = inquiry.pages(found, facts, **view)
+    return leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
+
+
+def tabulated(rows: Rows, facts: Mapping[str, Any], tables: Callable[[Rows], Tables] | None = None) -> Tables:
+    """What rows come to, with differences marked that are none."""
+    made = tables_of(rows, facts) if tables is None else tables(rows)
+    return marked(made, rows, facts.get("arithmetic_error"))
+
+
+def leave(
+    out: Path,
+    name: str,
+    facts: dict[str, Any],
+    tables: Tables,
+    figure: str,
+    *,
+    rows: Rows | None = None,
+    pages: Mapping[str, str] | None = None,
+    csv: bool = False,
+) -> Report:
+    """Write files whose names begin with `name`.
+
+    Results of something else that lie there under the same names are set aside, see `anchors.shelf`.
+
+    Args:
+        out: folder of the results.
+        name: what names of files begin with, all but those of rows.
+        facts: the provenance.
+        tables: by what the files' names have after `name`.
+        figure: the study whose picture is drawn of them.
+        rows: by name of file.
+        pages: likewise after `name`.
+        csv: write the rows as CSV, too.
+    """
+    from anchors.figures import draw
+
+    shelf, drawn = Shelf(out, name), draw(figure, tables, facts["model"])
+    for key, table in (rows or {}).items():
+        shelf.table(key, table, csv=csv)
+    for key, table in tables.items():
+        if f"{name}_{key}" not in (rows or {}):
+            shelf.table(f"{name}_{key}", table)
+    for key, picture in (drawn if isinstance(drawn, dict) else {"": drawn}).items():
+        shelf.figure(f"{name}_{key}".rstrip("_"), picture)
+    for key, page in (pages or {}).items():
+        shelf.page(f"{name}_{key}".rstrip("_"), page)
+    files, moved = shelf.write(facts)
+    return Report(tables, files, [*facts.get("notes", ()), *moved], facts)
