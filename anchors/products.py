@@ -84,7 +84,8 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope):  # type: ignore[override]
+    def backward(ctx, *slopes):
+        (slope,) = slopes
         (weight,) = ctx.saved_tensors
         return product(slope, weight.t()), None, None
 
@@ -98,7 +99,7 @@ def frozen(
     return _Frozen.apply(x, weight, bias)
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     weight = module.weight if isinstance(module, Conv1D) else module.weight.t()
     if (
         x.is_cuda

@@ -26,7 +26,7 @@ SHARD_SIZE = "1GB"
 class MergeOrCommand(TyperGroup):
     """A group that merges when what follows is none of its commands, and whose help shows the merge's options, too."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not Path(args[0]).exists():
             shown = [name for name, command in self.commands.items() if not command.hidden]
             if close := difflib.get_close_matches(args[0], shown, 1, 0.7):
@@ -35,10 +35,10 @@ class MergeOrCommand(TyperGroup):
             args = ["--help"] if set(args) & set(ctx.help_option_names) else [DEFAULT, *args]
         return super().parse_args(ctx, args)
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["VLM EXPERT --base LLM --out DIR | COMMAND ..."]
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         shown, merging = copy.copy(self), self.commands[DEFAULT]
         shown.params, shown.help = merging.params, merging.help
         TyperGroup.format_help(shown, ctx, formatter)
@@ -166,7 +166,8 @@ def merge(
             _methods(as_json)
             return
         missing = {"VLM": vlm, "EXPERT": expert, "--base": base, "--out": to or inspect or dry_run or None}
-        if absent := [name for name, value in missing.items() if value is None]:
+        absent = [name for name, value in missing.items() if value is None]
+        if vlm is None or expert is None or base is None or absent:
             raise AnchorsError(
                 f"{' and '.join(absent)} must be given.",
                 "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
@@ -201,7 +202,7 @@ def merge(
             if not force:
                 require_anchor(sources)
             _dry_run(sources, recipe, as_json)
-        else:
+        elif to is not None:
             _merge(models, recipe, to, shard_size, force, as_json)
 
 

@@ -58,12 +58,7 @@ def bench(
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)
         lengths, names = setting.numbers(tokens, "--tokens"), tuple(s.strip() for s in shapes.split(";"))
-        options = {"geometry": geometry, "repeats": repeats, "seed": seed, "out": to}
-        chosen = (
-            {}
-            if implementations is None
-            else {"implementations": common.words(implementations, "--implementations")}
-        )
+        chosen = common.words(implementations, "--implementations")
         say = common.err.print
         tables = {
             "nsa-bench": benchmark.bench(
@@ -72,14 +67,17 @@ def bench(
                 common.words(patterns, "--patterns"),
                 backward=backward,
                 say=say,
-                **chosen,
-                **options,
+                geometry=geometry,
+                repeats=repeats,
+                seed=seed,
+                out=to,
+                **({} if chosen is None else {"implementations": chosen}),
             )
         }
         if decode:
-            del options["seed"]
+            sizes = setting.numbers(batches, "--batches")
             tables["nsa-decode"] = benchmark.bench_decode(
-                names[0], lengths, setting.numbers(batches, "--batches"), say=say, **options
+                names[0], lengths, sizes, say=say, geometry=geometry, repeats=repeats, out=to
             )
         from anchors.figures.nsa_bench import draw
         from anchors.figures.style import save

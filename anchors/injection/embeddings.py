@@ -63,7 +63,7 @@ def _run(rows: Int64[Tensor, " n"]) -> slice | Int64[Tensor, " n"]:
 def align(
     policy: str,
     rows: tuple[int, int, int],
-    vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None,
+    vocabularies: tuple[Vocabulary, ...] | None = None,
 ) -> Rows | None:
     """The rows of embedding and head that a policy merges; None for `keep`.
 

@@ -10,7 +10,7 @@ not depend on λ is kept between calls that differ in λ only; another method, d
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,8 +139,11 @@ class TaskVectors:
             raise AnchorsError(self.untied, "Take embeddings keep.")
         sizes = (len(v), len(b), len(e))
         key = (recipe.embeddings, *sizes)
-        if key not in self._kept.rows:
-            self._kept.rows[key] = align(recipe.embeddings, sizes, self.vocabularies)
+        if (
+            key not in self._kept.rows
+            and (rows := align(recipe.embeddings, sizes, self.vocabularies)) is not None
+        ):
+            self._kept.rows[key] = rows
         return self._kept.rows[key].merge(b, v, e, merge)
 
 
@@ -170,7 +173,7 @@ def inject(
     method: str | Recipe = "task-arithmetic",
     strength: float | None = None,
     **fields: Any,
-) -> Iterator[Injected]:
+) -> Generator[Injected]:
     """Inject the expert into the language tower of a model; on leaving, also by an exception, its weights are back.
 
     Args:
@@ -249,7 +252,7 @@ def _mark(tensor: Tensor) -> tuple:
 
 def _once(weights: Mapping[str, Tensor]) -> list[str]:
     """The first of all names that stand for the same memory: a tied head goes by its embedding's."""
-    return list({_mark(tensor): name for name, tensor in reversed(weights.items())}.values())[::-1]
+    return list({_mark(tensor): name for name, tensor in reversed(list(weights.items()))}.values())[::-1]
 
 
 def _untied(own: Tower, weights: Mapping[str, Tensor], name: str) -> str:

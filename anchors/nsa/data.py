@@ -37,7 +37,8 @@ class Rows:
 class Data(Protocol):
     """Anything a model can be trained on: rows depend on (seed, number, held_out) alone."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
     def rows(self, seed: int, numbers: range, *, held_out: bool = False) -> Rows:
         """Some rows; those held out are of another stream."""

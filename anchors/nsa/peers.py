@@ -145,11 +145,11 @@ def ours(case: Case) -> list[Task]:
     from anchors.nsa.kernels import attention, gradients, lists, selection
 
     g = case.geometry
-    common = {"scale": case.scale, "tuning": case.tuning}
+    common: dict[str, Any] = {"scale": case.scale, "tuning": case.tuning}
 
     def piece(part: str, branch: attention.Branch) -> Task:
         q, k, v = (getattr(case, name) for name in LEAVES[part])
-        chosen = {"idx": case.idx} if part == "slc" else {}
+        chosen: dict[str, Any] = {"idx": case.idx} if part == "slc" else {}
         held: list[Tensor] = []
 
         def backward() -> Sequence[Tensor]:
@@ -175,7 +175,7 @@ def ours(case: Case) -> list[Task]:
     }
     branches["win"] = attention.Branch("window", w=g.w)
     lse = attention.attend(branches["cmp"], case.q, case.kc, case.vc, **common)[1]
-    choose = {"geometry": g, "tokens": case.tokens, **common}
+    choose: dict[str, Any] = {"geometry": g, "tokens": case.tokens, **common}
     others = case.dz, case.dz.roll(1, 1)
     window = [getattr(case, name) for name in LEAVES["win"]]
     group = case.q.shape[2] // case.k.shape[2]

@@ -189,7 +189,8 @@ class _SparseAttention(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, dz):
+    def backward(ctx, *given):
+        (dz,) = given
         q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, *rest = ctx.saved_tensors
         dz, lse, gates = dz.contiguous(), rest[:3], g.float().contiguous()
         sums = inner(dz, *rest[3:])
