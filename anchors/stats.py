@@ -225,9 +225,11 @@ def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[
     return tables
 
 
-def parts_by(table: pd.DataFrame, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
-    """Rows with the same values of some columns, in the order in which they first appear, behind these values."""
-    for values, part in table.groupby(columns, sort=False):
+def parts_by(
+    table: pd.DataFrame, columns: list[str], *, sort: bool = False
+) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """The rows that share the values of some columns, after these values; in the order of the table unless sorted by them."""
+    for values, part in table.groupby(columns, sort=sort):
         yield cast(tuple, values), part
 
 

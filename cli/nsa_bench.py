@@ -58,20 +58,24 @@ def bench(
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)
         lengths, names = setting.numbers(tokens, "--tokens"), tuple(s.strip() for s in shapes.split(";"))
-        chosen = common.words(implementations, "--implementations")
+        chosen = (
+            tuple(benchmark.IMPLEMENTATIONS)
+            if implementations is None
+            else common.words(implementations, "--implementations")
+        )
         say = common.err.print
         tables = {
             "nsa-bench": benchmark.bench(
                 names,
                 lengths,
                 common.words(patterns, "--patterns"),
+                chosen,
                 backward=backward,
                 say=say,
                 geometry=geometry,
                 repeats=repeats,
                 seed=seed,
                 out=to,
-                **({} if chosen is None else {"implementations": chosen}),
             )
         }
         if decode:

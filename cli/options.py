@@ -78,7 +78,7 @@ def _option(field: Field, type_: Any, said: str, panel: str | None) -> Option:
     flags = names if taken is not bool or not default else (f"{names[0]}/--no-{names[0][2:]}", *names[1:])
     text = said[:1].upper() + said[1:]
     how = typer.Option(*flags, help=escape(text.replace("`", "")), rich_help_panel=panel, **choice)
-    handed = taken if default is not None or taken is bool else taken | None
+    handed: Any = taken if default is not None or taken is bool else taken | None
     place = inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[handed, how]
     )

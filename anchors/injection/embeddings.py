@@ -101,7 +101,7 @@ def align(
 
 
 def _same_numbers(
-    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None
+    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, ...] | None
 ) -> list[tuple[int, int, int]]:
     first = range(min(rows))
     if vocabularies is None:
@@ -121,7 +121,7 @@ def _same_numbers(
 
 
 def _same_strings(
-    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary]
+    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, ...]
 ) -> list[tuple[int, int, int]]:
     _, base, expert = vocabularies
     return [

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from anchors.errors import AnchorsError
@@ -262,7 +262,7 @@ def greedy(vlm: VisionLanguageModel, inputs: dict[str, Tensor], tokens: int) -> 
     )
     try:
         with vlm.arithmetic():
-            ids = cast(GenerationMixin, model).generate(**inputs)
+            ids = cast(Any, model).generate(**inputs)
     finally:
         model.generation_config = own
     new = ids[:, inputs["input_ids"].shape[1] :]

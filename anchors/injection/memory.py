@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from anchors.digest import marks
 from anchors.errors import AnchorsError
@@ -74,13 +75,18 @@ class TaskVectors:
     pairs: tuple[Pair, ...]
     base: Mapping[str, Tensor]
     expert: Mapping[str, Tensor]
-    vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None
+    vocabularies: tuple[Vocabulary, ...] | None = None
     untied: str = ""
     _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     @classmethod
     def of(
-        cls, vlm: Weights, base: Weights, expert: Weights, *, tokenizers: tuple[Any, Any, Any] | None = None
+        cls,
+        vlm: Weights,
+        base: Weights,
+        expert: Weights,
+        *,
+        tokenizers: tuple[PreTrainedTokenizerBase, ...] | None = None,
     ) -> "TaskVectors":
         """The task vectors of a vision-language model and an expert over a base.
 
@@ -117,7 +123,7 @@ class TaskVectors:
             pairs=tuple(pair for pair, _ in both),
             base={pair.vlm: ours[pair.llm].to(own[pair.vlm].device) for pair, _ in both},
             expert={pair.vlm: theirs[other.llm].to(own[pair.vlm].device) for pair, other in both},
-            vocabularies=tokenizers and tuple(tokenizer.get_vocab() for tokenizer in tokenizers),
+            vocabularies=None if tokenizers is None else tuple(own.get_vocab() for own in tokenizers),
             untied=untied,
         )
 

@@ -164,7 +164,7 @@ def front(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"]) -> B
     better = (
         (x[None] >= x[:, None]) & (y[None] >= y[:, None]) & ((x[None] > x[:, None]) | (y[None] > y[:, None]))
     )
-    return ~better.any(axis=1)
+    return ~np.any(better, axis=1)
 
 
 def best_table(
@@ -293,7 +293,7 @@ def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.D
         values = np.stack(recovered, axis=1)
         # Equal ones share the better rank.
         ranks = np.where(np.isnan(values), np.nan, 1 + (values[:, None, :] > values[:, :, None]).sum(2))
-        ranked = ~np.isnan(values[:, ~np.isnan(values[0])]).any(axis=1)
+        ranked = ~np.any(np.isnan(values[:, ~np.isnan(values[0])]), axis=1)
         rows = []
         for i, (scenario, (test, name)) in enumerate(found.items()):
             row: dict[str, Any] = {"scenario": scenario, "how": how, "setting": name}

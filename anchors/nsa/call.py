@@ -16,7 +16,7 @@ from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
@@ -24,6 +24,7 @@ from anchors.attention.taps import Tap
 from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.phi import Phi
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Sparse:
 
     kv: Branches
     v_cmp: Float[Tensor, "batch tokens groups dim_v"]
-    phi_v: nn.Module
+    phi_v: Phi
     gates: Float[Tensor, "batch query heads 3"]
     geometry: Geometry
     past: int = 0

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -100,7 +100,11 @@ class Windows:
                 f"The text {str(path)!r} cannot be read: {error}", "Give a UTF-8 text file."
             ) from error
         try:
-            kind = bytes_tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+            kind = (
+                bytes_tokenizer()
+                if tokenizer is None
+                else cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(tokenizer))
+            )
         except (OSError, ValueError) as error:
             raise AnchorsError(
                 f"The tokenizer {tokenizer!r} could not be loaded: {error}",

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -294,7 +294,7 @@ def measure(
         return _frame(seed, number, found)
 
     def too_large(unit: Unit | None) -> AnchorsError:
-        tokens = len(probe.prompt(unit[1]).ids)
+        tokens = len(probe.prompt(cast(Unit, unit)[1]).ids)  # nothing is shared
         return AnchorsError(
             f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
             "Use fewer --tokens or another --device.",
@@ -336,7 +336,7 @@ def _write_vectors(path: Path, look: Look, places: Places, prompt: Prompt) -> No
         for kind, x in own.items()
     }
     tokens = np.array([prompt.ids[p] for p in places.labels[look.read]], dtype=np.int64)
-    write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))
+    write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))  # ty: ignore[invalid-argument-type] - all are arrays
 
 
 def _read_vectors(folder: Path, units: list[tuple[int, int]]) -> pd.DataFrame:

@@ -104,7 +104,7 @@ def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """
     refuse_doubles(rows)
     found = []
-    for key, group in rows.groupby(GROUP, sort=False):
+    for key, group in parts_by(rows, GROUP):
         timed = group[(group["metric"] == "seconds") & (group["number"] >= 0)]
         wide = timed.pivot_table(index=["seed", "number"], columns="condition", values="value")
         batch = group[group["metric"] == "batch"].set_index(["seed", "number"])["value"].loc[wide.index]

@@ -135,8 +135,8 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
         for j in range(i):
             other = words[j]
             names = f"{task.labels[j]!r} and {task.labels[i]!r}"
-            shown = [cast(list[str], tokenizer.convert_ids_to_tokens(list(w))) for w in (other, one)]
-            if one[0] == other[0] and not tokenizer.decode([one[0]]).strip():
+            shown = [tokenizer.convert_ids_to_tokens(list(w)) for w in (other, one)]
+            if one[0] == other[0] and not cast(str, tokenizer.decode([one[0]])).strip():
                 raise AnchorsError(
                     f"The tokenizer keeps the white space before the labels {names} as a token of its own, "
                     f"{shown[1][0]!r}: the prediction is read at that token, so they cannot be told apart.",

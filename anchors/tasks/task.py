@@ -275,7 +275,8 @@ def _from_toml(path: Path) -> Task:
             f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
         )
     try:
-        return Task(**({"name": path.stem} | table | {"labels": _words(table["labels"])}))
+        facts: dict[str, Any] = {"name": path.stem, **table, "labels": _words(table["labels"])}
+        return Task(**facts)
     except AnchorsError as error:
         raise AnchorsError(f"The task file {str(path)!r}: {error.message}", error.remedy) from error
 

@@ -1,7 +1,7 @@
 """The models of the demonstration: a small language model, and a LLaVA whose language tower it is."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from transformers import (
 
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
-from anchors.injection.demo.scales import Scale
+from anchors.injection.demo.scales import Scale, Tower
 from anchors.injection.demo.world import World
 from anchors.models import default_source
 
@@ -60,7 +60,7 @@ def _words(world: World) -> set[str]:
 
 def new_language_model(scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int) -> LlamaForCausalLM:
     """A Llama with random weights."""
-    tower = scale.language
+    tower = cast(Tower, scale.language)  # None stands for a model that is given
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tower.width,
@@ -125,7 +125,7 @@ def with_eyes(
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE_TOKEN, special=True)]})
     image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    text = base.config.to_dict() | {"vocab_size": max(base.config.vocab_size, image_id + 1)}
+    text: dict[str, Any] = base.config.to_dict() | {"vocab_size": max(base.config.vocab_size, image_id + 1)}
     config = LlavaConfig(
         vision_config=vision_config(scale),
         text_config=type(base.config)(**text),
