@@ -228,7 +228,7 @@ def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[
 def parts_by(
     table: pd.DataFrame, columns: list[str], *, sort: bool = False
 ) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
-    """The rows that share the values of some columns, after these values; in the order of the table unless sorted by them."""
+    """The values that some columns take together, each with its rows; in the order of the table unless sorted."""
     for values, part in table.groupby(columns, sort=sort):
         yield cast(tuple, values), part
 
