@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
 
 
-def resolve(rule: str, model: LanguageModel) -> Rule:
+def resolve(rule: Rule | Literal["reference"], model: LanguageModel) -> Rule:
     """The reference implementation's rule: `restart` with learned absolute positions, else `after-last-anchor`."""
     if rule != "reference":
-        return rule  # type: ignore[return-value]
+        return rule
     learned = any(
         isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions")
         for name, module in model.model.named_modules()
@@ -138,7 +138,7 @@ class AnchorCache(DynamicCache):
 
         Each call hands out a fresh copy of the cache, so that one AnchorCache serves many queries.
         """
-        device = self.context.keys[0].device
+        device = next(keys for keys in self.context.keys if keys is not None).device
         query = [int(i) for i in query]
         positions = [*self.context.positions, *range(self.context.next, self.context.next + len(query))]
         ids = torch.tensor([[*self.context.ids, *query]], device=device)

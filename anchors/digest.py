@@ -105,7 +105,7 @@ def _of_bytes(tensors: Mapping[tuple, Tensor]) -> dict[tuple, str]:
         flat = (_flat(tensors[key]) for key in keys)
         pieces = _from_cuda(flat, device) if device.type == "cuda" else _whole(flat)
         for i, piece in pieces:
-            digests[keys[i]].update(piece)
+            digests[keys[i]].update(piece.data)
     return {key: digest.hexdigest() for key, digest in digests.items()}
 
 

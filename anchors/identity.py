@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ _held: ContextVar[Mapping[int, Identity]] = ContextVar("anchors_identities", def
 
 
 @contextmanager
-def held(model: nn.Module, found: Identity) -> Iterator[None]:
+def held(model: nn.Module, found: Identity) -> Generator[None]:
     """Inside, a model keeps this identity without being read again: for whoever knows that nobody changes it meanwhile."""
     token = _held.set({**_held.get(), id(model): found})
     try:
@@ -209,7 +209,7 @@ def _made_anew(
             owner._init_weights(twin)
     except Exception:  # noqa: BLE001 - a family may ask for what the twin lacks; its buffers count by their bytes then
         return {}
-    return twin._buffers
+    return {name: buffer for name, buffer in twin._buffers.items() if buffer is not None}
 
 
 def _alike(buffer: Tensor, made: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -159,7 +159,9 @@ def tokenizer_of(origin: Origin) -> PreTrainedTokenizerBase:
         AnchorsError: it cannot be read, or the files are not there (transformers then makes one that knows no word).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(origin.source, **origin.options)
+        tokenizer = cast(
+            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(origin.source, **origin.options)
+        )
         known = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
     except Exception as error:
         raise _unreadable(origin, "its tokenizer could not be read", error) from error
@@ -262,7 +264,7 @@ def _folder(origin: Origin) -> Path:
     return (
         path
         if path.is_dir()
-        else Path(cached_file(origin.source, "config.json", revision=origin.revision)).parent
+        else Path(cast(str, cached_file(origin.source, "config.json", revision=origin.revision))).parent
     )
 
 

@@ -262,7 +262,7 @@ def _origin(source: str | Path | None, revision: str | None, trust_remote_code: 
 
 
 def prepare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, precision: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, precision: str
 ) -> LanguageModel:
     """Freeze a loaded model and put it on the seam.
 

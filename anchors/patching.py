@@ -1,7 +1,7 @@
 """Putting the residual stream of one run into another, on shared demonstrations."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,7 +58,7 @@ class Entering:
 
 
 @contextmanager
-def streams(model: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Entering]]:
+def streams(model: LanguageModel, layers: Sequence[int]) -> Generator[dict[int, Entering]]:
     """Keep what enters each of some layers, in the one run inside."""
     found: dict[int, Entering] = {}
 
@@ -100,7 +100,7 @@ Change = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 @contextmanager
-def _entering(model: LanguageModel, layer: int, change: Change) -> Iterator[None]:
+def _entering(model: LanguageModel, layer: int, change: Change) -> Generator[None]:
     """Put `change(stream, other tensors)` in the place of the residual stream entering a layer, in the one run inside."""
     fired = 0
 

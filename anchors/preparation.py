@@ -7,10 +7,10 @@ that the model computes, in exact arithmetic; whoever doubts it can ask the mode
         logits = model.model(ids).logits
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def apply(wanted: Iterable[Alteration]) -> tuple[Alteration, ...]:
 
 
 @contextmanager
-def undone(done: Sequence[Alteration]) -> Iterator[None]:
+def undone(done: Sequence[Alteration]) -> Generator[None]:
     """Take alterations back for a while."""
     for alteration in reversed(done):
         alteration.undo()
@@ -170,7 +170,7 @@ def wide_products(head: nn.Module) -> list[Alteration]:
     ]
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is nothing but a product with a weight that is held as numbers: no subclass, which quantisers
     and parametrisations use; no tensor that only stands for numbers, as torchao's do."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter

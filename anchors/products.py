@@ -11,6 +11,7 @@ short stretch is therefore summed there and the stretches are added up outside. 
 forward of the module itself.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import no_type_check
 
@@ -84,7 +85,8 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope):  # type: ignore[override]
+    def backward(ctx, *slopes):
+        (slope,) = slopes
         (weight,) = ctx.saved_tensors
         return product(slope, weight.t()), None, None
 
@@ -98,7 +100,7 @@ def frozen(
     return _Frozen.apply(x, weight, bias)
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     weight = module.weight if isinstance(module, Conv1D) else module.weight.t()
     if (
         x.is_cuda
@@ -108,7 +110,8 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
         and torch.backends.cuda.matmul.fp32_precision != "tf32"
     ):
         return frozen(x, weight, module.bias)
-    return type(module).forward(module, x)
+    own: Callable[..., Tensor] = type(module).forward
+    return own(module, x)
 
 
 def split_products(model: nn.Module) -> list[Alteration]:
@@ -118,7 +121,8 @@ def split_products(model: nn.Module) -> list[Alteration]:
         for module in model.modules()
         # A forward that accelerate has replaced already (weights that are elsewhere) stays, and so does a weight that
         # only stands for numbers: a quantised one says that it is float32.
-        if type(module) in (nn.Linear, Conv1D)
+        if isinstance(module, nn.Linear | Conv1D)
+        and type(module) in (nn.Linear, Conv1D)
         and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)
     ]

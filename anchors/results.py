@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -64,7 +64,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def writing(path: Path, called: str = "", elsewhere: str = "choose another --out") -> Iterator[None]:
+def writing(path: Path, called: str = "", elsewhere: str = "choose another --out") -> Generator[None]:
     """While a file or folder is written: what the system refuses becomes an error with its mend.
 
     The writers of safetensors and tokenizers raise exceptions of their own for it, the latter a bare `Exception`.

@@ -1,7 +1,7 @@
 """Anchor re-weighting (3.1): learn how much the target should attend to each label word."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -296,7 +296,7 @@ def _train(
 
 
 @contextmanager
-def label_head(model: LanguageModel, label_ids: Sequence[int]) -> Iterator[None]:
+def label_head(model: LanguageModel, label_ids: Sequence[int]) -> Generator[None]:
     """Let the model compute the logits of the label words only: the output matrix is cut to their rows.
 
     What a family does to its logits afterwards (a factor, a soft cap) acts entry by entry and stays the same.

@@ -1,7 +1,7 @@
 """What a model on the seam is, with images or without: where it runs, how it multiplies, where its attention changes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +89,7 @@ class Routed(ABC):
         demand_one_side(self.changes, lengths, encoded, self.name)
 
     @contextmanager
-    def arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> Generator[None]:
         """The matrix-product mode of this model's precision, put back afterwards.
 
         On CUDA a half-precision model keeps what runs past its layers (the residual stream and its gradient,

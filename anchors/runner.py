@@ -89,10 +89,11 @@ def config_of(
 
     An analysis whose numbers hang on more than its fields (a file that one of them names) says so in `settings`.
     """
+    own = getattr(analysis, "settings", None)
     config = {
         "kind": analysis.kind,
         "version": analysis.version,
-        "settings": analysis.settings() if hasattr(analysis, "settings") else asdict(analysis),
+        "settings": asdict(analysis) if own is None else own(),
         "model": dict(model.identity.parts),
         "software": software(),
         "precision": model.precision,

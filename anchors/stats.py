@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -225,6 +225,14 @@ def _means(drawn: list[tuple], baseline: str | None, confidence: float) -> list[
     return tables
 
 
+def parts_by(
+    table: pd.DataFrame, columns: list[str], *, sort: bool = False
+) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """The values that some columns take together, each with its rows; in the order of the table unless sorted."""
+    for values, part in table.groupby(columns, sort=sort):
+        yield cast(tuple, values), part
+
+
 def _estimates(
     table: pd.DataFrame,
     samples: np.ndarray,
@@ -241,9 +249,10 @@ def _estimates(
     places = {tuple(c): i for i, c in enumerate(_plain(table))}
     other = [places.get((baseline, *c[1:])) for c in _plain(table)]
     gap, how = np.full((3, len(table)), np.nan), np.full(len(table), "", dtype=object)
-    found = [i for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline]
+    compared = {i: o for i, o in enumerate(other) if o is not None and table["condition"][i] != baseline}
+    found = list(compared)
     if found:
-        apart = samples[:, found] - samples[:, [other[i] for i in found]]
+        apart = samples[:, found] - samples[:, list(compared.values())]
         gap[:, found], how[found] = interval(apart, confidence), method(apart, counts[found])
         for i in found:
             # Only a difference of −1, 0 or 1 can be the same on every prompt.

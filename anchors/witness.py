@@ -8,10 +8,10 @@ own positions and its own mask, and no line of this toolkit takes part.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +66,7 @@ class Witness:
         return replace(witness, said=witness.logits(ids))
 
     @contextmanager
-    def untouched(self, attention: str = "eager") -> Iterator[PreTrainedModel]:
+    def untouched(self, attention: str = "eager") -> Generator[PreTrainedModel]:
         """The model as it came, on transformers' own `attention`; whatever it is now comes back afterwards.
 
         Buffers that a run replaces (dynamic NTK's frequencies) are forgotten, too: each time starts as the first.
@@ -136,7 +136,7 @@ class Witness:
         """About the memory that `logits` takes for one prompt: scores, weights and their copy, and the logits."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 1
-        return 4 * tokens * (3 * heads * tokens + 2 * self.model.get_input_embeddings().weight.shape[0])
+        return 4 * tokens * (3 * heads * tokens + 2 * _rows(self.model))
 
 
 def _configurations(model: nn.Module) -> list[PreTrainedConfig]:
@@ -168,7 +168,7 @@ def _become(part: Part, attributes: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _by_itself(model: PreTrainedModel) -> Iterator[None]:
+def _by_itself(model: PreTrainedModel) -> Generator[None]:
     """Say of an exception that it is the model's own."""
     try:
         yield
@@ -206,11 +206,16 @@ def apart(ours: Float[Tensor, "*rows vocabulary"], theirs: Float[Tensor, "*rows 
     return (off / size) ** 0.5 if size else float(off > 0)
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """Tokens of the embedding."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int = 8
 ) -> Int[Tensor, "2 tokens"]:
     """A few tokens of text, and the same with another last one."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _rows(model)
     ids = [i for i in tokenizer(_TEXT)["input_ids"] if i < rows][:most]
     last = next((i for i in ids if i != ids[-1]), (ids[-1] + 1) % rows)
     return torch.tensor([ids, [*ids[:-1], last]], device=model.device)

@@ -6,7 +6,7 @@ the model itself. Where there is a doubt, both are asked the same tokens.
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -194,8 +194,9 @@ def tokenizer_of_bridge(bridge: Any) -> PreTrainedTokenizerBase:
     if theirs is None or theirs.bos_token_id is None or theirs("a")["input_ids"][:1] != [theirs.bos_token_id]:
         return theirs
     try:
-        own = AutoTokenizer.from_pretrained(
-            theirs.name_or_path, revision=getattr(bridge.original_model.config, "_commit_hash", None)
+        revision = getattr(bridge.original_model.config, "_commit_hash", None)
+        own = cast(
+            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(theirs.name_or_path, revision=revision)
         )
     except Exception as error:
         raise AnchorsError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -53,7 +54,17 @@ def as_written(model: PreTrainedModel, folder: Path, name: str) -> None:
                     )
 
 
-def _comparable(here: Tensor, there: object) -> bool:
+class _Slice(Protocol):
+    """A tensor in a file, of which nothing is read yet."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def _comparable(here: Tensor, there: _Slice) -> bool:
     plain = type(here) is Tensor and here.is_floating_point() and not here.is_meta and here.dim() > 0
     # Types of one byte are quantised, and scaled while they are read.
     return (
@@ -63,7 +74,7 @@ def _comparable(here: Tensor, there: object) -> bool:
     )
 
 
-def _ends(there: object, here: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _ends(there: _Slice, here: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for part in (slice(0, ROWS), slice(max(0, len(here) - ROWS), len(here))):
         yield there[part].to(here), here[part]
 

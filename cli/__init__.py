@@ -49,12 +49,13 @@ def version(
 
 for group in (app, nsa.app, inject.app):
     for command in group.registered_commands:
-        command.callback = common.bounded(command.callback)
+        if command.callback is not None:
+            command.callback = common.bounded(command.callback)
 
 
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal or pipe of another encoding shows other signs by their numbers.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
     app()

@@ -8,11 +8,11 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 from click import ClickException
@@ -164,7 +164,7 @@ def load_model(
 
 
 @contextmanager
-def reporting() -> Iterator[None]:
+def reporting() -> Generator[None]:
     """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130."""
     logging.basicConfig(
         format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
@@ -249,7 +249,7 @@ def print_error(error: AnchorsError, where: str = "") -> None:
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Any]:
+def progress_bar(name: str) -> Generator[Any]:
     """A bar with the time left, as a callback of (done, total)."""
     columns = (
         TextColumn("{task.description}"),
@@ -372,6 +372,10 @@ def new_table(title: str, *columns: str, caption: str = "[95 % bootstrap interva
     return made
 
 
+@overload
+def numbers(text: str, option: str) -> tuple[float, ...]: ...
+@overload
+def numbers(text: None, option: str) -> None: ...
 def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     """`0.5,1` as finite numbers, each once; None where nothing was given."""
     if text is None:
@@ -385,6 +389,10 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     return once(found, option)
 
 
+@overload
+def words(text: str, option: str) -> tuple[str, ...]: ...
+@overload
+def words(text: None, option: str) -> None: ...
 def words(text: str | None, option: str) -> tuple[str, ...] | None:
     """`a, b` as words, each once; None where nothing was given."""
     if text is None:
@@ -418,7 +426,9 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
         if compared:
             first = own.loc[metrics[0]] if metrics[0] in own.index else None
             shown = "" if first is None else estimate_of(first, prefix="difference", signed=True)
-            cells.append(f"≈ {shown}" if shown and first.get("indistinct", False) else shown)
+            cells.append(
+                f"≈ {shown}" if shown and first is not None and first.get("indistinct", False) else shown
+            )
         table.add_row(escape(condition), *cells)
     return table
 
@@ -428,10 +438,11 @@ def layer_table(summary: "pd.DataFrame", title: str) -> Table:
     layers = sorted(summary["layer"].dropna().unique())
     shown = [layers[round(i * (len(layers) - 1) / 4)] for i in range(5)] if len(layers) > 5 else layers
     keys = [c for c in ("task", "condition", "metric") if c in summary and summary[c].nunique() > 1]
+    from anchors.stats import parts_by
+
     prefix = "" if "value" in summary else "share"
     table = new_table(title, *keys, *(f"layer {layer}" for layer in shown), caption=caption_of(summary))
-    groups = summary.groupby(keys, sort=False) if keys else [((), summary)]
-    for key, part in groups:
+    for key, part in parts_by(summary, keys) if keys else [((), summary)]:
         own = part.dropna(subset=["layer"]).set_index("layer")
         cells = [layer_cell(own.loc[x], prefix) if x in own.index else "" for x in shown]
         if any(cells):

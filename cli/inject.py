@@ -169,7 +169,8 @@ def merge(
             _methods(as_json)
             return
         missing = {"VLM": vlm, "EXPERT": expert, "--base": base, "--out": to or inspect or dry_run or None}
-        if absent := [name for name, value in missing.items() if value is None]:
+        absent = [name for name, value in missing.items() if value is None]
+        if vlm is None or expert is None or base is None or absent:
             raise AnchorsError(
                 f"{' and '.join(absent)} must be given.",
                 "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
@@ -204,7 +205,7 @@ def merge(
             if not force:
                 require_anchor(sources)
             _dry_run(sources, recipe, as_json)
-        else:
+        elif to is not None:
             _merge(models, recipe, to, shard_size, force, as_json)
 
 

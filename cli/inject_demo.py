@@ -1,6 +1,6 @@
 """`anchors inject demo`: build a vision-language model, its experts and a suite to try injection on."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +96,7 @@ def demo(
 
 
 @contextmanager
-def _bar() -> Iterator[Any]:
+def _bar() -> Generator[Any]:
     """One bar for all stages, in steps, named by the stage it is in."""
     columns = (
         TextColumn("{task.description}"),

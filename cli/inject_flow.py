@@ -59,11 +59,12 @@ def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         caption="Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p"
         f"{_least(tables['damage'])}; q: p corrected for the number of these tests",
     )
-    for row in tables["damage"].itertuples():
-        numbers = [f"{row.rho:+.2f}", f"{row.p:.4f}", f"{row.q:.3f}"]
-        numbers += [f"{row.within:+.2f}", f"{row.within_p:.3f}", f"{row.within_q:.3f}"]
+    for row in tables["damage"].to_dict("records"):
+        numbers = [f"{row['rho']:+.2f}", f"{row['p']:.4f}", f"{row['q']:.3f}"]
+        numbers += [f"{row['within']:+.2f}", f"{row['within_p']:.3f}", f"{row['within_q']:.3f}"]
         shown = ["" if "nan" in text else text for text in numbers]
-        table.add_row(row.measure, row.metric, row.part, *shown, f"{row.settings} on {row.curves} curves")
+        counted = f"{row['settings']} on {row['curves']} curves"
+        table.add_row(row["measure"], row["metric"], row["part"], *shown, counted)
     return table
 
 
@@ -82,11 +83,12 @@ def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         caption="regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention; "
         "ε, c and the best fixed λ are fitted with labels of the other experts",
     )
-    for row in tables["regret"].itertuples():
-        own = tables["choices"][tables["choices"]["rule"] == row.rule]
+    for row in tables["regret"].to_dict("records"):
+        own = tables["choices"][tables["choices"]["rule"] == row["rule"]]
         chosen = [
             f"{escape(expert)} {', '.join(f'{x:g}' for x in part['strength'])}"
             for expert, part in own.groupby("expert", sort=False)
         ]
-        table.add_row(escape(row.rule), estimate(row.regret, row.low, row.high, digits=3), "; ".join(chosen))
+        regret = estimate(row["regret"], row["low"], row["high"], digits=3)
+        table.add_row(escape(row["rule"]), regret, "; ".join(chosen))
     return table

@@ -1,7 +1,7 @@
 """What `anchors inject` prints: methods, plans, inspections, and what a merge changed."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -88,8 +88,9 @@ def inspection(found: "Inspection", title: str) -> Table:
         "zeros: share of deltas that are exactly zero",
         "layer", "‖τ_v‖", "‖τ_e‖", "‖b‖", "‖τ_v‖/‖τ_e‖", "cosine", "conflicts", "zeros τ_v", "zeros τ_e",
     )  # fmt: skip
-    rows = found.layers.to_dict(orient="records")
-    for row in [*rows, {"layer": "all"} | dict(found.total)]:
+    rows: list[dict[Hashable, Any]] = found.layers.to_dict(orient="records")
+    total: dict[Hashable, Any] = {"layer": "all", **found.total}
+    for row in [*rows, total]:
         ratio = row["norm_vlm"] / row["norm_expert"] if row["norm_expert"] else float("nan")
         norms = (row["norm_vlm"], row["norm_expert"], row["norm_base"])
         shares = (row["cosine"], row["conflicts"], row["zeros_vlm"], row["zeros_expert"])

@@ -1,7 +1,7 @@
 """`anchors ls`: the experiments, and which of them have results."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,7 +20,7 @@ def ls(
     with common.reporting():
         from anchors.experiments import CATALOGUE
 
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "name": e.name,
                 "title": e.title,
@@ -41,7 +41,9 @@ def ls(
         )
         for name in ("", "experiment", "what it shows", "seeds × examples"):
             table.add_column(name)
-        for e in found:
-            mark = "[green]✓[/]" if e["rows"] else ""
-            table.add_row(mark, e["name"], escape(e["title"]), f"{len(e['seeds'])} × {e['examples']}")
+        for line in found:
+            mark = "[green]✓[/]" if line["rows"] else ""
+            table.add_row(
+                mark, line["name"], escape(line["title"]), f"{len(line['seeds'])} × {line['examples']}"
+            )
         out.print(table)

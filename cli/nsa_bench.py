@@ -58,11 +58,10 @@ def bench(
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)
         lengths, names = setting.numbers(tokens, "--tokens"), tuple(s.strip() for s in shapes.split(";"))
-        options = {"geometry": geometry, "repeats": repeats, "seed": seed, "out": to}
         chosen = (
-            {}
+            tuple(benchmark.IMPLEMENTATIONS)
             if implementations is None
-            else {"implementations": common.words(implementations, "--implementations")}
+            else common.words(implementations, "--implementations")
         )
         say = common.err.print
         tables = {
@@ -70,16 +69,19 @@ def bench(
                 names,
                 lengths,
                 common.words(patterns, "--patterns"),
+                chosen,
                 backward=backward,
                 say=say,
-                **chosen,
-                **options,
+                geometry=geometry,
+                repeats=repeats,
+                seed=seed,
+                out=to,
             )
         }
         if decode:
-            del options["seed"]
+            sizes = setting.numbers(batches, "--batches")
             tables["nsa-decode"] = benchmark.bench_decode(
-                names[0], lengths, setting.numbers(batches, "--batches"), say=say, **options
+                names[0], lengths, sizes, say=say, geometry=geometry, repeats=repeats, out=to
             )
         from anchors.figures.nsa_bench import draw
         from anchors.figures.style import save

@@ -10,7 +10,17 @@ from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import typer
 from rich.markup import escape
@@ -18,6 +28,9 @@ from rich.markup import escape
 from anchors.cli import common
 from anchors.errors import AnchorsError, nearest, whole_number
 from anchors.study.docstring import attributes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Option:
     read: Callable[[Any], Any]
 
 
-def options_of(kind: type, panel: str | None = None) -> list[Option]:
+def options_of(kind: "type[DataclassInstance]", panel: str | None = None) -> list[Option]:
     """The options of a frozen class, in the order of its fields.
 
     Args:
@@ -65,9 +78,9 @@ def _option(field: Field, type_: Any, said: str, panel: str | None) -> Option:
     flags = names if taken is not bool or not default else (f"{names[0]}/--no-{names[0][2:]}", *names[1:])
     text = said[:1].upper() + said[1:]
     how = typer.Option(*flags, help=escape(text.replace("`", "")), **{"rich_help_panel": panel} | choice)
-    annotated = Annotated[taken if default is not None or taken is bool else taken | None, how]
+    handed: Any = taken if default is not None or taken is bool else taken | None
     place = inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[handed, how]
     )
     return Option(field.name, names, place, read)
 
@@ -125,6 +138,10 @@ def _each_of(text: str | None, *, known: Sequence[str], option: str) -> tuple[st
     return found
 
 
+@overload
+def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]: ...
+@overload
+def numbers(text: None, option: str, least: int = 1) -> None: ...
 def numbers(text: str | None, option: str, least: int = 1) -> tuple[int, ...] | None:
     """`1,3,5` as numbers; None where nothing was given."""
     if text is None:

@@ -232,9 +232,10 @@ def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:
             metrics = [m for m in experiment.metrics if m in set(part["metric"])]
             out.print(common.summary_table(part, metrics, f"{task}, {model}"))
     elif "correlation" in table:
-        for row in table.itertuples():
-            rho = estimate(row.correlation, row.low, row.high)
-            out.print(f"{row.condition}: rank correlation {rho}, permutation p = {row.p:.3f}", markup=False)
+        for row in table.to_dict("records"):
+            rho = estimate(row["correlation"], row["low"], row["high"])
+            said = f"{row['condition']}: rank correlation {rho}, permutation p = {row['p']:.3f}"
+            out.print(said, markup=False)
     if compare and experiment.paper:
         out.print(_compared(experiment, experiment.compare(result.tables)))
     elif compare:

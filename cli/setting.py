@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anchors.study.analysis import Analysis
     from anchors.study.report import Inquiry
     from anchors.tasks.data import Data
-    from anchors.tasks.task import Task
+    from anchors.tasks.task import Control, Task
 
 TaskNames = Annotated[
     list[str] | None,
@@ -124,7 +124,7 @@ class Setting(Always):
             shots=self.shots,
             seeds=numbers(self.seeds, "--seeds", least=0),
             examples=self.examples,
-            control=self.control,
+            control=cast("Control", self.control),
             batch_size=batch(self.batch_size),
             skip_too_long=self.skip_too_long,
         )

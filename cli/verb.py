@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -39,7 +39,7 @@ class Verb(TyperCommand):
         """The command with its options."""
         alone = typer.Typer(add_completion=False)
         alone.command(self.name, help=escape(_help(self.line)))(command_of(self.line))
-        return typer.main.get_command(alone)  # type: ignore[return-value]
+        return cast(TyperCommand, typer.main.get_command(alone))
 
     def make_context(self, info_name: str | None, args: list[str], *given: Any, **more: Any) -> Any:
         with common.reporting():
@@ -82,7 +82,9 @@ class Verbs(TyperGroup):
             if line.verb and name in self.commands
         }
         common.print_notes([*refused.values(), *taken.values()])
-        self.commands |= {n: Verb(line) for n, line in found.items() if line.verb and n not in self.commands}
+        self.commands.update(
+            {n: Verb(line) for n, line in found.items() if line.verb and n not in self.commands}
+        )
 
 
 def _help(line: Study) -> str:
@@ -112,7 +114,7 @@ def command_of(line: Study) -> Any:
             measure(line, setting, _analyses(line, settings, beside=any(given.values())), look)
 
     every = [*(o.parameter for o in own), *_beside(line), *(o.parameter for o in view), *shared]
-    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    vars(command)["__signature__"] = inspect.Signature(every)
     command.__annotations__ = {p.name: p.annotation for p in every}
     command.__name__ = line.name.replace("-", "_")
     return command
@@ -159,7 +161,7 @@ def _refuse_doubles(line: Study, own: Iterable[Option], shared: Iterable[inspect
 def _analyses(line: Study, settings: dict[str, Any], *, beside: bool) -> "list[Analysis]":
     """The study with its settings, and what is measured beside it, with those that both have."""
     main = line.make(**settings)
-    if not beside:
+    if not beside or line.beside is None:
         return [main]
     other = study(line.beside[0])
     common_fields = {f.name for f in fields(main)} & {f.name for f in fields(other.resolve(other.settings))}

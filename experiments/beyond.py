@@ -1,18 +1,20 @@
 """Figures 12 and 13, with unrelated labels, and experiments that the paper lacks."""
 
+from functools import partial
+
 import pandas as pd
 
 from anchors.experiments.grid import Cells, Experiment, Rows, Tables
 from anchors.stats import summarise
 from anchors.summaries import agreement, readout_summary, tables_of
 
-UNRELATED = {"tasks": ("sst2",), "shots": 8, "labels": ("A", "B")}
+UNRELATED = partial(Cells, tasks=("sst2",), shots=8, labels=("A", "B"))
 
 FIGURE_12 = Experiment(
     name="figure12",
     title="Isolation with the unrelated labels A and B, SST-2, 8 shots",
     finding="Label words that mean nothing are anchors, too (in the paper, in a 33B model).",
-    cells=(Cells("isolate", **UNRELATED),),
+    cells=(UNRELATED("isolate"),),
     figure="isolate",
     metrics=("accuracy", "label_loyalty", "word_loyalty"),
 )
@@ -20,7 +22,7 @@ FIGURE_13 = Experiment(
     name="figure13",
     title="AUCROC_l and R_l with the unrelated labels A and B, SST-2, 8 shots",
     finding="As with meaningful labels (in the paper, in a 33B model).",
-    cells=(Cells("readout", **UNRELATED),),
+    cells=(UNRELATED("readout"),),
     figure="readout",
 )
 

@@ -35,7 +35,8 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
             if is_left(panel):
                 panel.set_ylabel("true")
     drawn = [panel for panels in columns for panel in panels if panel.figure is not None]
-    figure.colorbar(image, ax=drawn, label="share of the true label", aspect=30, pad=0.02)
+    if image is not None:
+        figure.colorbar(image, ax=drawn, label="share of the true label", aspect=30, pad=0.02)
     figure.suptitle(f"Predictions of {plain(model)}", fontsize=10)
     return figure
 

@@ -53,12 +53,12 @@ def _labels(pairs: pd.DataFrame) -> list[str]:
 def _map(panel: Axes, pairs: pd.DataFrame, labels: list[str], column: str, title: str) -> None:
     count = len(labels)
     matrix, written = np.full((count, count), np.nan), [["" for _ in labels] for _ in labels]
-    for pair in pairs.itertuples():
-        i, j = labels.index(pair.one), labels.index(pair.other)
-        matrix[i, j] = matrix[j, i] = value = getattr(pair, column)
+    for pair in pairs.to_dict("records"):
+        i, j = labels.index(pair["one"]), labels.index(pair["other"])
+        matrix[i, j] = matrix[j, i] = value = pair[column]
         text = "none" if np.isnan(value) else f"{value:.2f}"
-        if column == "actual" and count <= 8 and not np.isnan(pair.low):
-            text += f"\n{pair.low:.2f}–{pair.high:.2f}"
+        if column == "actual" and count <= 8 and not np.isnan(pair["low"]):
+            text += f"\n{pair['low']:.2f}–{pair['high']:.2f}"
         written[i][j] = written[j][i] = text
     bottom = min([0.5, *matrix[~np.isnan(matrix)]]) if column == "actual" else 0.0
     image = heat(

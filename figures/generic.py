@@ -42,12 +42,12 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure | None:
 def _curves(panel: Axes, own: pd.DataFrame, looks: dict[str, tuple[str, str]]) -> None:
     own = own.dropna(subset=["layer"])
     for condition, part in own.groupby("condition", sort=False):
-        curve(panel, part, *looks[condition], plain(condition))
+        curve(panel, part, *looks[str(condition)], plain(str(condition)))
     panel.set_xlabel("layer")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(panel: Axes, own: pd.DataFrame, looks: dict[str, tuple[str, str]]) -> None:
     for x, (condition, part) in enumerate(own.groupby("condition", sort=False)):
-        bars(panel, [x] * len(part), part, looks[condition][0], plain(condition), width=0.8)
+        bars(panel, [x] * len(part), part, looks[str(condition)][0], plain(str(condition)), width=0.8)
     panel.set_xticks([])

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from anchors.figures.pieces import bars, curve, grid, is_left, legend
+from anchors.figures.pieces import bars, curve, grid, is_left, is_right, legend
 from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
 
 PATHS = {
@@ -133,7 +133,7 @@ def _over_strengths(
     other.spines["right"].set_visible(True)
     if is_left(axes):
         axes.set_ylabel("share, mean over layers" if measure == "share" else "flow, multiples of before")
-    if axes.get_subplotspec().is_last_col():
+    if is_right(axes):
         other.set_ylabel("accuracy (dotted)")
 
 
@@ -205,10 +205,10 @@ def draw_regret(choices: pd.DataFrame, regret: pd.DataFrame, model: str) -> Figu
     figure = Figure(figsize=(max(4.2, 0.8 * len(regret) + 1), 3.2), layout="constrained")
     axes = figure.subplots()
     colours = [BLUE if rule.startswith("flow") else GREY for rule in regret["rule"]]
-    for x, (colour, row) in enumerate(zip(colours, regret.itertuples(), strict=True)):
-        table = pd.DataFrame([{"value": row.regret, "low": row.low, "high": row.high}])
+    for x, (colour, row) in enumerate(zip(colours, regret.to_dict("records"), strict=True)):
+        table = pd.DataFrame([{"value": row["regret"], "low": row["low"], "high": row["high"]}])
         bars(axes, [x], table, colour, "", width=0.7)
-        own = choices.loc[choices["rule"] == row.rule, "regret"].to_numpy()
+        own = choices.loc[choices["rule"] == row["rule"], "regret"].to_numpy()
         axes.scatter(x + np.linspace(-0.2, 0.2, len(own)), own, s=8, color="black", alpha=0.5, zorder=3)
     axes.set_xticks(range(len(regret)), [plain(rule) for rule in regret["rule"]], rotation=30, ha="right")
     axes.set(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from anchors.figures.style import plain
-from anchors.stats import GROUP
+from anchors.stats import GROUP, parts_by
 
 
 class Group(NamedTuple):
@@ -41,7 +41,7 @@ def groups(summary: pd.DataFrame) -> list[Group]:
     """One group per task, shots and control, tasks in the order of the table."""
     columns = [c for c in GROUP if c in summary]
     found = []
-    for values, part in summary.groupby(columns, sort=False):
+    for values, part in parts_by(summary, columns):
         key = dict(zip(columns, values, strict=True))
         own = summary[summary["task"] == key["task"]]
         more = []
@@ -88,7 +88,14 @@ def grid(
 
 def is_left(axes: Axes) -> bool:
     """Whether a panel stands in the first column of its grid."""
-    return axes.get_subplotspec().is_first_col()
+    place = axes.get_subplotspec()
+    return place is not None and place.is_first_col()
+
+
+def is_right(axes: Axes) -> bool:
+    """Whether a panel stands in the last column of its grid."""
+    place = axes.get_subplotspec()
+    return place is not None and place.is_last_col()
 
 
 def legend(figure: Figure, columns: int = 4) -> None:
@@ -163,7 +170,7 @@ def heat(
         axes.set_yticks(range(len(rows)), [plain(r, 14) for r in rows], fontsize=8)
     if columns:
         long = max(len(c) for c in columns) * len(columns) > 24
-        turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
         axes.set_xticks(range(len(columns)), [plain(c, 14) for c in columns], fontsize=8, **turn)
     if written is not None:
         shade = ScalarMappable(Normalize(*scale), cmap).to_rgba(np.ma.masked_invalid(matrix))[..., :3]

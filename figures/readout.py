@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from anchors.figures.pieces import curve, grid, groups, is_left, legend
+from anchors.figures.pieces import curve, grid, groups, is_left, is_right, legend
 from anchors.figures.style import BLUE, VERMILION, plain
 
 AUCROC, R = "AUCROC$_l$ (left axis)", "$R_l$ (right axis)"
@@ -28,7 +28,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
         right.tick_params(axis="y", colors=VERMILION)
         if is_left(panel):
             panel.set_ylabel("AUCROC$_l$", color=BLUE)
-        if panel.get_subplotspec().is_last_col() or group is shown[-1]:
+        if is_right(panel) or group is shown[-1]:
             right.set_ylabel("$R_l$", color=VERMILION)
         curve(panel, auc, BLUE, "o", AUCROC)
         curve(right, r, VERMILION, "s", R, band=False)

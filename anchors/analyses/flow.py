@@ -49,7 +49,7 @@ class InformationFlow:
         found = []
         for i, drawn in enumerate(batch):
             row = result.probabilities[i]
-            whole = {
+            whole: dict[str, Any] = {
                 "loss": result.loss[i],
                 "gold": drawn.prompt.gold,
                 "predicted": row.argmax(),

@@ -325,11 +325,11 @@ def saliency(
     idx = dense(pattern.idx) if isinstance(pattern, Selected) else None
     classes = None if classes is None else classes.to(q.device, torch.int32).contiguous()
     wanted = q.new_empty(batch, 0, dtype=torch.int64) if wanted is None else wanted.to(q.device).contiguous()
-    real = {"dtype": torch.float32, "device": q.device}
-    by_class = torch.empty(2, batch, splits, length, n_classes, **real)
-    by_head = torch.zeros(batch, splits, heads, length, **real)
-    picked = torch.zeros(*wanted.shape, keys, **real)
-    whole = torch.zeros(batch, length, keys, **real) if full else None
+    real = torch.float32
+    by_class = q.new_empty(2, batch, splits, length, n_classes, dtype=real)
+    by_head = q.new_zeros(batch, splits, heads, length, dtype=real)
+    picked = q.new_zeros(*wanted.shape, keys, dtype=real)
+    whole = q.new_zeros(batch, length, keys, dtype=real) if full else None
     window = pattern.window if isinstance(pattern, Band) else None
     compressed = isinstance(pattern, Compressed)
     with torch.cuda.device_of(q):
@@ -340,7 +340,8 @@ def saliency(
             live[0].shape[1] if live else 0,
             **plan, SPLITS=splits, GROUPS=heads // kv_heads,
             SPAN=pattern.l if compressed else 1, STRIDE=pattern.d if compressed else 1,
-            DIAGONAL=not compressed, WINDOWED=window is not None, BLOCK=pattern.lp if idx is not None else 1,
+            DIAGONAL=not compressed, WINDOWED=window is not None,
+            BLOCK=pattern.lp if isinstance(pattern, Selected) else 1,
             CHOSEN=0 if idx is None else idx.shape[-1],
             CHOSEN_WIDTH=1 if idx is None else triton.next_power_of_2(idx.shape[-1]),
             CLASSED=classes is not None, CLASSES=n_classes, CLASS_WIDTH=triton.next_power_of_2(n_classes),

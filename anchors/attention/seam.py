@@ -11,7 +11,7 @@ A layer without edit and tap runs torch's fused kernel. On leaving, every edit, 
 every layer it names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -102,7 +102,7 @@ def attend(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     form: Callable[..., Call] = AttentionCall,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer; see `transformers.AttentionInterface`.
 
@@ -227,7 +227,7 @@ def _why(layers: int, calls: int, modules: int) -> str:
 
 
 @contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
+def own_attention(model: PreTrainedModel) -> Generator[None]:
     """Take a routed model off the seam for a while: its own eager attention, to compare with."""
     if gptj.release(model):
         restore = lambda: gptj.bridge(model, attend, NAME)  # noqa: E731
@@ -248,7 +248,7 @@ def seam(
     edits: Iterable[Edit] = (),
     taps: Iterable[Tap] = (),
     probes: Iterable[Probe] = (),
-) -> Iterator[None]:
+) -> Generator[None]:
     """Apply edits, taps and probes to the attention of a routed model, as returned by `route`.
 
     Raises:

@@ -5,7 +5,7 @@ blocks of keys (MiniMax-M3). transformers folds the choice into the mask for its
 attention function it hands the indices, for kernels of its own. Here they become the same mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -83,7 +83,7 @@ class _Untied(TorchFunctionMode):
 
 
 @contextmanager
-def untied(model: nn.Module) -> Iterator[None]:
+def untied(model: nn.Module) -> Generator[None]:
     """Refuse choices of keys that are a matter of chance.
 
     DeepSeek's index clips its scores at 0, and an untrained Doge scores all keys alike; torch.topk then chooses by the

@@ -103,7 +103,8 @@ class _Streaming(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, dz):  # type: ignore[override]
+    def backward(ctx, *slopes):
+        (dz,) = slopes
         if dz is None:
             return (None,) * 7
         # The autocast of whoever differentiates reaches this far, and would round the tiles.
@@ -116,7 +117,8 @@ class _Streaming(torch.autograd.Function):
         call: DenseCall = ctx.call
         dtype, groups = call.compute_dtype, call.groups
         wanted = any(ctx.needs_input_grad[:3])
-        dmask = torch.zeros_like(call.mask, dtype=dtype) if ctx.needs_input_grad[3] else None
+        mask = call.mask if ctx.needs_input_grad[3] else None
+        dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
         if ctx.kernels is not None:
             slopes = ctx.kernels.slopes(call, z, lse, dz)
             for tap in ctx.taps:
@@ -149,7 +151,7 @@ class _Streaming(torch.autograd.Function):
                 ds.mul_(1 - (scores / call.softcap).square())
             dq[:, :, part] = grouped(ds, k_tile, groups).mul_(call.scale)
             dk[:, :, keys] += grouped_transposed(ds, q_tile, groups).mul_(call.scale)
-        dmask = None if dmask is None else dmask.to(call.mask.dtype)
+        dmask = None if dmask is None or mask is None else dmask.to(mask.dtype)
         if not wanted:
             return None, None, None, dmask
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask

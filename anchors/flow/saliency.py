@@ -113,13 +113,13 @@ class FlowTap:
                 f"Layer {layer} attends to {keys} keys in a prompt of {z.shape[2]} tokens: they are not its tokens.",
                 "Models that attend to compressed keys cannot be analysed: there is no flow between words to read.",
             )
-        like = {"dtype": call.compute_dtype, "device": z.device}
-        self.rows[layer] = torch.zeros(*self.wanted.shape, keys, **like)
-        self.total[layer] = torch.zeros(batch, **like)
+        dtype = call.compute_dtype
+        self.rows[layer] = z.new_zeros((*self.wanted.shape, keys), dtype=dtype)
+        self.total[layer] = z.new_zeros(batch, dtype=dtype)
         if layer in self.maps:
-            self.full[layer] = torch.zeros(batch, z.shape[2], keys, **like)
-        self._inner = (z.to(call.compute_dtype) * dz.to(call.compute_dtype)).sum(-1)
-        zero = torch.zeros((), **like)
+            self.full[layer] = z.new_zeros(batch, z.shape[2], keys, dtype=dtype)
+        self._inner = (z.to(dtype) * dz.to(dtype)).sum(-1)
+        zero = z.new_zeros((), dtype=dtype)
         self.error[layer] = (zero, self._inner.abs().amax())
 
     def tile(self, call: Call, rows: Tensor, keys: slice, product: Tensor) -> None:

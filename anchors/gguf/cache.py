@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -71,7 +71,7 @@ def converted(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _draft(target: Path, size: int) -> Iterator[Path]:
+def _draft(target: Path, size: int) -> Generator[Path]:
     """A directory beside `target` to write in, that no other process writes in and that is gone afterwards.
 
     Whatever makes writing impossible is noticed here, before anything is computed.

@@ -202,9 +202,10 @@ def _check_role(file: GGUFFile) -> None:
         file.refuse("it has no key general.architecture", AGAIN)
     parts = file.keys.get("split.count", 0)
     named = _PART.search(file.path.name)
-    if parts > 1 or (named and int(named[2]) > 1):
+    count = int(named[2]) if named else 0
+    if parts > 1 or count > 1:
         file.refuse(
-            f"it is one of {parts or int(named[2])} parts of a model",
+            f"it is one of {parts or count} parts of a model",
             "Join them with `llama-gguf-split --merge FIRST_PART WHOLE.gguf`.",
         )
     kind = file.keys.get("general.type", "model")

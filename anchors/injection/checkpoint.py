@@ -172,7 +172,7 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _weights(folder: Path) -> dict[Path, set[str] | None]:
+def _weights(folder: Path) -> Mapping[Path, set[str] | None]:
     """The weight files of a model, and what the index, if there is one, says each of them holds."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
@@ -187,7 +187,7 @@ def _weights(folder: Path) -> dict[Path, set[str] | None]:
             f"{str(folder)!r} has neither {SINGLE} nor {INDEX}.", "Give the folder of a whole model."
         )
     index = _json(folder / INDEX, "Download the model again.")
-    held: dict[Path, set[str] | None] = {}
+    held: dict[Path, set[str]] = {}
     try:
         for name, file in index["weight_map"].items():
             if Path(file).name != file:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ class Draft:
 
     @classmethod
     @contextmanager
-    def open(cls, out: Path, identity: dict[str, Any], total: int) -> Iterator["Draft"]:
+    def open(cls, out: Path, identity: dict[str, Any], total: int) -> Generator["Draft"]:
         """The draft of a model; one of another configuration is thrown away, and a note says so.
 
         Only one process at a time may have it.
@@ -268,7 +268,7 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
             if len(raw) != entry.nbytes:
                 raise RuntimeError(f"{name} has {len(raw)} bytes, not {entry.nbytes}")
             written.result()
-            written = pool.submit(file.write, raw)
+            written = pool.submit(file.write, raw.data)
         written.result()
         # Sizes alone tell whether a shard is whole, so its numbers must be on the disk before its name is.
         file.flush()
@@ -363,7 +363,7 @@ def _wrong(folder: Path, wanted: Mapping[str, Entry]) -> list[str]:
 
 
 def _kind(entry: Entry | None) -> tuple | None:
-    return entry and (entry.dtype, entry.shape)
+    return None if entry is None else (entry.dtype, entry.shape)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -372,7 +372,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def _locked(path: Path, out: Path) -> Generator[None]:
     """Hold a lock that ends with the process, however it ends."""
     try:
         import fcntl

@@ -63,7 +63,7 @@ def _run(rows: Int64[Tensor, " n"]) -> slice | Int64[Tensor, " n"]:
 def align(
     policy: str,
     rows: tuple[int, int, int],
-    vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None,
+    vocabularies: tuple[Vocabulary, ...] | None = None,
 ) -> Rows | None:
     """The rows of embedding and head that a policy merges; None for `keep`.
 
@@ -101,7 +101,7 @@ def align(
 
 
 def _same_numbers(
-    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None
+    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, ...] | None
 ) -> list[tuple[int, int, int]]:
     first = range(min(rows))
     if vocabularies is None:
@@ -121,7 +121,7 @@ def _same_numbers(
 
 
 def _same_strings(
-    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary]
+    rows: tuple[int, int, int], vocabularies: tuple[Vocabulary, ...]
 ) -> list[tuple[int, int, int]]:
     _, base, expert = vocabularies
     return [

@@ -5,11 +5,11 @@ end of text included, greedy decoding would have written exactly this answer; wh
 answer at the first such place. So one forward pass of a batch gives what generating would, exactly.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -142,7 +142,7 @@ def score(vlm: VisionLanguageModel, prepared: Prepared) -> pd.DataFrame:
 @torch.no_grad()
 def image_features(vlm: VisionLanguageModel, inputs: dict[str, Tensor]) -> Any:
     """What the vision tower and the projector make of the images of a batch, as the model itself takes it in."""
-    inner = vlm.model.base_model
+    inner: Any = vlm.model.base_model
     original, taken = inner.get_image_features, []
 
     def record(*args: Any, **options: Any) -> Any:
@@ -167,9 +167,9 @@ def image_features(vlm: VisionLanguageModel, inputs: dict[str, Tensor]) -> Any:
 
 
 @contextmanager
-def showing(vlm: VisionLanguageModel, features: Any) -> Iterator[None]:
+def showing(vlm: VisionLanguageModel, features: Any) -> Generator[None]:
     """Inside, the VLM sees these features and computes none."""
-    inner = vlm.model.base_model
+    inner: Any = vlm.model.base_model
     inner.get_image_features = lambda *args, **options: features
     try:
         yield
@@ -262,7 +262,7 @@ def greedy(vlm: VisionLanguageModel, inputs: dict[str, Tensor], tokens: int) -> 
     )
     try:
         with vlm.arithmetic():
-            ids = model.generate(**inputs)
+            ids = cast(Any, model).generate(**inputs)
     finally:
         model.generation_config = own
     new = ids[:, inputs["input_ids"].shape[1] :]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import permutations as orders
 from itertools import product
 from math import factorial, prod
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from scipy.stats import false_discovery_control, rankdata
 from anchors.injection.flow_rows import GOLD, NOBODY, OWN, Measured
 from anchors.injection.flow_tables import MEASURES, profiles, tables
 from anchors.intervals import interval
-from anchors.stats import resampling
+from anchors.stats import parts_by, resampling
 
 PERMUTATIONS = 9999
 EPSILONS = np.geomspace(0.003, 30, 121)
@@ -110,7 +111,7 @@ def damage(measured: Measured, permutations: int = PERMUTATIONS) -> tuple[pd.Dat
     drop["drop"] = alone.reindex(pd.MultiIndex.from_frame(drop[KEY])).to_numpy() - drop["vision"]
     points = losses(measured).merge(drop[[*KEY, "strength", "drop"]], on=[*KEY, "strength"])
     found = []
-    for (measure, metric, part), own in points.groupby(["measure", "metric", "part"], sort=False):
+    for (measure, metric, part), own in parts_by(points, ["measure", "metric", "part"]):
         wide = own.pivot(index=KEY, columns="strength", values=["lost", "drop"])
         lost, dropped = wide["lost"].to_numpy(), wide["drop"].to_numpy()
         facts = {
@@ -229,7 +230,7 @@ def choices(measured: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
     grid = utility.columns.to_numpy(float)
     regret = utility.max(axis=1).to_numpy()[:, None] - utility.to_numpy()
     experts = utility.index.get_level_values("expert").to_numpy()
-    rules = _rules(measured, utility.index, grid)
+    rules = _rules(measured, cast(pd.MultiIndex, utility.index), grid)
     found = []
     for rule, (parameters, places) in rules.items():
         costs = np.take_along_axis(regret, places, axis=1)  # units, parameters

@@ -15,7 +15,7 @@ import pandas as pd
 
 from anchors.injection.flow_rows import GOLD, INTO_LABELS, INTO_TARGET, NOBODY, SUMS
 from anchors.intervals import interval
-from anchors.stats import refuse_doubles, resampling
+from anchors.stats import parts_by, refuse_doubles, resampling
 
 MEASURES = ("loss", "odds", "share")
 PARTS = ("all", "shallow", "deep")
@@ -94,7 +94,7 @@ def _long(
 
 def _settings(rows: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:
     """Each setting with its rows, what was before injection first."""
-    groups = dict(iter(rows.groupby(SETTING, sort=False)))
+    groups = dict(parts_by(rows, SETTING))
     for setting in sorted(groups, key=lambda s: (s[2] != NOBODY, *s)):
         yield setting, groups[setting]
 

@@ -201,7 +201,7 @@ def _names(model: Mapping[str, Shape]) -> _Names:
 def _numbers(tails: Iterable[str]) -> dict[int, int]:
     """What the language model calls each layer of a tower, where layers of cross-attention are left out."""
     tails = list(tails)
-    layers = {_layer(tail) for tail in tails} - {None}
+    layers = {layer for tail in tails if (layer := _layer(tail)) is not None}
     crossing = {_layer(tail) for tail in tails if ".cross_attn." in tail}
     return (
         {old: new for new, old in enumerate(sorted(layers - crossing))}

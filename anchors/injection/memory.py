@@ -10,7 +10,7 @@ not depend on λ is kept between calls that differ in λ only; another method, d
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from anchors.digest import marks
 from anchors.errors import AnchorsError
@@ -74,13 +75,18 @@ class TaskVectors:
     pairs: tuple[Pair, ...]
     base: Mapping[str, Tensor]
     expert: Mapping[str, Tensor]
-    vocabularies: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None
+    vocabularies: tuple[Vocabulary, ...] | None = None
     untied: str = ""
     _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     @classmethod
     def of(
-        cls, vlm: Weights, base: Weights, expert: Weights, *, tokenizers: Sequence[Any] | None = None
+        cls,
+        vlm: Weights,
+        base: Weights,
+        expert: Weights,
+        *,
+        tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
     ) -> "TaskVectors":
         """The task vectors of a vision-language model and an expert over a base.
 
@@ -117,7 +123,7 @@ class TaskVectors:
             pairs=tuple(pair for pair, _ in both),
             base={pair.vlm: ours[pair.llm].to(own[pair.vlm].device) for pair, _ in both},
             expert={pair.vlm: theirs[other.llm].to(own[pair.vlm].device) for pair, other in both},
-            vocabularies=tokenizers and tuple(tokenizer.get_vocab() for tokenizer in tokenizers),
+            vocabularies=None if tokenizers is None else tuple(own.get_vocab() for own in tokenizers),
             untied=untied,
         )
 
@@ -139,8 +145,11 @@ class TaskVectors:
             raise AnchorsError(self.untied, "Take embeddings keep.")
         sizes = (len(v), len(b), len(e))
         key = (recipe.embeddings, *sizes)
-        if key not in self._kept.rows:
-            self._kept.rows[key] = align(recipe.embeddings, sizes, self.vocabularies)
+        if (
+            key not in self._kept.rows
+            and (rows := align(recipe.embeddings, sizes, self.vocabularies)) is not None
+        ):
+            self._kept.rows[key] = rows
         return self._kept.rows[key].merge(b, v, e, merge)
 
 
@@ -170,7 +179,7 @@ def inject(
     method: str | Recipe = "task-arithmetic",
     strength: float | None = None,
     **fields: Any,
-) -> Iterator[Injected]:
+) -> Generator[Injected]:
     """Inject the expert into the language tower of a model; on leaving, also by an exception, its weights are back.
 
     Args:
@@ -249,7 +258,7 @@ def _mark(tensor: Tensor) -> tuple:
 
 def _once(weights: Mapping[str, Tensor]) -> list[str]:
     """The first of all names that stand for the same memory: a tied head goes by its embedding's."""
-    return list({_mark(tensor): name for name, tensor in reversed(weights.items())}.values())[::-1]
+    return list({_mark(tensor): name for name, tensor in reversed(list(weights.items()))}.values())[::-1]
 
 
 def _untied(own: Tower, weights: Mapping[str, Tensor], name: str) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -292,17 +292,18 @@ def _summed(tensors: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 @contextmanager
-def anonymous_peak(every: float = 0.05) -> Iterator[Callable[[], int | None]]:
+def anonymous_peak(every: float = 0.05) -> Generator[Callable[[], int | None]]:
     """Sample this process's anonymous memory; what is yielded gives the highest so far, in bytes (Linux, else None)."""
-    stop, seen = threading.Event(), [_anonymous()]
+    first = _anonymous()
+    if first is None:
+        yield lambda: None
+        return
+    stop, seen = threading.Event(), [first]
 
     def watch() -> None:
         while not stop.wait(every):
-            seen[0] = max(seen[0], _anonymous())
+            seen[0] = max(seen[0], _anonymous() or 0)
 
-    if seen[0] is None:
-        yield lambda: None
-        return
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -318,4 +319,4 @@ def _anonymous() -> int | None:
     except OSError:
         return None
     line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), None)
-    return line and int(line.split()[1]) * 1024
+    return None if line is None else int(line.split()[1]) * 1024

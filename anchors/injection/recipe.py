@@ -70,16 +70,16 @@ class Recipe:
         own = METHODS[self.method]
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         default = own.strength if self.per_layer is None else 0.0
-        put("strength", float(default if self.strength is None else self.strength))
+        strength = float(default if self.strength is None else self.strength)
+        put("strength", strength)
         put("vlm_strength", float(self.vlm_strength))
         put("options", tuple(sorted(dict(self.options).items())))
         for name, kind in (("layers", int), ("per_layer", float)):
             if (value := getattr(self, name)) is not None:
                 put(name, tuple(kind(x) for x in value))
-        self._check(own)
+        self._check(own, (strength, *(self.per_layer or ())))
 
-    def _check(self, own: Method) -> None:
-        strengths = (self.strength, *(self.per_layer or ()))
+    def _check(self, own: Method, strengths: tuple[float, ...]) -> None:
         if not all(map(math.isfinite, (*strengths, self.vlm_strength))):
             raise AnchorsError(f"A strength of {self.label()!r} is not finite.")
         if wild := [x for x in (*strengths, self.vlm_strength) if abs(x) > STRONGEST]:
@@ -116,7 +116,7 @@ class Recipe:
     def parameters(self) -> dict[str, Any]:
         """The density and the options, with the method's defaults where the recipe says nothing."""
         given = {} if self.density is None else {"density": float(self.density)}
-        return METHODS[self.method].defaults | given | dict(self.options)
+        return {**METHODS[self.method].defaults, **given, **dict(self.options)}
 
     def strength_of(self, layer: int | None) -> float | None:
         """λ_e of a layer (None: last norm, embedding, head); None where the VLM stays as it is."""
@@ -230,11 +230,11 @@ def merge_tensor(
     if v.device.type == "cpu" and v.numel() > PIECE and _entrywise(recipe, name, v):
         # Of a large tensor no more than a piece is in float32 at a time, and that in the processor's cache.
         merged = torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
-        for into, *piece in zip(
+        for into, base, own, other in zip(
             *(t.view(-1).split(PIECE) for t in (merged, *(t.detach().contiguous() for t in (b, v, e)))),
             strict=True,
         ):
-            into.copy_(merge_tensor(recipe, name, *piece, layer))
+            into.copy_(merge_tensor(recipe, name, base, own, other, layer))
         return merged
     return _merged(recipe, name, b, v, e, strength, cache).to(dtype)
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -168,24 +168,26 @@ def _rows(
         return align(policy, sizes)
     models = (vlm, *others)
     vocabularies = tuple(_vocabulary(model.folder) for model in models)
-    if None in vocabularies:
+    known = tuple(own for own in vocabularies if own is not None)
+    if len(known) < len(models):
         lacking = [repr(model.name) for model, own in zip(models, vocabularies, strict=True) if own is None]
         raise AnchorsError(
             f"The embedding policy {policy} needs the tokenizers of all three models, to prove which rows are the same "
             f"token; there is none in {' and '.join(lacking)}.",
             "Put the tokenizer's files beside the model, or take --embeddings keep.",
         )
-    return align(policy, sizes, vocabularies)
+    return align(policy, sizes, known)
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:
     """Of the tokenizer beside a model; None where there is none."""
     if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cast(PreTrainedTokenizerBase, tokenizer).get_vocab()
     except Exception as error:  # whatever the files, or a package that is missing, make of it
         raise AnchorsError(
             f"The tokenizer in {str(folder)!r} cannot be read: {error}", "Take --embeddings keep."

@@ -95,7 +95,7 @@ class Suite:
         try:
             facts = parsed(path.read_text(encoding="utf-8-sig"))
             models = facts["models"]
-            named = {
+            named: dict[str, Any] = {
                 "template": facts["template"], "vision": str(facts["vision"]), "base": models["base"],
                 "vlm": models["vlm"], "experts": models["experts"], "seed": int(facts.get("seed", 0)),
                 "answer": facts.get("answer", " {answer}"),

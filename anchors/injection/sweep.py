@@ -32,7 +32,7 @@ KIND = "inject-sweep"
 VERSION = 1
 IDENTITY = ("seed", "scenario", "setting", "mask")
 ROWS = [*IDENTITY, "condition", "split", "kind", "number", "correct"]
-CONTROLS = ("blank", "shuffled")
+CONTROLS: tuple[Shown, ...] = ("blank", "shuffled")
 BASE, CASCADE, UPPER = "base text", "cascade", "upper bound"
 REFERENCES = {
     VLM: "the VLM before injection",
@@ -247,7 +247,7 @@ class Bench:
     @cached_property
     def prepared(self) -> dict[str, Prepared]:
         """Prompts by condition."""
-        shown = {"skill": "own"} | {name: name for name in CONTROLS}
+        shown: dict[str, Shown] = {"skill": "own", **{name: name for name in CONTROLS}}
         return {name: self.world.prepared(self.skill, image) for name, image in shown.items()}
 
     @cached_property
@@ -304,7 +304,7 @@ class Bench:
             upper = load_vlm(
                 suite.model("upper", self.skill), device=str(vlm.device), precision=vlm.precision
             )
-            shown = {"skill": "own"} | {name: name for name in CONTROLS}
+            shown: dict[str, Shown] = {"skill": "own", **{name: name for name in CONTROLS}}
             found = {key: evaluate(upper, suite, self.examples, image, batch) for key, image in shown.items()}
             vision = self.world.wanted.examples(suite, suite.vision)
             return self._rows(found | {"vision": evaluate(upper, suite, vision, batch=batch)})

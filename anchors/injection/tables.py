@@ -173,7 +173,7 @@ def front(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"]) -> B
     better = (
         (x[None] >= x[:, None]) & (y[None] >= y[:, None]) & ((x[None] > x[:, None]) | (y[None] > y[:, None]))
     )
-    return ~better.any(1)
+    return ~np.any(better, axis=1)
 
 
 def best_table(
@@ -302,10 +302,10 @@ def scenario_table(chosen: dict[str, tuple[Samples, pd.DataFrame, str]]) -> pd.D
         values = np.stack(recovered, axis=1)
         # Equal ones share the better rank.
         ranks = np.where(np.isnan(values), np.nan, 1 + (values[:, None, :] > values[:, :, None]).sum(2))
-        ranked = ~np.isnan(values[:, ~np.isnan(values[0])]).any(1)
+        ranked = ~np.any(np.isnan(values[:, ~np.isnan(values[0])]), axis=1)
         rows = []
         for i, (scenario, (test, name)) in enumerate(found.items()):
-            row = {"scenario": scenario, "how": how, "setting": name}
+            row: dict[str, Any] = {"scenario": scenario, "how": how, "setting": name}
             for condition in ("skill", "vision", "net"):
                 row |= _estimate(condition, test.at(name, condition), test.count(name, condition))
             row |= _estimate("recovered", values[:, i])
@@ -321,7 +321,7 @@ def _merged(settings: pd.DataFrame) -> pd.DataFrame:
     """One row per setting: sizes averaged over trainings and masks."""
     order = list(dict.fromkeys(settings["setting"]))
     sizes = settings.groupby("setting")[SIZES].mean()
-    masks = settings.groupby("setting")["mask"].nunique().rename("masks")
+    masks = settings.groupby("setting").agg(masks=("mask", "nunique"))
     first = settings.drop_duplicates("setting").set_index("setting")[RECIPE]
     if VLM not in first.index:
         raise AnchorsError(f"The rows lack the {VLM}, with which everything is compared.")

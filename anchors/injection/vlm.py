@@ -112,7 +112,7 @@ class VisionLanguageModel(Routed):
             AnchorsError: other numbers of images than places; image tokens that are not the images'; a prompt longer
                 than the model's positions; a mark that no token holds.
         """
-        place = self.processor.image_token
+        place: str = self.processor.image_token  # ty: ignore[missing-attribute] - of every processor of images
         rows = self._rows(texts, images, place)
         ids: list[list[int]] = rows["input_ids"]
         marked = () if marks is None else self._marked(texts, rows, place, marks)

@@ -6,6 +6,7 @@ Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -195,9 +196,9 @@ def trace(
 
 
 def _interpreted() -> bool:
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def choose(
 ) -> Int[Tensor, "batch query groups n"]:
     """I_t alone (Eqs. 8 to 11), as `nsa_attention` chooses it; the reference in parts, of O(T) memory each."""
     q, g = q if q_cmp is None else q_cmp, geometry
-    common = {"geometry": g, "tokens": kv.tokens, "scale": scale}
+    common: dict[str, Any] = {"geometry": g, "tokens": kv.tokens, "scale": scale}
     if resolve(backend, q, geometry) == "triton":
         from anchors.nsa.kernels.attention import compressed_attention
         from anchors.nsa.kernels.selection import select_blocks

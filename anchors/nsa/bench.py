@@ -139,17 +139,18 @@ def draw(
 
     q, k, v = correlated(heads, dim), correlated(groups, dim), noise(groups, dim_v).to(dtype)
     kc, vc = (reference.compress(x, lambda block: block.mean(-2), l=geometry.l, d=geometry.d) for x in (k, v))
-    choose = {"geometry": geometry, "tokens": tokens}
     if pattern == "chosen":
         _, lse = attention.compressed_attention(
             q, kc, vc, l=geometry.l, d=geometry.d, scale=dim**-0.5, tuning=tuning
         )
-        idx = selection.select_blocks(q, kc, lse, scale=dim**-0.5, tuning=tuning, **choose)
+        idx = selection.select_blocks(
+            q, kc, lse, scale=dim**-0.5, tuning=tuning, geometry=geometry, tokens=tokens
+        )
     else:
         scores = torch.zeros(1, tokens, groups, geometry.blocks(tokens), device=device)
         if pattern != "hot":
             scores.uniform_(generator=generator)
-        idx = selection.select(scores, **choose, tuning=tuning)
+        idx = selection.select(scores, geometry=geometry, tokens=tokens, tuning=tuning)
         if pattern == "shared":
             rows = torch.arange(tokens, device=device)
             idx = idx[:, rows - rows % 32].contiguous()
@@ -251,7 +252,7 @@ def _timed(
             ready[one.key[:3]] = speed, one
     left = [one for _, one in ready.values()]
     try:
-        times, spread = clock.turns([one.run for one in left], warmups, repeats)
+        times, spread = clock.turns([one.run for one in left if one.run is not None], warmups, repeats)
     except Exception as error:  # noqa: BLE001 - such as no memory for all at once
         left = [replace(one, note=f"failed: {first_line(error)}") for one in left]
         times, spread = [[]] * len(left), float("nan")

@@ -12,11 +12,11 @@ encoding of φ adds belongs to no token and is spread evenly over the block, so 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
@@ -24,6 +24,7 @@ from anchors.attention.taps import Tap
 from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.phi import Phi
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Sparse:
 
     kv: Branches
     v_cmp: Float[Tensor, "batch tokens groups dim_v"]
-    phi_v: nn.Module
+    phi_v: Phi
     gates: Float[Tensor, "batch query heads 3"]
     geometry: Geometry
     past: int = 0
@@ -148,7 +149,9 @@ class NSACall(Call):
         spread = found.patterns[CMP].new_zeros(found.patterns[CMP].shape[-1], self.k.shape[2])
         spread.scatter_(1, self._block_tokens, 1 / g.l)
         over_tokens = (found.patterns[CMP] @ spread, found.patterns[SLC], found.patterns[WIN])
-        return sum(found.gates[..., c, None] * p for c, p in enumerate(over_tokens)).transpose(1, 2)
+        return reduce(
+            torch.add, [found.gates[..., c, None] * p for c, p in enumerate(over_tokens)]
+        ).transpose(1, 2)
 
     def pattern_at(self, rows: Int[Tensor, "batch rows"]) -> Float[Tensor, "batch heads rows key"]:
         pattern = self.pattern()
@@ -185,15 +188,15 @@ class NSACall(Call):
         asked = [edit for edit in chosen if (edit.force or edit.ban) and not edit.neutral]
         plain = self._trace(slice(0, queries)).idx if asked else None
         for edit in asked:
-            if torch.equal(found.idx, plain):
+            if plain is not None and torch.equal(found.idx, plain):
                 raise AnchorsError(
                     f"{edit.name!r} fired in layer {self.layer} but changed no choice of blocks.",
                     "The blocks it forces are chosen anyway, or those it bans never are; a prompt of up to "
                     f"{self.sparse.geometry.n * self.sparse.geometry.lp} tokens is selected whole.",
                 )
-        gates = _total(torch.mul, [found.gates, *(factor for _, factor in factors)])
+        gates = reduce(torch.mul, [factor for _, factor in factors], found.gates)
         branch_o = found.branch_o if weight is None else self._weighted(found, weight)
-        o = sum(gates[..., c, None] * o for c, o in enumerate(branch_o))
+        o = reduce(torch.add, [gates[..., c, None] * o for c, o in enumerate(branch_o)])
         return o.transpose(1, 2).to(self.v.dtype)
 
     def _weighted(self, found: Trace, weight: Float[Tensor, "batch #heads query key"]) -> tuple[Tensor, ...]:
@@ -226,10 +229,10 @@ class NSACall(Call):
             if not dz[:, :, rows].any():
                 continue
             by_branch = self.products(rows, dz[:, :, rows])
-            product = sum(by_branch.values())
+            product = reduce(torch.add, by_branch.values())
             for tap in taps:
-                if hasattr(tap, "branches"):
-                    tap.branches(self, rows, by_branch)
+                if branches := getattr(tap, "branches", None):
+                    branches(self, rows, by_branch)
                 tap.tile(
                     self, torch.arange(rows.start, rows.stop, device=dz.device),
                     slice(0, self.k.shape[2]), product.clone(),

@@ -1,5 +1,7 @@
 """The configuration of a causal language model with Native Sparse Attention, in transformers' own way."""
 
+from typing import cast
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
@@ -56,14 +58,15 @@ class NSAConfig(LlamaConfig):
                 raise AnchorsError(
                     f"There is no {name} {getattr(self, name)!r}.", nearest(getattr(self, name), allowed)
                 )
-        if self.num_attention_heads % self.num_key_value_heads:
+        groups, head_dim, _ = self.widths
+        if self.num_attention_heads % groups:
             raise AnchorsError(
-                f"{self.num_attention_heads} query heads cannot be divided among {self.num_key_value_heads} groups.",
+                f"{self.num_attention_heads} query heads cannot be divided among {groups} groups.",
                 "Choose a number of key-value heads that divides the query heads.",
             )
-        if self.head_dim % 2:
+        if head_dim % 2:
             raise AnchorsError(
-                f"Heads of size {self.head_dim} cannot be rotated: the rotary embedding turns pairs of entries.",
+                f"Heads of size {head_dim} cannot be rotated: the rotary embedding turns pairs of entries.",
                 "Choose an even head_dim.",
             )
         if self.attention == "full" and self.value_head_dim != self.head_dim:
@@ -72,6 +75,11 @@ class NSAConfig(LlamaConfig):
                 "Leave value_head_dim out.",
             )
         _ = self.geometry
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Groups, and the sizes of their keys and values, which are there once `__post_init__` has run."""
+        return cast(tuple[int, int, int], (self.num_key_value_heads, self.head_dim, self.value_head_dim))
 
     @property
     def geometry(self) -> Geometry:

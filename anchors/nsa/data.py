@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -38,7 +38,8 @@ class Rows:
 class Data(Protocol):
     """Anything a model can be trained on: rows depend on (seed, number, held_out) alone."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
     def rows(self, seed: int, numbers: range, *, held_out: bool = False) -> Rows:
         """Some rows; those held out are of another stream."""
@@ -100,7 +101,11 @@ class Windows:
                 f"The text {str(path)!r} cannot be read: {error}", "Give a UTF-8 text file."
             ) from error
         try:
-            kind = bytes_tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+            kind = (
+                bytes_tokenizer()
+                if tokenizer is None
+                else cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(tokenizer))
+            )
         except (OSError, ValueError) as error:
             raise AnchorsError(
                 f"The tokenizer {tokenizer!r} could not be loaded: {error}",

@@ -10,6 +10,7 @@ Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,9 +37,7 @@ NATIVE = "nsa"
 """The attention implementation of an NSA model that is not on the seam."""
 
 
-def native(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
-):
+def native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
     """The attention function of `NATIVE`: heads first in, tokens first out, as transformers calls it."""
     sparse: Sparse = kwargs["sparse"]
     o = nsa_attention(
@@ -79,19 +78,19 @@ class NativeSparseAttention(nn.Module):
     def __init__(self, config: NSAConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.geometry, self.head_dim = config.geometry, config.head_dim
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.geometry, self.heads = config.geometry, config.num_attention_heads
+        self.groups, self.head_dim, dim_v = config.widths
         self.scaling, self.is_causal = self.head_dim**-0.5, True
         size, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(size, 3 * self.groups * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(size, 3 * self.groups * config.value_head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, 3 * self.groups * dim_v, bias=bias)
         self.gate_proj = nn.Linear(size, 3 * self.heads)
-        self.o_proj = nn.Linear(self.heads * config.value_head_dim, size, bias=bias)
+        self.o_proj = nn.Linear(self.heads * dim_v, size, bias=bias)
         self.phi_k = phi.make(config.phi, self.geometry.l, self.head_dim)
-        self.phi_v = phi.make(config.phi, self.geometry.l, config.value_head_dim)
+        self.phi_v = phi.make(config.phi, self.geometry.l, dim_v)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.gate_proj.begin = config.gate_bias
+        vars(self.gate_proj)["begin"] = config.gate_bias
         nn.init.constant_(self.gate_proj.bias, config.gate_bias)
 
     def forward(
@@ -162,7 +161,7 @@ class NativeSparseAttention(nn.Module):
             raw = _rotate(raw, cos, sin)
         keys = torch.stack([raw, *(_rotate(keys[:, :, c], cos, sin) for c in (1, 2))], dim=2)
         positions = position_ids
-        if cache is not None:
+        if cache is not None and cached is not None:
             keys, values = cache.update(
                 keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
             )
@@ -174,7 +173,7 @@ class NativeSparseAttention(nn.Module):
                 )
             rows = max(len(cached), len(position_ids))
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
-            cache.layers[self.layer_idx].positions = positions
+            vars(cache.layers[self.layer_idx])["positions"] = positions
         sparse = Sparse(
             kv=self._branches(keys, values, positions, hidden_states),
             v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
@@ -224,7 +223,7 @@ def _demand_causal(mask: Tensor, queries: int, past: int) -> None:
 
 
 class NSAPreTrainedModel(LlamaPreTrainedModel):
-    config: NSAConfig
+    config: NSAConfig  # ty: ignore[incompatible-mutable-override] - as every family of transformers narrows it
     config_class = NSAConfig
     _supports_flash_attn = _supports_flex_attn = False
 
@@ -233,8 +232,8 @@ class NSAPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, phi.LinearPool | phi.MLP):
             module.reset_parameters()
-        elif hasattr(module, "begin"):
-            module.bias.fill_(module.begin)
+        elif isinstance(module, nn.Linear) and "begin" in vars(module):
+            module.bias.fill_(vars(module)["begin"])
 
 
 class NSAModel(NSAPreTrainedModel, LlamaModel):

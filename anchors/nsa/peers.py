@@ -7,7 +7,7 @@ installed, or that cannot take the shape, raises; the benchmark reports it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,11 +145,11 @@ def ours(case: Case) -> list[Task]:
     from anchors.nsa.kernels import attention, gradients, lists, selection
 
     g = case.geometry
-    common = {"scale": case.scale, "tuning": case.tuning}
+    common: dict[str, Any] = {"scale": case.scale, "tuning": case.tuning}
 
     def piece(part: str, branch: attention.Branch) -> Task:
         q, k, v = (getattr(case, name) for name in LEAVES[part])
-        chosen = {"idx": case.idx} if part == "slc" else {}
+        chosen: dict[str, Any] = {"idx": case.idx} if part == "slc" else {}
         held: list[Tensor] = []
 
         def backward() -> Sequence[Tensor]:
@@ -175,7 +175,7 @@ def ours(case: Case) -> list[Task]:
     }
     branches["win"] = attention.Branch("window", w=g.w)
     lse = attention.attend(branches["cmp"], case.q, case.kc, case.vc, **common)[1]
-    choose = {"geometry": g, "tokens": case.tokens, **common}
+    choose: dict[str, Any] = {"geometry": g, "tokens": case.tokens, **common}
     others = case.dz, case.dz.roll(1, 1)
     window = [getattr(case, name) for name in LEAVES["win"]]
     group = case.q.shape[2] // case.k.shape[2]
@@ -259,7 +259,8 @@ def flex(case: Case) -> list[Task]:
         grouped = case.q.shape[2] != case.k.shape[2]
 
         def call(q, k, v) -> Tensor:
-            return run(q, k, v, block_mask=mask, scale=case.scale, enable_gqa=grouped).transpose(1, 2)
+            o = run(q, k, v, block_mask=mask, scale=case.scale, enable_gqa=grouped)
+            return cast(Tensor, o).transpose(1, 2)
 
         leaves = [getattr(case, name).transpose(1, 2).contiguous() for name in LEAVES[part]]
         made = _over("flex", part, call, leaves, case.dz)
@@ -297,7 +298,10 @@ def fla(case: Case) -> list[Task]:
 
 def xunhaolai(case: Case) -> list[Task]:
     """native-sparse-attention-triton, where it is installed: the selected branch, and the compressed with its choice."""
-    from native_sparse_attention.ops import compressed_attention, topk_sparse_attention
+    from native_sparse_attention.ops import (  # ty: ignore[import-not-found] - where it is installed
+        compressed_attention,
+        topk_sparse_attention,
+    )
 
     g = case.geometry
     if len(case.q) > 1:

@@ -92,10 +92,11 @@ class MLP(nn.Module):
         return per_token @ down + x / self.l, offset @ down
 
 
+Phi = MeanPool | LinearPool | MLP
 PHI = {"mean": MeanPool, "linear": LinearPool, "mlp": MLP}
 
 
-def make(kind: str, l: int, dim: int) -> nn.Module:
+def make(kind: str, l: int, dim: int) -> Phi:
     """φ by its name.
 
     Raises:

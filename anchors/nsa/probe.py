@@ -359,7 +359,7 @@ def _write_vectors(path: Path, look: Look, places: Places, prompt: Prompt) -> No
         for kind, x in own.items()
     }
     tokens = np.array([prompt.ids[p] for p in places.labels[look.read]], dtype=np.int64)
-    write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))
+    write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))  # ty: ignore[invalid-argument-type] - all are arrays
 
 
 def _read_vectors(folder: Path, units: list[tuple[int, int]]) -> pd.DataFrame:

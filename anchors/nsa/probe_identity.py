@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from anchors.intervals import interval
-from anchors.stats import resampling
+from anchors.stats import parts_by, resampling
 
 FOLDS = 4
 MOST = 1500
@@ -34,7 +34,7 @@ def identity_table(vectors: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     columns = ["layer", "kind", "accuracy", "low", "high", "shuffled", "label_words", "examples"]
     tables = []
-    for (layer, kind), own in vectors.groupby(["layer", "kind"], sort=True):
+    for (layer, kind), own in parts_by(vectors, ["layer", "kind"], sort=True):
         if len(own) > MOST:
             own = own.iloc[np.linspace(0, len(own) - 1, MOST).round().astype(int)]
         x, y, prompt = np.stack(own["vector"].to_list()), own["token"].to_numpy(), own["number"].to_numpy()

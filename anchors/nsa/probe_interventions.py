@@ -13,6 +13,7 @@ is left out.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -113,8 +114,9 @@ def outcome(logits: Float[Tensor, " vocabulary"], prompt: Prompt) -> dict[str, f
         logit: its logit less the mean of all label words'.
     """
     over_labels = logits.cpu().double()[list(prompt.label_ids)]
-    gold = over_labels[prompt.gold]
-    others = torch.cat([over_labels[: prompt.gold], over_labels[prompt.gold + 1 :]])
+    right = cast(int, prompt.gold)
+    gold = over_labels[right]
+    others = torch.cat([over_labels[:right], over_labels[right + 1 :]])
     return {
         "accuracy": float(over_labels.argmax() == prompt.gold),
         "probability": float(over_labels.softmax(-1)[prompt.gold]),

@@ -1,7 +1,7 @@
 """What the rows of `anchors nsa probe` come to: intervals by a bootstrap over prompts, tests by permutation."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -250,7 +250,7 @@ def null_rates(
             moved = metrics.permuted(weight, candidate, permutations, rng)
             total = total + np.einsum("pb,lgb->plg", moved, chosen) / mass
             count += 1
-    return total / count
+    return np.asarray(total / count)
 
 
 def _mean(
@@ -282,7 +282,7 @@ def _stages(rows: pd.DataFrame) -> pd.DataFrame:
         for layer in layers:
             wp, pq = (found.at(metric=f"{x}_{measure}", layer=layer) for x in ("wp", "pq"))
             if wp.shape[1] and pq.shape[1]:
-                row = (
+                row: dict[str, Any] = (
                     {"measure": measure, "branch": branch, "layer": layer} | _span("wp", wp) | _span("pq", pq)
                 )
                 gap.append(row | _span("gap", pq - wp))

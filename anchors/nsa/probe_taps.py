@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +158,7 @@ class Look:
         covering = metrics.compressed_covering(call.k.shape[2], g.l, g.d) / g.l
         spread = torch.as_tensor(covering, dtype=found.o.dtype, device=call.q.device)
         over_tokens = (found.patterns[CMP][0, rows] @ spread, *(p[0, rows] for p in found.patterns[1:]))
-        whole = sum(found.gates[0, rows, :, c, None] * p for c, p in enumerate(over_tokens))
+        whole = reduce(torch.add, [found.gates[0, rows, :, c, None] * p for c, p in enumerate(over_tokens)])
         yield from self._shares(_array(whole.unflatten(1, (groups, -1)).sum(2)), "all", call.layer)
         for which in WHICH:
             positions = self.places.labels if which == "label" else self.places.answers

@@ -8,12 +8,12 @@ and the gradients are those of the whole batch.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -212,7 +212,9 @@ def train(
         require_writable(out)
 
     if factory is None:
-        from anchors.nsa.model import NSAForCausalLM as factory
+        from anchors.nsa.model import NSAForCausalLM
+
+        factory = cast(Factory, NSAForCausalLM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = factory(config)
@@ -273,11 +275,12 @@ def _batches(data: Data, recipe: Recipe, first: int, team: Team) -> Iterator[tup
         return own.rows(recipe.seed, range(start, start + share))
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(made, first) if first < recipe.steps else None
-        for step in range(first, recipe.steps):
+        step, ahead = first, pool.submit(made, first) if first < recipe.steps else None
+        while ahead is not None:
             rows = ahead.result()
             ahead = pool.submit(made, step + 1) if step + 1 < recipe.steps else None
             yield step, rows
+            step += 1
 
 
 def _count(recipe: Recipe, data: Data, own: Data) -> int:
@@ -401,7 +404,7 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _diverging(step: int, checkpoint: Checkpoint) -> Iterator[None]:
+def _diverging(step: int, checkpoint: Checkpoint) -> Generator[None]:
     """A model that ran before refuses only numbers that are none, and cannot know that a learning rate is behind them."""
     try:
         yield

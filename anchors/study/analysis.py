@@ -1,7 +1,7 @@
 """What a study is made of: settings that measure prompts, and the records they leave. Nothing here imports torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -59,6 +59,7 @@ class Analysis(Protocol):
         passes: about how many forward passes a prompt costs, for foretelling the time.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     kind: ClassVar[str]
     version: ClassVar[int]
     fresh: ClassVar[bool]

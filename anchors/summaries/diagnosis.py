@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
 from anchors.intervals import EQUAL, SCORE, auc_interval, interval, method
-from anchors.stats import GROUP, mantel, refuse_doubles, resampling, within_seeds
+from anchors.stats import GROUP, mantel, parts_by, refuse_doubles, resampling, within_seeds
 from anchors.summaries.readout import weighted_auc
 
 FEWEST = 10
@@ -49,7 +49,7 @@ def diagnosis_summary(
     """
     pairs, agreement = [], []
     refuse_doubles(rows)
-    for key, group in rows.groupby(GROUP, sort=False):
+    for key, group in parts_by(rows, GROUP):
         each = group[(group["number"] >= 0) & (group["condition"] == "none")]
         wide = each.pivot_table(index=["seed", "number"], columns="metric", values="value")
         labels = [m.split("/", 1)[1] for m in dict.fromkeys(each["metric"]) if m.startswith("probability/")]

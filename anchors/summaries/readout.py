@@ -1,6 +1,7 @@
 """AUCROC_l and R_l (2.3) from the rows of `anchors.readout`."""
 
 import itertools
+from collections.abc import Hashable
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ def _scores(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
 
 def _fewest(predicted: Int[np.ndarray, " prompts"], units: pd.DataFrame) -> tuple[int, int] | None:
     """How many prompts the two rarest of the predicted labels have, over the seeds that predict several."""
-    counts: dict[int, int] = {}
+    counts: dict[Hashable, int] = {}
     for _, own in pd.Series(predicted).groupby(units["seed"].to_numpy()):
         if own.nunique() > 1:
             for label, count in own.value_counts().items():
@@ -162,11 +163,10 @@ def _curves(auc: np.ndarray, confidence: float, few: tuple[int, int] | None = No
     for name, samples in (("aucroc", auc), ("r", r if founded else np.full_like(r, np.nan))):
         value, low, high = interval(samples, confidence)
         how = method(samples)
-        for layer in (
-            np.flatnonzero((how == EQUAL) & np.isin(value, (0, 1))) if name == "aucroc" and few else ()
-        ):
-            low[layer], high[layer] = auc_interval(float(value[layer]), *few, confidence)
-            how[layer] = SCORE
+        if name == "aucroc" and few is not None:
+            for layer in np.flatnonzero((how == EQUAL) & np.isin(value, (0, 1))):
+                low[layer], high[layer] = auc_interval(float(value[layer]), *few, confidence)
+                how[layer] = SCORE
         table = {"value": value, "low": low, "high": high, "interval": how, "note": notes[name]}
         tables.append(pd.DataFrame(table).assign(metric=name, layer=np.arange(auc.shape[1])))
     return pd.concat(tables, ignore_index=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from anchors.intervals import interval, method
-from anchors.stats import GROUP, SUMS, refuse_doubles, refuse_models, resampling, summarise
+from anchors.stats import GROUP, SUMS, parts_by, refuse_doubles, refuse_models, resampling, summarise
 from anchors.study.registry import LOYALTIES
 
 SPAN = ("value", "low", "high", "interval", "prompts")
@@ -104,7 +104,7 @@ def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """
     refuse_doubles(rows)
     found = []
-    for key, group in rows.groupby(GROUP, sort=False):
+    for key, group in parts_by(rows, GROUP):
         timed = group[(group["metric"] == "seconds") & (group["number"] >= 0)]
         wide = timed.pivot_table(index=["seed", "number"], columns="condition", values="value")
         batch = group[group["metric"] == "batch"].set_index(["seed", "number"])["value"].loc[wide.index]
@@ -211,7 +211,7 @@ def flow_pattern(summary: pd.DataFrame) -> pd.DataFrame:
         from which S_pq stays the largest of the three up to the end (missing when it never does).
     """
     found = []
-    for key, part in summary.groupby(GROUP, sort=False):
+    for key, part in parts_by(summary, GROUP):
         share = part.pivot_table(index="layer", columns="metric", values="share").sort_index()
         third = len(share) // 3
         led = share["s_pq"] > share[["s_wp", "s_ww"]].max(axis=1)

@@ -7,7 +7,7 @@ Token ids are never searched. A label word is tokenised in its place, and the qu
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
             other = words[j]
             names = f"{task.labels[j]!r} and {task.labels[i]!r}"
             shown = [tokenizer.convert_ids_to_tokens(list(w)) for w in (other, one)]
-            if one[0] == other[0] and not tokenizer.decode([one[0]]).strip():
+            if one[0] == other[0] and not cast(str, tokenizer.decode([one[0]])).strip():
                 raise AnchorsError(
                     f"The tokenizer keeps the white space before the labels {names} as a token of its own, "
                     f"{shown[1][0]!r}: the prediction is read at that token, so they cannot be told apart.",
@@ -377,7 +377,7 @@ def _label_at(text: str, at: int, task: Task) -> int | None:
     return max(found)[1] if found else None
 
 
-def task_of(text: str, labels: Sequence[str], policy: Policy | None = None) -> Task:
+def task_of(text: str, labels: Sequence[str], policy: str | None = None) -> Task:
     """The task of a prompt that somebody wrote, from its label words: its last line is what stands before them.
 
     What is written between that line and a label word, and after it, is read from the demonstrations.
@@ -391,7 +391,7 @@ def task_of(text: str, labels: Sequence[str], policy: Policy | None = None) -> T
         "own",
         "{text}\n" + last + gap + "{label}" + after,
         tuple(labels),
-        policy or "first",
+        cast(Policy, policy or "first"),
         colon_space=not found or bool(gap),
     )
 

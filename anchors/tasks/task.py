@@ -215,7 +215,7 @@ def task(
     *,
     template: str | None = None,
     labels: Sequence[str] | None = None,
-    policy: Policy | None = None,
+    policy: str | None = None,
 ) -> Task:
     """One of the four tasks, a TOML file, or a task of one's own.
 
@@ -226,7 +226,7 @@ def task(
     Raises:
         AnchorsError: unknown name, or a task that cannot work; says why.
     """
-    changes = {
+    changes: dict[str, Any] = {
         key: value
         for key, value in {
             "template": None if template is None else template.replace("\\n", "\n"),
@@ -275,7 +275,8 @@ def _from_toml(path: Path) -> Task:
             f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
         )
     try:
-        return Task(**{"name": path.stem, **table, "labels": _words(table["labels"])})
+        facts: dict[str, Any] = {"name": path.stem, **table, "labels": _words(table["labels"])}
+        return Task(**facts)
     except AnchorsError as error:
         raise AnchorsError(f"The task file {str(path)!r}: {error.message}", error.remedy) from error
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,17 @@ from anchors.flow.saliency import flow
 from anchors.models import LanguageModel
 from anchors.stats import REST, SUMS, flow_summary
 from anchors.tasks.prompts import Prompt
-from anchors.tasks.task import Task
 from anchors.viewer.page import edges
+
+
+class Named(Protocol):
+    """As much of a task as the page shows."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
 
 
 def shown_tokens(model: LanguageModel, prompt: Prompt) -> list[str]:
@@ -32,7 +41,7 @@ def shown_tokens(model: LanguageModel, prompt: Prompt) -> list[str]:
 
 def prompt_payload(
     model: LanguageModel,
-    task: Task,
+    task: Named,
     prompt: Prompt,
     name: str,
     layers: Sequence[int],
@@ -99,7 +108,7 @@ def curves_payload(rows: pd.DataFrame) -> dict[str, Any] | None:
 def payload(
     title: str,
     model: LanguageModel,
-    task: Task,
+    task: Named,
     prompts: list[dict[str, Any]],
     facts: dict[str, Any],
     curves: dict[str, Any] | None = None,

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,9 @@ class Builder:
         def loss(step: int) -> Tensor:
             read = reader(patches(tower, pixels[rows[step]]))
             wanted = classes[rows[step]]
-            return sum(F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read))
+            return reduce(
+                torch.add, [F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read)]
+            )
 
         fit([([*tower.parameters(), *reader.parameters()], stage.lr)], loss, stage, self.scale, told)
         tower.eval().save_pretrained(draft)

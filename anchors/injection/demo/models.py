@@ -1,6 +1,7 @@
 """The models of the demonstration: a small language model, and a LLaVA whose language tower it is."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
-from anchors.injection.demo.scales import Scale
+from anchors.injection.demo.scales import Scale, Tower
 from anchors.injection.demo.world import World
 from anchors.models import default_source
 
@@ -59,7 +60,7 @@ def _words(world: World) -> set[str]:
 
 def new_language_model(scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int) -> LlamaForCausalLM:
     """A Llama with random weights."""
-    tower = scale.language
+    tower = cast(Tower, scale.language)  # None stands for a model that is given
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tower.width,
@@ -85,7 +86,7 @@ def given_language_model(source: str | None) -> tuple[PreTrainedModel, PreTraine
     name = default_source()[0] if source is None else str(source)
     place = str(converted(Path(name).expanduser())) if name.endswith(".gguf") else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise AnchorsError(
@@ -123,8 +124,8 @@ def with_eyes(
     The tokenizer is the LLM's with `<image>` added at the end, so that ids of both agree.
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE_TOKEN, special=True)]})
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    text = base.config.to_dict() | {"vocab_size": max(base.config.vocab_size, image_id + 1)}
+    image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    text: dict[str, Any] = base.config.to_dict() | {"vocab_size": max(base.config.vocab_size, image_id + 1)}
     config = LlavaConfig(
         vision_config=vision_config(scale),
         text_config=type(base.config)(**text),

@@ -73,7 +73,7 @@ def _moved(tile: Image.Image, rng: np.random.Generator) -> Image.Image:
     return tile.rotate(
         float(rng.uniform(-12, 12)),
         Image.Resampling.BILINEAR,
-        translate=(float(rng.uniform(-most, most)), float(rng.uniform(-most, most))),
+        translate=(float(rng.uniform(-most, most)), float(rng.uniform(-most, most))),  # ty: ignore[invalid-argument-type] - takes fractions
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Encoder:
             text = item.asked.text or self.world.describe(item.scene)
             return self._ids(self.world.template.format(image=text, question=item.asked.question))
         before, after = self.world.template.split("{image}")
-        shown = (self.image_id,) * self.image_tokens
+        shown = (cast(int, self.image_id),) * self.image_tokens
         return self._ids(before) + shown + self._ids(after.format(question=item.asked.question))
 
     def answer(self, item: Item) -> tuple[int, ...]:

@@ -71,7 +71,10 @@ class Task:
 
     kind: str
     about: str
-    ask: Callable[[Scene, np.random.Generator], tuple[str | None, ...]]
+    ask: Callable[
+        [Scene, np.random.Generator],
+        tuple[str, str, str | None] | tuple[str, str, str | None, str | None],
+    ]
 
     def fits(self, scene: Scene) -> bool:
         return self.about == "all" or (self.about == "digits") == scene.is_digit

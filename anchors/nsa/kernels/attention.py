@@ -12,7 +12,7 @@ Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3; the litera
 """
 
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, cast, no_type_check
 
 import torch
 import triton
@@ -174,7 +174,7 @@ def walked(branch: Branch, idx: Tensor | None, tile: int, union: Any = None) -> 
     """The lists of blocks of all query tiles, their length, and that as a power of two; nothing for other branches."""
     if branch.name != "selected":
         return (None, None, None), 1, 1
-    union = lists.union(idx, tile) if union is None else union
+    union = lists.union(cast(Tensor, idx), tile) if union is None else union
     entries = union.blocks.shape[-1]
     return (union.blocks, union.members, union.counts), entries, triton.next_power_of_2(entries)
 

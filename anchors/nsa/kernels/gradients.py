@@ -15,7 +15,7 @@ Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.4 for the f
 published.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -128,7 +128,7 @@ def key_gradients(
     # The queries of a block are cut by their list.
     splits = 1 if branch.name == "selected" else settings["splits"]
     if branch.name == "selected":
-        inverse = lists.inverse(idx, -(-keys // branch.lp), settings["split"])
+        inverse = lists.inverse(cast(Tensor, idx), -(-keys // branch.lp), settings["split"])
         parts = [k.new_empty(len(inverse.items), branch.lp, x.shape[-1], dtype=torch.float32) for x in (k, v)]
         grid, listed = (len(inverse.items), branch.lp // columns), (inverse.queries, inverse.items)
     else:
@@ -189,7 +189,8 @@ class _SparseAttention(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, dz):
+    def backward(ctx, *given):
+        (dz,) = given
         q, q_cmp, kc, vc, ks, vs, kw, vw, g, idx, *rest = ctx.saved_tensors
         dz, lse, gates = dz.contiguous(), rest[:3], g.float().contiguous()
         sums = inner(dz, *rest[3:])
