@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from anchors.kinds import KINDS
+
 
 class AnchorsError(ValueError):
     """Something the user can mend: what happened, to what, and how to mend it.
@@ -17,20 +19,31 @@ class AnchorsError(ValueError):
     Args:
         message: what happened, and to what.
         remedy: what to do about it, as a sentence.
+        code: of which kind it is (`anchors.kinds`); everything that the toolkit raises has one, others may leave it out.
+
+    Raises:
+        KeyError: there is no kind of that code.
     """
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    code = ""
+
+    def __init__(self, message: str, remedy: str = "", *, code: str = "") -> None:
         super().__init__(f"{message}\n{remedy}" if remedy else message)
         self.message = message
         self.remedy = remedy
+        self.code = KINDS[code].code if code else self.code
 
 
 class RoutingError(AnchorsError):
     """A model whose attention does not pass through the seam: edits on it would silently do nothing."""
 
+    code = "off-the-seam"
+
 
 class CertificateError(AnchorsError):
     """A number that must agree did not: the analysis on this model is not to be trusted."""
+
+    code = "certificate"
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

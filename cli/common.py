@@ -242,8 +242,9 @@ def print_defect(error: Exception) -> None:
 
 
 def print_error(error: AnchorsError, where: str = "") -> None:
-    """What happened, to what, and how to mend it."""
-    err.print(f"[bold red]error:[/] {escape(f'{where}: ' if where else '')}{escape(error.message)}")
+    """What happened, of which kind, to what, and how to mend it."""
+    code = f"[dim]{escape(f'[{error.code}]')}[/] " if error.code else ""
+    err.print(f"[bold red]error:[/] {code}{escape(f'{where}: ' if where else '')}{escape(error.message)}")
     if error.remedy:
         err.print(f"       {escape(error.remedy)}")
 
