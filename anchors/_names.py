@@ -64,4 +64,5 @@ def refuse_mixture(package: str, folder: Path) -> None:
             raise AnchorsError(
                 f"Two copies of {package} would run as one: {package} from {folder}, {package}.{part} from {origin}.",
                 f"Run from outside of {folder.parent}, or install that checkout in this environment (`uv sync` in it).",
+                code="package",
             )

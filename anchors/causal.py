@@ -69,6 +69,7 @@ def exchange(task: Task, lengths: Sequence[int], rng: np.random.Generator) -> li
         raise AnchorsError(
             f"No label words of {task.name!r} can be exchanged: their numbers of tokens all differ ({counts}).",
             "Choose label words of which two at least have as many tokens as each other (--labels).",
+            code="label-words",
         )
     return moved
 
@@ -89,6 +90,7 @@ def places(
         raise AnchorsError(
             "Exchanging the label words changes other tokens of the prompt, too.",
             "Follow {label} in the template by a newline, so that the tokenizer keeps it apart.",
+            code="label-words",
         )
     found = {"label": label, "others": tuple(i for i in range(own.query) if i not in label)}
     if "random" in conditions:

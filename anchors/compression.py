@@ -39,7 +39,7 @@ def compress(context: Context, tokens: Sequence[int], rule: Rule = "after-last-a
     In layers with a sliding window or attention chunks, these count kept tokens.
     """
     if rule not in RULES:
-        raise AnchorsError(f"Unknown position rule {rule!r}.", nearest(rule, RULES))
+        raise AnchorsError(f"Unknown position rule {rule!r}.", nearest(rule, RULES), code="unknown-name")
     kept = sorted(set(tokens))
     start = {"restart": 0, "original": context.next}.get(rule)
     if start is None:
@@ -62,6 +62,7 @@ def random_tokens(prompt: Prompt, rng: np.random.Generator) -> list[int]:
             raise AnchorsError(
                 f"Demonstration {prompt.demonstrations[p] + 1} has fewer text tokens than its label word has tokens.",
                 "Leave hidden_random out (--methods), or use longer demonstrations.",
+                code="too-few",
             )
         chosen.add(int(rng.choice(free)))
     return sorted(chosen)

@@ -80,13 +80,16 @@ class Context:
         """
         if not tokens:
             raise AnchorsError(
-                "No token of the demonstrations is to be kept.", "Keep the label words at least."
+                "No token of the demonstrations is to be kept.",
+                "Keep the label words at least.",
+                code="option-value",
             )
         if any(hasattr(kind, "update_index") for kind in self.kinds):
             raise AnchorsError(
                 "The sparse index of this family chooses blocks of neighbouring keys: without some of the tokens "
                 "the blocks would be others.",
                 "Compress the demonstrations of another model.",
+                code="no-shared-context",
             )
         chosen = torch.tensor(list(tokens))
 
@@ -135,6 +138,7 @@ def fresh_cache(model: PreTrainedModel) -> DynamicCache:
                 f"Layer {i} of {type(model).__name__} caches more than keys and values (a state, {kinds[i]}): "
                 "demonstrations cannot be run once and shared by many queries.",
                 "Use flow or view, which run every prompt as a whole, or another model.",
+                code="no-shared-context",
             )
     # Where all layers are plain, the cache grows as many as are used.
     return DynamicCache() if all(type(layer) is DynamicLayer for layer in cache.layers) else cache
@@ -186,6 +190,7 @@ def _demand_filled(model: "LanguageModel", found: Context) -> None:
             f"The cache of {model.name} holds {sorted(set(held)) or 'no'} keys of {len(found.ids)} tokens: "
             "demonstrations cannot be run once and shared by many queries.",
             "Use flow or view, which run every prompt as a whole, or another model.",
+            code="no-shared-context",
         )
 
 
@@ -205,6 +210,7 @@ def shared_demonstrations(prompts: Sequence[Prompt]) -> tuple[int, ...]:
             f"Prompt {other} does not begin with the demonstrations of prompt 0: they cannot be run once for all.",
             "Draw them with Draw(fresh=False). If the texts are the same, the tokenizer joins the last "
             "demonstration with the query: end the separator with a newline.",
+            code="no-shared-context",
         )
     return shared
 
@@ -255,5 +261,6 @@ def answer(
         raise AnchorsError(
             f"The logits of example(s) {bad} of the batch are not numbers: the model overflows.",
             "Use --precision float32 or bfloat16 (float16 overflows easily), and check the model's weights.",
+            code="not-finite",
         )
     return logits

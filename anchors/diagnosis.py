@@ -79,6 +79,7 @@ def predicted_confusion(
         raise AnchorsError(
             f"{min(components)} components cannot be fitted on {len(vectors)} queries of width {vectors.shape[1]}.",
             f"Use at most {most}, or more --examples.",
+            code="too-few",
         )
     pca = PCA(n_components=max(possible), svd_solver="full").fit(vectors)
     found = {}
@@ -86,7 +87,9 @@ def predicted_confusion(
         projected = keys @ pca.components_[:m].T * pca.singular_values_[:m]
         distance = np.linalg.norm(projected[:, None] - projected[None], axis=-1)
         if not distance.max() > 0:
-            raise AnchorsError("The keys at all label words are the same.", "Check the label words.")
+            raise AnchorsError(
+                "The keys at all label words are the same.", "Check the label words.", code="label-words"
+            )
         matrix = distance / distance.max()
         np.fill_diagonal(matrix, 1)
         found[m] = matrix

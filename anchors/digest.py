@@ -76,6 +76,7 @@ def _parts(name: str, tensor: Tensor, label: str | None = None) -> Iterator[tupl
         raise AnchorsError(
             f"{name} {what}: there is nothing that results could be known by.",
             "Load the model whole, with dense weights.",
+            code="model-not-whole",
         )
     else:
         yield label, tensor.resolve_conj().resolve_neg()

@@ -78,7 +78,11 @@ def demand_seed(seed: int) -> None:
         AnchorsError: it is not from 0 to 2⁶³ − 1.
     """
     if not 0 <= seed < 1 << 63:
-        raise AnchorsError(f"The seed {seed} is not from 0 to 2^63 - 1.", "Any number will do, such as 42.")
+        raise AnchorsError(
+            f"The seed {seed} is not from 0 to 2^63 - 1.",
+            "Any number will do, such as 42.",
+            code="option-value",
+        )
 
 
 def brief(error: object, most: int = 400) -> str:
@@ -117,9 +121,16 @@ def of_the_machine(error: BaseException) -> AnchorsError | None:
         return AnchorsError(
             f"There is not enough memory: {said}",
             "Use a smaller --batch-size, fewer tokens or a smaller model.",
+            code="memory",
         )
     if full(error):
-        return AnchorsError(f"The disk is full: {said}.", "Make room; what is finished is kept.")
+        return AnchorsError(
+            f"The disk is full: {said}.", "Make room; what is finished is kept.", code="disk-full"
+        )
     if errno_of(error) in _CLOSED:
-        return AnchorsError(f"A file cannot be read or written: {said}.", "Look at its path and permissions.")
+        return AnchorsError(
+            f"A file cannot be read or written: {said}.",
+            "Look at its path and permissions.",
+            code="file-unwritable",
+        )
     return None

@@ -81,6 +81,7 @@ def best_words(scores: Float[Tensor, "batch vocabulary"], top: int) -> torch.ret
         raise AnchorsError(
             f"The {top} most probable words are all of them: the vocabulary has {scores.shape[-1]}.",
             "Lower --top.",
+            code="option-value",
         )
     return scores.topk(top)
 

@@ -170,6 +170,7 @@ def _brought(model: nn.Module, name: str) -> Tensor:
     raise AnchorsError(
         f"{name} has no numbers (device meta), and nothing brings it when it is used.",
         "Load the model whole: from_pretrained, or load() with a device_map.",
+        code="model-not-whole",
     )
 
 

@@ -110,6 +110,7 @@ def demand_one_side(
     raise AnchorsError(
         f"{name} encodes positions otherwise in prompts longer than {change.length} tokens ({change.what}), and {what}.",
         remedy,
+        code="positions",
     )
 
 

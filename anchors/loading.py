@@ -108,10 +108,12 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
                 "does not have.",
                 "`anchors inject` takes such models (`inject flow` looks into them), in Python "
                 "anchors.injection.load_vlm(...); here give the language model that it was made from.",
+                code="model-kind",
             )
         raise AnchorsError(
             f"{origin.name!r} is a {kind} model, which transformers has no causal language model for.",
             "Give a decoder with a head over the vocabulary.",
+            code="model-kind",
         )
     return _whole(AutoModelForCausalLM, origin, method, options)
 
@@ -128,6 +130,7 @@ def vision_language_model(origin: Origin, **options: Any) -> PreTrainedModel:
             "Load a language model with anchors.load(...) and the verbs for language models."
             if language
             else "Give a model that takes images and answers in text.",
+            code="model-kind",
         )
     return _whole(AutoModelForImageTextToText, origin, method, options)
 
@@ -148,6 +151,7 @@ def configuration(origin: Origin) -> PreTrainedConfig:
         raise AnchorsError(
             f"The model {origin.name!r} has no layers to look into: num_hidden_layers is {layers!r} in its configuration.",
             "It must be a whole number from 1.",
+            code="model-kind",
         )
     return config
 
@@ -169,6 +173,7 @@ def tokenizer_of(origin: Origin) -> PreTrainedTokenizerBase:
         raise AnchorsError(
             f"The model {origin.name!r} came without tokenizer files.",
             "Copy tokenizer.json and tokenizer_config.json beside its weights, or pass tokenizer=...",
+            code="tokenizer",
         )
     return tokenizer
 
@@ -205,6 +210,7 @@ def _quantised(config: PreTrainedConfig, origin: Origin) -> str | None:
         raise AnchorsError(
             f"The model {origin.name!r} is quantised by a method that transformers does not know: {name!r}.",
             "Use the model that it was made from.",
+            code="quantised",
         )
     return name
 
@@ -221,6 +227,7 @@ def _base(origin: Origin) -> Origin:
         raise AnchorsError(
             f"The adapter {origin.name!r} does not say which model it belongs to.",
             "Write base_model_name_or_path into its adapter_config.json.",
+            code="adapter",
         )
     return Origin(base, base, None, origin.trust_remote_code)
 
@@ -304,6 +311,7 @@ def _with_adapter(model: PreTrainedModel, origin: Origin) -> PreTrainedModel:
         raise AnchorsError(
             f"The adapter {origin.name!r} is not whole: {'; '.join(filter(None, parts))}.",
             "Does it belong to this base model (adapter_config.json names it)?",
+            code="adapter",
         )
     return unwrapped(adapted)
 
@@ -338,6 +346,7 @@ def refuse_parts(model: PreTrainedModel, found: dict[str, Any], name: str) -> No
             f"The weights of {name!r} were saved from inside a wrapper: their names hold {prefix!r}, so that {kind} finds "
             f"{len(missing)} of its weights missing.",
             "Save the model that the wrapper holds (model.module, model._orig_mod), or take the prefix out of the names.",
+            code="model-not-whole",
         )
     parts = [
         f"{_count(missing)} of {kind} not in the file: {_some(missing)}" if missing else "",
@@ -349,6 +358,7 @@ def refuse_parts(model: PreTrainedModel, found: dict[str, Any], name: str) -> No
         f"The model {name!r} is not whole: {'; '.join(filter(None, parts))}.",
         "What is missing would be random numbers. Do config.json (layers, sizes, architectures, tie_word_embeddings) and "
         "the weights belong together, and is it a checkpoint of a language model?",
+        code="model-not-whole",
     )
 
 
@@ -392,6 +402,7 @@ def check_files(origin: Origin) -> None:
             raise AnchorsError(
                 f"The model {origin.name!r} could not be loaded: {index.name} cannot be read: {brief(error)}.",
                 "Download it again.",
+                code="model-broken",
             ) from error
         names |= set(shards.values())
     for name in sorted(names):
@@ -399,6 +410,7 @@ def check_files(origin: Origin) -> None:
             raise AnchorsError(
                 f"The weights {name!r} of the model {origin.name!r} lie outside its directory and are not read.",
                 "Copy them into it.",
+                code="outside",
             )
 
 
@@ -410,10 +422,13 @@ def _unreadable(origin: Origin, what: str, error: Exception, quantised: bool = F
         return AnchorsError(
             f"The model {origin.name!r} does not fit into memory.",
             "Use --precision bfloat16 or --device-map auto.",
+            code="memory",
         )
     remedy = (
         "Install the reader that it names, or use the model before quantisation."
         if quantised
         else origin.remedy
     )
-    return AnchorsError(f"The model {origin.name!r} could not be loaded: {what}: {brief(error)}", remedy)
+    return AnchorsError(
+        f"The model {origin.name!r} could not be loaded: {what}: {brief(error)}", remedy, code="model-broken"
+    )

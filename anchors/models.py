@@ -130,6 +130,7 @@ class LanguageModel(Routed):
                     f"{type(self.model).__name__} takes no position_ids: what follows {len(context.ids)} kept tokens "
                     f"stands at position {len(context.ids)} in it, and not at {context.next}.",
                     "On this family demonstrations can be kept whole (or as text), but not be cut.",
+                    code="positions",
                 )
             return {}
         padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
@@ -138,6 +139,7 @@ class LanguageModel(Routed):
                 f"The prompt holds the padding token {padding}, which {type(self.model).__name__} does not count in "
                 "its positions.",
                 "Take it out of texts and template, or run whole prompts.",
+                code="positions",
             )
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return {"position_ids": steps + context.next + self.first_position}
@@ -151,7 +153,7 @@ class LanguageModel(Routed):
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
             raise AnchorsError(
-                "transformer-lens is not installed.", "pip install 'label-anchors[lens]'"
+                "transformer-lens is not installed.", "pip install 'label-anchors[lens]'", code="package"
             ) from error
         plain = twin(type(self.model), self.model.config, self.model.state_dict(), self.device)
         # The bridge reads its tokenizer from disk again, with a BOS token: give it a copy there.
@@ -229,11 +231,14 @@ def load(
         model = language_model(origin, **options)
         tokenizer = tokenizer or tokenizer_of(origin)
     if tokenizer is None:
-        raise AnchorsError(f"The model {name!r} came without a tokenizer.", "Pass tokenizer=...")
+        raise AnchorsError(
+            f"The model {name!r} came without a tokenizer.", "Pass tokenizer=...", code="tokenizer"
+        )
     if not tokenizer.is_fast:
         raise AnchorsError(
             f"The tokenizer of {name!r} is a slow one and gives no character offsets.",
             "Positions would have to be guessed; convert it to a fast tokenizer (tokenizer.json).",
+            code="tokenizer",
         )
     if isinstance(source, nn.Module) or quantised(model):
         cast(model, dtype, name)
@@ -246,7 +251,9 @@ def _origin(source: str | Path | None, revision: str | None, trust_remote_code: 
     """Where the files of a model are."""
     source, name = default_source() if source is None else (str(source), str(source))
     if not source.strip():
-        raise AnchorsError("The name of the model is empty.", "Leave it out for the default model.")
+        raise AnchorsError(
+            "The name of the model is empty.", "Leave it out for the default model.", code="model-not-found"
+        )
     refuse_revision(source, revision)
     if source == DEFAULT_HUB and revision is None:
         revision = DEFAULT_REVISION
@@ -257,7 +264,11 @@ def _origin(source: str | Path | None, revision: str | None, trust_remote_code: 
         source = str(path)
     elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         what = "is a file, not a model directory" if path.exists() else "does not exist"
-        raise AnchorsError(f"The model {source!r} {what}.", "Give a hub id, a directory or a .gguf file.")
+        raise AnchorsError(
+            f"The model {source!r} {what}.",
+            "Give a hub id, a directory or a .gguf file.",
+            code="model-not-found",
+        )
     return Origin(source, name, revision, trust_remote_code)
 
 
@@ -295,6 +306,7 @@ def prepare(
         raise RoutingError(
             f"On the seam the logits of {type(model).__name__} differ from its own by {off:.1e} of their size.",
             "This family does something around its attention that the toolkit does not know.",
+            code="not-itself",
         )
     return routed
 

@@ -93,6 +93,7 @@ def demand_one_stream(model: LanguageModel, own: dict[int, Entering], other: dic
                 f"Layer {layer} of {type(model.model).__name__} sees the tokens by another way than the residual stream "
                 f"({', '.join(differing)}): patching the stream would exchange only a part of what enters it.",
                 "Use another model for causal; flow, isolate and readout do not rest on this.",
+                code="model-kind",
             )
 
 
@@ -110,6 +111,7 @@ def _entering(model: LanguageModel, layer: int, change: Change) -> Generator[Non
                 f"{type(model.model).__name__} carries several residual streams through its layers (of shape "
                 f"{list(stream.shape)}): there is none to be exchanged at a position.",
                 "Use another model for causal; flow, isolate and readout do not rest on this.",
+                code="model-kind",
             )
         return change(stream, beside)
 
@@ -170,5 +172,6 @@ def block(model: LanguageModel, layer: int) -> nn.Module:
             f"A decoder layer of {type(model.model).__name__} holds {step} attentions, one after the other: the residual "
             f"stream enters it before attention {first}, and nothing enters a layer before attention {layer}.",
             f"Patch every {step}-th (--stride {step}).",
+            code="layers",
         )
     return model.model.get_submodule(found)

@@ -29,6 +29,7 @@ def require_inside(folder: Path, paths: Iterable[Path]) -> None:
                 raise AnchorsError(
                     f"{str(own)!r} is a link to {str(real)!r}, outside the model's folder.",
                     "Put a copy of the file in its place, if it belongs to the model.",
+                    code="outside",
                 )
 
 
@@ -52,6 +53,7 @@ def require_another(out: Path, inputs: Iterable[str | Path | None], option: str 
             raise AnchorsError(
                 f"{option} {str(out)!r} would be written over {str(source)!r}, which is read.",
                 f"Choose another {option}.",
+                code="would-overwrite",
             )
     require_file(out.expanduser())
 
@@ -73,6 +75,7 @@ def require_file(path: Path) -> None:
         raise AnchorsError(
             f"{str(path)!r} is {what}, not a file: it would be replaced.",
             "Give the name of a file, new or old.",
+            code="would-overwrite",
         )
 
 
@@ -86,6 +89,7 @@ def refuse_revision(source: str | Path, revision: str | None) -> None:
         raise AnchorsError(
             f"The model {str(source)!r} lies on this machine, where it has no revision {revision!r}.",
             "Leave the revision out, or give the model's hub id.",
+            code="model-not-found",
         )
 
 
@@ -103,5 +107,6 @@ def file_name(text: str, what: str) -> str:
         raise AnchorsError(
             f"The name {text[:80]!r} of {what} cannot be part of a file's name.",
             "Use letters, digits, spaces, dots, - and _, at most 150 bytes.",
+            code="option-value",
         )
     return text

@@ -117,6 +117,7 @@ def beyond(tokenizer: PreTrainedTokenizerBase, embedding: nn.Module, name: str) 
             f"The tokenizer does not belong to the model {name!r}: the embedding has {rows} rows, the tokenizer "
             f"{len(tokenizer)} tokens, and {len(ordinary)} of them ({token!r} is token {ordinary[0]}) have none.",
             "Give the tokenizer that the model was trained with (or resize_token_embeddings, and train it).",
+            code="tokenizer",
         )
     return True
 
@@ -149,6 +150,7 @@ def _guarded(
             f"The prompt holds token {last}, but the embedding of {name!r} has {rows} rows: its tokenizer is larger than "
             "its vocabulary.",
             "Leave the added special tokens out of texts and template, or give the model's own tokenizer.",
+            code="tokenizer",
         )
     return own(ids, **options)
 

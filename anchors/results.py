@@ -90,6 +90,7 @@ def writing(path: Path, called: str = "", elsewhere: str = "choose another --out
             f"Make room there, or {elsewhere}; what is finished is kept."
             if full(error)
             else f"{elsewhere[0].upper()}{elsewhere[1:]}.",
+            code="file-unwritable",
         ) from error
 
 
@@ -187,14 +188,18 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise AnchorsError(f"The table {str(path)!r} cannot be read: {error}") from error
+        raise AnchorsError(
+            f"The table {str(path)!r} cannot be read: {error}", code="file-unreadable"
+        ) from error
     try:
         facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if not isinstance(facts, dict):
             raise ValueError("they are no JSON object")
         return table.to_pandas(), facts
     except ValueError as error:
-        raise AnchorsError(f"The facts in {str(path)!r} cannot be read: {brief(error)}") from error
+        raise AnchorsError(
+            f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"
+        ) from error
 
 
 def read_rows(
@@ -218,22 +223,26 @@ def read_rows(
         raise AnchorsError(
             f"{str(path)!r} does not say how it was measured: it lacks {', '.join(lacking)} in its metadata.",
             again,
+            code="rows",
         )
     if lacking := [name for name in columns if name not in rows]:
-        raise AnchorsError(f"The rows in {str(path)!r} have no column {lacking[0]!r}.", again)
+        raise AnchorsError(f"The rows in {str(path)!r} have no column {lacking[0]!r}.", again, code="rows")
     if rows.empty:
-        raise AnchorsError(f"{str(path)!r} has no rows.", again)
+        raise AnchorsError(f"{str(path)!r} has no rows.", again, code="rows")
     if gaps := [name for name in columns if name not in numeric and rows[name].isna().any()]:
-        raise AnchorsError(f"The column {gaps[0]!r} of {str(path)!r} has gaps.", again)
+        raise AnchorsError(f"The column {gaps[0]!r} of {str(path)!r} has gaps.", again, code="rows")
     for name in numeric:
         numbers = pd.to_numeric(rows[name], errors="coerce")
         if (strange := numbers.isna() & rows[name].notna()).any():
             raise AnchorsError(
                 f"The column {name!r} of {str(path)!r} holds {rows.loc[strange, name].iloc[0]!r}, which is no number.",
                 again,
+                code="rows",
             )
     if numbers.isna().all():
-        raise AnchorsError(f"All numbers in the column {name!r} of {str(path)!r} are missing.", again)
+        raise AnchorsError(
+            f"All numbers in the column {name!r} of {str(path)!r} are missing.", again, code="rows"
+        )
     return rows, known
 
 
@@ -348,7 +357,9 @@ class Run:
             content = path.read_bytes()
         except OSError as error:
             raise AnchorsError(
-                f"{str(path)!r} cannot be read: {error.strerror or error}.", "Choose another --out."
+                f"{str(path)!r} cannot be read: {error.strerror or error}.",
+                "Choose another --out.",
+                code="file-unreadable",
             ) from error
         if not path.stem.endswith(f"-{xxh3_64_hexdigest(content)}"):
             return None

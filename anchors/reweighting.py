@@ -64,17 +64,20 @@ class Beta:
             raise AnchorsError(
                 f"This β has {own} and was fitted on {name}; {model.name} has {other}.",
                 "Fit it on the model it is to be applied to.",
+                code="beta",
             )
         if fitted and len(fitted) < 32:
             raise AnchorsError(
                 f"This β was fitted on {name} by an earlier version of label-anchors, which looked at a sample of the weights only: "
                 "it cannot be told whether this is the same model.",
                 "Fit it again.",
+                code="beta",
             )
         if fitted and fitted != model.fingerprint:
             raise AnchorsError(
                 f"This β was fitted on {name} with other weights, adapters, configuration or tokenizer than {model.name} has.",
                 "Fit it on the model it is to be applied to.",
+                code="beta",
             )
 
     def edit(self, prompts: Sequence[Prompt], device: torch.device | str) -> Edit:
@@ -100,6 +103,7 @@ class Beta:
                 f"β was fitted for label words of the classes {sorted(self.classes)}, "
                 f"the prompt shows {sorted(prompt.label_classes)}.",
                 "Use the shots, task and label policy it was fitted with.",
+                code="beta",
             )
         return [waiting[c].pop(0) for c in self.classes]
 
@@ -126,11 +130,13 @@ class Beta:
             raise AnchorsError(
                 f"{str(path)!r} does not hold a fitted β: {error}",
                 "Where it lies in a run's folder, remove that: β is fitted anew, and its rows are measured anew.",
+                code="beta",
             ) from error
         if not torch.isfinite(beta).all():
             raise AnchorsError(
                 f"The β in {str(path)!r} is not finite.",
                 "Where it lies in a run's folder, remove that: β is fitted anew, and its rows are measured anew.",
+                code="beta",
             )
         return cls(beta, classes, losses, facts, heads)
 
@@ -147,6 +153,7 @@ def training_prompts(model: LanguageModel, cell: Cell, per_class: int) -> list[P
             raise AnchorsError(
                 f"Beside the demonstrations there are {len(pool)} training examples of {label!r}, not {per_class}.",
                 "Use fewer examples per class.",
+                code="too-few",
             )
         chosen += [pool[int(i)] for i in rng.choice(len(pool), per_class, replace=False)]
     positions = cell.prompts[0].prompt.label_positions  # a control may have moved them
@@ -291,6 +298,7 @@ def _train(
         raise AnchorsError(
             f"The training of β diverged: losses {[round(x, 3) for x in losses]}.",
             "Lower the learning rate, or use --precision float32.",
+            code="diverged",
         )
     return Beta(beta.detach(), tuple(prompts[0].label_classes), tuple(losses), heads=model.heads)
 

@@ -117,23 +117,35 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     try:
         where = torch.device(_auto_device() if device == "auto" else device)
     except RuntimeError as error:
-        raise AnchorsError(f"{device!r} is no device.", nearest(device, DEVICES)) from error
+        raise AnchorsError(f"{device!r} is no device.", nearest(device, DEVICES), code="device") from error
     if where.type == "cpu" and where.index:
-        raise AnchorsError(f"There is no device {device!r} here.", "The CPU is one device: --device cpu.")
+        raise AnchorsError(
+            f"There is no device {device!r} here.", "The CPU is one device: --device cpu.", code="device"
+        )
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
+        raise AnchorsError(
+            "There is no CUDA device here.", "Use --device cpu, or leave it at auto.", code="device"
+        )
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise AnchorsError(
-            f"There is no device {device!r} here.", f"CUDA devices: 0 to {torch.cuda.device_count() - 1}."
+            f"There is no device {device!r} here.",
+            f"CUDA devices: 0 to {torch.cuda.device_count() - 1}.",
+            code="device",
         )
     if where.type == "mps" and not torch.backends.mps.is_available():
-        raise AnchorsError("There is no MPS device here.", "Use --device cpu, or leave it at auto.")
+        raise AnchorsError(
+            "There is no MPS device here.", "Use --device cpu, or leave it at auto.", code="device"
+        )
     if where.type not in ("cpu", "cuda", "mps"):
-        raise AnchorsError(f"Models are not run on the device {device!r}.", nearest(device, DEVICES))
+        raise AnchorsError(
+            f"Models are not run on the device {device!r}.", nearest(device, DEVICES), code="device"
+        )
     if precision == "auto":
         precision = "tf32" if where.type == "cuda" else "float32"
     if precision not in DTYPES:
-        raise AnchorsError(f"Unknown precision {precision!r}.", nearest(precision, ["auto", *DTYPES]))
+        raise AnchorsError(
+            f"Unknown precision {precision!r}.", nearest(precision, ["auto", *DTYPES]), code="unknown-name"
+        )
     return where, precision
 
 
@@ -150,6 +162,7 @@ def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precisio
             f"{type(model).__name__} by itself gives every token of its vocabulary the same logit: the gradient of any loss "
             "is zero everywhere, so that there is nothing to look into.",
             "Its output weights are zero or all alike: give the weights of a trained model.",
+            code="no-gradient",
         )
     moved = leak(*witness.said)
     if not moved <= TOLERANCE[precision]:
@@ -158,6 +171,7 @@ def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precisio
             f"move its earlier logits by {moved:.1e} of their size.",
             "Give a decoder; an encoder with a language-model head becomes one with is_decoder=True in its "
             "configuration (and weights trained so).",
+            code="not-causal",
         )
     return witness
 

@@ -200,7 +200,9 @@ def _measured(
     folder = Run.at(out, analysis.kind, config).folder
     cells, skipped = _cells(model, analysis, task, data, how, folder)
     if not any(units for _, units in cells.values()):
-        raise AnchorsError("Every prompt is longer than the model's context.", "Use fewer --shots.")
+        raise AnchorsError(
+            "Every prompt is longer than the model's context.", "Use fewer --shots.", code="length"
+        )
     lots = [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
     units = [unit for lot in lots for unit in lot.units]
     rows, (run,) = carry_out(
@@ -236,11 +238,13 @@ def _lot(
             return AnchorsError(
                 f"One prompt of {len(units[unit].prompt.ids)} tokens does not fit into memory.",
                 "Use fewer --shots, --precision bfloat16, another --device or --device-map auto.",
+                code="memory",
             )
         return AnchorsError(
             f"What the prompts of seed {cell.how.seed} share does not fit into memory "
             f"({analysis.kind}, {cell.prompts[0].prompt.query} tokens of demonstrations).",
             "Use fewer --shots, fewer conditions or layers, --precision bfloat16 or another --device.",
+            code="memory",
         )
 
     whole = (cell.how.seed, seed_level(units))

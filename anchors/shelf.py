@@ -192,6 +192,7 @@ def require_unread(out: Path, names: Iterable[str], sources: Iterable[str]) -> N
             raise AnchorsError(
                 f"{source!r}, which is read, lies among the results and has the name of one of them.",
                 "Choose another --out, or give the file another name.",
+                code="would-overwrite",
             )
 
 
@@ -218,7 +219,9 @@ def _move(out: Path, files: list[str], facts: dict[str, Any]) -> str:
         )
     for place in (folder.parent, folder):
         if place.is_symlink():
-            raise AnchorsError(f"{str(place)!r} is a link.", "Remove it, or choose another --out.")
+            raise AnchorsError(
+                f"{str(place)!r} is a link.", "Remove it, or choose another --out.", code="outside"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
@@ -227,6 +230,7 @@ def _move(out: Path, files: list[str], facts: dict[str, Any]) -> str:
         raise AnchorsError(
             f"Earlier results cannot be set aside in {str(folder)!r}: {error.strerror or error}.",
             "Choose another --out.",
+            code="file-unwritable",
         ) from error
     whose = (
         f"of {facts['model']} that are no part of these results"

@@ -37,6 +37,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
         raise AnchorsError(
             f"{name!r} is quantised and computes in {own}, not in {str(dtype).removeprefix('torch.')}.",
             f"Use --precision {own}.",
+            code="precision",
         )
 
 
@@ -67,6 +68,7 @@ def refuse_several_embeddings(model: PreTrainedModel, name: str) -> None:
             f"{name!r} ({type(model).__name__}) embeds its tokens with a list of {len(embedding)} tables, one for each "
             "codebook of an audio codec: they are no tokens of a text.",
             "Use a model of text.",
+            code="model-kind",
         )
 
 
@@ -87,6 +89,7 @@ def refuse_infinite(model: nn.Module, name: str) -> None:
                 f"The weight {key} of {name!r} holds {bad} number{'s' * (bad > 1)} that "
                 f"{'are' if bad > 1 else 'is'} not finite, the first at [{place}]: {float(flat[where])}.",
                 "The file is damaged, its training diverged, or it needs more range than --precision float16 has.",
+                code="not-finite",
             )
 
 
@@ -149,6 +152,7 @@ def refuse_undifferentiable(model: PreTrainedModel, name: str) -> None:
             raise AnchorsError(
                 f"A quantised layer ({shown}) does not run on {model.device}: {brief(problem)}",
                 "Use the model before quantisation, or a weight-only quantisation that runs there.",
+                code="quantised",
             ) from problem
         if not error <= bound:
             gone = (
@@ -160,6 +164,7 @@ def refuse_undifferentiable(model: PreTrainedModel, name: str) -> None:
                 f"A quantised layer ({shown}) is not differentiable as it runs: {gone}. It rounds its input, too, or its "
                 "kernel has no backward pass.",
                 "Use weight-only quantisation, or the model before quantisation.",
+                code="quantised",
             )
 
 

@@ -105,7 +105,9 @@ def refuse_models(rows: pd.DataFrame) -> None:
     """
     models = sorted(set(rows["model"])) if "model" in rows else []
     if len(models) > 1:
-        raise AnchorsError(f"The rows are of several models: {models}.", "Summarise one model at a time.")
+        raise AnchorsError(
+            f"The rows are of several models: {models}.", "Summarise one model at a time.", code="mixed"
+        )
 
 
 PLACE = (*GROUP, "seed", "number", "condition", "metric", "layer", "group", "head", "place")
@@ -129,6 +131,7 @@ def refuse_doubles(rows: pd.DataFrame, place: Sequence[str] = PLACE) -> None:
         raise AnchorsError(
             f"{int(doubles.sum())} values stand there more than once for the same prompt, condition and metric.",
             "Summarise one run and one set of label words at a time.",
+            code="mixed",
         )
 
 
@@ -174,6 +177,7 @@ def summarise(
                 f"{int(holes.sum())} of {len(holes)} prompts of {key[0]} lack some of {sorted(set(group['metric']))}: "
                 "they cannot be compared in pairs.",
                 "Measure every condition on the same prompts.",
+                code="rows",
             )
         wide = wide[~holes]
         units = wide.index.to_frame(index=False)
@@ -188,7 +192,9 @@ def summarise(
         drawn.append((facts, wide.columns, samples))
     if not tables:
         raise AnchorsError(
-            f"The rows hold none of the metrics {list(metrics)}.", "Were they made by another verb?"
+            f"The rows hold none of the metrics {list(metrics)}.",
+            "Were they made by another verb?",
+            code="rows",
         )
     if mean:
         tables += _means(drawn, baseline, confidence)

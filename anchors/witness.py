@@ -115,7 +115,8 @@ class Witness:
             ).past_key_values
         if past is None:
             raise AnchorsError(
-                f"{type(self.model).__name__} by itself keeps no cache of a prompt's beginning."
+                f"{type(self.model).__name__} by itself keeps no cache of a prompt's beginning.",
+                code="no-shared-context",
             )
         with self.untouched() as model, _by_itself(model):
             return model(
@@ -179,6 +180,7 @@ def _by_itself(model: PreTrainedModel) -> Generator[None]:
             f"{type(model).__name__} does not run by itself, in transformers' own code without this toolkit: {brief(error)}",
             "Does its configuration make a model (key-value heads that divide the heads), and do its kernels run on this "
             "device? Run model(input_ids=…) to see it.",
+            code="model-broken",
         ) from error
 
 

@@ -41,16 +41,19 @@ def unwrapped(source: Any) -> PreTrainedModel:
     if _is_peft(source):
         return _from_peft(source)
     if not isinstance(source, PreTrainedModel):
-        raise AnchorsError(f"A {kind} is no model that can be analysed.", _instead(source))
+        raise AnchorsError(f"A {kind} is no model that can be analysed.", _instead(source), code="model-kind")
     if any(p.is_meta for p in source.parameters()) and not hasattr(source, "hf_device_map"):
         raise AnchorsError(
-            f"This {kind} holds no numbers: it was made on the device `meta`.", "Load its weights first."
+            f"This {kind} holds no numbers: it was made on the device `meta`.",
+            "Load its weights first.",
+            code="model-not-whole",
         )
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if not known and (source.config.is_encoder_decoder or source.get_output_embeddings() is None):
         raise AnchorsError(
             f"{kind} is no causal language model: it gives no logits of the next token.",
             "Load it with AutoModelForCausalLM.",
+            code="model-kind",
         )
     _uncompile(source)
     refuse_adapters(getattr(source, "peft_config", None), kind)
@@ -128,6 +131,7 @@ def refuse_adapters(adapters: Any, name: str) -> None:
             raise AnchorsError(
                 f"The adapter {label!r} ({method}) of {name!r} {why}: its numbers would not be those of peft.",
                 "LoRA and other adapters that act inside the layers are understood.",
+                code="adapter",
             )
 
 
@@ -141,7 +145,9 @@ def _agree(kind: str, model: PreTrainedModel, other: Any, remedy: str) -> None:
     if own.shape != outer.shape or not float((own - outer).abs().max()) <= 1e-3 * (
         1 + float(own.abs().max())
     ):
-        raise AnchorsError(f"This {kind} does not answer as the transformers model in it.", remedy)
+        raise AnchorsError(
+            f"This {kind} does not answer as the transformers model in it.", remedy, code="not-itself"
+        )
 
 
 def twin(kind: type, config: Any, state: dict[str, Tensor], device: torch.device) -> PreTrainedModel:
@@ -156,6 +162,7 @@ def twin(kind: type, config: Any, state: dict[str, Tensor], device: torch.device
         raise AnchorsError(
             f"{len(missing)} weights are missing, for example {missing[0]!r}.",
             "Only a whole model can be copied: merge adapters first.",
+            code="model-not-whole",
         )
     model.load_state_dict({key: state[key] for key in wanted}, assign=True)
     model.tie_weights()
@@ -167,7 +174,9 @@ def _from_bridge(bridge: Any) -> PreTrainedModel:
     original = bridge.original_model
     if not isinstance(original, PreTrainedModel):
         raise AnchorsError(
-            "This bridge does not hold a transformers model.", "Boot it with boot_transformers."
+            "This bridge does not hold a transformers model.",
+            "Boot it with boot_transformers.",
+            code="model-kind",
         )
     state = {key.replace("_original_component.", ""): weight for key, weight in original.state_dict().items()}
     model = twin(type(original), original.config, state, original.device)
@@ -178,6 +187,7 @@ def _from_bridge(bridge: Any) -> PreTrainedModel:
         raise AnchorsError(
             f"The bridge's logits differ from those of its own transformers model by {error:.2g}.",
             "Its weights were processed (compatibility mode folds the layer norms); pass the bridge as booted.",
+            code="not-itself",
         )
     return model
 
@@ -203,9 +213,12 @@ def tokenizer_of_bridge(bridge: Any) -> PreTrainedTokenizerBase:
             f"The tokenizer of this bridge puts {theirs.bos_token!r} in front of every prompt, and whether the model's own "
             f"does cannot be seen: {theirs.name_or_path!r} cannot be read.",
             "Pass the model's own: tokenizer=AutoTokenizer.from_pretrained(...).",
+            code="tokenizer",
         ) from error
     if own.get_vocab() != theirs.get_vocab():
         raise AnchorsError(
-            f"The tokenizer in {theirs.name_or_path!r} is another than the bridge's.", "Pass tokenizer=..."
+            f"The tokenizer in {theirs.name_or_path!r} is another than the bridge's.",
+            "Pass tokenizer=...",
+            code="tokenizer",
         )
     return own

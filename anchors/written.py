@@ -51,6 +51,7 @@ def as_written(model: PreTrainedModel, folder: Path, name: str) -> None:
                         f"The weight {own} of {name!r} does not hold the numbers of its file {path.name}: "
                         f"{type(model).__name__} of this transformers changes them while it loads.",
                         "Try another version of transformers.",
+                        code="not-itself",
                     )
 
 

@@ -114,12 +114,15 @@ def tasks_from(
         raise AnchorsError(
             f"{given} without {lacking} makes no task.",
             f"Give {lacking}, too, or say with --task whose it is to take: --task {default} {given} ….",
+            code="options-together",
         )
     found = [task(name, template=template, labels=words, policy=policy) for name in wanted or [default]]
     called = [each.name for each in found]
     if twice := [name for name in called if called.count(name) > 1]:
         raise AnchorsError(
-            f"--task names {twice[0]!r} twice: its results would bear the same name.", "Name it once."
+            f"--task names {twice[0]!r} twice: its results would bear the same name.",
+            "Name it once.",
+            code="option-value",
         )
     return found
 
@@ -220,6 +223,7 @@ def demand_bounded(given: Mapping[str, Any]) -> None:
             raise AnchorsError(
                 f"--{name.replace('_', '-')} is {brief(value, 30)}: numbers go up to {MOST}.",
                 "Take a smaller one.",
+                code="option-value",
             )
 
 
@@ -386,7 +390,11 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     except ValueError:
         found = ()
     if not found or not all(map(math.isfinite, found)):
-        raise AnchorsError(f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1")
+        raise AnchorsError(
+            f"{option} {text!r} is not a list of numbers.",
+            f"For example: {option} 0.5,1",
+            code="option-value",
+        )
     return once(found, option)
 
 
@@ -400,14 +408,18 @@ def words(text: str | None, option: str) -> tuple[str, ...] | None:
         return None
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     if not found:
-        raise AnchorsError(f"{option} {text!r} names nothing.", "Leave it out, or give names with commas.")
+        raise AnchorsError(
+            f"{option} {text!r} names nothing.",
+            "Leave it out, or give names with commas.",
+            code="option-value",
+        )
     return once(found, option)
 
 
 def once(found: tuple, option: str) -> tuple:
     """What an option names, where it names nothing twice."""
     if twice := [one for one in found if found.count(one) > 1]:
-        raise AnchorsError(f"{option} names {twice[0]!r} twice.", "Name it once.")
+        raise AnchorsError(f"{option} names {twice[0]!r} twice.", "Name it once.", code="option-value")
     return found
 
 
@@ -486,7 +498,9 @@ def span(text: str | None, option: str) -> tuple[int, int] | None:
     first, last = whole_number(low.strip()), whole_number(high.strip() if dash else low.strip())
     if first is None or last is None:
         raise AnchorsError(
-            f"{option} {text!r} is neither a number nor a range.", f"For example: {option} 4-8"
+            f"{option} {text!r} is neither a number nor a range.",
+            f"For example: {option} 4-8",
+            code="option-value",
         )
     return first, last
 
@@ -501,10 +515,12 @@ def layers_from(text: str | None, count: int) -> list[int]:
         first, last = whole_number(low), whole_number(high if dash else low)
         if first is None or last is None or first > last:
             raise AnchorsError(
-                f"--layers {text!r} is not a list of layers.", "For example: --layers 0,5,10-12"
+                f"--layers {text!r} is not a list of layers.",
+                "For example: --layers 0,5,10-12",
+                code="layers",
             )
         if last >= count:
-            raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+            raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.", code="layers")
         found |= set(range(first, last + 1))
     return sorted(found)
 

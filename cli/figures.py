@@ -79,7 +79,9 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                 continue
             if missing:
                 raise AnchorsError(
-                    f"{str(folder)!r} holds no rows of {', '.join(missing)}.", f"Run `{drawing.mend}` first."
+                    f"{str(folder)!r} holds no rows of {', '.join(missing)}.",
+                    f"Run `{drawing.mend}` first.",
+                    code="rows",
                 )
             read = {kind: drawing.read(kind, file) for kind, file in drawing.files.items()}
             (first, facts), *others = ((kind, facts) for kind, (_, facts) in read.items())
@@ -88,6 +90,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                     raise AnchorsError(
                         f"{str(folder)!r} holds rows of {first} and of {kind} that were not measured together.",
                         f"Run `{drawing.mend}` again.",
+                        code="mixed",
                     )
             rows = {kind: rows for kind, (rows, _) in read.items()}
             try:
@@ -101,6 +104,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                     f"{drawing.name} cannot be drawn from the rows in {str(folder)!r}, whose metrics are "
                     f"{brief(', '.join(sorted(set().union(*held))), 200)}: {brief(error)}.",
                     f"Run `{drawing.mend}` again.",
+                    code="rows",
                 ) from error
             common.print_notes(result.notes[len(facts.get("notes", ())) :])
             common.print_files(result.files)
@@ -109,7 +113,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                 err.print(f"{drawing.name} has no picture; its tables are written.")
         if not drawn_any:
             raise AnchorsError(
-                f"{str(to)!r} holds no rows of any experiment.", "Run `anchors run NAME` first."
+                f"{str(to)!r} holds no rows of any experiment.", "Run `anchors run NAME` first.", code="rows"
             )
 
 
@@ -140,6 +144,8 @@ def drawings(names: list[str], to: Path) -> list[Drawing]:
         return list(found.values())
     if unknown := [name for name in names if name not in found]:
         raise AnchorsError(
-            f"No experiment and no study is called {unknown}.", nearest(unknown[0], [*found, "all"])
+            f"No experiment and no study is called {unknown}.",
+            nearest(unknown[0], [*found, "all"]),
+            code="unknown-name",
         )
     return [found[name] for name in dict.fromkeys(names)]

@@ -174,9 +174,14 @@ def merge(
             raise AnchorsError(
                 f"{' and '.join(absent)} must be given.",
                 "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
+                code="option-value",
             )
         if inspect and dry_run:
-            raise AnchorsError("--inspect and --dry-run are two different things.", "Give one of them.")
+            raise AnchorsError(
+                "--inspect and --dry-run are two different things.",
+                "Give one of them.",
+                code="options-together",
+            )
         with err.status("loading torch"):
             from anchors.injection.anchor import require_anchor
             from anchors.injection.recipe import Recipe
@@ -229,6 +234,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise AnchorsError(
             f"--per-layer {text!r} is neither a list of numbers nor a file of them: {error}.",
             "For example: --per-layer 0,0,0.5,1",
+            code="option-value",
         ) from error
 
 
@@ -237,7 +243,9 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise AnchorsError(
-            f"--option {text!r} is not of the form name=value.", "For example: convention=paper"
+            f"--option {text!r} is not of the form name=value.",
+            "For example: convention=paper",
+            code="option-value",
         )
     try:
         return name, parsed(value)

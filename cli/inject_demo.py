@@ -73,9 +73,13 @@ def demo(
     """
     with common.reporting():
         if scale not in SCALES:
-            raise AnchorsError(f"There is no scale {scale!r}.", nearest(scale, SCALES))
+            raise AnchorsError(f"There is no scale {scale!r}.", nearest(scale, SCALES), code="unknown-name")
         if base is not None and scale == "tiny":
-            raise AnchorsError("The tiny scale trains a base of its own.", "Leave out --base, or take 135m.")
+            raise AnchorsError(
+                "The tiny scale trains a base of its own.",
+                "Leave out --base, or take 135m.",
+                code="options-together",
+            )
         with err.status("loading torch and transformers"):
             from transformers.utils import logging as transformers_logging
 

@@ -158,7 +158,9 @@ def curves(
             )
             if "attention" not in facts["model"] or "seed" not in facts["recipe"]:
                 raise AnchorsError(
-                    f"The log in {str(folder)!r} is not one of `anchors nsa train`.", "Train again."
+                    f"The log in {str(folder)!r} is not one of `anchors nsa train`.",
+                    "Train again.",
+                    code="file-unreadable",
                 )
             name, seed = f"{facts['model']['attention']} attention", facts["recipe"]["seed"]
             recipe = {**facts, "recipe": {k: v for k, v in facts["recipe"].items() if k != "seed"}}
@@ -185,13 +187,16 @@ def _demand_alike(
         raise AnchorsError(
             f"{folder} and {other} are both {name}, but {what}: one curve cannot stand for both.",
             "Draw them one by one.",
+            code="mixed",
         )
 
 
 def _train(o: dict[str, Any]) -> None:
     ranges = {name: common.span(o[name], f"--{name}") for name in ("classes", "words")}
     if o["tokenizer"] is not None and o["text"] is None:
-        raise AnchorsError("--tokenizer is for --text; episodes have words of their own.")
+        raise AnchorsError(
+            "--tokenizer is for --text; episodes have words of their own.", code="options-together"
+        )
     with common.err.status("loading torch and transformers"):
         from transformers.utils import logging as transformers_logging
 
@@ -242,13 +247,21 @@ def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
 
     if o["head_dim"] is None and o["width"] % o["heads"]:
         raise AnchorsError(
-            f"A width of {o['width']} cannot be divided among {o['heads']} heads.", "Give --head-dim."
+            f"A width of {o['width']} cannot be divided among {o['heads']} heads.",
+            "Give --head-dim.",
+            code="geometry",
         )
     for name, option in (("init", "--init"), ("rope_theta", "--rope-theta")):
         if not 0 < o[name] < math.inf:
-            raise AnchorsError(f"{option} {o[name]} makes no training.", "It must be above 0, and finite.")
+            raise AnchorsError(
+                f"{option} {o[name]} makes no training.",
+                "It must be above 0, and finite.",
+                code="option-value",
+            )
     if o["init"] > 1:
-        raise AnchorsError(f"--init {o['init']} makes no training.", "Usual is 0.02, and 1 is the most.")
+        raise AnchorsError(
+            f"--init {o['init']} makes no training.", "Usual is 0.02, and 1 is the most.", code="option-value"
+        )
     geometry = {k: o[k] for k in ("l", "d", "lp", "n", "w", "n_init", "n_local")}
     return NSAConfig(
         vocab_size=vocabulary,

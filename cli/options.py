@@ -71,7 +71,7 @@ def _option(field: Field, type_: Any, said: str, panel: str | None) -> Option:
     names = (names,) if isinstance(names, str) else tuple(names)
     default = field.default
     if default is MISSING:
-        raise AnchorsError(f"The setting {field.name!r} has no default.", "Give it one.")
+        raise AnchorsError(f"The setting {field.name!r} has no default.", "Give it one.", code="study")
     choice, taken, read = _reader(field.name, type_, names[0], more)
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
@@ -118,6 +118,7 @@ def _reader(
     raise AnchorsError(
         f"The setting {name!r} is a {type_}, which no option can be read as.",
         'Give its field the metadata {"option": None}, and a default.',
+        code="study",
     )
 
 
@@ -127,7 +128,9 @@ def _same(value: Any) -> Any:
 
 def _one_of(text: str | None, *, known: Sequence[str], option: str) -> str | None:
     if text is not None and text not in known:
-        raise AnchorsError(f"{option} {text!r} is not one of those there are.", nearest(text, known))
+        raise AnchorsError(
+            f"{option} {text!r} is not one of those there are.", nearest(text, known), code="unknown-name"
+        )
     return text
 
 
@@ -152,5 +155,6 @@ def numbers(text: str | None, option: str, least: int = 1) -> tuple[int, ...] | 
         raise AnchorsError(
             f"{option} {text!r} is not a list of numbers from {least} on, of at most 18 digits.",
             f"For example: {option} 1,3,5",
+            code="option-value",
         )
     return common.once(tuple(found), option)

@@ -97,7 +97,9 @@ def run(
         known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
         if only is not None and (strangers := [name for name in only if name not in known]):
             raise AnchorsError(
-                f"No experiment has the tasks {strangers}.", nearest(strangers[0], sorted(known))
+                f"No experiment has the tasks {strangers}.",
+                nearest(strangers[0], sorted(known)),
+                code="unknown-name",
             )
         if only is not None and len(chosen) > 1:
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]
@@ -145,6 +147,7 @@ def run(
             raise AnchorsError(
                 f"{len(failed)} of {len(chosen)} experiments could not be run: {', '.join(failed)}.",
                 "The others are done; run the same command again after mending.",
+                code="not-all-run",
             )
 
 
@@ -154,7 +157,11 @@ def experiments(names: list[str]) -> "list[Experiment]":
 
     unknown = [name for name in names if name not in CATALOGUE and name != "all"]
     if unknown:
-        raise AnchorsError(f"No experiment is called {unknown}.", nearest(unknown[0], [*CATALOGUE, "all"]))
+        raise AnchorsError(
+            f"No experiment is called {unknown}.",
+            nearest(unknown[0], [*CATALOGUE, "all"]),
+            code="unknown-name",
+        )
     return list(CATALOGUE.values()) if "all" in names else [CATALOGUE[name] for name in dict.fromkeys(names)]
 
 
@@ -174,7 +181,9 @@ def _grid(experiment: "Experiment", source: str | None, only: tuple[str, ...] | 
     if not chosen:
         known = sorted({name for cells in experiment.cells for name in cells.tasks})
         raise AnchorsError(
-            f"{experiment.name} has none of the tasks {list(only or ())}.", f"It has {', '.join(known)}."
+            f"{experiment.name} has none of the tasks {list(only or ())}.",
+            f"It has {', '.join(known)}.",
+            code="unknown-name",
         )
     return chosen
 

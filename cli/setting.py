@@ -166,7 +166,9 @@ class EpisodeSetting(Always):
         folder = COMES_ALONG if self.model is None else self.model
         if not folder.is_dir():
             raise AnchorsError(
-                f"The model {str(folder)!r} is not a directory.", "Train one: `anchors nsa train --out DIR`."
+                f"The model {str(folder)!r} is not a directory.",
+                "Train one: `anchors nsa train --out DIR`.",
+                code="model-not-found",
             )
         model = common.load_model(str(folder), self.device, self.precision, None, None, False)
         # Where the package lies is nobody's business in results.
@@ -205,11 +207,15 @@ def check_protocol(seeds: str, control: str, batch_size: str) -> None:
     numbers(seeds, "--seeds", least=0)
     batch(batch_size)
     if control not in CONTROLS:
-        raise AnchorsError(f"There is no --control {control!r}.", nearest(control, CONTROLS))
+        raise AnchorsError(
+            f"There is no --control {control!r}.", nearest(control, CONTROLS), code="unknown-name"
+        )
 
 
 def batch(text: str) -> int | None:
     """`auto` or a number."""
     if text != "auto" and not whole_number(text):
-        raise AnchorsError(f"--batch-size {text!r} is neither `auto` nor a number from 1 on.")
+        raise AnchorsError(
+            f"--batch-size {text!r} is neither `auto` nor a number from 1 on.", code="option-value"
+        )
     return None if text == "auto" else int(text)

@@ -155,6 +155,7 @@ def _refuse_doubles(line: Study, own: Iterable[Option], shared: Iterable[inspect
             raise AnchorsError(
                 f"The study {line.name!r} of {line.home} has a setting {min(twice)!r}, as every verb has.",
                 'Give the field another name, or the metadata {"option": ...}.',
+                code="study",
             )
 
 

@@ -60,12 +60,14 @@ def view(
         try:
             content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
         except OSError as error:
-            raise AnchorsError(f"The prompt {prompt!r} cannot be read: {error}") from error
+            raise AnchorsError(
+                f"The prompt {prompt!r} cannot be read: {error}", code="file-unreadable"
+            ) from error
         from anchors.tasks.files import decode
 
         text = decode(content, f"The prompt {prompt!r}").replace("\r\n", "\n").replace("\r", "\n")
         if not text.strip():
-            raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.")
+            raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.", code="prompt")
         if labels is not None and template is None and task is None:
             from anchors.tasks.prompts import task_of
 
@@ -74,7 +76,9 @@ def view(
             chosen, *others = common.tasks_from([task] if task else [], template, labels, policy)
             if others:
                 raise AnchorsError(
-                    f"A page shows one prompt of one task; --task {task!r} names several.", "Name one."
+                    f"A page shows one prompt of one task; --task {task!r} names several.",
+                    "Name one.",
+                    code="options-together",
                 )
         from anchors.places import require_another
         from anchors.results import provenance, require_writable, write_atomic
@@ -84,7 +88,11 @@ def view(
         if maps is not None:
             require_another(maps, [*read, to], "--maps")
             if maps.resolve() == to.resolve():
-                raise AnchorsError(f"--maps {str(maps)!r} is the page, too.", "Give them different names.")
+                raise AnchorsError(
+                    f"--maps {str(maps)!r} is the page, too.",
+                    "Give them different names.",
+                    code="would-overwrite",
+                )
             require_writable(maps.parent)
         require_writable(to.parent)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)

@@ -102,7 +102,11 @@ class Experiment:
             AnchorsError: the paper prints no number here.
         """
         if not self.paper:
-            raise AnchorsError(f"The paper prints no number for {self.name}.", f"It found: {self.finding}")
+            raise AnchorsError(
+                f"The paper prints no number for {self.name}.",
+                f"It found: {self.finding}",
+                code="unknown-name",
+            )
         said = pd.DataFrame([vars(r) for r in self.paper])
         said = said.pivot(
             index=["task", "condition", "metric"], columns="model", values="value"

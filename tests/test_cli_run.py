@@ -169,7 +169,9 @@ def test_one_experiment_that_cannot_be_run_does_not_stop_the_others(tiny, tmp_pa
     result = invoke("run", "many-shot", "figure5", *grid)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
-    assert "error: many-shot: 2 of 2 prompts are longer than the model's context of 512 tokens" in said
+    assert (
+        "error: [length] many-shot: 2 of 2 prompts are longer than the model's context of 512 tokens" in said
+    )
     assert "1 of 2 experiments could not be run: many-shot." in said
     assert list(json.loads(result.stdout)) == ["figure5"]
     assert (tmp_path / "figure5" / "figure5.png").is_file()

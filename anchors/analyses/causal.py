@@ -62,10 +62,11 @@ class Causal:
 
     def __post_init__(self) -> None:
         if not self.positions or not set(self.positions) <= set(POSITIONS):
-            raise AnchorsError(f"Positions are {POSITIONS}; got {self.positions}.")
+            raise AnchorsError(f"Positions are {POSITIONS}; got {self.positions}.", code="unknown-name")
         if self.stride < 1 or (self.layers is not None and (not self.layers or min(self.layers) < 0)):
             raise AnchorsError(
-                f"layers = {self.layers}, stride = {self.stride}: at least one layer from 0 on."
+                f"layers = {self.layers}, stride = {self.stride}: at least one layer from 0 on.",
+                code="option-value",
             )
 
     @property
@@ -84,10 +85,13 @@ class Causal:
             raise AnchorsError(
                 "The control random-positions does not apply here: the label words themselves are exchanged.",
                 "The condition `random` is that control; use the control none.",
+                code="options-together",
             )
         chosen = sorted(set(self.layers or range(0, model.n_layers, self.stride)))
         if chosen[-1] >= model.n_layers:
-            raise AnchorsError(f"{model.name} has no layer {chosen[-1]}; they are 0 to {model.n_layers - 1}.")
+            raise AnchorsError(
+                f"{model.name} has no layer {chosen[-1]}; they are 0 to {model.n_layers - 1}.", code="layers"
+            )
         prompt = cell.prompts[0].prompt
         ids = shared_demonstrations([d.prompt for d in cell.prompts])
         rng = stream(Stream.EXCHANGED_LABELS, cell.how.seed)

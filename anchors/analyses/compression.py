@@ -63,6 +63,7 @@ class Compression:
             raise AnchorsError(
                 f"Methods {self.methods}, rule {self.rule!r}, draws {self.draws}, top {self.top} cannot be used.",
                 f"Methods are {', '.join(METHODS)}; rules {', '.join((*RULES, 'reference'))}; numbers at least 1.",
+                code="option-value",
             )
 
     @property

@@ -42,7 +42,9 @@ class Diagnosis:
 
     def __post_init__(self) -> None:
         if not self.components or min(self.components) < 1:
-            raise AnchorsError(f"components = {self.components}: each must be at least 1.")
+            raise AnchorsError(
+                f"components = {self.components}: each must be at least 1.", code="option-value"
+            )
 
     @property
     def passes(self) -> float:
@@ -52,7 +54,9 @@ class Diagnosis:
         layer = round(model.n_layers * 2 / 3) if self.layer is None else self.layer
         if not 0 <= layer < model.n_layers:
             raise AnchorsError(
-                f"{model.name} has no layer {layer}.", f"It has layers 0 to {model.n_layers - 1}."
+                f"{model.name} has no layer {layer}.",
+                f"It has layers 0 to {model.n_layers - 1}.",
+                code="layers",
             )
         return layer
 

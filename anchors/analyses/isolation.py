@@ -51,14 +51,20 @@ class Isolation:
 
     def __post_init__(self) -> None:
         if not set(self.sides) <= set(SIDES) or not set(self.positions) <= set(TARGETS):
-            raise AnchorsError(f"Sides are {SIDES}, positions {TARGETS}; got {self.sides}, {self.positions}.")
+            raise AnchorsError(
+                f"Sides are {SIDES}, positions {TARGETS}; got {self.sides}, {self.positions}.",
+                code="unknown-name",
+            )
         if not self.sides or not self.positions:
             raise AnchorsError(
                 f"No sides or no positions are to be isolated: {self.sides}, {self.positions}.",
                 f"Sides are {', '.join(SIDES)}; positions {', '.join(TARGETS)}.",
+                code="option-value",
             )
         if not self.layers or min(self.layers) < 1 or self.top < 1:
-            raise AnchorsError(f"layers = {self.layers}, top = {self.top}: each must be at least 1.")
+            raise AnchorsError(
+                f"layers = {self.layers}, top = {self.top}: each must be at least 1.", code="option-value"
+            )
 
     @property
     def passes(self) -> float:
@@ -96,7 +102,9 @@ def isolated_contexts(model: "LanguageModel", cell: Cell, how: Isolation) -> "di
     for k in how.layers:
         if k > model.n_layers:
             raise AnchorsError(
-                f"{k} layers cannot be isolated: {model.name} has {model.n_layers}.", "Use a smaller k."
+                f"{k} layers cannot be isolated: {model.name} has {model.n_layers}.",
+                "Use a smaller k.",
+                code="layers",
             )
         for side in how.sides:
             chosen = range(k) if side == "first" else range(model.n_layers - k, model.n_layers)

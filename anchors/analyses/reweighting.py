@@ -48,7 +48,7 @@ class Reweighting:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.per_class < 1 or self.batch < 1 or not self.learning_rate > 0:
-            raise AnchorsError(f"{self}: every setting must be positive.")
+            raise AnchorsError(f"{self}: every setting must be positive.", code="option-value")
 
     @property
     def passes(self) -> float:
@@ -70,6 +70,7 @@ class Reweighting:
             raise AnchorsError(
                 f"{str(self.beta)!r} does not hold a fitted β: {error.strerror or error}.",
                 "Give the .safetensors file that `anchors reweight` left in its run.",
+                code="beta",
             ) from error
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[Context, Beta]":
@@ -87,6 +88,7 @@ class Reweighting:
             raise AnchorsError(
                 f"{str(kept)!r} is gone, and rows beside it were made with it.",
                 f"Remove the folder {str(cell.folder)!r}: everything in it is measured anew.",
+                code="beta",
             )
         prompts = training_prompts(model, cell, self.per_class)
         beta = fit(model, context, prompts, self.learning_rate, self.epochs, self.batch, cell.how.seed)

@@ -106,6 +106,7 @@ class DenseCall(Call):
             raise AnchorsError(
                 f"{name!r} hides from some queries of layer {self.layer} all that they see: their attention is not defined.",
                 "Leave them at least one key that the layer's own mask shows them.",
+                code="not-finite",
             )
 
     @property

@@ -74,6 +74,7 @@ class Edit:
             raise AnchorsError(
                 f"{self.name!r} fired in layer {call.layer} but changed nothing: every entry it names is masked anyway.",
                 "Check its positions (a sliding window may hide them), or declare the edit neutral.",
+                code="without-effect",
             )
 
 
@@ -171,5 +172,6 @@ def _rows(call: Call, positions: Tensor, name: str) -> Tensor:
             f"{name!r} names query positions below {call.past}, which were run before: their keys and values "
             "are in the cache.",
             "Run the demonstrations inside the seam, with the edit.",
+            code="without-effect",
         )
     return rows

@@ -388,14 +388,17 @@ def _demand(q: Tensor, k: Tensor, v: Tensor, dz: Tensor, classes: Tensor | None,
         raise AnchorsError(
             f"{n_classes} classes of keys{' without a class for each key' * (classes is None)}.",
             f"Give `classes`, with 1 to {CLASSES} of them.",
+            code="shape",
         )
     if not q.dtype == k.dtype == v.dtype == dz.dtype or q.dtype not in DTYPES:
         raise AnchorsError(
             f"The saliency kernel got {q.dtype}, {k.dtype}, {v.dtype} and {dz.dtype}.",
             "Give q, k, v and dz one type: float32, bfloat16 or float16.",
+            code="precision",
         )
     if q.shape[2] % k.shape[2]:
         raise AnchorsError(
             f"{q.shape[2]} query heads cannot be divided among {k.shape[2]} groups.",
             "Choose a number of groups (key-value heads) that divides the query heads.",
+            code="geometry",
         )

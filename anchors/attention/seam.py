@@ -66,7 +66,9 @@ class _Session:
             probe.see(call)
         if edits and taps:
             raise AnchorsError(
-                f"Layer {call.layer} has an edit and a tap at once.", "Run them one after the other."
+                f"Layer {call.layer} has an edit and a tap at once.",
+                "Run them one after the other.",
+                code="options-together",
             )
         if edits:
             return call.edited(edits)
@@ -82,6 +84,7 @@ class _Session:
                 raise RoutingError(
                     f"{name!r} did not fire in layer{'s' * (len(missed) > 1)} {missed}: nothing was changed or seen there.",
                     f"The model has layers 0 to {len(self.layer_of) - 1}, and the model must be run inside the seam.",
+                    code="without-effect",
                 )
 
 

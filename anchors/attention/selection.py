@@ -78,6 +78,7 @@ class _Untied(TorchFunctionMode):
                         "query reads depends on how many tokens are run with it, in the model itself. Demonstrations "
                         "cannot be run once and shared by many queries.",
                         "Use flow or view, which run every prompt as a whole and alone, or prompts below the top-k.",
+                        code="no-shared-context",
                     )
         return func(*args, **(kwargs or {}))
 

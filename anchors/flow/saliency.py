@@ -49,7 +49,9 @@ def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Ba
     nameless = [i for i, prompt in enumerate(prompts) if prompt.gold is None]
     if nameless:
         raise AnchorsError(
-            f"Prompts {nameless} have no right answer, so they have no loss.", "Give each a label."
+            f"Prompts {nameless} have no right answer, so they have no loss.",
+            "Give each a label.",
+            code="prompt",
         )
     length = max(len(prompt.ids) for prompt in prompts)
     count = max(len(prompt.label_positions) for prompt in prompts)
@@ -196,6 +198,7 @@ def label_loss(
         raise AnchorsError(
             f"The loss of example(s) {bad} of the batch is not a number: the model's logits overflow.",
             "Use --precision float32 or bfloat16 (float16 overflows easily), and check the model's weights.",
+            code="not-finite",
         )
     return loss, over_labels.detach().softmax(-1)
 
@@ -224,7 +227,9 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     """
     unknown = [layer for layer in maps if not 0 <= layer < model.n_layers]
     if unknown:
-        raise AnchorsError(f"The model has no layers {unknown}.", f"It has layers 0 to {model.n_layers - 1}.")
+        raise AnchorsError(
+            f"The model has no layers {unknown}.", f"It has layers 0 to {model.n_layers - 1}.", code="layers"
+        )
     parts = groups(model.changes, [len(prompt.ids) for prompt in prompts])
     if len(parts) > 1:
         return _joined([flow(model, [prompts[i] for i in part], maps=maps) for part in parts], parts)
@@ -237,7 +242,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     layers = range(model.n_layers)
     lost = [layer for layer in layers if layer not in tap.total]
     if lost:
-        raise CertificateError(f"No gradient reached the attention of layers {lost}.")
+        raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
     # Gathered before it is moved: one transfer instead of one per layer. MPS has no float64.
     home = torch.device("cpu") if model.device.type == "mps" else model.device
     rows = torch.stack([tap.rows[layer].to(home) for layer in layers], dim=1).double()

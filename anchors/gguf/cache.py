@@ -96,6 +96,7 @@ def _draft(target: Path, size: int) -> Generator[Path]:
                 f"The cache {str(folder)!r} has {free / 1e9:.2f} GB left, and the converted model takes "
                 f"{size / 1e9:.2f} GB.",
                 "Make room, or set ANCHORS_CACHE to a directory with more.",
+                code="disk-full",
             )
         yield draft
     finally:

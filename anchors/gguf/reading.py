@@ -68,7 +68,9 @@ class GGUFFile:
         self, reason: str, remedy: str = "Give the model as a directory of safetensors instead."
     ) -> NoReturn:
         """Raise the one error for files that are whole, but whose content is not understood."""
-        raise AnchorsError(f"The GGUF file {str(self.path)!r} cannot be converted: {reason}.", remedy)
+        raise AnchorsError(
+            f"The GGUF file {str(self.path)!r} cannot be converted: {reason}.", remedy, code="gguf"
+        )
 
 
 class _Cut(Exception):
@@ -117,13 +119,15 @@ def read(path: Path) -> GGUFFile:
     """
     if path.is_dir():
         raise AnchorsError(
-            f"{str(path)!r} is a directory, not a GGUF file.", "Give the .gguf file inside it."
+            f"{str(path)!r} is a directory, not a GGUF file.", "Give the .gguf file inside it.", code="gguf"
         )
     if not path.is_file():
-        raise AnchorsError(f"The GGUF file {str(path)!r} does not exist.", "Check the path.")
+        raise AnchorsError(
+            f"The GGUF file {str(path)!r} does not exist.", "Check the path.", code="model-not-found"
+        )
 
     def unreadable(reason: str, remedy: str = AGAIN) -> AnchorsError:
-        return AnchorsError(f"The GGUF file {str(path)!r} cannot be read: {reason}.", remedy)
+        return AnchorsError(f"The GGUF file {str(path)!r} cannot be read: {reason}.", remedy, code="gguf")
 
     try:
         file = path.open("rb")

@@ -40,6 +40,7 @@ def require_anchor(sources: Sources, sampled: int = SAMPLED) -> None:
         raise AnchorsError(
             " ".join(odd),
             "Give the model that both were trained from as --base, or --force to merge all the same.",
+            code="merge-unrelated",
         )
     names = [
         name
@@ -59,6 +60,7 @@ def require_anchor(sources: Sources, sampled: int = SAMPLED) -> None:
             f"{sources.base.name!r} is not what the {' and the '.join(far)} came from: ‖τ‖ / ‖b‖ is {measured}, "
             "where fine-tuning makes some hundredths of it.",
             "Give the model that both were trained from as --base, or --force to merge all the same.",
+            code="merge-unrelated",
         )
 
 

@@ -94,6 +94,7 @@ class Checkpoint:
             raise AnchorsError(
                 f"{str(source)!r} is quantised ({how}); its tensors are not weights that can be added up.",
                 "Give the model it was quantised from, in bfloat16, float16 or float32.",
+                code="quantised",
             )
         entries: dict[str, Entry] = {}
         files = {}
@@ -106,6 +107,7 @@ class Checkpoint:
                     f"{file.name} in {str(folder)!r} lacks {len(absent)} tensors that the index says it has: "
                     f"{', '.join(absent[:3])}{', …' * (len(absent) > 3)}.",
                     "Download or save the model again.",
+                    code="model-not-whole",
                 )
             entries |= {name: entry for name, entry in found.items() if wanted is None or name in wanted}
         return cls(str(source), folder, entries, config, None if here else folder.name, files)
@@ -125,7 +127,9 @@ class Checkpoint:
             return self._files[entry.file].get_tensor(name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise AnchorsError(
-                f"{name} in {str(entry.file)!r} cannot be read: {error}", "Download or save the model again."
+                f"{name} in {str(entry.file)!r} cannot be read: {error}",
+                "Download or save the model again.",
+                code="model-broken",
             ) from error
 
     def weight(self, name: str) -> Tensor:
@@ -139,6 +143,7 @@ class Checkpoint:
             raise AnchorsError(
                 f"{name} in {self.name!r} is of type {entry.dtype}, which is quantised.",
                 "Give the model it was quantised from, in bfloat16, float16 or float32.",
+                code="quantised",
             )
         return self.tensor(name)
 
@@ -182,26 +187,34 @@ def _weights(folder: Path) -> Mapping[Path, set[str] | None]:
             raise AnchorsError(
                 f"{str(folder)!r} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
                 "Convert them where you trust them: load the model and save_pretrained it again.",
+                code="model-broken",
             )
         raise AnchorsError(
-            f"{str(folder)!r} has neither {SINGLE} nor {INDEX}.", "Give the folder of a whole model."
+            f"{str(folder)!r} has neither {SINGLE} nor {INDEX}.",
+            "Give the folder of a whole model.",
+            code="model-not-whole",
         )
     index = _json(folder / INDEX, "Download the model again.")
     held: dict[Path, set[str]] = {}
     try:
         for name, file in index["weight_map"].items():
             if Path(file).name != file:
-                raise AnchorsError(f"{str(folder / INDEX)!r} points out of its folder, to {file!r}.")
+                raise AnchorsError(
+                    f"{str(folder / INDEX)!r} points out of its folder, to {file!r}.", code="outside"
+                )
             held.setdefault(folder / file, set()).add(name)
     except (KeyError, TypeError, AttributeError) as error:
         raise AnchorsError(
-            f"{str(folder / INDEX)!r} is not an index of shards.", "Download the model again."
+            f"{str(folder / INDEX)!r} is not an index of shards.",
+            "Download the model again.",
+            code="model-broken",
         ) from error
     if missing := [file.name for file in held if not file.is_file()]:
         raise AnchorsError(
             f"{str(folder)!r} lacks {len(missing)} of its {len(held)} shards: "
             f"{', '.join(sorted(missing)[:3])}{', …' * (len(missing) > 3)}.",
             "Download or copy the missing files.",
+            code="model-not-whole",
         )
     return dict(sorted(held.items()))
 
@@ -220,6 +233,7 @@ def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
         raise AnchorsError(
             f"{str(file)!r} is no whole safetensors file: {error}",
             "It may have been cut off while it was copied; get it again.",
+            code="model-broken",
         ) from error
     header.pop("__metadata__", None)
     spans = sorted((*tensor["data_offsets"], name) for name, tensor in header.items())
@@ -233,11 +247,13 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         found = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AnchorsError(f"{str(path.parent)!r} has no {path.name}.", remedy) from None
+        raise AnchorsError(
+            f"{str(path.parent)!r} has no {path.name}.", remedy, code="model-not-whole"
+        ) from None
     except (OSError, ValueError) as error:
-        raise AnchorsError(f"{str(path)!r} cannot be read: {error}", remedy) from error
+        raise AnchorsError(f"{str(path)!r} cannot be read: {error}", remedy, code="model-broken") from error
     if not isinstance(found, dict):
-        raise AnchorsError(f"{str(path)!r} holds no JSON object.", remedy)
+        raise AnchorsError(f"{str(path)!r} holds no JSON object.", remedy, code="model-broken")
     return found
 
 
@@ -252,12 +268,13 @@ def _downloaded(source: str, revision: str | None) -> Path:
         )
     except HFValidationError:
         raise AnchorsError(
-            f"{source!r} is not a directory, and no hub id either.", "Check the path."
+            f"{source!r} is not a directory, and no hub id either.", "Check the path.", code="model-not-found"
         ) from None
     except (OSError, ValueError) as error:  # the hub's errors are among these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AnchorsError(
             f"{source!r} is not a directory, and the hub does not give it: {reason}",
             "Check the path or id, the revision, and the network; gated models need `hf auth login`.",
+            code="model-not-found",
         ) from error
     return Path(folder)

@@ -67,7 +67,7 @@ class Layout:
                 raise ValueError("no room for anything")
         except (ValueError, OverflowError) as error:
             raise AnchorsError(
-                f"{shard_size!r} is not a size of shards.", "Give one like 500MB or 5GB."
+                f"{shard_size!r} is not a size of shards.", "Give one like 500MB or 5GB.", code="option-value"
             ) from error
         # Wide types first keeps every tensor aligned to its own size.
         shards = {
@@ -116,13 +116,14 @@ class Draft:
                 written. Shards that were finished stay for the next time.
         """
         if out.is_symlink():
-            raise AnchorsError(f"{str(out)!r} is a link.", "Give the folder itself as --out.")
+            raise AnchorsError(f"{str(out)!r} is a link.", "Give the folder itself as --out.", code="outside")
         draft = cls(out.resolve(), json.loads(json.dumps(identity)))
         try:
             if _taken(out):
                 raise AnchorsError(
                     f"{str(out)!r} is there already; it would be overwritten.",
                     "Choose another --out, or delete it.",
+                    code="would-overwrite",
                 )
             draft._require_own()
             draft.folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,7 @@ class Draft:
             raise AnchorsError(
                 f"{str(out)!r} cannot be written: {error.strerror or error}.{kept}",
                 "Make room, then run the same command again; or choose another --out.",
+                code="file-unwritable",
             ) from error
 
     def write(self, file: str, entries: Mapping[str, Entry], made: Made) -> None:
@@ -183,6 +185,7 @@ class Draft:
             raise AnchorsError(
                 f"{len(wrong)} tensors in {str(self.folder)!r} are not what they should be: {wrong[:_SHOWN]}.",
                 "Delete the folder and run the same command again; if it comes back, the disk is at fault.",
+                code="model-not-whole",
             )
         try:
             self.folder.replace(self.out)
@@ -192,6 +195,7 @@ class Draft:
             raise AnchorsError(
                 f"Something was put into {str(self.out)!r} meanwhile; it would be overwritten.",
                 f"Move that away, then run the same command again: what was made is kept in {self.folder.name}.",
+                code="busy",
             ) from error
         # Not before: a draft without its journal would be made anew.
         _tidy(self.out)
@@ -209,6 +213,7 @@ class Draft:
             raise AnchorsError(
                 f"{str(self.folder)!r} is {what}; what it holds would be lost.",
                 "Move or delete it, or choose another --out.",
+                code="would-overwrite",
             )
 
     def _resume(self) -> None:
@@ -240,6 +245,7 @@ class Draft:
                 f"The model needs {(total - there) / 1e9:.2f} GB more in {str(self.out.parent)!r}, "
                 f"where {free / 1e9:.2f} GB are free.",
                 "Make room, or choose another --out.",
+                code="disk-full",
             )
 
 
@@ -290,6 +296,7 @@ def finished(out: Path, identity: dict[str, Any], entries: Mapping[str, Entry]) 
         raise AnchorsError(
             f"{str(out)!r} holds a merge of another configuration ({difference(before, identity)}).",
             "Choose another --out, or delete it.",
+            code="other-run",
         )
     try:
         wrong, reason = _wrong(out, entries), None
@@ -299,6 +306,7 @@ def finished(out: Path, identity: dict[str, Any], entries: Mapping[str, Entry]) 
         raise AnchorsError(
             f"{str(out)!r} was made by this command, but is no longer whole: {', '.join(wrong[:_SHOWN])}.",
             "Delete it and run the same command again.",
+            code="model-not-whole",
         ) from reason
     _tidy(out)
     return facts
@@ -385,7 +393,9 @@ def _locked(path: Path, out: Path) -> Generator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise AnchorsError(
-                f"Another process is writing {str(out)!r}.", "Wait for it, or choose another --out."
+                f"Another process is writing {str(out)!r}.",
+                "Wait for it, or choose another --out.",
+                code="busy",
             ) from error
         yield
     finally:

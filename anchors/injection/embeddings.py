@@ -83,7 +83,9 @@ def align(
             without vocabularies; no row is shared.
     """
     if policy not in POLICIES:
-        raise AnchorsError(f"There is no embedding policy {policy!r}.", nearest(policy, POLICIES))
+        raise AnchorsError(
+            f"There is no embedding policy {policy!r}.", nearest(policy, POLICIES), code="unknown-name"
+        )
     if policy == "keep":
         return None
     if policy == "shared-rows":
@@ -92,11 +94,14 @@ def align(
         raise AnchorsError(
             "The embedding policy by-token needs the tokenizers of all three models, and one has none.",
             "Put the tokenizer's files beside the model, or take --embeddings keep.",
+            code="tokenizer",
         )
     else:
         shared = _same_strings(rows, vocabularies)
     if not shared:
-        raise AnchorsError("The three tokenizers share no token.", "Take --embeddings keep.")
+        raise AnchorsError(
+            "The three tokenizers share no token.", "Take --embeddings keep.", code="tokenizer"
+        )
     return Rows(*(torch.tensor(column, dtype=torch.int64) for column in zip(*shared, strict=True)))
 
 
@@ -115,6 +120,7 @@ def _same_numbers(
             f"The tokenizers differ in {len(different)} of the first {len(first)} rows: row {i} is "
             f"{' and '.join(repr(name) for name in dict.fromkeys(names))}.",
             "Take --embeddings by-token, which aligns rows by token string, or keep.",
+            code="tokenizer",
         )
     # A row that only some tokenizers use is new there, and padding in the others.
     return [(i, i, i) for i, names in named.items() if len(names) == 3]

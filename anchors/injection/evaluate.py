@@ -159,6 +159,7 @@ def image_features(vlm: VisionLanguageModel, inputs: dict[str, Tensor]) -> Any:
         raise AnchorsError(
             f"{vlm.name} asked {len(taken)} times for the features of one batch of images.",
             "Its features cannot be kept; this family cannot be swept.",
+            code="model-kind",
         )
     if not isinstance(taken[0], ModelOutput):
         return taken[0]
@@ -203,7 +204,9 @@ def evaluate_text(
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     ends = model.tokenizer.eos_token_id
     if ends is None:
-        raise AnchorsError(f"The tokenizer of {model.name} has no end-of-text token: no answer ever ends.")
+        raise AnchorsError(
+            f"The tokenizer of {model.name} has no end-of-text token: no answer ever ends.", code="tokenizer"
+        )
     pairs = [
         (model.tokenizer(prompt)["input_ids"], [*_plain(model.tokenizer, answer), ends])
         for prompt, answer in place
@@ -231,6 +234,7 @@ def captions(
         raise AnchorsError(
             f"The suite {suite.name!r} has no question that makes the VLM describe an image.",
             'Add "caption" to suite.json, or measure without the cascade.',
+            code="suite",
         )
     shown = {e.image: p for e, p in zip(examples, pictures(examples), strict=True)}
     prompt = suite.prompt(question=suite.caption)

@@ -112,7 +112,9 @@ def collate(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> ImageBa
     known = {prompt.answer is not None for prompt in prompts}
     counts = {len(prompt.labels) for prompt in prompts}
     if len(known) > 1 or len(counts) > 1:
-        raise AnchorsError("Prompts of one batch need as many demonstrations, and all an answer or none.")
+        raise AnchorsError(
+            "Prompts of one batch need as many demonstrations, and all an answer or none.", code="prompt"
+        )
     marks = [[*p.labels, (p.query, len(p.text)), *([] if p.answer is None else [p.answer])] for p in prompts]
     inputs = vlm.encode([p.text for p in prompts], [p.images for p in prompts], marks=marks)
     shots = counts.pop()
@@ -132,7 +134,7 @@ def collate(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> ImageBa
     at = torch.arange(inputs.ids.shape[1], device=device)
     image = inputs.ids == vlm.image_token_id
     if not image.any(1).all():
-        raise AnchorsError("A prompt has no image tokens.", "Flow from images needs images.")
+        raise AnchorsError("A prompt has no image tokens.", "Flow from images needs images.", code="prompt")
     targets, begins = torch.tensor(target, device=device), torch.tensor(first, device=device)
     return ImageBatch(
         tensors={name: x for name, x in inputs.tensors.items() if name != "attention_mask"},
@@ -147,7 +149,11 @@ def collate(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> ImageBa
 
 def _refuse_sharing(row: int, words: Sequence[str], tokens: Sequence[int], places: Sequence[int]) -> None:
     if len(set(places)) < len(places):
-        raise AnchorsError(f"Two label words of prompt {row} share a token.", "Put something between them.")
+        raise AnchorsError(
+            f"Two label words of prompt {row} share a token.",
+            "Put something between them.",
+            code="label-words",
+        )
     by_token: dict[int, str] = {}
     for word, token in zip(words, tokens, strict=True):
         other = by_token.setdefault(token, word)
@@ -155,6 +161,7 @@ def _refuse_sharing(row: int, words: Sequence[str], tokens: Sequence[int], place
             raise AnchorsError(
                 f"The label words {other!r} and {word!r} of prompt {row} begin with the same token.",
                 "What flows to the one could not be told from what flows to the other: draw other demonstrations.",
+                code="label-words",
             )
 
 
@@ -242,13 +249,18 @@ def demand(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> None:
             f"{vlm.name} failed: on prompts of {lengths} tokens its logits on the seam differ from its own by {error:.1e} of "
             "their size.",
             f"Allowed at {vlm.precision}: {ALLOWED[vlm.precision]:.0e}. Try --precision float32.",
+            code="not-itself",
         )
 
 
 def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
     """The witness of a model that can be asked for the flow of a batch."""
     if not vlm.modules or vlm.witness is None:
-        raise AnchorsError(f"{vlm.name!r} is not on the seam.", "Load it with load_vlm(..., routed=True).")
+        raise AnchorsError(
+            f"{vlm.name!r} is not on the seam.",
+            "Load it with load_vlm(..., routed=True).",
+            code="off-the-seam",
+        )
     vlm.demand_one_side([int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]])
     return vlm.witness
 
@@ -292,6 +304,7 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
             raise AnchorsError(
                 f"The loss of {vlm.name!r} is not a number: the model's logits overflow.",
                 "Use --precision float32, and check the weights: is the strength far too large?",
+                code="not-finite",
             )
         # ∂L = (1 − p) ∂(−log-odds), and only the right-hand side keeps its digits where p is close to 1.
         chosen = logits.gather(1, answer[:, None])[:, 0]
@@ -299,7 +312,7 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
         odds.sum().backward()
     lost = [layer for layer in layers if layer not in tap.total]
     if lost:
-        raise CertificateError(f"No gradient reached the attention of layers {lost}.")
+        raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
     rows = torch.stack([tap.rows[layer] for layer in layers], dim=1).double()
     total = torch.stack([tap.total[layer] for layer in layers], dim=1).double()
     surprise = odds.detach().double().sigmoid()

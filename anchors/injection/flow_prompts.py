@@ -82,6 +82,7 @@ def draw(
                 f"{vlm.name!r} itself answers {len(own)} demonstrations of kind {query.kind!r} with any word at all: too few "
                 f"for {shots}.",
                 "Is it trained? Show fewer with --shots, or add examples with the split `demonstration`.",
+                code="too-few",
             )
         for place in rng.permutation(len(own)):
             if len(taken) == shots + (said is None):
@@ -96,6 +97,7 @@ def draw(
                 f"{suite.name!r} has {len(demonstrations)} demonstrations of kind {query.kind!r} whose label words "
                 f"begin with different tokens than the others': too few for {shots}.",
                 "Show fewer with --shots, or add examples with the split `demonstration`.",
+                code="too-few",
             )
         chosen.append((query, demonstrations))
     images = _opened([e for query, own in chosen for e in (*own, query)])

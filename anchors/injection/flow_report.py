@@ -63,6 +63,7 @@ class Wanted:
             raise AnchorsError(
                 f"Strengths of {','.join(f'{x:g}' for x in self.strengths)}: there must be a λ above 0 and none below.",
                 "For example: --strengths 0,0.5,1",
+                code="option-value",
             )
         object.__setattr__(self, "strengths", found)
 
@@ -80,7 +81,9 @@ class Wanted:
         ):
             if unknown := [name for name in names if name not in there]:
                 raise AnchorsError(
-                    f"The suite {suite.name!r} has no {what} {unknown[0]!r}.", f"It has: {', '.join(there)}."
+                    f"The suite {suite.name!r} has no {what} {unknown[0]!r}.",
+                    f"It has: {', '.join(there)}.",
+                    code="unknown-name",
                 )
         return scenarios, experts
 
@@ -140,11 +143,15 @@ def stretches(
     """
     if len({suite.seed for suite in suites}) < len(suites):
         raise AnchorsError(
-            "Two suites have the same seed.", "Suites of one run are trainings with different seeds."
+            "Two suites have the same seed.",
+            "Suites of one run are trainings with different seeds.",
+            code="mixed",
         )
     if len({(suite.vision, *wanted.of(suite)) for suite in suites}) > 1:
         raise AnchorsError(
-            "The suites have different scenarios.", "Name common ones with --scenarios and --experts."
+            "The suites have different scenarios.",
+            "Name common ones with --scenarios and --experts.",
+            code="mixed",
         )
     total = sum(len(units) for suite in suites for units in wanted.plan(suite).values())
     for suite in suites:
@@ -310,7 +317,9 @@ class World:
 
 def _too_large(unit: Unit | None) -> AnchorsError:
     return AnchorsError(
-        "The prompts and their gradients do not fit into memory.", "Use fewer --shots, or another --device."
+        "The prompts and their gradients do not fit into memory.",
+        "Use fewer --shots, or another --device.",
+        code="memory",
     )
 
 

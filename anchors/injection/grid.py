@@ -56,11 +56,15 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.size not in METHODS_OF:
-            raise AnchorsError(f"There is no grid {self.size!r}.", nearest(self.size, METHODS_OF))
+            raise AnchorsError(
+                f"There is no grid {self.size!r}.", nearest(self.size, METHODS_OF), code="unknown-name"
+            )
         if self.draws is not None and self.draws < 1:
-            raise AnchorsError(f"draws is {self.draws}; it must be at least 1.")
+            raise AnchorsError(f"draws is {self.draws}; it must be at least 1.", code="option-value")
         if self.strengths is not None and 0 in self.strengths:
-            raise AnchorsError("Strength 0 is the VLM alone.", "It is always measured; leave it out.")
+            raise AnchorsError(
+                "Strength 0 is the VLM alone.", "It is always measured; leave it out.", code="option-value"
+            )
         for text, embeddings in product(self.methods or (), self.embeddings):
             _first(text, embeddings)  # refuses what it does not know, before any model is loaded
 
@@ -135,14 +139,20 @@ def _first(text: str, embeddings: str) -> Recipe:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise AnchorsError(f"{text!r} is not a method with options.", "For example: dare:rescale=none")
+            raise AnchorsError(
+                f"{text!r} is not a method with options.",
+                "For example: dare:rescale=none",
+                code="merge-recipe",
+            )
         try:
             options[key] = parsed(value)
         except ValueError:
             options[key] = value
     own = {key: options.pop(key) for key in ("density", "vlm_strength") if key in options}
     if wrong := [key for key, value in own.items() if not isinstance(value, int | float)]:
-        raise AnchorsError(f"{wrong[0]} is {own[wrong[0]]!r} in {text!r}; it must be a number.")
+        raise AnchorsError(
+            f"{wrong[0]} is {own[wrong[0]]!r} in {text!r}; it must be a number.", code="merge-recipe"
+        )
     return Recipe(name, options=tuple(options.items()), embeddings=embeddings, **own)
 
 
@@ -167,5 +177,6 @@ def _spans(layers: Sequence[str], count: int) -> list[tuple[int, int] | None]:
             raise AnchorsError(
                 f"{text!r} is no range of the tower's layers 0 to {count - 1}.",
                 "For example: --layers 0-3,4-7,all or --layers thirds",
+                code="layers",
             )
     return found

@@ -98,6 +98,7 @@ def tower(vlm: Mapping[str, Shape], llm: Mapping[str, Shape], name: str = "the l
             raise AnchorsError(
                 f"{model} has no tensor `…{_EMBEDDING}`, so where its language tower is cannot be told.",
                 "Merging works on decoders of the Llama kind: Llama, Mistral, Qwen, Gemma, SmolLM, …",
+                code="merge-layout",
             )
     wrong: dict[str, list[str]] = defaultdict(list)
     pairs, tied = [], None
@@ -136,7 +137,7 @@ def tower(vlm: Mapping[str, Shape], llm: Mapping[str, Shape], name: str = "the l
     wrong["outside the language tower"] += [own for own in ours.others if own not in eyes]
     _require_one_layout(name, wrong["missing in the tower"], wrong["missing in the language model"])
     if any(wrong.values()):
-        raise AnchorsError(_table(name, wrong, len(pairs)), _remedy(wrong))
+        raise AnchorsError(_table(name, wrong, len(pairs)), _remedy(wrong), code="merge-layout")
     return Tower(tuple(pairs), tuple(kept), tied)
 
 
@@ -154,6 +155,7 @@ def _require_one_layout(name: str, lacking: Sequence[str], surplus: Sequence[str
                 f"where {other} has them stacked in one ({stacked.split()[0].rstrip(':')}).",
                 "Load and save the one that is stored singly with a transformers that stacks experts, or the other way round, "
                 "so that both hold the same tensors.",
+                code="merge-layout",
             )
 
 
@@ -168,6 +170,7 @@ def agree(base: Tower, expert: Tower) -> tuple[tuple[Pair, Pair], ...]:
         raise AnchorsError(
             f"Base and expert do not hold the same tensors: only one of them has {_listed(differing)}.",
             "Give the model that the expert was fine-tuned from as --base.",
+            code="merge-unrelated",
         )
     return tuple((own[name], other[name]) for name in own)
 

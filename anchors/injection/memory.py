@@ -142,7 +142,7 @@ class TaskVectors:
         if not table:
             return merge(b, v, e)
         if self.untied:
-            raise AnchorsError(self.untied, "Take embeddings keep.")
+            raise AnchorsError(self.untied, "Take embeddings keep.", code="merge-layout")
         sizes = (len(v), len(b), len(e))
         key = (recipe.embeddings, *sizes)
         if (
@@ -231,12 +231,14 @@ def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors) -> Inje
             f"The injection {recipe.label()!r} changes none of the tower's {len(vectors.pairs)} tensors.",
             "The expert is its own base there, the density drops everything, or the change is too small for the type "
             "of the weights.",
+            code="without-effect",
         )
     norm = math.hypot(*changes)
     if not math.isfinite(norm):
         raise AnchorsError(
             f"The injection {recipe.label()!r} makes numbers that are too large for the type of the weights.",
             "Lower the strength.",
+            code="not-finite",
         )
     kept = len(vectors.pairs) - len(changes)
     return Injected(recipe, len(changes), kept, norm, norm / (vectors._kept.size or 1.0))
@@ -277,6 +279,7 @@ def _homes(model: nn.Module, vectors: TaskVectors) -> dict[str, list[nn.Paramete
         raise AnchorsError(
             f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} are missing).",
             "Inject into the model that the task vectors were made of.",
+            code="merge-layout",
         )
     owners: dict[tuple, dict[int, nn.Parameter]] = {}
     for parameter in named.values():

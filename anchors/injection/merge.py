@@ -163,6 +163,7 @@ def merge(
                 f"{recipe.label()} changed nothing in the language tower: expert and base are the same there, or "
                 "their difference is lost in rounding.",
                 "See what --inspect says; give another expert, or a larger --strength.",
+                code="without-effect",
             )
         seconds, memory = time.perf_counter() - began, peak()
         facts = provenance(
@@ -229,13 +230,16 @@ def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:
         if not math.isfinite(change) and not torch.isfinite(new).all():
             count = int((~torch.isfinite(m)).sum())
             raise AnchorsError(
-                f"{count} merged numbers of {name} are too large for {v.dtype}.", "Lower --strength."
+                f"{count} merged numbers of {name} are too large for {v.dtype}.",
+                "Lower --strength.",
+                code="not-finite",
             )
     if not math.isfinite(change) or not math.isfinite(norm):
         largest = max(float(t.abs().max()) for t in (m, v))
         raise AnchorsError(
             f"{name} holds numbers up to {largest:.1e}: how far it changes is beyond float32, and so would be what it computes.",
             "One of the models is damaged, or --strength too large.",
+            code="not-finite",
         )
     return {"changed": changed, "change": change**0.5, "norm": norm**0.5}
 
@@ -264,6 +268,7 @@ def _require_unchanged(sources: Sources, written: dict[str, Any], draft: Draft) 
             raise AnchorsError(
                 f"{model.name!r} was written again while it was merged: the result would be a mixture, and is thrown away.",
                 "Run the same command again once nothing writes there.",
+                code="busy",
             )
 
 

@@ -104,13 +104,19 @@ class Method:
                     raise AnchorsError(
                         f"{self.name} has no {name} {value!r}.",
                         nearest(value, self.choices[name]),
+                        code="unknown-name",
                     )
             elif isinstance(value, bool) or not isinstance(
                 value, int if isinstance(default, int) else (int, float)
             ):
-                raise AnchorsError(f"{name} of {self.name} is {value!r}; it must be a number like {default}.")
+                raise AnchorsError(
+                    f"{name} of {self.name} is {value!r}; it must be a number like {default}.",
+                    code="merge-recipe",
+                )
             elif not 0 <= value < math.inf:
-                raise AnchorsError(f"{name} of {self.name} is {value}; it must be at least 0.")
+                raise AnchorsError(
+                    f"{name} of {self.name} is {value}; it must be at least 0.", code="merge-recipe"
+                )
         if "epsilon" in parameters and 0 < (d := parameters["density"]) < 1:
             epsilon = parameters["epsilon"]
             if d - epsilon <= 0 or d + epsilon >= 1:
@@ -118,6 +124,7 @@ class Method:
                     f"With density {d:g} and epsilon {epsilon:g} {self.name} would keep entries with probabilities "
                     f"from {d - epsilon:.3g} to {d + epsilon:.3g}.",
                     "They must lie between 0 and 1: take a smaller epsilon.",
+                    code="merge-recipe",
                 )
         if vlm_strength != 1 and (self.blend or parameters.get("convention") == "paper"):
             raise AnchorsError(
@@ -125,9 +132,14 @@ class Method:
                 "Leave it at 1, or take another convention, such as peft."
                 if not self.blend
                 else "Leave it at 1.",
+                code="merge-recipe",
             )
         if self.name == "swap" and not set(strengths) <= {0, 1}:
-            raise AnchorsError("swap takes the expert's tensors whole.", "For a part of them take average.")
+            raise AnchorsError(
+                "swap takes the expert's tensors whole.",
+                "For a part of them take average.",
+                code="merge-recipe",
+            )
 
 
 DROP = ("expert", "both")

@@ -66,7 +66,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise AnchorsError(f"There is no merging method {self.method!r}.", nearest(self.method, METHODS))
+            raise AnchorsError(
+                f"There is no merging method {self.method!r}.",
+                nearest(self.method, METHODS),
+                code="unknown-name",
+            )
         own = METHODS[self.method]
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         default = own.strength if self.per_layer is None else 0.0
@@ -81,35 +85,42 @@ class Recipe:
 
     def _check(self, own: Method, strengths: tuple[float, ...]) -> None:
         if not all(map(math.isfinite, (*strengths, self.vlm_strength))):
-            raise AnchorsError(f"A strength of {self.label()!r} is not finite.")
+            raise AnchorsError(f"A strength of {self.label()!r} is not finite.", code="merge-recipe")
         if wild := [x for x in (*strengths, self.vlm_strength) if abs(x) > STRONGEST]:
             raise AnchorsError(
                 f"A strength of {wild[0]:g} would drown the model in {abs(wild[0]):g} times a task vector.",
                 f"Strengths are about 1; up to {STRONGEST:g} are taken.",
+                code="merge-recipe",
             )
         if self.density is not None and "density" not in own.defaults:
             raise AnchorsError(
                 f"{self.method} keeps every entry of the task vectors: it takes no density.",
                 f"Methods with a density: {', '.join(n for n, m in METHODS.items() if 'density' in m.defaults)}.",
+                code="merge-recipe",
             )
         if "density" in own.defaults and not 0 < self.parameters()["density"] <= 1:
             raise AnchorsError(
                 f"density is {self.parameters()['density']:g}; it must be a share above 0, up to 1.",
                 "Density 0 would drop the whole task vector: that is --strength 0.",
+                code="merge-recipe",
             )
         if self.layers is not None and not (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1]):
             raise AnchorsError(
-                f"layers is {self.layers}; it must be the first and the last layer to inject, such as (2, 5)."
+                f"layers is {self.layers}; it must be the first and the last layer to inject, such as (2, 5).",
+                code="layers",
             )
         if self.embeddings not in POLICIES:
             raise AnchorsError(
-                f"There is no policy of embeddings {self.embeddings!r}.", nearest(self.embeddings, POLICIES)
+                f"There is no policy of embeddings {self.embeddings!r}.",
+                nearest(self.embeddings, POLICIES),
+                code="unknown-name",
             )
         if unknown := [name for name in dict(self.options) if name not in own.defaults or name == "density"]:
             known = [name for name in own.defaults if name != "density"]
             raise AnchorsError(
                 f"{self.method} has no option {unknown[0]!r}.",
                 nearest(unknown[0], known) if known else "It has none.",
+                code="unknown-name",
             )
         own.check(self.parameters(), strengths, self.vlm_strength)
 
@@ -139,11 +150,13 @@ class Recipe:
             raise AnchorsError(
                 f"layers is {self.layers}, but the tower has layers 0 to {n_layers - 1}.",
                 "Give the first and the last layer to inject.",
+                code="layers",
             )
         if self.per_layer is not None and len(self.per_layer) != n_layers:
             raise AnchorsError(
                 f"The recipe has strengths of {len(self.per_layer)} layers, the tower has {n_layers}.",
                 "Give one strength per layer of the tower.",
+                code="layers",
             )
 
     def generator(self, name: str) -> torch.Generator:
@@ -178,7 +191,7 @@ class Recipe:
     def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
         """The recipe that `as_dict` wrote, from JSON or not."""
         if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
-            raise AnchorsError(f"A recipe has no field {unknown[0]!r}.")
+            raise AnchorsError(f"A recipe has no field {unknown[0]!r}.", code="unknown-name")
         return cls(**fields)
 
 
@@ -217,7 +230,9 @@ def merge_tensor(
     if not b.shape == v.shape == e.shape:
         shapes = ", ".join(f"{who} {tuple(t.shape)}" for who, t in (("base", b), ("VLM", v), ("expert", e)))
         raise AnchorsError(
-            f"{name} has shapes that differ: {shapes}.", "All three must be of one family and size."
+            f"{name} has shapes that differ: {shapes}.",
+            "All three must be of one family and size.",
+            code="merge-layout",
         )
     if not (b.is_floating_point() and v.is_floating_point() and e.is_floating_point()):
         if not v.is_floating_point() and torch.equal(b.to(e.device), e):
@@ -226,6 +241,7 @@ def merge_tensor(
             f"{name} holds {b.dtype} in the base, {v.dtype} in the VLM and {e.dtype} in the expert: integers have no "
             "mean.",
             "Take checkpoints that are not quantised.",
+            code="quantised",
         )
     if v.device.type == "cpu" and v.numel() > PIECE and _entrywise(recipe, name, v):
         # Of a large tensor no more than a piece is in float32 at a time, and that in the processor's cache.
@@ -292,4 +308,5 @@ def _require_finite(name: str, total: Tensor, b: Tensor, v: Tensor, e: Tensor) -
             raise AnchorsError(
                 f"{name} of {who} holds {bad} numbers that are NaN or infinite.",
                 "The checkpoint is damaged, or its training broke; take another.",
+                code="not-finite",
             )

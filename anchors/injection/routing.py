@@ -99,6 +99,7 @@ def prove(vlm: "VisionLanguageModel") -> None:
                 f"On the seam the logits of {type(vlm.model).__name__} with {len(images)} images differ from its own by "
                 f"{off:.1e} of their size.",
                 "This family does something around its attention that the toolkit does not know.",
+                code="not-itself",
             )
 
 

@@ -56,6 +56,7 @@ class Sources:
             raise AnchorsError(
                 f"{own.name!r} has no eyes: there is no tensor outside its language tower.",
                 "Give a vision-language model first, then the expert.",
+                code="model-kind",
             )
         pairs = {pair.vlm: (pair, other) for pair, other in agree(*towers)}
         if embeddings != "keep":
@@ -131,6 +132,7 @@ def _require_another(vlm: Checkpoint, model: Checkpoint, role: str) -> None:
         raise AnchorsError(
             f"{model.name!r} is given as the {role}, but is the vision-language model.",
             "Base and expert are language models; the base is the one that both others were made from.",
+            code="model-kind",
         )
 
 
@@ -154,6 +156,7 @@ def _tied(
             raise AnchorsError(
                 f"The head of {vlm.name!r} is its embedding, but {model.name!r} has a head of its own.",
                 "Take --embeddings keep.",
+                code="merge-layout",
             )
     return {**pairs, head: pairs[embedding]} if twins else dict(pairs)
 
@@ -175,6 +178,7 @@ def _rows(
             f"The embedding policy {policy} needs the tokenizers of all three models, to prove which rows are the same "
             f"token; there is none in {' and '.join(lacking)}.",
             "Put the tokenizer's files beside the model, or take --embeddings keep.",
+            code="tokenizer",
         )
     return align(policy, sizes, known)
 
@@ -190,5 +194,7 @@ def _vocabulary(folder: Path) -> Vocabulary | None:
         return cast(PreTrainedTokenizerBase, tokenizer).get_vocab()
     except Exception as error:  # whatever the files, or a package that is missing, make of it
         raise AnchorsError(
-            f"The tokenizer in {str(folder)!r} cannot be read: {error}", "Take --embeddings keep."
+            f"The tokenizer in {str(folder)!r} cannot be read: {error}",
+            "Take --embeddings keep.",
+            code="tokenizer",
         ) from error

@@ -104,11 +104,13 @@ class Suite:
             raise AnchorsError(
                 f"There is no suite in {str(folder)!r}: {error.strerror or error}.",
                 "Build one with `anchors inject demo --scale tiny --out DIR`; it lies in DIR/suite.",
+                code="suite",
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise AnchorsError(
                 f"{str(path)!r} does not describe a suite: {type(error).__name__} {error}.",
                 "It needs template, vision, and models with vlm, base and experts.",
+                code="suite",
             ) from error
         for name, fields, like in (
             ("template", ("{image}", "{question}"), "{image} {question} ="),
@@ -118,12 +120,14 @@ class Suite:
                 raise AnchorsError(
                     f"The {name} {named[name]!r} of {str(path)!r} lacks {' or '.join(fields)}.",
                     f'For example "{like}".',
+                    code="suite",
                 )
         for role, found in (("experts", models["experts"]), ("upper", models.get("upper") or {})):
             if not isinstance(found, dict):
                 raise AnchorsError(
                     f"{role} in models of {str(path)!r} is {type(found).__name__}, not an object.",
                     f'For example "{role}": {{"instruction": "../{role}/instruction"}}.',
+                    code="suite",
                 )
         scenarios = {
             name: _read(folder, name) for name in dict.fromkeys([named["vision"], *named["experts"]])
@@ -150,13 +154,17 @@ class Suite:
             found = (found or {}).get(scenario)
         if not isinstance(found, str):
             what = role if scenario is None else f"{role} for {scenario}"
-            raise AnchorsError(f"The suite {self.name!r} names no {what}.", "Add it to models in suite.json.")
+            raise AnchorsError(
+                f"The suite {self.name!r} names no {what}.", "Add it to models in suite.json.", code="suite"
+            )
         path = self.folder / found
         if path.exists():
             return str(path.resolve())
         if found.startswith((".", "/")):
             raise AnchorsError(
-                f"The {role} of suite {self.name!r} is not there: {str(path)!r}.", "Build the suite again."
+                f"The {role} of suite {self.name!r} is not there: {str(path)!r}.",
+                "Build the suite again.",
+                code="suite",
             )
         return found
 
@@ -176,12 +184,14 @@ class Suite:
             raise AnchorsError(
                 f"The suite {self.name!r} has no scenario {scenario!r}.",
                 nearest(scenario, self.scenarios),
+                code="unknown-name",
             )
         found = [e for e in self.scenarios[scenario] if split in (None, e.split)]
         if not found:
             raise AnchorsError(
                 f"The scenario {scenario!r} of suite {self.name!r} has no examples in split {split!r}.",
                 nearest(split, sorted({e.split for e in self.scenarios[scenario]})),
+                code="unknown-name",
             )
         return tuple(found[:limit])
 
@@ -229,12 +239,14 @@ def pictures(examples: Sequence[Example], shown: Shown = "own", seed: int = 0) -
     missing = [e.number for e in examples if e.image is None]
     if missing:
         raise AnchorsError(
-            f"Example {missing[0]} has no image.", "A VLM can only be measured on examples with images."
+            f"Example {missing[0]} has no image.",
+            "A VLM can only be measured on examples with images.",
+            code="suite",
         )
     if shown == "shuffled":
         circle = sorted({f for f in files if f is not None})
         if len(circle) < 2:
-            raise AnchorsError("A single image cannot be shuffled.", "Measure more examples.")
+            raise AnchorsError("A single image cannot be shuffled.", "Measure more examples.", code="too-few")
         circle = [circle[i] for i in np.random.default_rng(seed).permutation(len(circle))]
         after = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
         files = [after[f] for f in files if f is not None]
@@ -255,7 +267,7 @@ def _picture(path: Path) -> Image.Image:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
     ) as error:  # fmt: skip
         raise AnchorsError(
-            f"The image {str(path)!r} cannot be read: {error}", "Build the suite again."
+            f"The image {str(path)!r} cannot be read: {error}", "Build the suite again.", code="suite"
         ) from error
 
 
@@ -264,14 +276,16 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise AnchorsError(
-            f"The image {str(path)!r} cannot be read: {error}", "Build the suite again."
+            f"The image {str(path)!r} cannot be read: {error}", "Build the suite again.", code="suite"
         ) from error
 
 
 def _read(folder: Path, name: str) -> tuple[Example, ...]:
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         raise AnchorsError(
-            f"A scenario of {str(folder)!r} is called {name!r}.", "Letters, digits, - and _ make a name."
+            f"A scenario of {str(folder)!r} is called {name!r}.",
+            "Letters, digits, - and _ make a name.",
+            code="suite",
         )
     path = folder / f"{name}.jsonl"
     try:
@@ -280,9 +294,12 @@ def _read(folder: Path, name: str) -> tuple[Example, ...]:
         raise AnchorsError(
             f"The scenario {name!r} has no file: {error.strerror or error}: {str(path)!r}.",
             "Every scenario with an expert, and the vision scenario, is a file NAME.jsonl beside suite.json.",
+            code="suite",
         ) from error
     except UnicodeDecodeError as error:
-        raise AnchorsError(f"{str(path)!r} is not UTF-8: {error}.", "Save it as UTF-8.") from error
+        raise AnchorsError(
+            f"{str(path)!r} is not UTF-8: {error}.", "Save it as UTF-8.", code="suite"
+        ) from error
     found = []
     for number, line in enumerate(lines):
         try:
@@ -301,13 +318,15 @@ def _read(folder: Path, name: str) -> tuple[Example, ...]:
             raise AnchorsError(
                 f"Line {number + 1} of {str(path)!r} is not an example: {type(error).__name__} {error}.",
                 "Each line is an object with image, text, question, answer, kind and split.",
+                code="suite",
             ) from error
         if example.split not in SPLITS:
             raise AnchorsError(
                 f"Line {number + 1} of {str(path)!r} has the split {example.split!r}.",
                 nearest(example.split, SPLITS),
+                code="suite",
             )
         found.append(example)
     if not found:
-        raise AnchorsError(f"The scenario {name!r} holds no examples: {str(path)!r} is empty.")
+        raise AnchorsError(f"The scenario {name!r} holds no examples: {str(path)!r} is empty.", code="suite")
     return tuple(found)

@@ -76,11 +76,13 @@ class Sweep:
             raise AnchorsError(
                 "No scenario is named to be swept.",
                 f"Leave it out for all, or name some of: {', '.join(suite.skills)}.",
+                code="option-value",
             )
         if unknown := [s for s in self.scenarios or () if s not in suite.skills]:
             raise AnchorsError(
                 f"The suite {suite.name!r} has no expert for {unknown[0]!r}.",
                 nearest(unknown[0], suite.skills),
+                code="unknown-name",
             )
         return self.scenarios or suite.skills
 
@@ -161,7 +163,9 @@ def stretches(
         world = World(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
         own = wanted.grid.recipes(world.vlm.n_layers)
         if recipes and tuple(recipes) != own:
-            raise AnchorsError("The suites' VLMs differ in their layers: they are not one experiment.")
+            raise AnchorsError(
+                "The suites' VLMs differ in their layers: they are not one experiment.", code="mixed"
+            )
         recipes[:] = own
         total = len(suites) * sum(len(names) + len(own) for names in references.values())
         for skill in wanted.skills(suite):
@@ -189,7 +193,9 @@ def _stretch(world: "World", skill: str, units: dict[Unit, Recipe | str], total:
 
 
 def _too_large(unit: Unit | None) -> AnchorsError:
-    return AnchorsError("The prompts do not fit into memory.", "Use a smaller --batch, or --limit.")
+    return AnchorsError(
+        "The prompts do not fit into memory.", "Use a smaller --batch, or --limit.", code="memory"
+    )
 
 
 @dataclass(frozen=True)
@@ -348,11 +354,13 @@ def _require_siblings(suites: Sequence[Suite], wanted: Sweep) -> None:
         raise AnchorsError(
             f"Several suites have the seed {doubles[0]}.",
             "Suites of one sweep are trainings with different seeds.",
+            code="mixed",
         )
     if len({(wanted.skills(s), s.vision) for s in suites}) > 1:
         raise AnchorsError(
             "The suites differ in their scenarios: they are not one experiment.",
             "Name common ones with --scenarios.",
+            code="mixed",
         )
 
 

@@ -324,7 +324,7 @@ def _merged(settings: pd.DataFrame) -> pd.DataFrame:
     masks = settings.groupby("setting").agg(masks=("mask", "nunique"))
     first = settings.drop_duplicates("setting").set_index("setting")[RECIPE]
     if VLM not in first.index:
-        raise AnchorsError(f"The rows lack the {VLM}, with which everything is compared.")
+        raise AnchorsError(f"The rows lack the {VLM}, with which everything is compared.", code="rows")
     return first.join(sizes).join(masks).loc[order].reset_index()
 
 

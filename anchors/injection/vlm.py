@@ -88,6 +88,7 @@ class VisionLanguageModel(Routed):
             raise AnchorsError(
                 f"The tokenizer of {self.name!r} has no end-of-text token.",
                 "Set its eos_token: without one an answer never ends.",
+                code="tokenizer",
             )
         return self.tokenizer.eos_token_id
 
@@ -126,6 +127,7 @@ class VisionLanguageModel(Routed):
             raise AnchorsError(
                 f"A prompt of {length} tokens is longer than the {self.context} that {self.name!r} has positions for.",
                 "Show fewer demonstrations, or smaller images.",
+                code="length",
             )
 
         def padded(row: Sequence[int], more: Sequence[int], fill: int, size: int = length) -> list[int]:
@@ -177,17 +179,21 @@ class VisionLanguageModel(Routed):
                 raise AnchorsError(
                     f"Prompt {i} has {text.count(PLACE)} places for images and {len(own)} images.",
                     f"Write {PLACE} once for each image.",
+                    code="prompt",
                 )
             if place != PLACE and place in text:
                 raise AnchorsError(
                     f"Prompt {i} holds the model's image token {place!r} as text.",
                     f"Write {PLACE} for an image.",
+                    code="prompt",
                 )
         shown = [text.replace(PLACE, self._framed(place)) for text in texts]
         some = any(images)
         if some and not all(images):
             raise AnchorsError(
-                "Some prompts of the batch have images and others have none.", "Encode them apart."
+                "Some prompts of the batch have images and others have none.",
+                "Encode them apart.",
+                code="prompt",
             )
         try:
             # Only the images become tensors: rows of tokens differ in length until the answers stand behind them.
@@ -204,6 +210,7 @@ class VisionLanguageModel(Routed):
             raise AnchorsError(
                 f"The processor of {self.name!r} refuses these prompts: {error}",
                 "Are the images of a size that it knows?",
+                code="prompt",
             ) from error
 
     def _framed(self, place: str) -> str:
@@ -237,6 +244,7 @@ class VisionLanguageModel(Routed):
                     raise AnchorsError(
                         f"No token of prompt {i} holds {text[slice(*place_of)]!r}.",
                         "Does the tokenizer drop it?",
+                        code="tokenizer",
                     )
                 row.append(tokens)
             found.append(tuple(row))
@@ -273,7 +281,9 @@ def load_vlm(
     refuse_revision(source, revision)
     place = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not place.is_dir():
-        raise AnchorsError(f"The model {name!r} is not a directory.", "Give a hub id or a directory.")
+        raise AnchorsError(
+            f"The model {name!r} is not a directory.", "Give a hub id or a directory.", code="model-not-found"
+        )
     origin = Origin(str(place) if place.is_dir() else name, name, revision)
     model = vision_language_model(origin, dtype=DTYPES[precision])
     processor = processor_of(origin)
@@ -297,11 +307,13 @@ def prepare_vlm(
         raise AnchorsError(
             f"{name!r} has no image token: {type(model).__name__} with {type(processor).__name__}.",
             "Models that put image features at places of their own token are understood.",
+            code="model-kind",
         )
     if not tokenizer.is_fast:
         raise AnchorsError(
             f"The tokenizer of {name!r} is a slow one and gives no character offsets.",
             "Convert it to a fast tokenizer (tokenizer.json).",
+            code="tokenizer",
         )
     model.eval().requires_grad_(False)
     sound(model, name)

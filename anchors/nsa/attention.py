@@ -70,7 +70,9 @@ def resolve(backend: str, q: Tensor, geometry: Geometry) -> str:
         AnchorsError: an unknown backend; Triton where it cannot run.
     """
     if backend not in BACKENDS:
-        raise AnchorsError(f"There is no backend called {backend!r}.", nearest(backend, BACKENDS))
+        raise AnchorsError(
+            f"There is no backend called {backend!r}.", nearest(backend, BACKENDS), code="unknown-name"
+        )
     if backend == "auto":
         able = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and geometry.lp % 16 == 0
         return "triton" if able and triton_runs(q.device) else "reference"
@@ -79,6 +81,7 @@ def resolve(backend: str, q: Tensor, geometry: Geometry) -> str:
             f"backend='triton' was asked for tensors on {q.device}.",
             "The kernels need an NVIDIA GPU (compute capability 8.0 or later); move the tensors there or use "
             "backend='reference'.",
+            code="device",
         )
     return backend
 
@@ -235,7 +238,7 @@ def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx
     batch, queries, heads, dim = q.shape
     if not batch or not queries:
         raise AnchorsError(
-            f"The batch is empty: q has the shape {tuple(q.shape)}.", "Give at least one token."
+            f"The batch is empty: q has the shape {tuple(q.shape)}.", "Give at least one token.", code="shape"
         )
     reference.demand_groups(heads, kv.k_slc.shape[2])
     tokens = kv.tokens
@@ -250,15 +253,19 @@ def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx
             raise AnchorsError(
                 f"{name} has the shape {tuple(found)}, not {(*shape, kv.k_slc.shape[2], size)}.",
                 f"The queries are {tuple(q.shape)}, the geometry is {geometry}.",
+                code="shape",
             )
     if tuple(gates.shape) != (batch, queries, heads, 3):
         raise AnchorsError(
             f"The gates have the shape {tuple(gates.shape)}, not {(batch, queries, heads, 3)}.",
             "One gate for each of cmp, slc and win, per query and head.",
+            code="shape",
         )
     if q_cmp is not None and q_cmp.shape != q.shape:
         raise AnchorsError(
-            f"q_cmp has the shape {tuple(q_cmp.shape)}, q {tuple(q.shape)}.", "Give one query for each."
+            f"q_cmp has the shape {tuple(q_cmp.shape)}, q {tuple(q.shape)}.",
+            "Give one query for each.",
+            code="shape",
         )
     if idx is not None:
         _demand_blocks(idx, (batch, queries, kv.k_slc.shape[2]), geometry.blocks(tokens))
@@ -267,6 +274,7 @@ def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx
         raise AnchorsError(
             f"{queries} queries after {past} tokens need {past + queries} keys, but there are {tokens}.",
             "Append the keys of the queries first.",
+            code="shape",
         )
     return past, dim**-0.5 if scale is None else float(scale)
 
@@ -276,6 +284,7 @@ def _demand_blocks(idx: Tensor, shape: tuple[int, int, int], blocks: int) -> Non
         raise AnchorsError(
             f"idx has the shape {tuple(idx.shape)} of {idx.dtype}.",
             f"Give block numbers, [batch, query, groups, n] with {shape} in front.",
+            code="shape",
         )
     if idx.is_cuda:  # looking would wait for the GPU
         return
@@ -283,7 +292,9 @@ def _demand_blocks(idx: Tensor, shape: tuple[int, int, int], blocks: int) -> Non
     double = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if idx.numel() and (int(idx.max()) >= blocks or int(idx.min()) < -1 or bool(double.any())):
         raise AnchorsError(
-            f"idx names blocks beyond 0 to {blocks - 1}, or one twice in a row.", "−1 stands for no block."
+            f"idx names blocks beyond 0 to {blocks - 1}, or one twice in a row.",
+            "−1 stands for no block.",
+            code="shape",
         )
 
 
@@ -293,4 +304,5 @@ def _numbers(**tensors: Tensor) -> None:
             raise AnchorsError(
                 f"{name} holds entries that are not numbers.",
                 "Look for overflow before this layer; float16 overflows easily.",
+                code="not-finite",
             )

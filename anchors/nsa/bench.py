@@ -82,7 +82,9 @@ def bench(
     for asked, known in ((shapes, SHAPES), (patterns, PATTERNS), (implementations, IMPLEMENTATIONS)):
         for name in asked:
             if name not in known:
-                raise AnchorsError(f"There is nothing called {name!r} to compare.", nearest(name, known))
+                raise AnchorsError(
+                    f"There is nothing called {name!r} to compare.", nearest(name, known), code="unknown-name"
+                )
     clock, rows = Clock(place), []
     settings = {
         "geometry": asdict(geometry), "dtype": str(dtype), "repeats": repeats, "warmups": warmups, "seed": seed

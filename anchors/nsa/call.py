@@ -184,6 +184,7 @@ class NSACall(Call):
                 raise AnchorsError(
                     f"{edit.name!r} fired in layer {self.layer} but changed no gate.",
                     "Check its positions, or declare it neutral.",
+                    code="without-effect",
                 )
         asked = [edit for edit in chosen if (edit.force or edit.ban) and not edit.neutral]
         plain = self._trace(slice(0, queries)).idx if asked else None
@@ -193,6 +194,7 @@ class NSACall(Call):
                     f"{edit.name!r} fired in layer {self.layer} but changed no choice of blocks.",
                     "The blocks it forces are chosen anyway, or those it bans never are; a prompt of up to "
                     f"{self.sparse.geometry.n * self.sparse.geometry.lp} tokens is selected whole.",
+                    code="without-effect",
                 )
         gates = reduce(torch.mul, [factor for _, factor in factors], found.gates)
         branch_o = found.branch_o if weight is None else self._weighted(found, weight)

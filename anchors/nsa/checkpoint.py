@@ -54,6 +54,7 @@ class Checkpoint:
                 raise AnchorsError(
                     f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
                     "Choose another --out.",
+                    code="would-overwrite",
                 )
             return
         try:
@@ -64,6 +65,7 @@ class Checkpoint:
             raise AnchorsError(
                 f"{str(self.identity)!r} does not describe a training: {brief(error)}.",
                 "Delete its folder to begin again, or choose another --out.",
+                code="file-unreadable",
             ) from error
         after = json.loads(json.dumps(identity))
         differing = _differences(before, after)
@@ -73,6 +75,7 @@ class Checkpoint:
             raise AnchorsError(
                 f"{str(self.folder)!r} holds a training with {name} = {old}, not {new}{more}.",
                 "Choose another --out, or give the same options to go on with that one.",
+                code="other-run",
             )
 
     def claim(self, identity: dict[str, Any]) -> None:
@@ -111,6 +114,7 @@ class Checkpoint:
             raise AnchorsError(
                 f"The checkpoint {str(self.state)!r} cannot be used: {error}",
                 "Delete its folder to begin again.",
+                code="file-unreadable",
             ) from error
         return step
 
@@ -174,7 +178,9 @@ def _weights(folder: Path) -> Path:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise AnchorsError(
-            f"{folder} holds no model to begin with.", "Give the folder of a finished training."
+            f"{folder} holds no model to begin with.",
+            "Give the folder of a finished training.",
+            code="model-not-found",
         )
     return path
 
@@ -196,10 +202,13 @@ def begin(model: PreTrainedModel, folder: Path) -> None:
         raise AnchorsError(
             f"The weights in {folder} cannot be read: {brief(error)}",
             "The file was cut short or damaged: give the folder of a finished training.",
+            code="model-broken",
         ) from error
     except RuntimeError as error:
         raise AnchorsError(
-            f"The model in {folder} has other sizes: {error}", "Give the same --layers, --width, …"
+            f"The model in {folder} has other sizes: {error}",
+            "Give the same --layers, --width, …",
+            code="other-run",
         ) from error
     # Tied weights are stored once.
     missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
@@ -207,5 +216,6 @@ def begin(model: PreTrainedModel, folder: Path) -> None:
         raise AnchorsError(
             f"The model in {folder} is of another kind: without {missing[:3]}, with {list(unexpected)[:3]}.",
             "Give the same --attention and --phi.",
+            code="other-run",
         )
     model.tie_weights()

@@ -56,23 +56,28 @@ class NSAConfig(LlamaConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise AnchorsError(
-                    f"There is no {name} {getattr(self, name)!r}.", nearest(getattr(self, name), allowed)
+                    f"There is no {name} {getattr(self, name)!r}.",
+                    nearest(getattr(self, name), allowed),
+                    code="unknown-name",
                 )
         groups, head_dim, _ = self.widths
         if self.num_attention_heads % groups:
             raise AnchorsError(
                 f"{self.num_attention_heads} query heads cannot be divided among {groups} groups.",
                 "Choose a number of key-value heads that divides the query heads.",
+                code="geometry",
             )
         if head_dim % 2:
             raise AnchorsError(
                 f"Heads of size {head_dim} cannot be rotated: the rotary embedding turns pairs of entries.",
                 "Choose an even head_dim.",
+                code="geometry",
             )
         if self.attention == "full" and self.value_head_dim != self.head_dim:
             raise AnchorsError(
                 f"Full attention here has d_v = d_k, but value_head_dim is {self.value_head_dim}.",
                 "Leave value_head_dim out.",
+                code="geometry",
             )
         _ = self.geometry
 

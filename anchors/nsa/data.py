@@ -80,6 +80,7 @@ class Windows:
             raise AnchorsError(
                 f"{self.name!r} has {len(self.ids)} tokens, too few for windows of {self.tokens}.",
                 f"One in {HELD_OUT_SHARE} is held out, so {least} are needed: give a longer text or fewer --tokens.",
+                code="too-few",
             )
 
     @classmethod
@@ -98,7 +99,9 @@ class Windows:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AnchorsError(
-                f"The text {str(path)!r} cannot be read: {error}", "Give a UTF-8 text file."
+                f"The text {str(path)!r} cannot be read: {error}",
+                "Give a UTF-8 text file.",
+                code="file-unreadable",
             ) from error
         try:
             kind = (
@@ -110,6 +113,7 @@ class Windows:
             raise AnchorsError(
                 f"The tokenizer {tokenizer!r} could not be loaded: {error}",
                 "Leave it out for a token per byte.",
+                code="tokenizer",
             ) from error
         lines = text.splitlines(keepends=True)
         # Lines by themselves: a tokenizer takes a whole book at once only slowly.

@@ -96,6 +96,7 @@ class Episode:
             raise AnchorsError(
                 f"{count} demonstrations and a query are wanted from an episode of {self.length} labelled texts.",
                 f"Ask for 1 to {self.length - 1}.",
+                code="option-value",
             )
         target = int(np.flatnonzero((self.numbers == count) & (self.kinds == PREFIX))[0])
         ids = tuple(int(i) for i in self.ids[: target + 1])
@@ -144,31 +145,38 @@ class Episodes:
         for name in ("classes", "words"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise AnchorsError(f"{name}: {low} to {high} is not a range from 1 on.")
+                raise AnchorsError(f"{name}: {low} to {high} is not a range from 1 on.", code="option-value")
         if self.classes[0] < 2:
-            raise AnchorsError(f"An episode of {self.classes[0]} class has nothing to tell apart.")
+            raise AnchorsError(
+                f"An episode of {self.classes[0]} class has nothing to tell apart.", code="option-value"
+            )
         most = self.classes[1]
         if most > self.vocabulary.label_words:
             raise AnchorsError(
                 f"{most} classes need as many label words; there are {self.vocabulary.label_words}.",
                 "Have more label words or fewer classes.",
+                code="option-value",
             )
         if self.keywords < 1 or self.recent < 1:
-            raise AnchorsError("A class has at least one keyword, and `recent` is at least 1.")
+            raise AnchorsError(
+                "A class has at least one keyword, and `recent` is at least 1.", code="option-value"
+            )
         if 2 * most * self.keywords > self.vocabulary.words:
             raise AnchorsError(
                 f"{most} classes of {self.keywords} keywords take more than half of {self.vocabulary.words} words.",
                 "Have more words, fewer classes or fewer keywords.",
+                code="option-value",
             )
         for name in ("keyword_rate", "burstiness"):
             if not 0 <= getattr(self, name) <= 1:
-                raise AnchorsError(f"{name} {getattr(self, name)} is not a probability.")
+                raise AnchorsError(f"{name} {getattr(self, name)} is not a probability.", code="option-value")
         if not 0 <= self.skew < 20:
-            raise AnchorsError(f"A skew of {self.skew} is not an exponent from 0 to 20.")
+            raise AnchorsError(f"A skew of {self.skew} is not an exponent from 0 to 20.", code="option-value")
         if self.tokens < 1 + 2 * (self.words[1] + _FRAME):
             raise AnchorsError(
                 f"A sequence of {self.tokens} tokens does not hold two texts of {self.words[1]} words.",
                 "Have longer sequences or shorter texts.",
+                code="option-value",
             )
 
     @property

@@ -39,26 +39,32 @@ class Geometry:
     def __post_init__(self) -> None:
         for name in ("l", "d", "lp", "n", "w"):
             if getattr(self, name) < 1:
-                raise AnchorsError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}.", "It must be at least 1.", code="geometry"
+                )
         if self.l % self.d:
             raise AnchorsError(
                 f"l = {self.l} is not a multiple of d = {self.d}.",
                 "Eq. 9 adds up whole strides: choose d so that it divides l.",
+                code="geometry",
             )
         if self.lp % self.d:
             raise AnchorsError(
                 f"l' = {self.lp} is not a multiple of d = {self.d}.",
                 "Eq. 9 adds up whole strides: choose d so that it divides l'.",
+                code="geometry",
             )
         if self.lp < self.l:
             raise AnchorsError(
                 f"Selection blocks of {self.lp} tokens are smaller than compression blocks of {self.l}.",
                 "Eq. 9 needs l <= l'.",
+                code="geometry",
             )
         if min(self.n_init, self.n_local) < 0 or self.n_init + self.n_local > self.n:
             raise AnchorsError(
                 f"{self.n_init} initial and {self.n_local} local blocks do not fit among n = {self.n} selected ones.",
                 "n counts them too: raise it, or lower them.",
+                code="geometry",
             )
 
     def compressed(self, tokens: int) -> int:

@@ -57,6 +57,7 @@ def _refuse_padding() -> None:
     raise AnchorsError(
         "NSA was given a mask that hides tokens: its blocks would be filled with padding.",
         "Pad on the right and pass no attention mask (nothing sees what follows it), or use a batch of one.",
+        code="shape",
     )
 
 
@@ -118,11 +119,13 @@ class NativeSparseAttention(nn.Module):
                 f"This transformers hands a layer its cache as {unheard[0]!r}, a name that NSA does not know: it would be "
                 "ignored.",
                 "Use a version of transformers that label-anchors declares.",
+                code="package",
             )
         if not hidden_states.numel():
             raise AnchorsError(
                 f"There is nothing to attend to: the input has the shape {tuple(hidden_states.shape)}.",
                 "Give at least one sequence of one token.",
+                code="shape",
             )
         if cu_seqlens is not None:
             if (
@@ -133,10 +136,13 @@ class NativeSparseAttention(nn.Module):
                 raise AnchorsError(
                     f"The bounds {cu_seqlens.tolist()} do not divide {hidden_states.shape[1]} tokens.",
                     "Begin with 0, end with the number of tokens, and give no positions: each sequence starts at 0.",
+                    code="shape",
                 )
             if len(hidden_states) != 1 or cache is not None:
                 raise AnchorsError(
-                    "Packed sequences come as one row, without a cache.", "Reshape to [1, tokens, …]."
+                    "Packed sequences come as one row, without a cache.",
+                    "Reshape to [1, tokens, …].",
+                    code="shape",
                 )
             parts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
             return torch.cat([self(part)[0] for part in parts if part.shape[1]], dim=1), None
@@ -170,6 +176,7 @@ class NativeSparseAttention(nn.Module):
                 raise AnchorsError(
                     f"{type(cache).__name__} returns {keys.shape[1]} keys for {past + tokens} tokens.",
                     "NSA needs a cache that grows: DynamicCache, transformers' default.",
+                    code="shape",
                 )
             rows = max(len(cached), len(position_ids))
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)

@@ -199,7 +199,7 @@ def eager(case: Case) -> list[Task]:
     from anchors.nsa.attention import Branches, nsa_attention
 
     if case.tokens > EAGER:
-        raise AnchorsError(f"patterns of {case.tokens} tokens are not formed whole.")
+        raise AnchorsError(f"patterns of {case.tokens} tokens are not formed whole.", code="length")
 
     def whole(q, kc, vc, k, v, k_win, v_win, gates) -> Tensor:
         kv = Branches(kc, vc, k, v, k_win, v_win)
@@ -305,7 +305,7 @@ def xunhaolai(case: Case) -> list[Task]:
 
     g = case.geometry
     if len(case.q) > 1:
-        raise AnchorsError("batches are not joined into one text here.")
+        raise AnchorsError("batches are not joined into one text here.", code="shape")
 
     def ends(tokens: int) -> Tensor:
         return torch.tensor([0, tokens], dtype=torch.int32, device=case.q.device)

@@ -103,5 +103,5 @@ def make(kind: str, l: int, dim: int) -> Phi:
         AnchorsError: there is no such φ.
     """
     if kind not in PHI:
-        raise AnchorsError(f"There is no φ called {kind!r}.", nearest(kind, PHI))
+        raise AnchorsError(f"There is no φ called {kind!r}.", nearest(kind, PHI), code="unknown-name")
     return PHI[kind](l, dim)

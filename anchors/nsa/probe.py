@@ -63,7 +63,9 @@ class Probe:
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("seed", 0), ("vectors", 0), ("demonstrations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise AnchorsError(f"{name} is {value}.", f"It must be at least {least}.")
+                raise AnchorsError(
+                    f"{name} is {value}.", f"It must be at least {least}.", code="option-value"
+                )
         demand_seed(self.seed)
 
     def prompt(self, number: int) -> Prompt:
@@ -83,6 +85,7 @@ class Probe:
             raise AnchorsError(
                 f"Episode {number} of seed {self.seed} has no query whose label can be known from {most} demonstrations.",
                 "Have more demonstrations, fewer classes or a higher keyword rate.",
+                code="too-few",
             )
         return episode.prompt(knowable[-1])
 
@@ -115,6 +118,7 @@ def geometry_of(model: LanguageModel) -> Geometry | None:
         raise AnchorsError(
             f"{model.name} is a {type(model.model).__name__}, not a model with Native Sparse Attention.",
             "Train one with `anchors nsa train`.",
+            code="model-kind",
         )
     return config.geometry if config.attention == "nsa" else None
 
@@ -133,7 +137,11 @@ def with_geometry(model: LanguageModel, **sizes: int | None) -> LanguageModel:
     if not changed:
         return model
     if geometry_of(model) is None:
-        raise AnchorsError(f"{model.name} has full attention: there is no block to change.", "Leave it out.")
+        raise AnchorsError(
+            f"{model.name} has full attention: there is no block to change.",
+            "Leave it out.",
+            code="model-kind",
+        )
     twin = copy.deepcopy(model.model)
     for name, value in changed.items():
         setattr(twin.config, name, value)
@@ -162,6 +170,7 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
         raise AnchorsError(
             f"The tokenizer of {model.name} is not one of the episodes: their label words are not in it.",
             "Probe a model that `anchors nsa train` trained on episodes.",
+            code="tokenizer",
         )
     return found
 
@@ -180,6 +189,7 @@ def demand_choice(probe: Probe, geometry: Geometry | None) -> None:
             f"Prompts of up to {longest} tokens have {geometry.blocks(longest)} blocks of {geometry.lp}, and n = "
             f"{geometry.n} are selected: everything is, whatever is in it.",
             f"Use --tokens above {geometry.n * geometry.lp}, or a model with smaller blocks.",
+            code="too-few",
         )
 
 
@@ -256,6 +266,7 @@ def stretch(
         raise AnchorsError(
             f"Episodes of {probe.episodes.tokens} tokens exceed the model's {model.context} positions.",
             f"Use --tokens {model.context} or fewer.",
+            code="length",
         )
     config = {
         "kind": KIND, "version": VERSION, "model": dict(model.identity.parts), "software": software(), "precision": model.precision,
@@ -290,6 +301,7 @@ def stretch(
         return AnchorsError(
             f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
             "Use fewer --tokens or another --device.",
+            code="memory",
         )
 
     return Stretch(config, wanted, lots, model.name, certify=certify, task="episodes")

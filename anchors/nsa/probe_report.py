@@ -49,11 +49,14 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
         try:
             facts = parsed((folder / TRAINING).read_text(encoding="utf-8"))["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AnchorsError(f"{str(folder / TRAINING)!r} cannot be read: {error}") from error
+            raise AnchorsError(
+                f"{str(folder / TRAINING)!r} cannot be read: {error}", code="file-unreadable"
+            ) from error
         if facts.get("data") != "episodes":
             raise AnchorsError(
                 f"{model.name} was trained on {facts.get('data')}, not on episodes.",
                 "Label words are looked for in episodes only.",
+                code="model-kind",
             )
         names = set(Episodes.__dataclass_fields__) - {"vocabulary"}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names}
@@ -65,6 +68,7 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
         raise AnchorsError(
             f"Episodes of {longest} tokens do not fit into the {model.context} positions of {model.name}.",
             f"Take --tokens {model.context} or fewer.",
+            code="length",
         )
     return Episodes(**known, vocabulary=vocabulary_of(model))
 

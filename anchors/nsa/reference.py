@@ -238,4 +238,5 @@ def demand_groups(heads: int, groups: int) -> None:
         raise AnchorsError(
             f"{heads} query heads cannot be divided among {groups} groups.",
             "Choose a number of groups (key-value heads) that divides the query heads.",
+            code="geometry",
         )

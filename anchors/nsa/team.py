@@ -58,7 +58,9 @@ class Several(Team):
             from accelerate import Accelerator
         except ImportError as error:
             raise AnchorsError(
-                "Several processes need accelerate.", "pip install 'label-anchors[train]', or start just one."
+                "Several processes need accelerate.",
+                "pip install 'label-anchors[train]', or start just one.",
+                code="package",
             ) from error
         # bf16 is this module's own business, as in a single process.
         self.accelerator = Accelerator(mixed_precision="no")

@@ -64,7 +64,9 @@ def quartiles(times: Sequence[float]) -> list[float]:
 
 def device_of(device: str | None) -> torch.device:
     if device is None and not torch.cuda.is_available():
-        raise AnchorsError("The benchmark needs a CUDA GPU.", "Run it on a machine that has one.")
+        raise AnchorsError(
+            "The benchmark needs a CUDA GPU.", "Run it on a machine that has one.", code="device"
+        )
     return torch.device(device or "cuda")
 
 

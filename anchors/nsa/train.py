@@ -71,22 +71,27 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
-                raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1.", code="option-value"
+                )
         demand_seed(self.seed)
         for name in ("warmup", "weight_decay", "text_weight"):
             if not 0 <= getattr(self, name) <= LARGEST:
                 raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0, and a number of float32."
+                    f"{name} is {getattr(self, name)}; it must be at least 0, and a number of float32.",
+                    code="option-value",
                 )
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) <= LARGEST:
                 raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be above 0, and a number of float32."
+                    f"{name} is {getattr(self, name)}; it must be above 0, and a number of float32.",
+                    code="option-value",
                 )
         for name, what in (("grow", "the steps"), ("last_lr", "the highest learning rate")):
             if not 0 <= getattr(self, name) <= 1:
                 raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be a share of {what}, from 0 to 1."
+                    f"{name} is {getattr(self, name)}; it must be a share of {what}, from 0 to 1.",
+                    code="option-value",
                 )
 
     def lesson(self, step: int) -> int:
@@ -126,7 +131,9 @@ class Watch:
     def __post_init__(self) -> None:
         for name in ("every", "evaluate", "save", "held_out"):
             if getattr(self, name) < 1:
-                raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1.", code="option-value"
+                )
 
 
 @dataclass(frozen=True)
@@ -183,23 +190,27 @@ def train(
         raise AnchorsError(
             f"New weights of standard deviation {config.initializer_range} make no training.",
             "Take an initializer_range above 0, such as 0.02.",
+            code="option-value",
         )
     tokenizer = data.tokenizer()
     if config.vocab_size != len(tokenizer):
         raise AnchorsError(
             f"The model has a vocabulary of {config.vocab_size} tokens, the data's tokenizer {len(tokenizer)}.",
             f"Take vocab_size={len(tokenizer)}.",
+            code="tokenizer",
         )
     if data.tokens > config.max_position_embeddings:
         raise AnchorsError(
             f"Sequences have {data.tokens} tokens, the model positions for {config.max_position_embeddings}.",
             f"Take max_position_embeddings={data.tokens}, or shorter sequences.",
+            code="length",
         )
     team = Team.made(device)
     if recipe.batch % team.size:
         raise AnchorsError(
             f"A batch of {recipe.batch} cannot be divided among {team.size} processes.",
             f"Take a multiple of {team.size}.",
+            code="option-value",
         )
     described = {k: v for k, v in config.to_dict().items() if k not in _FREE}
     identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe)}
@@ -429,4 +440,5 @@ def _diverged(what: str, step: int, checkpoint: Checkpoint) -> AnchorsError:
     return AnchorsError(
         f"The training diverged. {what} at step {step}.",
         f"{kept}; train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --init.",
+        code="diverged",
     )

@@ -35,11 +35,13 @@ class Vocabulary:
             raise AnchorsError(
                 f"A vocabulary of {self.label_words} label words and {self.words} words is too small.",
                 "Take at least 2 label words and 8 words.",
+                code="option-value",
             )
         if self.label_words > len(_SYLLABLES) * len(_CONSONANTS) or self.words > len(_SYLLABLES) ** 3:
             raise AnchorsError(
                 f"There are not {self.label_words} label words and {self.words} words to make up.",
                 f"At most {len(_SYLLABLES) * len(_CONSONANTS)} label words and {len(_SYLLABLES) ** 3} words.",
+                code="option-value",
             )
 
     @property

@@ -89,6 +89,7 @@ class Study:
             raise AnchorsError(
                 f"The study {self.name!r} of {self.home} cannot be used: {reference!r} cannot be imported: {brief(error)}.",
                 f"Mend or uninstall {self.home}.",
+                code="study",
             ) from error
 
     @property
@@ -334,9 +335,11 @@ def study(name: str) -> Study:
         return BUILT_IN[name]
     found, refused = plugins()
     if name in refused:
-        raise AnchorsError(refused[name], "Mend or uninstall that package.")
+        raise AnchorsError(refused[name], "Mend or uninstall that package.", code="study")
     if name not in found:
-        raise AnchorsError(f"There is no study {name!r}.", nearest(name, [*BUILT_IN, *found]))
+        raise AnchorsError(
+            f"There is no study {name!r}.", nearest(name, [*BUILT_IN, *found]), code="unknown-name"
+        )
     return found[name]
 
 

@@ -55,7 +55,9 @@ def causal_summary(
             names = dict(zip(GROUP, key, strict=True)) | {"condition": condition, "metric": metric}
             tables.append(table.assign(**names, examples=len(units), seeds=units["seed"].nunique()))
     if not tables:
-        raise AnchorsError("The rows hold no patched prompts.", "Were they made by another verb?")
+        raise AnchorsError(
+            "The rows hold no patched prompts.", "Were they made by another verb?", code="rows"
+        )
     columns = [
         *GROUP,
         "condition",

@@ -155,12 +155,15 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
     if source in (None, "builtin"):
         if task.name not in TASKS:
             raise AnchorsError(
-                f"Task {task.name!r} has no built-in data.", "Give --data with a file or a directory."
+                f"Task {task.name!r} has no built-in data.",
+                "Give --data with a file or a directory.",
+                code="data-missing",
             )
         if task.labels != TASKS[task.name].labels:
             raise AnchorsError(
                 f"The built-in data of {task.name!r} is labelled {list(TASKS[task.name].labels)}, not {list(task.labels)}.",
                 "Give --data with a file whose labels are numbers or the new label words.",
+                code="data-label",
             )
         name = "builtin"
         parts = [_builtin(f"{task.name}.{part}.jsonl") for part in SPLITS]
@@ -175,7 +178,9 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
             parts = [_Part(path.name, rows(path))]
         else:
             raise AnchorsError(
-                f"The data {source!r} does not exist.", "Give `hub`, `builtin`, a file or a directory."
+                f"The data {source!r} does not exist.",
+                "Give `hub`, `builtin`, a file or a directory.",
+                code="data-missing",
             )
     # The classes of a hub's data set are numbers by its own features, whatever the words.
     read_as = _classes(task.labels if source != "hub" else (), len(task.labels), parts)
@@ -186,12 +191,15 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
     )
     for part, examples in (("train", train), ("test", test)):
         if not examples:
-            raise AnchorsError(f"The {part} part of {name!r} is empty.", "Give more examples.")
+            raise AnchorsError(
+                f"The {part} part of {name!r} is empty.", "Give more examples.", code="too-few"
+            )
     lacking = [label for i, label in enumerate(task.labels) if all(e.label != i for e in train)]
     if lacking:
         raise AnchorsError(
             f"No training example of {name!r} is labelled {lacking}.",
             "Each demonstration set needs every class; add examples or leave the label out.",
+            code="too-few",
         )
     return Data(train, test, name, tuple((part.name, len(part.rows)) for part in parts))
 
@@ -220,6 +228,7 @@ def _parts(folder: Path, task: str) -> list[Path]:
             raise AnchorsError(
                 f"{str(folder)!r} holds no {part} file, neither itself nor in a subdirectory {task!r}.",
                 f"Looked for {' or '.join(SPLITS[part])} with one of {', '.join(READERS)}, both parts in one place.",
+                code="data-missing",
             )
     return [path for path in found.values() if path is not None]
 
@@ -231,6 +240,7 @@ def _sole(place: Path, stem: str) -> Path | None:
         raise AnchorsError(
             f"{str(place)!r} holds {' and '.join(path.name for path in found)}: which of them is meant is open.",
             "Keep one of them there, or give a file.",
+            code="data-file",
         )
     return found[0] if found else None
 
@@ -252,6 +262,7 @@ def _classes(labels: Sequence[str], count: int, parts: Sequence[_Part]) -> dict[
             raise AnchorsError(
                 f"{place} has the label {label!r}, which is not one of {list(labels)}.",
                 f"Labels are label words or their numbers 0 to {count - 1}; --labels sets the words.",
+                code="data-label",
             )
     if no_words := [label for label in seen if label not in words]:
         for label in seen.keys() & words.keys() & numbers.keys():
@@ -261,6 +272,7 @@ def _classes(labels: Sequence[str], count: int, parts: Sequence[_Part]) -> dict[
                     f"of a label word it is {labels[numbers[label]]!r}. That some labels are numbers is "
                     f"shown by {no_words[0]!r}, which is no label word ({seen[no_words[0]]}).",
                     "Write label words only, or number label words that are no numbers themselves.",
+                    code="data-label",
                 )
     return numbers | words
 
@@ -273,9 +285,12 @@ def _examples(task: Task, part: _Part, read_as: dict[str, int]) -> tuple[Example
                 f"{each.place} of {part.name} opens a text of several lines by a quotation mark, but its lines would be "
                 "rows of their own: one text may begin with that mark and a later one end with another.",
                 'Quote such texts as a whole, with the marks in them doubled ("""So", she said), or write JSON lines.',
+                code="data-row",
             )
         if not each.text.strip():
-            raise AnchorsError(f"{each.place} of {part.name} has no text: {each.text!r}.", "Remove the row.")
+            raise AnchorsError(
+                f"{each.place} of {part.name} has no text: {each.text!r}.", "Remove the row.", code="data-row"
+            )
         examples.append(Example(each.text, read_as[each.label.strip()]))
     return tuple(examples)
 
@@ -291,12 +306,14 @@ def _split(examples: Sequence[Example], test_share: float) -> tuple[tuple[Exampl
 
 def _hub(task: Task) -> list[_Part]:
     if task.hub is None:
-        raise AnchorsError(f"Task {task.name!r} has no data set on the hub.", "Give --data with a file.")
+        raise AnchorsError(
+            f"Task {task.name!r} has no data set on the hub.", "Give --data with a file.", code="data-missing"
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise AnchorsError(
-            "The package `datasets` is not installed.", "pip install 'label-anchors[hub]'"
+            "The package `datasets` is not installed.", "pip install 'label-anchors[hub]'", code="package"
         ) from error
     hub = task.hub
     parts = []
@@ -307,6 +324,7 @@ def _hub(task: Task) -> list[_Part]:
             raise AnchorsError(
                 f"The data set {hub.path!r} could not be loaded from the hub: {error}",
                 "Check the network, or leave --data out for the built-in set.",
+                code="data-missing",
             ) from error
         where = f"{hub.path}/{split}"
         pairs = zip(list(table[hub.text]), list(table[hub.label]), strict=True)

@@ -34,9 +34,11 @@ class Draw:
 
     def __post_init__(self) -> None:
         if self.control not in CONTROLS:
-            raise AnchorsError(f"Unknown control {self.control!r}.", nearest(self.control, CONTROLS))
+            raise AnchorsError(
+                f"Unknown control {self.control!r}.", nearest(self.control, CONTROLS), code="unknown-name"
+            )
         if self.shots < 1:
-            raise AnchorsError(f"shots = {self.shots}: it must be at least 1.")
+            raise AnchorsError(f"shots = {self.shots}: it must be at least 1.", code="option-value")
         demand_seed(self.seed)
 
 
@@ -68,11 +70,12 @@ def draw(
             known before any of them is tokenised; see also `tokenise`.
     """
     if examples < 1:
-        raise AnchorsError(f"examples = {examples}: it must be at least 1.")
+        raise AnchorsError(f"examples = {examples}: it must be at least 1.", code="option-value")
     if context is not None and how.shots * len(task.labels) >= context:
         raise AnchorsError(
             f"{how.shots * len(task.labels)} demonstrations do not fit into the model's context of {context} tokens.",
             "Use fewer --shots.",
+            code="length",
         )
     words = label_tokens(task, tokenizer)
     order = stream(Stream.QUERIES, how.seed).permutation(len(data.test))
@@ -107,6 +110,7 @@ def demonstrations(
         raise AnchorsError(
             f"Fewer than {how.shots} training examples for {few}{why}.",
             "Ask for fewer shots." if how.shots > 1 else "Add examples.",
+            code="too-few",
         )
     rng = stream(Stream.DEMONSTRATIONS, how.seed, number if how.fresh else 0)
     shown = [pool[i] for pool in by_class for i in _different(len(pool), how, rng)]
@@ -147,6 +151,7 @@ def random_positions(prompt: Prompt, rng: np.random.Generator) -> tuple[int, ...
         raise AnchorsError(
             f"The demonstrations have {len(free)} tokens beside {len(prompt.label_positions)} label-word positions.",
             "They are too short for random positions as a control.",
+            code="too-few",
         )
     return tuple(sorted(int(i) for i in rng.choice(free, len(prompt.label_positions), replace=False)))
 
@@ -173,6 +178,7 @@ def within_context(
             f"tokens; the longest (test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
             f"{tokens} of them in its demonstration number {number}.",
             "Use fewer --shots, or --skip-too-long to leave such examples out.",
+            code="length",
         )
     return fitting, len(drawn) - len(fitting)
 

@@ -45,17 +45,25 @@ def rows(path: Path) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", nearest(path.suffix, READERS))
+        raise AnchorsError(
+            f"Files ending in {path.suffix!r} are not read.", nearest(path.suffix, READERS), code="data-file"
+        )
     try:
         if path.stat().st_size == 0:
-            raise AnchorsError(f"The file {str(path)!r} is empty.", "It needs rows with `text` and `label`.")
+            raise AnchorsError(
+                f"The file {str(path)!r} is empty.",
+                "It needs rows with `text` and `label`.",
+                code="data-file",
+            )
         found = reader(path)
     except AnchorsError:
         raise
     except (ValueError, OSError) as error:
-        raise AnchorsError(f"The file {str(path)!r} cannot be read: {error}") from error
+        raise AnchorsError(f"The file {str(path)!r} cannot be read: {error}", code="data-file") from error
     if not found:
-        raise AnchorsError(f"The file {str(path)!r} has no rows.", "It needs rows with `text` and `label`.")
+        raise AnchorsError(
+            f"The file {str(path)!r} has no rows.", "It needs rows with `text` and `label`.", code="data-file"
+        )
     return found
 
 
@@ -66,7 +74,7 @@ def decode(content: bytes, name: str) -> str:
         AnchorsError: another encoding.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise AnchorsError(f"{name} is UTF-16, not UTF-8.", "Save it as UTF-8.")
+        raise AnchorsError(f"{name} is UTF-16, not UTF-8.", "Save it as UTF-8.", code="data-file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,6 +82,7 @@ def decode(content: bytes, name: str) -> str:
         raise AnchorsError(
             f"Line {line} of {name} is not UTF-8: it holds the byte 0x{content[error.start]:02x}.",
             "Save it as UTF-8.",
+            code="data-file",
         ) from error
 
 
@@ -81,12 +90,15 @@ def _columns(names: Sequence[str], path: Path) -> tuple[int, int]:
     """Where `text` and `label` stand."""
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise AnchorsError(f"The file {str(path)!r} has several columns called {twice}.", "Rename one.")
+        raise AnchorsError(
+            f"The file {str(path)!r} has several columns called {twice}.", "Rename one.", code="data-file"
+        )
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise AnchorsError(
             f"The file {str(path)!r} lacks the column{'s' * (len(missing) > 1)} {sorted(missing)}; it has {list(names)}.",
             "Rename its columns to `text` and `label`.",
+            code="data-file",
         )
     return names.index("text"), names.index("label")
 
@@ -124,6 +136,7 @@ def _records(text: str, delimiter: str, name: str) -> Iterator[tuple[int, list[s
             raise AnchorsError(
                 f"Line {line} of {name} ends in \\r\\n, its header in \\n: whether \\r belongs to the last field is open.",
                 "Save the file with one kind of line end.",
+                code="data-file",
             )
         at, line = closing.end(), line + len(lines)
 
@@ -149,6 +162,7 @@ def _delimited(path: Path) -> list[Row]:
                 f"Line {line} of {path.name} has {len(fields)} field{'s' * (len(fields) > 1)}, but the header has "
                 f"{len(names)}: {names}.",
                 f'A text that holds {delimiter!r} is quoted as a whole: "…", with quotation marks in it doubled.',
+                code="data-row",
             )
         alone = [each.split(delimiter) for each in (lines[0], lines[-1])] if len(lines) > 1 else []
         others = tuple(cells[label_at] for cells in alone if len(cells) == len(names))
@@ -184,6 +198,7 @@ def _json_lines(path: Path) -> list[Row]:
                 raise AnchorsError(
                     f"Line {number} of {path.name} cannot be read as JSON: {error}",
                     "Each line is an object with `text` and `label`.",
+                    code="data-row",
                 ) from error
             found.append(_from_object(value, f"Line {number}", path))
     return found
@@ -199,11 +214,14 @@ def _json(path: Path) -> list[Row]:
             raise AnchorsError(
                 f"In the file {str(path)!r} `text` and `label` are no columns of the same rows.",
                 "Write a list of objects, each with `text` and `label`.",
+                code="data-file",
             )
         whole = [dict(zip(COLUMNS, pair, strict=True)) for pair in zip(*columns, strict=True)]
     if not isinstance(whole, list):
         raise AnchorsError(
-            f"The file {str(path)!r} holds no list.", "Write a list of objects, each with `text` and `label`."
+            f"The file {str(path)!r} holds no list.",
+            "Write a list of objects, each with `text` and `label`.",
+            code="data-file",
         )
     return [_from_object(value, f"Row {number}", path) for number, value in enumerate(whole, start=1)]
 
@@ -218,11 +236,13 @@ def _from_object(value: Any, place: str, path: Path) -> Row:
         raise AnchorsError(
             f"{place} of {path.name} holds {_kind(value)}, not an object.",
             'Each row is an object such as {"text": "…", "label": "…"}.',
+            code="data-row",
         )
     if missing := [name for name in COLUMNS if name not in value]:
         raise AnchorsError(
             f"{place} of {path.name} lacks {missing}; it has {list(value)}.",
             "Each row needs `text` and `label`.",
+            code="data-row",
         )
     return row(value["text"], value["label"], place, path.name)
 
@@ -230,11 +250,14 @@ def _from_object(value: Any, place: str, path: Path) -> Row:
 def row(text: Any, label: Any, place: str, where: str) -> Row:
     """A row whose values have types of their own: a text must be a string, a label a string or a whole number."""
     if not isinstance(text, str):
-        raise AnchorsError(f"The text of {place.lower()} of {where} is no string but {_kind(text)}.", _QUOTE)
+        raise AnchorsError(
+            f"The text of {place.lower()} of {where} is no string but {_kind(text)}.", _QUOTE, code="data-row"
+        )
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise AnchorsError(
             f"The label of {place.lower()} of {where} is neither a string nor a whole number but {_kind(label)}.",
             _QUOTE,
+            code="data-label",
         )
     try:
         text.encode()
@@ -242,6 +265,7 @@ def row(text: Any, label: Any, place: str, where: str) -> Row:
         raise AnchorsError(
             f"The text of {place.lower()} of {where} holds half a character: {text[error.start]!r} is one of two surrogates.",
             "Write the whole character, or remove the row.",
+            code="data-row",
         ) from error
     return Row(text, str(label), place)
 
@@ -286,6 +310,7 @@ def _parquet(path: Path) -> list[Row]:
                 raise AnchorsError(
                     f"The column {name!r} of {str(path)!r} holds {kind}, not strings{also}.",
                     "Write it as strings; a missing value makes a column of whole numbers one of floats.",
+                    code="data-file",
                 )
         table = file.read(columns=list(COLUMNS))
     pairs = zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True)

@@ -93,6 +93,7 @@ def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[
         raise AnchorsError(
             f"Which label word follows changes the tokens of the template's {prefix[-8:]!r} before it.",
             "End the part before {label} with a character that stays a token of its own, such as ':'.",
+            code="label-words",
         )
     _refuse_collisions(task, tokenizer, words)
     return tuple(words)
@@ -112,7 +113,11 @@ def _in_place(
     whole = text + word + after + task.separator + before
     ids, spans = _encode(tokenizer, whole)
     if any(b > len(whole) for _, b in spans):
-        raise AnchorsError("The tokenizer's offsets run past the text.", "Its offset mapping cannot be used.")
+        raise AnchorsError(
+            "The tokenizer's offsets run past the text.",
+            "Its offset mapping cannot be used.",
+            code="tokenizer",
+        )
     seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
     first = 1 + max((i for i, a, _ in seen if a < start), default=-1)
     last = 1 + max((i for i, a, _ in seen if a < end), default=-1)
@@ -120,11 +125,13 @@ def _in_place(
         raise AnchorsError(
             f"The tokenizer melts the label word {task.labels[label]!r} with the template's {prefix[-8:]!r}.",
             "End the part before {label} with a character that stays a token of its own, such as ':'.",
+            code="label-words",
         )
     if spans[last - 1][1] > end:
         raise AnchorsError(
             f"The tokenizer melts the label word {task.labels[label]!r} with what follows it, {whole[end : end + 8]!r}.",
             "Begin what follows {label} with a character that stays a token of its own, such as a line break.",
+            code="label-words",
         )
     return ids, spans, (first, last)
 
@@ -141,17 +148,20 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
                     f"The tokenizer keeps the white space before the labels {names} as a token of its own, "
                     f"{shown[1][0]!r}: the prediction is read at that token, so they cannot be told apart.",
                     "Put a line break instead of white space right before {label}.",
+                    code="label-words",
                 )
             if one[0] == other[0]:
                 raise AnchorsError(
                     f"The labels {names} begin with the same token: {shown[0]} and {shown[1]}. "
                     "The prediction is read at that token, so they cannot be told apart.",
                     "Choose label words with different first tokens (--labels).",
+                    code="label-words",
                 )
             if chosen(one) == chosen(other):
                 raise AnchorsError(
                     f"The labels {names} coincide under the policy {task.policy!r}: {shown[0]} and {shown[1]}.",
                     "Use the policy `first` or `all`, or other label words.",
+                    code="label-words",
                 )
 
 
@@ -219,7 +229,8 @@ def tokenise(
     expected = sum(piece.role == "label" for piece in pieces)
     if len(members) != expected:
         raise AnchorsError(
-            f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens."
+            f"{expected} label words stand in the prompt, but {len(members)} were found in its tokens.",
+            code="label-words",
         )
     return Prompt(
         text=text,
@@ -246,6 +257,7 @@ def _demand_same(
             f"The label word {task.labels[label]!r} is {tokenizer.convert_ids_to_tokens(list(ids))} in this prompt, but "
             f"{tokenizer.convert_ids_to_tokens(list(words[label]))} behind {STAND_IN + task.prefix!r}.",
             "What stands around the label word changes its tokens; put it between a colon and a line break.",
+            code="label-words",
         )
 
 
@@ -266,12 +278,14 @@ def _refuse_controls(
             raise AnchorsError(
                 f"The prompt holds {text[a:b]!r}, which the tokenizer puts in front by itself: the model would see it twice.",
                 "Leave it out.",
+                code="prompt",
             )
         if a < b and i in controls and any(is_text[a:b]):
             raise AnchorsError(
                 f"A text holds {text[a:b]!r}, which is a control token of this tokenizer, not text: "
                 f"{text[max(0, a - 30) : b + 10]!r}.",
                 "Remove it from the data, or write it otherwise.",
+                code="prompt",
             )
 
 
@@ -323,9 +337,10 @@ def from_text(
         raise AnchorsError(
             f"The prompt must end with the template's {closing!r}; it ends with {body[-20:]!r}.",
             "The label is predicted after the last character of the prompt.",
+            code="prompt",
         )
     if truth is not None and truth not in task.labels:
-        raise AnchorsError(f"{truth!r} is not one of the labels {list(task.labels)}.")
+        raise AnchorsError(f"{truth!r} is not one of the labels {list(task.labels)}.", code="prompt")
     text = body.removesuffix(closing) + prefix
     parts: list[Piece] = []
     mark = prefix if prefix.strip() else prefix + task.space
@@ -340,6 +355,7 @@ def from_text(
             raise AnchorsError(
                 f"After {prefix.strip()!r} stands {text[at : at + 20]!r}, which is not one of the labels {written}.",
                 "Check --labels, --template and the spelling in the prompt.",
+                code="prompt",
             )
         if label is not None:
             parts += [*_roles(text[start:at], task, number)]
@@ -352,6 +368,7 @@ def from_text(
         raise AnchorsError(
             "The prompt holds no demonstration: no label word stands after the template's prefix.",
             f"Write each demonstration as {task.template!r}.",
+            code="prompt",
         )
     words = label_tokens(task, tokenizer)
     gold = None if truth is None else task.labels.index(truth)

@@ -69,20 +69,24 @@ class Task:
         for key in ("name", "template", "policy", "separator"):
             if not isinstance(value := getattr(self, key), str):
                 raise AnchorsError(
-                    f"The {key} of a task is {value!r}, not a string.", "Write it in quotation marks."
+                    f"The {key} of a task is {value!r}, not a string.",
+                    "Write it in quotation marks.",
+                    code="task",
                 )
         if not isinstance(self.labels, tuple):
             raise AnchorsError(
                 f"The label words of task {self.name!r} are {self.labels!r}, not a tuple of strings.",
                 'For example: ("Negative", "Positive").',
+                code="label-words",
             )
         if strangers := [label for label in self.labels if not isinstance(label, str)]:
             raise AnchorsError(
                 f"The label word {strangers[0]!r} of task {self.name!r} is not a string.",
                 "Write it in quotation marks.",
+                code="label-words",
             )
         if not isinstance(self.colon_space, bool):
-            raise AnchorsError(f"colon_space = {self.colon_space!r}: it is true or false.")
+            raise AnchorsError(f"colon_space = {self.colon_space!r}: it is true or false.", code="task")
         file_name(self.name, "the task")
         for placeholder in ("{text}", "{label}"):
             count = self.template.count(placeholder)
@@ -90,28 +94,39 @@ class Task:
                 raise AnchorsError(
                     f"The template {self.template!r} holds {placeholder} {count} times.",
                     "It must hold {text} and {label} once each, as in 'Review: {text}\\nSentiment:{label}'.",
+                    code="task",
                 )
         if self.template.index("{label}") < self.template.index("{text}"):
             raise AnchorsError(
                 f"In the template {self.template!r} the label comes before the text.",
                 "The label must come last: the model predicts it from what stands before.",
+                code="task",
             )
         if len(self.labels) < 2:
             raise AnchorsError(
-                f"Task {self.name!r} has {len(self.labels)} label word(s).", "Give two at least."
+                f"Task {self.name!r} has {len(self.labels)} label word(s).",
+                "Give two at least.",
+                code="label-words",
             )
         twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
         if twice or not all(label.strip() for label in self.labels):
             raise AnchorsError(
-                f"Label words must be different and not empty; got {list(self.labels)}.", "Rename one."
+                f"Label words must be different and not empty; got {list(self.labels)}.",
+                "Rename one.",
+                code="label-words",
             )
         if padded := [label for label in self.labels if label != label.strip()]:
             raise AnchorsError(
                 f"The label word {padded[0]!r} begins or ends with white space.",
                 "White space belongs into the template, right before or after {label}.",
+                code="label-words",
             )
         if self.policy not in POLICIES:
-            raise AnchorsError(f"Unknown label-word policy {self.policy!r}.", nearest(self.policy, POLICIES))
+            raise AnchorsError(
+                f"Unknown label-word policy {self.policy!r}.",
+                nearest(self.policy, POLICIES),
+                code="unknown-name",
+            )
 
     @property
     def prefix(self) -> str:
@@ -247,10 +262,12 @@ def task(
         raise AnchorsError(
             "A task of your own needs both a template and label words.",
             "For example: --template 'Review: {text}\\nSentiment:{label}' --labels Negative,Positive",
+            code="task",
         )
     raise AnchorsError(
         f"Unknown task {name!r}.",
         f"{nearest(name, TASKS)} Or give --template and --labels, or a .toml file.",
+        code="unknown-name",
     )
 
 
@@ -258,14 +275,16 @@ def _from_toml(path: Path) -> Task:
     try:
         table = tomllib.loads(decode(path.read_bytes(), f"The task file {str(path)!r}"))
     except OSError as error:
-        raise AnchorsError(f"The task file {str(path)!r} cannot be read: {error.strerror}.") from error
+        raise AnchorsError(
+            f"The task file {str(path)!r} cannot be read: {error.strerror}.", code="task"
+        ) from error
     except AnchorsError:
         raise
     except ValueError as error:
-        raise AnchorsError(f"The task file {str(path)!r} is not TOML: {error}") from error
+        raise AnchorsError(f"The task file {str(path)!r} is not TOML: {error}", code="task") from error
     except RecursionError as error:
         raise AnchorsError(
-            f"The task file {str(path)!r} is nested too deep.", "A task is a flat table."
+            f"The task file {str(path)!r} is nested too deep.", "A task is a flat table.", code="task"
         ) from error
     allowed = {"name", "template", "labels", "policy", "separator", "colon_space"}
     unknown, missing = table.keys() - allowed, {"template", "labels"} - table.keys()
@@ -273,12 +292,15 @@ def _from_toml(path: Path) -> Task:
         raise AnchorsError(
             f"The task file {str(path)!r} has unknown keys {sorted(unknown)} and lacks {sorted(missing)}.",
             f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
+            code="task",
         )
     try:
         facts: dict[str, Any] = {"name": path.stem, **table, "labels": _words(table["labels"])}
         return Task(**facts)
     except AnchorsError as error:
-        raise AnchorsError(f"The task file {str(path)!r}: {error.message}", error.remedy) from error
+        raise AnchorsError(
+            f"The task file {str(path)!r}: {error.message}", error.remedy, code="task"
+        ) from error
 
 
 def _words(labels: Any) -> tuple[str, ...]:
@@ -288,6 +310,8 @@ def _words(labels: Any) -> tuple[str, ...]:
     )
     if not fit:
         raise AnchorsError(
-            f"labels = {labels!r} is not a list of strings.", 'For example: labels = ["Negative", "Positive"]'
+            f"labels = {labels!r} is not a list of strings.",
+            'For example: labels = ["Negative", "Positive"]',
+            code="label-words",
         )
     return tuple(map(str, labels))

@@ -159,6 +159,7 @@ class Builder:
             raise AnchorsError(
                 f"{str(target)!r} is there, but no stage of a demonstration; it would be overwritten.",
                 "Choose another --out.",
+                code="would-overwrite",
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
@@ -210,6 +211,7 @@ class Builder:
             raise AnchorsError(
                 f"{str(self.folder)!r} holds a demonstration of another {differing[0]}.",
                 "Choose another --out, or give the same options to go on with that one.",
+                code="other-run",
             )
 
     def _seed(self, *names: str) -> int:
@@ -427,5 +429,6 @@ def _facts(path: Path) -> dict[str, Any]:
         raise AnchorsError(
             f"{str(path)!r} cannot be read: {brief(error)}.",
             f"Delete {str(path.parent)!r}: it is built anew.",
+            code="file-unreadable",
         ) from error
     return found

@@ -92,9 +92,12 @@ def given_language_model(source: str | None) -> tuple[PreTrainedModel, PreTraine
         raise AnchorsError(
             f"The base model {name!r} could not be loaded: {error}",
             "Give --base a directory or a .gguf file.",
+            code="model-broken",
         ) from error
     if tokenizer.eos_token_id is None:
-        raise AnchorsError(f"The tokenizer of {name!r} has no end-of-text token.", "Give another --base.")
+        raise AnchorsError(
+            f"The tokenizer of {name!r} has no end-of-text token.", "Give another --base.", code="tokenizer"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -143,7 +146,9 @@ def with_eyes(
         embeddings = weights.pop("embed_tokens.weight")
         missing, unexpected = tower.load_state_dict(weights, strict=False)
         if missing != ["embed_tokens.weight"] or unexpected:
-            raise AnchorsError("The base model's layers do not fit.", "Give a Llama as --base.")
+            raise AnchorsError(
+                "The base model's layers do not fit.", "Give a Llama as --base.", code="model-kind"
+            )
         tower.embed_tokens.weight[:rows] = embeddings
         tower.embed_tokens.weight[rows:] = embeddings.mean(0)
         if not base.config.tie_word_embeddings:

@@ -91,7 +91,9 @@ class Scale:
         """All trainings longer or shorter; none vanishes."""
         if not 0 < factor < math.inf:
             raise AnchorsError(
-                f"--steps-factor is {factor}; it must be above 0 and finite.", "For example: 0.1 for a trial."
+                f"--steps-factor is {factor}; it must be above 0 and finite.",
+                "For example: 0.1 for a trial.",
+                code="option-value",
             )
 
         def longer(stage: Stage) -> Stage:

@@ -65,7 +65,9 @@ def fit(
         # Every look at a number makes a GPU wait.
         if step % 50 == 49 or step + 1 == stage.steps:
             if not math.isfinite(value.item()):
-                raise AnchorsError(f"The loss at step {step + 1} is not finite.", "Take another --seed.")
+                raise AnchorsError(
+                    f"The loss at step {step + 1} is not finite.", "Take another --seed.", code="diverged"
+                )
             told(step + 1)
 
 

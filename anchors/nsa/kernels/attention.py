@@ -65,6 +65,7 @@ class Branch:
             raise AnchorsError(
                 f"Selection blocks of {self.lp} tokens do not fit the tensor cores.",
                 "Choose a multiple of 16, or backend='reference'.",
+                code="geometry",
             )
 
     def tile(self, groups: int, rows: int) -> tuple[int, int]:

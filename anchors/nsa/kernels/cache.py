@@ -138,13 +138,17 @@ class NSACache:
             raise AnchorsError(
                 f"{query_heads} query heads cannot be divided among {heads} groups.",
                 "Choose a number of groups (key-value heads) that divides the query heads.",
+                code="geometry",
             )
         if min(batch, tokens) < 1:
-            raise AnchorsError(f"A cache of {batch} x {tokens} tokens is empty.", "Both must be at least 1.")
+            raise AnchorsError(
+                f"A cache of {batch} x {tokens} tokens is empty.", "Both must be at least 1.", code="shape"
+            )
         if geometry.blocks(tokens) > BLOCKS:
             raise AnchorsError(
                 f"{tokens} tokens are {geometry.blocks(tokens)} selection blocks; decoding holds {BLOCKS}.",
                 "Choose larger selection blocks or fewer tokens.",
+                code="geometry",
             )
         compressed, window = max(1, geometry.compressed(tokens)), min(geometry.w, tokens)
         if tuning is None:
@@ -216,12 +220,14 @@ class NSACache:
             raise AnchorsError(
                 f"A prompt of {prompt} tokens does not fit a cache of {self.tokens}.",
                 "Make the cache with room for the prompt and for what is decoded after it.",
+                code="length",
             )
         complete = self.geometry.compressed(prompt)
         if kc.shape[1] != complete or vc.shape[1] != complete:
             raise AnchorsError(
                 f"{kc.shape[1]} compressed keys and {vc.shape[1]} values came with {prompt} tokens.",
                 f"Compress the whole prompt: {complete} of each.",
+                code="shape",
             )
         if lengths is None:
             self.length.fill_(prompt)

@@ -146,7 +146,9 @@ def _last(cache: NSACache, ring: Tensor, new: Tensor) -> Tensor:
 
 def _demand(q, q_cmp, k_new, v_new, gates, cache: NSACache, geometry: Geometry) -> None:
     if geometry != cache.geometry:
-        raise AnchorsError(f"The cache was made for {cache.geometry}.", f"Make one for {geometry}.")
+        raise AnchorsError(
+            f"The cache was made for {cache.geometry}.", f"Make one for {geometry}.", code="geometry"
+        )
     batch, groups, _, dim = cache.k_slc.shape
     heads, dim_v = cache.scores.shape[1], cache.v_slc.shape[-1]
     _demand_shape("q", q, (batch, 1, heads, dim))
@@ -156,6 +158,7 @@ def _demand(q, q_cmp, k_new, v_new, gates, cache: NSACache, geometry: Geometry) 
         raise AnchorsError(
             f"{len(k_new)} new keys and {len(v_new)} new values were given.",
             "Each branch has its own: give three of each, of cmp, slc and win.",
+            code="shape",
         )
     for k, v in zip(k_new, v_new, strict=True):
         _demand_shape("k_new", k, (batch, 1, groups, dim))
@@ -163,10 +166,12 @@ def _demand(q, q_cmp, k_new, v_new, gates, cache: NSACache, geometry: Geometry) 
     for x in (q, q_cmp, *k_new, *v_new):
         if x.dtype != cache.k_slc.dtype:
             raise AnchorsError(
-                f"The cache holds {cache.k_slc.dtype}, and a tensor is {x.dtype}.", "Convert one of them."
+                f"The cache holds {cache.k_slc.dtype}, and a tensor is {x.dtype}.",
+                "Convert one of them.",
+                code="precision",
             )
 
 
 def _demand_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(shape):
-        raise AnchorsError(f"{name} is {list(x.shape)}.", f"This cache needs {list(shape)}.")
+        raise AnchorsError(f"{name} is {list(x.shape)}.", f"This cache needs {list(shape)}.", code="shape")

@@ -105,7 +105,9 @@ def union(
     """
     if not 1 <= tile <= UNION:
         raise AnchorsError(
-            f"A tile of {tile} query rows was asked for.", f"Use 1 to {UNION}: a row is a bit."
+            f"A tile of {tile} query rows was asked for.",
+            f"Use 1 to {UNION}: a row is a bit.",
+            code="option-value",
         )
     batch, queries, groups, n = idx.shape
     tiles = triton.cdiv(queries, tile)
@@ -143,7 +145,9 @@ def inverse(idx: Int[Tensor, "batch query groups n"], blocks: int, split: int = 
     lists, entries = batch * groups * blocks, idx.numel()
     if max(lists, entries) >= 2**31:
         raise AnchorsError(
-            f"{entries} chosen blocks in {lists} lists do not fit 32-bit indices.", "Use smaller batches."
+            f"{entries} chosen blocks in {lists} lists do not fit 32-bit indices.",
+            "Use smaller batches.",
+            code="shape",
         )
     offset = (
         torch.arange(batch * groups, dtype=torch.int32, device=idx.device).view(batch, groups, 1, 1) * blocks

@@ -259,6 +259,7 @@ def select(
         raise AnchorsError(
             f"The importance has {importance.shape[-1]} blocks, but {tokens} tokens begin {geometry.blocks(tokens)}.",
             "Compute it with the same geometry and tokens.",
+            code="shape",
         )
     wishes = _wishes(importance.shape, force, ban, bias)
     idx = _empty_choice(importance, importance.shape[1], importance.shape[2], geometry.n)

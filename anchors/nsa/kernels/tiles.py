@@ -118,14 +118,16 @@ def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
         raise AnchorsError(
             f"Queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}.",
             "The kernels need one of float32, bfloat16 and float16 for all; backend='reference' takes any.",
+            code="precision",
         )
     if groups < 1 or heads % groups or heads // groups > HEADS:
         raise AnchorsError(
             f"{heads} query heads cannot be divided among {groups} groups for the kernels.",
             f"Choose a number of groups that divides the heads and leaves at most {HEADS} in a group.",
+            code="geometry",
         )
     if scale <= 0:
-        raise AnchorsError(f"The scale is {scale}.", "It must be positive.")
+        raise AnchorsError(f"The scale is {scale}.", "It must be positive.", code="option-value")
     return heads // groups
 
 
