@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from properdocs.plugins import event_priority
 from properdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ PAGES = {
 LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
+@event_priority(100)  # before mkdocstrings, which looks but once for its paths
 def on_config(config):
     """One tree for the API pages: what stands beside `anchors/` is a part of it once installed."""
     tree = ROOT / "build" / "api" / "anchors"
