@@ -46,4 +46,5 @@ def write_figure(out: Path, name: str, kind: str, tables: dict[str, pd.DataFrame
     from anchors.figures.style import save
 
     drawn = draw(kind, tables, model)
-    return [] if drawn is None else save(drawn, out / name)
+    drawn = drawn if isinstance(drawn, dict) else {name: drawn}
+    return [path for stem, one in drawn.items() if one is not None for path in save(one, out / stem)]

@@ -20,7 +20,7 @@ EQUAL_TO = 1e-12
 
 def interval(
     samples: np.ndarray, confidence: float = 0.95, count: np.ndarray | float | None = None
-) -> tuple[np.ndarray | np.floating, np.ndarray | np.floating, np.ndarray | np.floating]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The estimate (row 0) and the interval that the resamples (the other rows) give.
 
     Percentiles of the resamples. Where these are all the same number, as those of 3 right answers out of 3 are, a
@@ -45,7 +45,7 @@ def interval(
             counts = np.broadcast_to(count, same.shape)
             for place in map(tuple, np.argwhere(same & (counts > 0))):
                 bounds[(slice(None), *place)] = wilson(samples[(0, *place)], int(counts[place]), confidence)
-    return samples[0], bounds[0], bounds[1]
+    return np.asarray(samples[0]), np.asarray(bounds[0]), np.asarray(bounds[1])
 
 
 def settled(samples: np.ndarray) -> np.ndarray:

@@ -192,7 +192,8 @@ def _demand_alike(
 
 
 def _train(o: dict[str, Any]) -> None:
-    ranges = {name: common.span(o[name], f"--{name}") for name in ("classes", "words")}
+    spans = {name: common.span(o[name], f"--{name}") for name in ("classes", "words")}
+    ranges = {name: span for name, span in spans.items() if span is not None}
     if o["tokenizer"] is not None and o["text"] is None:
         raise AnchorsError(
             "--tokenizer is for --text; episodes have words of their own.", code="options-together"

@@ -77,7 +77,12 @@ def _option(field: Field, type_: Any, said: str, panel: str | None) -> Option:
         default = ",".join(map(str, default))
     flags = names if taken is not bool or not default else (f"{names[0]}/--no-{names[0][2:]}", *names[1:])
     text = said[:1].upper() + said[1:]
-    how = typer.Option(*flags, help=escape(text.replace("`", "")), **{"rich_help_panel": panel} | choice)
+    how = typer.Option(
+        *flags,
+        help=escape(text.replace("`", "")),
+        rich_help_panel=choice.pop("rich_help_panel", panel),
+        **choice,
+    )
     handed: Any = taken if default is not None or taken is bool else taken | None
     place = inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[handed, how]

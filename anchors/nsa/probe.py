@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -297,7 +297,7 @@ def stretch(
         return [Lot(wanted, lambda: None, one, too_large, again=again)]
 
     def too_large(unit: Unit | None) -> AnchorsError:
-        tokens = len(probe.prompt(unit[1]).ids)
+        tokens = len(probe.prompt(cast(Unit, unit)[1]).ids)  # nothing is shared
         return AnchorsError(
             f"A prompt of {tokens} tokens does not fit into memory: its patterns are formed whole.",
             "Use fewer --tokens or another --device.",
@@ -374,7 +374,7 @@ def _write_vectors(path: Path, look: Look, places: Places, prompt: Prompt) -> No
     write_atomic(path, lambda draft: np.savez(draft, token=tokens, **arrays))  # ty: ignore[invalid-argument-type] - all are arrays
 
 
-def _read_vectors(folder: Path, units: list[tuple[int, int]]) -> pd.DataFrame:
+def _read_vectors(folder: Path, units: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
     """Columns number, token, layer, kind, vector: one row per prompt, label word, layer and kind."""
     rows: list[tuple] = []
     for seed, number in units:

@@ -123,7 +123,9 @@ class Probing(Inquiry):
             passes += 1 + len(conditions(layers, places, len(first.ids), geometry))
         return foretold([own], out, self.model, tokens, passes)
 
-    def pages(self, found: Found, facts: dict[str, Any], *, pages: int = 0) -> dict[str, str]:
+    def pages(
+        self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
+    ) -> dict[str, str]:
         """Blocks and flow of some prompts."""
         if not pages or not self.certified:
             return {}

@@ -1,6 +1,6 @@
 """What every study leaves behind, written once: rows, tables, figures and pages with their provenance. Nothing here imports torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,7 +69,9 @@ class Inquiry(Protocol):
         """What a reader must know before believing the tables."""
         return []
 
-    def pages(self, found: Found, facts: dict[str, Any], **view: Any) -> dict[str, str]:
+    def pages(
+        self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
+    ) -> dict[str, str]:
         """The pages by what their names have after the study's."""
         return {}
 

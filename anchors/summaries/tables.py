@@ -38,7 +38,7 @@ def classification_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
             }
         for name, (samples, prompts) in scores.items():
             count = None if name == "f1" else prompts
-            spans = *interval(samples, count=count), method(samples, count), prompts.astype(int)
+            spans = (*interval(samples, count=count), method(samples, count), prompts.astype(int))
             classes += [
                 facts | {"label": label, "metric": name} | dict(zip(SPAN, own, strict=True))
                 for label, *own in zip(labels, *spans, strict=True)
