@@ -13,7 +13,7 @@ forward of the module itself.
 
 from collections.abc import Callable
 from functools import partial
-from typing import no_type_check
+from typing import cast, no_type_check
 
 import torch
 import triton
@@ -110,7 +110,7 @@ def _forward(module: nn.Linear | Conv1D, x: Tensor) -> Tensor:
         and torch.backends.cuda.matmul.fp32_precision != "tf32"
     ):
         return frozen(x, weight, module.bias)
-    own: Callable[..., Tensor] = type(module).forward
+    own = cast(Callable[..., Tensor], type(module).forward)
     return own(module, x)
 
 
