@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -55,6 +55,7 @@ def as_written(model: PreTrainedModel, folder: Path, name: str) -> None:
                     )
 
 
+@runtime_checkable
 class _Slice(Protocol):
     """A tensor in a file, of which nothing is read yet."""
 

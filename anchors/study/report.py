@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -56,6 +56,7 @@ class Found:
     kept: Any = None
 
 
+@runtime_checkable
 class Inquiry(Protocol):
     """A study with its settings, and the models, prompts or suites that it is of."""
 

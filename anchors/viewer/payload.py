@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from anchors.tasks.prompts import Prompt
 from anchors.viewer.page import edges
 
 
+@runtime_checkable
 class Named(Protocol):
     """As much of a task as the page shows."""
 
