@@ -45,7 +45,7 @@ def main() -> None:
     at = args.commit or commit()
     began = time.perf_counter()
     run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-n", str(min(8, os.cpu_count() or 1)), "-m", "cuda", "-p", "no:cacheprovider", *more],
+        [sys.executable, "-m", "pytest", "-q", "-n", str(min(14, os.cpu_count() or 1)), "-m", "cuda", "-p", "no:cacheprovider", *more],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     last = ""
