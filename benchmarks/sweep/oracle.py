@@ -151,7 +151,7 @@ def hiding(entries: Callable[[int], Tensor | None]) -> Change:
         if hidden is None:
             return scores
         wide = F.pad(hidden, (0, scores.shape[-1] - hidden.shape[-1]))
-        return scores.masked_fill(wide, torch.finfo(scores.dtype).min)
+        return scores.masked_fill(wide, -torch.inf)
 
     return change
 

@@ -106,7 +106,8 @@ def isolated(model: nn.Module, prompts: Sequence[Asked], layers: Sequence[int]) 
     for p in prompts:
         cut = torch.zeros(len(p.ids), len(p.ids), dtype=torch.bool)
         for at in p.labels:
-            cut[at, :at] = True
+            cut[at] = True
+            cut[at, at] = False  # all that is left of its row, whether or not a sparse index chose it
         change = hiding(lambda layer, cut=cut: cut if layer in layers else None)
         found.append(labels_of(runs(model, p.ids, before=change)[0], p).softmax(-1))
     return torch.stack(found)
