@@ -325,11 +325,11 @@ def saliency(
     idx = dense(pattern.idx) if isinstance(pattern, Selected) else None
     classes = None if classes is None else classes.to(q.device, torch.int32).contiguous()
     wanted = q.new_empty(batch, 0, dtype=torch.int64) if wanted is None else wanted.to(q.device).contiguous()
-    real = torch.float32
-    by_class = q.new_empty(2, batch, splits, length, n_classes, dtype=real)
-    by_head = q.new_zeros(batch, splits, heads, length, dtype=real)
-    picked = q.new_zeros(*wanted.shape, keys, dtype=real)
-    whole = q.new_zeros(batch, length, keys, dtype=real) if full else None
+    real, home = torch.float32, q.device
+    by_class = torch.empty(2, batch, splits, length, n_classes, dtype=real, device=home)
+    by_head = torch.zeros(batch, splits, heads, length, dtype=real, device=home)
+    picked = torch.zeros(*wanted.shape, keys, dtype=real, device=home)
+    whole = torch.zeros(batch, length, keys, dtype=real, device=home) if full else None
     window = pattern.window if isinstance(pattern, Band) else None
     compressed = isinstance(pattern, Compressed)
     with torch.cuda.device_of(q):
