@@ -338,7 +338,7 @@ BAD = {
     "patching every 0th layer": ("causal", ["--stride", 0], "--stride"),
     "unknown control": ("classify", ["--control", "placebo"], "--control 'placebo'"),
     "no batch": ("readout", ["--batch-size", 0], "--batch-size '0'"),
-    "the same seed twice": ("readout", ["--seeds", "1,1"], "--seeds '1,1'"),
+    "the same seed twice": ("readout", ["--seeds", "1,1"], "--seeds names 1 twice"),
     "no examples": ("classify", ["-n", 0], "--examples"),
     "more shots than training examples": ("classify", ["--shots", 30], "shots"),
     "more training examples than there are": ("reweight", ["--per-class", 5000], "per class"),
