@@ -225,11 +225,13 @@ class Toolkit:
     def __init__(self, model: nn.Module, shown: Scene, tokenizer: Any) -> None:
         from anchors.injection.routing import demand_each_layer, route_tower
         from anchors.injection.vlm import prepare_vlm
+        from anchors.routed import testify
 
         images = types.SimpleNamespace(to_json_string=lambda: "{}")
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token="<image>", image_processor=images)  # noqa: S106
         vlm = prepare_vlm(model, processor, type(model).__name__, "float32")
-        self.vlm, self.shown = dataclasses.replace(vlm, modules=route_tower(model)), shown
+        witness = testify(model, tokenizer, "float32")
+        self.vlm, self.shown = dataclasses.replace(vlm, modules=route_tower(model), witness=witness), shown
         if shown is not None:
             demand_each_layer(self.vlm, _unmasked(shown), "images")
 
