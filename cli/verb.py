@@ -50,7 +50,7 @@ class Verb(TyperCommand):
 def add_verbs(group: TyperGroup, name: str = "") -> None:
     """Put the verbs of studies of a group before the others."""
     verbs = [Verb(line) for line in BUILT_IN.values() if line.verb and line.group == name]
-    group.commands = {verb.line.name: verb for verb in verbs} | dict(group.commands)
+    group.commands = {str(verb.name): verb for verb in verbs} | dict(group.commands)
 
 
 class Verbs(TyperGroup):
