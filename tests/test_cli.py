@@ -30,7 +30,7 @@ def invoke(*arguments: object):
     return runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
-VERBS = {name for name, study in BUILT_IN.items() if study.verb} | {
+VERBS = {name for name, study in BUILT_IN.items() if study.verb and not study.group} | {
     "run",
     "ls",
     "figures",

@@ -21,6 +21,7 @@ from test_injection_tables import TRUTH
 from test_injection_tables import made as swept
 
 from anchors.errors import AnchorsError
+from anchors.injection.flow_tables import tables as flow_tables
 from anchors.injection.tables import tables as sweep_tables
 from anchors.stats import REST, SUMS
 from anchors.study.registry import BUILT_IN
@@ -48,6 +49,8 @@ ROWS = {
 def tabulate(kind: str, own: pd.DataFrame) -> object:
     if kind == "inject-sweep":
         return sweep_tables(own, swept(TRUTH).settings, resamples=5)
+    if kind == "inject-flow":
+        return flow_tables(own, resamples=5)
     return BUILT_IN[kind].tabulate(own)
 
 

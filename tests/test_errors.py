@@ -243,6 +243,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("row", OPTIONS, ids=lambda row: " ".join(row[:3]))
 def test_options_that_cannot_be_meant_are_refused(
     row: tuple[str, ...], model_directory: Path, tmp_path: Path
@@ -269,6 +270,7 @@ TOML = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("table", TOML, ids=lambda table: table[:24])
 def test_task_files_of_wrong_types(table: str, tmp_path: Path) -> None:
     path = tmp_path / "own.toml"

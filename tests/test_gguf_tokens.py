@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import gguf
 import gguf_files as made
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ PIECES = made.sentencepiece_keys(TEXTS * 3, words=400)
 
 def stating(keys, rows=4000):
     """A file of nothing but a tokenizer."""
-    embedding = GGUFTensor((rows, 1), 0, 0, 0)
+    embedding = GGUFTensor((rows, 1), gguf.GGMLQuantizationType.F32, 0, 0)
     everything = {"general.architecture": "llama"} | keys
     return GGUFFile(Path("x.gguf"), {k: v for k, v in everything.items() if v is not None}, {"token_embd.weight": embedding})  # fmt: skip
 
