@@ -1,8 +1,11 @@
 """The one exception a user is meant to read."""
 
 import difflib
+import errno
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class AnchorsError(ValueError):
@@ -33,9 +36,43 @@ class CertificateError(AnchorsError):
 def nearest(name: object, known: Iterable[object]) -> str:
     """The remedy for a name that is not known: the nearest one there is, and all of them."""
     names = [str(one) for one in known]
-    close = difflib.get_close_matches(str(name).lower(), {one.lower(): one for one in names}, 1, 0.6)
-    meant = next((one for one in names if close and one.lower() == close[0]), None)
+    meant = closest(name, names)
     return (f"Did you mean {meant!r}? " if meant else "") + f"There are: {', '.join(names)}."
+
+
+def closest(name: object, names: Iterable[str]) -> str | None:
+    """The name that is meant, upper and lower case aside; None where none is near."""
+    lower = {one.lower(): one for one in names}
+    found = difflib.get_close_matches(str(name).lower(), lower, 1, 0.6)
+    return lower[found[0]] if found else None
+
+
+def require_known(what: str, names: Iterable[object], known: Collection[object]) -> None:
+    """Refuse names that are not known.
+
+    Args:
+        what: what they name, such as "task".
+        names: those given.
+        known: those there are.
+
+    Raises:
+        AnchorsError: with the nearest one there is.
+    """
+    for name in names:
+        if name not in known:
+            raise AnchorsError(f"There is no {what} {name!r}.", nearest(name, known))
+
+
+def parsed(text: str | bytes, **how: Any) -> Any:
+    """`json.loads`, for which nesting too deep is one more thing that is no JSON.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise ValueError(brief(error)) from error
 
 
 def whole_number(text: str) -> int | None:
@@ -52,3 +89,41 @@ def brief(error: object, most: int = 400) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
     return text if len(text) <= most else text[:most].rstrip() + " …"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_SAYS_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error, also of libraries that only print it (safetensors, tokenizers)."""
+    if isinstance(error, OSError):
+        return error.errno
+    printed = _SAYS_ERRNO.search(str(error))
+    return int(printed[1]) if printed else None
+
+
+def full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit on the size of files was reached."""
+    return errno_of(error) in _FULL
+
+
+def of_the_machine(error: BaseException) -> AnchorsError | None:
+    """What an exception says where memory, a disk or a permission was lacking; None where it says something else."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(
+        said in text
+        for said in ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate")
+    ):
+        return AnchorsError(
+            f"There is not enough memory: {brief(error)}",
+            "Use a smaller --batch-size, fewer tokens or a smaller model.",
+        )
+    if full(error):
+        return AnchorsError(f"The disk is full: {brief(error)}.", "Make room; what is finished is kept.")
+    if errno_of(error) in _CLOSED:
+        return AnchorsError(
+            f"A file cannot be read or written: {brief(error)}.", "Look at its path and permissions."
+        )
+    return None

@@ -311,7 +311,7 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     Raises:
         AnchorsError: there is no such device or precision here.
     """
-    known = "One of: auto, cpu, cuda, cuda:1, mps."
+    known = nearest(device, ["auto", "cpu", "cuda", "cuda:1", "mps"])
     try:
         where = torch.device(_auto_device() if device == "auto" else device)
     except RuntimeError as error:

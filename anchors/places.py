@@ -1,5 +1,6 @@
 """Where things may be read and written: nothing outside `--out` is touched, nothing outside a model's folder is read."""
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def require_another(out: Path, inputs: Iterable[str | Path | None], option: str 
         option: what the user called the output.
 
     Raises:
-        AnchorsError: it is one of them, or lies in one.
+        AnchorsError: it is one of them, or lies in one; or it is there and no file.
     """
     target = out.expanduser().resolve()
     for source in inputs:
@@ -52,6 +53,27 @@ def require_another(out: Path, inputs: Iterable[str | Path | None], option: str 
                 f"{option} {str(out)!r} would be written over {str(source)!r}, which is read.",
                 f"Choose another {option}.",
             )
+    require_file(out)
+
+
+def require_file(path: Path) -> None:
+    """Refuse to put a file where something stands that is none: a device, a pipe, a socket, a link.
+
+    What is written whole takes the place of what bears its name: /dev/null, or the link /dev/stdout, would be gone.
+
+    Raises:
+        AnchorsError: it is something else.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing there, or a way that leads nowhere: whoever writes will see
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "a device or a pipe"
+        raise AnchorsError(
+            f"{str(path)!r} is {what}, not a file: it would be replaced.",
+            "Give the name of a file, new or old.",
+        )
 
 
 def file_name(text: str, what: str) -> str:

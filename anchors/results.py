@@ -4,7 +4,6 @@ A run is a folder named by a hash of what its numbers depend on. Each finished b
 atomically and named by what it holds; running the same command again computes only what no whole file holds yet.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from xxhash import xxh3_64_hexdigest
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, errno_of, full, parsed
+from anchors.places import require_file
 
 PACKAGES = ("label-anchors", "torch", "transformers", "tokenizers", "numpy", "pandas", "scipy")
 METADATA_KEY = b"label-anchors"
@@ -38,23 +39,23 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a draft beside the target, then move it there in one step; it is on the disk before its name is.
 
     Raises:
-        AnchorsError: the place cannot be written; the target is untouched.
+        AnchorsError: the place cannot be written, or holds something that is no file; it is untouched.
     """
     draft = handle = None
+    require_file(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=f".draft{path.suffix}"
-        )
-        draft = Path(name)
-        _lock(handle)
-        write(draft)
-        draft.chmod(0o644)  # mkstemp makes private files; results are meant to be shared
-        _sync(draft)
-        draft.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(
+                dir=path.parent, prefix=f".{path.stem}-", suffix=f".draft{path.suffix}"
+            )
+            draft = Path(name)
+            _lock(handle)
+            write(draft)
+            draft.chmod(0o644)  # mkstemp makes private files; results are meant to be shared
+            _sync(draft)
+            draft.replace(path)
+            _sync(path.parent)
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
@@ -62,13 +63,33 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.close(handle)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a file or folder is written: what the system refuses becomes an error with its mend.
+
+    The writers of safetensors and tokenizers raise exceptions of their own for it, the second a bare `Exception`.
+
+    Raises:
+        AnchorsError: the place cannot be written.
+    """
+    try:
+        yield
+    except AnchorsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
+    except Exception as error:
+        if errno_of(error) is None:
+            raise
+        raise _unwritable(path, error) from error
+
+
 def _unwritable(path: Path, error: Exception) -> AnchorsError:
     reason = getattr(error, "strerror", None) or str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
     return AnchorsError(
         f"{str(path)!r} cannot be written: {reason}.",
         "Make room there, or choose another --out; what is finished is kept."
-        if full
+        if full(error)
         else "Choose another --out.",
     )
 
@@ -317,7 +338,7 @@ def _key(config: dict[str, Any]) -> str:
 def _config_in(folder: Path) -> dict[str, Any] | None:
     """What a run says of itself; None where it says nothing, or its file was cut."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = parsed((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -18,7 +18,7 @@ from anchors.analyses.reweighting import Reweighting as Reweighting
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, encode
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.models import LanguageModel
 from anchors.preparation import apply, is_plain_linear, wide_products
 from anchors.results import write_atomic
@@ -119,9 +119,9 @@ class Beta:
         try:
             with safe_open(path, "pt") as file:
                 header, beta = file.metadata() or {}, file.get_tensor("beta")
-            classes = tuple(json.loads(header["classes"]))
-            heads = tuple(json.loads(header.get("heads", "[]")))
-            losses, facts = tuple(json.loads(header["losses"])), json.loads(header["label-anchors"])
+            classes = tuple(parsed(header["classes"]))
+            heads = tuple(parsed(header.get("heads", "[]")))
+            losses, facts = tuple(parsed(header["losses"])), parsed(header["label-anchors"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise AnchorsError(
                 f"{str(path)!r} does not hold a fitted β: {error}",

@@ -1,11 +1,14 @@
 """The command `anchors`: parses, draws, and leaves the thinking to the library."""
 
+import io
 import os
+import sys
 
 import typer
 
 from anchors.cli import (
     check,
+    common,
     figures,
     inject,
     ls,
@@ -45,5 +48,14 @@ def version(
         raise typer.Exit
 
 
+for verbs in (app, nsa.app, inject.app):
+    for command in verbs.registered_commands:
+        command.callback = common.bounded(command.callback)
+
+
 def main() -> None:
+    # Signs that an output cannot hold are written as escapes, instead of half a table and a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

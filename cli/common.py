@@ -1,12 +1,14 @@
 """What the verbs share: options, errors to exit codes, progress. Nothing here imports torch when help is asked for."""
 
+import functools
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +30,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from anchors.errors import AnchorsError, CertificateError, whole_number
+from anchors.errors import AnchorsError, CertificateError, of_the_machine, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,8 +175,45 @@ def reporting() -> Iterator[None]:
     except (typer.Exit, typer.Abort, ClickException, BrokenPipeError):
         raise
     except Exception as error:
+        if (lacking := of_the_machine(error)) is not None:
+            print_error(lacking)
+            raise typer.Exit(2) from error
         print_defect(error)
         raise typer.Exit(UNFORESEEN) from error
+
+
+MOST = 10**9
+"""The largest whole number of an option; seeds may have 18 digits."""
+MOST_SEEDS = 10**18 - 1
+
+
+def bounded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that refuses whole numbers without end, which some library below would trip over after hours."""
+
+    @functools.wraps(verb)
+    def checked(**given: Any) -> None:
+        with reporting():
+            demand_bounded(given)
+        verb(**given)
+
+    return checked
+
+
+def demand_bounded(given: Mapping[str, Any]) -> None:
+    """Refuse whole numbers without end.
+
+    Args:
+        given: options by the name of their parameter.
+
+    Raises:
+        AnchorsError: one is larger than `MOST`, or a seed than `MOST_SEEDS`.
+    """
+    for name, value in given.items():
+        most = MOST_SEEDS if name == "seed" else MOST
+        if isinstance(value, int) and abs(value) > most:
+            raise AnchorsError(
+                f"--{name.replace('_', '-')} is {value}: numbers here go up to {most}.", "Take a smaller one."
+            )
 
 
 UNFORESEEN = 70
@@ -187,7 +226,11 @@ def print_defect(error: Exception) -> None:
 
     said = f"{type(error).__name__}: {brief(error)}"
     err.print(f"[bold red]unforeseen:[/] {escape(said)}")
-    handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
+    try:
+        handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
+    except OSError:  # no place for a log either
+        traceback.print_exception(error)
+        return
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
         log.write(" ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
     err.print(f"       This is a defect of the toolkit, not yours; the traceback is in {shown(Path(name))}")
@@ -323,18 +366,30 @@ def new_table(title: str, *columns: str, caption: str = "[95 % bootstrap interva
 
 
 def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """`0.5,1` as numbers; None where nothing was given."""
+    """`0.5,1` as finite numbers, each once; None where nothing was given."""
+    if text is None:
+        return None
     try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise AnchorsError(
-            f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1"
-        ) from error
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise AnchorsError(f"{option} {text!r} is not a list of numbers.", f"For example: {option} 0.5,1")
+    if len(set(found)) < len(found):
+        raise AnchorsError(f"{option} {text!r} names a number twice.", "Name it once.")
+    return found
 
 
-def words(text: str | None) -> tuple[str, ...] | None:
+def words(text: str | None, option: str) -> tuple[str, ...] | None:
     """`a, b` as words; None where nothing was given."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+    if text is None:
+        return None
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise AnchorsError(f"{option} {text!r} names nothing.", "Leave it out, or give names with commas.")
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise AnchorsError(f"{option} names {twice[0]!r} twice.", "Name it once.")
+    return found
 
 
 def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
@@ -383,9 +438,23 @@ def layer_cell(row: "pd.Series", prefix: str = "") -> str:
 
 
 def print_json(data: Any) -> None:
-    """Machine-readable output on standard output, and nothing else there."""
-    json.dump(data, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    """Machine-readable output on standard output, and nothing else there; the whole document, or none of it.
+
+    JSON has no number that is infinite or none: where there is one, stands null.
+    """
+    try:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def span(text: str, option: str) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """`anchors inject`: put an expert language model's skill into a vision-language model, by weights alone."""
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typer.core import TyperGroup
 
 from anchors.cli import common, inject_demo, inject_flow, inject_show, inject_sweep
 from anchors.cli.common import err, out
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, closest, parsed
 
 if TYPE_CHECKING:
     from anchors.injection.checkpoint import Checkpoint
@@ -163,6 +162,13 @@ def merge(
             return
         missing = {"VLM": vlm, "EXPERT": expert, "--base": base, "--out": to or inspect or dry_run or None}
         if absent := [name for name, value in missing.items() if value is None]:
+            if vlm is not None and not Path(vlm).exists():
+                commands = [command.name for command in app.registered_commands if not command.hidden]
+                if (meant := closest(vlm, commands)) is not None:
+                    raise AnchorsError(
+                        f"{vlm!r} is neither a directory nor a command.",
+                        f"Did you mean: anchors inject {meant} …?",
+                    )
             raise AnchorsError(
                 f"{' and '.join(absent)} must be given.",
                 "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
@@ -232,7 +238,7 @@ def _pair(text: str) -> tuple[str, Any]:
             f"--option {text!r} is not of the form name=value.", "For example: convention=paper"
         )
     try:
-        return name, json.loads(value)
+        return name, parsed(value)
     except ValueError:
         return name, value
 

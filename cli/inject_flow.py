@@ -88,7 +88,8 @@ def flow(
         transformers_logging.set_verbosity_error()
         wanted = Wanted(
             Recipe(method=method, density=density), _with_none(strengths), shots, prompts, examples,
-            common.words(None if scenarios == "all" else scenarios), common.words(None if experts == "all" else experts), seed,
+            common.words(None if scenarios == "all" else scenarios, "--scenarios"),
+            common.words(None if experts == "all" else experts, "--experts"), seed,
         )  # fmt: skip
         opened = [Suite.open(folder) for folder in suites]
         with common.progress_bar("settings") as progress:

@@ -122,10 +122,10 @@ def sweep(
         transformers_logging.set_verbosity_error()
         wanted = Sweep(
             Grid(
-                grid, common.words(methods), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
-                common.words(layers), common.words(embeddings) or ("keep",),
+                grid, common.words(methods, "--methods"), common.numbers(strengths, "--strengths"), common.numbers(densities, "--densities"), draws,
+                common.words(layers, "--layers"), common.words(embeddings, "--embeddings") or ("keep",),
             ),
-            common.words(scenarios), split, limit, controls, batch, retention,
+            common.words(scenarios, "--scenarios"), split, limit, controls, batch, retention,
         )  # fmt: skip
         opened = [Suite.open(path) for path in suites]
         with common.progress_bar("settings") as progress:

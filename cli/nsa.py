@@ -222,6 +222,11 @@ def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
         raise AnchorsError(
             f"A width of {o['width']} cannot be divided among {o['heads']} heads.", "Give --head-dim."
         )
+    if not 0 < o["init"] <= 1:
+        raise AnchorsError(
+            f"--init is {o['init']}: weights that deviate so are no beginning.",
+            "From above 0 to 1; 0.02 is usual.",
+        )
     geometry = {k: o[k] for k in ("l", "d", "lp", "n", "w", "n_init", "n_local")}
     return NSAConfig(
         vocab_size=vocabulary,

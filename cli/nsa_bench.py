@@ -59,11 +59,21 @@ def bench(
         geometry = Geometry(l, d, lp, n, w)
         lengths, names = setting.numbers(tokens, "--tokens"), tuple(s.strip() for s in shapes.split(";"))
         options = {"geometry": geometry, "repeats": repeats, "seed": seed, "out": to}
-        chosen = {} if implementations is None else {"implementations": common.words(implementations)}
+        chosen = (
+            {}
+            if implementations is None
+            else {"implementations": common.words(implementations, "--implementations")}
+        )
         say = common.err.print
         tables = {
             "nsa-bench": benchmark.bench(
-                names, lengths, common.words(patterns), backward=backward, say=say, **chosen, **options
+                names,
+                lengths,
+                common.words(patterns, "--patterns"),
+                backward=backward,
+                say=say,
+                **chosen,
+                **options,
             )
         }
         if decode:

@@ -97,7 +97,7 @@ def _reader(
         if entry is float:
             return more, str, partial(common.numbers, option=option)
         if entry is str:
-            return more, str, common.words
+            return more, str, partial(common.words, option=option)
         if get_origin(entry) is Literal:
             return more, str, partial(_each_of, known=get_args(entry), option=option)
     raise AnchorsError(
@@ -117,7 +117,7 @@ def _one_of(text: str | None, *, known: Sequence[str], option: str) -> str | Non
 
 
 def _each_of(text: str | None, *, known: Sequence[str], option: str) -> tuple[str, ...] | None:
-    found = common.words(text)
+    found = common.words(text, option)
     for word in found or ():
         _one_of(word, known=known, option=option)
     return found

@@ -92,12 +92,12 @@ def run(
 
         chosen = experiments(names)
         check_protocol(seeds or "42", "none", batch_size)
-        only = common.words(tasks)
+        only = common.words(tasks, "--task")
         require_writable(to)
         known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
         if only is not None and (strangers := [name for name in only if name not in known]):
             raise AnchorsError(
-                f"No experiment has the tasks {strangers}.", f"There are: {', '.join(sorted(known))}."
+                f"No experiment has the task {strangers[0]!r}.", nearest(strangers[0], sorted(known))
             )
         if only is not None and len(chosen) > 1:
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]

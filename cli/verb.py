@@ -95,6 +95,7 @@ def command_of(line: Study) -> Any:
 
     def command(**given: Any) -> None:
         with common.reporting():
+            common.demand_bounded(given)
             setting = Setting(**{p.name: given.pop(p.name) for p in shared})
             settings, seen = ({o.field: o.read(given.pop(o.field)) for o in part} for part in (own, view))
             look = line.resolve(line.view)(**seen) if line.view else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, require_known
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class Causal:
     positions: tuple[Position, ...] = ("label", "random")
 
     def __post_init__(self) -> None:
-        if not self.positions or not set(self.positions) <= set(POSITIONS):
-            raise AnchorsError(f"Positions are {POSITIONS}; got {self.positions}.")
+        require_known("kind of positions", self.positions, POSITIONS)
+        if not self.positions:
+            raise AnchorsError("No positions are to be patched.", f"There are: {', '.join(POSITIONS)}.")
         if self.stride < 1 or (self.layers is not None and (not self.layers or min(self.layers) < 0)):
             raise AnchorsError(
                 f"layers = {self.layers}, stride = {self.stride}: at least one layer from 0 on."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, require_known
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
@@ -55,17 +55,12 @@ class Compression:
     top: int = field(default=5, metadata={"min": 1})
 
     def __post_init__(self) -> None:
-        unknown = set(self.methods) - set(METHODS)
-        if (
-            unknown
-            or not self.methods
-            or self.draws < 1
-            or self.top < 1
-            or self.rule not in (*RULES, "reference")
-        ):
+        require_known("method", self.methods, METHODS)
+        require_known("position rule", [self.rule], (*RULES, "reference"))
+        if not self.methods or self.draws < 1 or self.top < 1:
             raise AnchorsError(
-                f"Methods {self.methods}, rule {self.rule!r}, draws {self.draws}, top {self.top} cannot be used.",
-                f"Methods are {', '.join(METHODS)}; rules {', '.join((*RULES, 'reference'))}; numbers at least 1.",
+                f"Methods {self.methods}, draws {self.draws}, top {self.top} cannot be used.",
+                "Give one method at least, and numbers from 1 on.",
             )
 
     @property

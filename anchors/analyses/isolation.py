@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, require_known
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Isolation:
     top: int = field(default=10, metadata={"min": 1})
 
     def __post_init__(self) -> None:
-        if not set(self.sides) <= set(SIDES) or not set(self.positions) <= set(TARGETS):
-            raise AnchorsError(f"Sides are {SIDES}, positions {TARGETS}; got {self.sides}, {self.positions}.")
+        require_known("side", self.sides, SIDES)
+        require_known("kind of positions", self.positions, TARGETS)
         if not self.sides or not self.positions:
             raise AnchorsError(
                 f"No sides or no positions are to be isolated: {self.sides}, {self.positions}.",

@@ -45,7 +45,8 @@ def tiles(call: AttentionCall, rows: Tensor | None = None) -> Iterator[Tile]:
     seen = None
     if call.mask is not None and call.mask.dtype == torch.bool:
         seen = call.mask.flatten(0, 1).any(0).cpu()
-    for tile in (torch.arange(queries) if rows is None else rows).split(size):
+    every = torch.arange(queries) if rows is None else rows
+    for tile in every.split(size) if len(every) else ():
         first, last = int(tile[0]), int(tile[-1])
         whole = last - first + 1 == len(tile)
         on_device = torch.arange(first, last + 1, device=device) if whole else tile.to(device)

@@ -23,6 +23,8 @@ from anchors.tasks.prompts import Prompt
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
 """How far Σ_j A_ij ∂L/∂A_ij may be from ⟨z_i, ∂L/∂z_i⟩, relative to the layer's largest value."""
+CERTAIN = 1e-3
+"""Loss, in nats, below which a gradient may have vanished in rounding."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
         maps: layers whose whole T × T map is wanted.
 
     Raises:
-        AnchorsError: a loss that is not a number; a layer the model does not have.
+        AnchorsError: a loss that is not a number, or that depends on no attention; a layer the model does not have.
         CertificateError: the saliency does not satisfy Σ_j A_ij ∂L/∂A_ij = ⟨z_i, ∂L/∂z_i⟩.
 
     Example:
@@ -242,6 +244,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     home = torch.device("cpu") if model.device.type == "mps" else model.device
     rows = torch.stack([tap.rows[layer].to(home) for layer in layers], dim=1).double()
     total = torch.stack([tap.total[layer].to(home) for layer in layers], dim=1).double()
+    _demand_gradient(model, total, loss.detach().to(home))
     sums = flow_sums(rows[:, :, :-1], rows[:, :, -1], total, batch.labels.to(home), batch.target.to(home))
     others = uncounted(prompts, rows.shape[-1]).to(home)
     rest = left_out(rows[:, :, -1], others, batch.labels.to(home))
@@ -263,6 +266,25 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
         identity_error=relative,
         maps={layer: tap.full[layer].float().cpu() for layer in maps},
     )
+
+
+def _demand_gradient(
+    model: LanguageModel, total: Float[Tensor, "batch layers"], loss: Float[Tensor, " batch"]
+) -> None:
+    """Refuse a model whose loss depends on no attention.
+
+    Where the right answer is certain (loss 0) there is nothing left to change, and a flow of zero is the true one.
+
+    Raises:
+        AnchorsError: ∂L/∂A is zero in every layer, although the loss is not.
+    """
+    if ((total == 0).all(1) & (loss > CERTAIN)).any():
+        raise AnchorsError(
+            f"The loss of {model.name} does not depend on its attention: ∂L/∂A is zero in every layer, so that there is "
+            "no flow to measure.",
+            "Its weights, or those behind its last layer (norm, head), are zero or make all logits equal: take a "
+            "checkpoint that was trained.",
+        )
 
 
 def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:

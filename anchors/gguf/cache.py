@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, errno_of
 from anchors.gguf.architectures import configuration
 from anchors.gguf.reading import read
 from anchors.gguf.tokens import tokenizer
@@ -107,7 +107,12 @@ def _draft(target: Path, size: int) -> Iterator[Path]:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except AnchorsError:
+        raise
+    except Exception as error:
+        # The writer of tokenizers raises a bare `Exception` that prints the system's number.
+        if not isinstance(error, SafetensorError) and errno_of(error) is None:
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise AnchorsError(f"The cache {str(folder)!r} cannot be written: {reason}.", _ELSEWHERE) from error
 

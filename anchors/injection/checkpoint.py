@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.places import require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -214,7 +214,7 @@ def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header = parsed(stream.read(int.from_bytes(stream.read(8), "little")))
     except (OSError, ValueError, SafetensorError) as error:
         raise AnchorsError(
             f"{str(file)!r} is no whole safetensors file: {error}",
@@ -230,7 +230,7 @@ def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
 
 def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AnchorsError(f"{str(path.parent)!r} has no {path.name}.", remedy) from None
     except (OSError, ValueError) as error:

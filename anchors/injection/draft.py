@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, parsed
 from anchors.injection.checkpoint import INDEX, Checkpoint, Entry, as_bytes, opened
 from anchors.results import write_atomic
 
@@ -282,7 +282,7 @@ def finished(out: Path, identity: dict[str, Any], entries: Mapping[str, Entry]) 
         AnchorsError: it was written with another one, or does not hold all tensors (of `entries`) any more.
     """
     try:
-        facts = json.loads((out / FACTS).read_text(encoding="utf-8"))
+        facts = parsed((out / FACTS).read_text(encoding="utf-8"))
         before = facts["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -325,7 +325,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _journal(folder: Path) -> dict[str, Any] | None:
     """The journal of a draft; None where there is none, or something else."""
     try:
-        journal = json.loads((folder / _JOURNAL).read_text(encoding="utf-8"))
+        journal = parsed((folder / _JOURNAL).read_text(encoding="utf-8"))
         fits = isinstance(journal["identity"], dict) and all(
             Path(file).name == file and isinstance(facts, list) for file, facts in journal["shards"].items()
         )

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.identity import software
 from anchors.injection.evaluate import Prepared, prepare, score
 from anchors.injection.flow import ImageBatch, collate, image_flow
@@ -78,7 +78,7 @@ class Wanted:
         ):
             if unknown := [name for name in names if name not in there]:
                 raise AnchorsError(
-                    f"The suite {suite.name!r} has no {what} {unknown[0]!r}.", f"It has: {', '.join(there)}."
+                    f"The suite {suite.name!r} has no {what} {unknown[0]!r}.", nearest(unknown[0], there)
                 )
         return scenarios, experts
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
-from anchors.errors import AnchorsError, nearest, whole_number
+from anchors.errors import AnchorsError, nearest, parsed, whole_number
 from anchors.injection.methods import METHODS
 from anchors.injection.recipe import Recipe
 
@@ -137,7 +137,7 @@ def _first(text: str, embeddings: str) -> Recipe:
         if not equals:
             raise AnchorsError(f"{text!r} is not a method with options.", "For example: dare:rescale=none")
         try:
-            options[key] = json.loads(value)
+            options[key] = parsed(value)
         except ValueError:
             options[key] = value
     own = {key: options.pop(key) for key in ("density", "vlm_strength") if key in options}

@@ -33,7 +33,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.injection import methods_sign as sign
 from anchors.injection import methods_sparse as sparse
 from anchors.injection import methods_spectral as spectral
@@ -103,7 +103,7 @@ class Method:
                 if value not in self.choices[name]:
                     raise AnchorsError(
                         f"{self.name} has no {name} {value!r}.",
-                        f"Take one of {', '.join(self.choices[name])}.",
+                        nearest(value, self.choices[name]),
                     )
             elif isinstance(value, bool) or not isinstance(
                 value, int if isinstance(default, int) else (int, float)
@@ -111,7 +111,7 @@ class Method:
                 raise AnchorsError(f"{name} of {self.name} is {value!r}; it must be a number like {default}.")
             elif not 0 <= value < math.inf:
                 raise AnchorsError(f"{name} of {self.name} is {value}; it must be at least 0.")
-        if "epsilon" in parameters and 0 < (d := parameters["density"]) < 1:
+        if "epsilon" in parameters and (d := parameters["density"]) < 1:
             epsilon = parameters["epsilon"]
             if d - epsilon <= 0 or d + epsilon >= 1:
                 raise AnchorsError(

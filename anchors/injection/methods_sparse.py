@@ -31,7 +31,7 @@ def pruned(prune: Prune) -> Callable[..., tuple[Vector, Vector]]:
 def _pruned(prune: Prune, tau: Vector, parameters: Mapping[str, Any], generator: Generator) -> Vector:
     if parameters["density"] == 1 or tau.numel() == 0:
         return tau
-    return torch.zeros_like(tau) if parameters["density"] == 0 else prune(tau, parameters, generator)
+    return prune(tau, parameters, generator)
 
 
 def dare(tau: Vector, parameters: Mapping[str, Any], generator: Generator) -> Vector:

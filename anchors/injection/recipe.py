@@ -22,6 +22,9 @@ from anchors.injection.methods_sign import both, weighted_sum
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of matrices whose rows are tokens: no linear maps of the residual stream."""
 
+STRONGEST = 100.0
+"""Beyond this a strength is a slip: the sum is the task vector and little else."""
+
 PIECE = 1 << 18
 """Entries that are merged at a time."""
 
@@ -79,24 +82,34 @@ class Recipe:
         strengths = (self.strength, *(self.per_layer or ()))
         if not all(map(math.isfinite, (*strengths, self.vlm_strength))):
             raise AnchorsError(f"A strength of {self.label()!r} is not finite.")
+        if largest := [s for s in (*strengths, self.vlm_strength) if abs(s) > STRONGEST]:
+            raise AnchorsError(
+                f"A strength of {largest[0]:g} is no merge: nothing of the models would be left.",
+                f"1 adds a task vector as it is; from -{STRONGEST:g} to {STRONGEST:g} is allowed.",
+            )
         if self.density is not None and "density" not in own.defaults:
             raise AnchorsError(
                 f"{self.method} keeps every entry of the task vectors: it takes no density.",
                 f"Methods with a density: {', '.join(n for n, m in METHODS.items() if 'density' in m.defaults)}.",
             )
-        if self.density is not None and not 0 <= self.density <= 1:
-            raise AnchorsError(f"density is {self.density}; it must be a share, from 0 to 1.")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise AnchorsError(
+                f"density is {self.density}; it must be a share, above 0 and at most 1.",
+                "With 0 nothing of the expert would be left.",
+            )
         if self.layers is not None and not (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1]):
             raise AnchorsError(
                 f"layers is {self.layers}; it must be the first and the last layer to inject, such as (2, 5)."
             )
         if self.embeddings not in POLICIES:
-            raise AnchorsError(f"embeddings is {self.embeddings!r}.", f"Take one of {', '.join(POLICIES)}.")
+            raise AnchorsError(
+                f"There is no embedding policy {self.embeddings!r}.", nearest(self.embeddings, POLICIES)
+            )
         if unknown := [name for name, _ in self.options if name not in own.defaults or name == "density"]:
             known = [name for name in own.defaults if name != "density"]
             raise AnchorsError(
                 f"{self.method} has no option {unknown[0]!r}.",
-                f"It has {', '.join(known)}." if known else "It has none.",
+                nearest(unknown[0], known) if known else "It has none.",
             )
         own.check(self.parameters(), strengths, self.vlm_strength)
 

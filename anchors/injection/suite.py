@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, nearest, parsed
 
 SPLITS = ("test", "tune", "demonstration")
 IMAGE = "<image>"
@@ -93,7 +93,7 @@ class Suite:
         folder = Path(folder)
         path = folder / "suite.json"
         try:
-            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+            facts = parsed(path.read_text(encoding="utf-8-sig"))
             models = facts["models"]
             named = {
                 "template": facts["template"], "vision": str(facts["vision"]), "base": models["base"],
@@ -181,7 +181,7 @@ class Suite:
         if not found:
             raise AnchorsError(
                 f"The scenario {scenario!r} of suite {self.name!r} has no examples in split {split!r}.",
-                f"There are: {', '.join(sorted({e.split for e in self.scenarios[scenario]}))}.",
+                nearest(split, sorted({e.split for e in self.scenarios[scenario]})),
             )
         return tuple(found[:limit])
 
@@ -286,7 +286,7 @@ def _read(folder: Path, name: str) -> tuple[Example, ...]:
     found = []
     for number, line in enumerate(lines):
         try:
-            x = json.loads(line)
+            x = parsed(line)
             image = folder / x["image"] if x.get("image") else None
             if image is not None and not image.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"the image {x['image']!r} is outside the suite's folder")
@@ -305,7 +305,7 @@ def _read(folder: Path, name: str) -> tuple[Example, ...]:
         if example.split not in SPLITS:
             raise AnchorsError(
                 f"Line {number + 1} of {str(path)!r} has the split {example.split!r}.",
-                f"One of: {', '.join(SPLITS)}.",
+                nearest(example.split, SPLITS),
             )
         found.append(example)
     if not found:

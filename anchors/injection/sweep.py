@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from anchors.digest import file_digest, text_digest
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.identity import software
 from anchors.injection.checkpoint import Checkpoint
 from anchors.injection.evaluate import Prepared, captions, evaluate, evaluate_text, prepare, score
@@ -76,7 +76,7 @@ class Sweep:
         if unknown := [s for s in self.scenarios or () if s not in suite.skills]:
             raise AnchorsError(
                 f"The suite {suite.name!r} has no expert for {unknown[0]!r}.",
-                f"It has: {', '.join(suite.skills)}.",
+                nearest(unknown[0], suite.skills),
             )
         return self.scenarios or suite.skills
 

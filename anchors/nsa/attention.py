@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anchors.attention.streaming import triton_runs
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.nsa import reference
 from anchors.nsa.geometry import BACKENDS, Geometry
 
@@ -69,7 +69,7 @@ def resolve(backend: str, q: Tensor, geometry: Geometry) -> str:
         AnchorsError: an unknown backend; Triton where it cannot run.
     """
     if backend not in BACKENDS:
-        raise AnchorsError(f"There is no backend called {backend!r}.", f"One of: {', '.join(BACKENDS)}.")
+        raise AnchorsError(f"There is no backend called {backend!r}.", nearest(backend, BACKENDS))
     if backend == "auto":
         able = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and geometry.lp % 16 == 0
         return "triton" if able and triton_runs(q.device) else "reference"

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError
-from anchors.results import read_table, write_atomic, write_table
+from anchors.errors import AnchorsError, brief, parsed
+from anchors.results import read_table, write_atomic, write_table, writing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,13 @@ class Checkpoint:
                     "Choose another --out.",
                 )
             return
-        before = json.loads(self.identity.read_text(encoding="utf-8"))
+        try:
+            before = parsed(self.identity.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AnchorsError(
+                f"{str(self.identity)!r} cannot be read: {brief(error)}.",
+                "Delete its folder to begin again, or choose another --out.",
+            ) from error
         after = json.loads(json.dumps(identity))
         differing = _differences(before, after)
         if differing:
@@ -143,15 +149,12 @@ class Checkpoint:
         shown = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
         draft = Path(tempfile.mkdtemp(dir=self.folder, prefix=".model-"))
         try:
-            shown.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-                path.chmod(0o644)  # some are written as private files
-                path.replace(self.folder / path.name)
-        except OSError as error:
-            raise AnchorsError(
-                f"{str(self.folder)!r} cannot be written: {error.strerror or error}", "Choose another --out."
-            ) from error
+            with writing(self.folder):
+                shown.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
+                for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+                    path.chmod(0o644)  # some are written as private files
+                    path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -179,6 +182,16 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(_weights(folder).read_bytes()).hexdigest()[:16]
 
 
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(_weights(folder))
+    except (OSError, SafetensorError) as error:
+        raise AnchorsError(
+            f"The model in {folder} cannot be read: {brief(error)}.",
+            "Its file was cut off or damaged: copy it again, or train it again.",
+        ) from error
+
+
 def begin(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the weights of a saved one of the same kind and size.
 
@@ -186,10 +199,10 @@ def begin(model: PreTrainedModel, folder: Path) -> None:
         AnchorsError: there is none, or it is of another kind or size.
     """
     try:
-        missing, unexpected = model.load_state_dict(load_file(_weights(folder)), strict=False)
+        missing, unexpected = model.load_state_dict(_read(folder), strict=False)
     except RuntimeError as error:
         raise AnchorsError(
-            f"The model in {folder} has other sizes: {error}", "Give the same --layers, --width, …"
+            f"The model in {folder} has other sizes: {brief(error)}", "Give the same --layers, --width, …"
         ) from error
     # Tied weights are stored once.
     missing = [name for name in missing if name not in (model._tied_weights_keys or {})]

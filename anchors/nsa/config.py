@@ -1,9 +1,11 @@
 """The configuration of a causal language model with Native Sparse Attention, in transformers' own way."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 from anchors.nsa.geometry import BACKENDS, Geometry
 from anchors.nsa.phi import PHI
 
@@ -54,7 +56,7 @@ class NSAConfig(LlamaConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise AnchorsError(
-                    f"{name} is {getattr(self, name)!r}.", f"It must be one of: {', '.join(allowed)}."
+                    f"There is no {name} {getattr(self, name)!r}.", nearest(getattr(self, name), allowed)
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise AnchorsError(
@@ -66,6 +68,14 @@ class NSAConfig(LlamaConfig):
                 f"Full attention here has d_v = d_k, but value_head_dim is {self.value_head_dim}.",
                 "Leave value_head_dim out.",
             )
+        if self.head_dim % 2:
+            raise AnchorsError(
+                f"head_dim is {self.head_dim}: the rotary embedding turns pairs of numbers.",
+                "Take an even one.",
+            )
+        theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
+        if not 0 < theta < math.inf:
+            raise AnchorsError(f"rope_theta is {theta}; it must be above 0.", "10000 is usual.")
         _ = self.geometry
 
     @property

@@ -26,6 +26,7 @@ from anchors.tasks.prompts import QUERY, Prompt, Role
 BEGINNING, WORD, PREFIX, LABEL, SEPARATOR = range(5)
 """What a token is: BOS, a word of a text, `:`, a label word, `;`."""
 
+MOST_RECENT = 10**9
 _FRAME = 3  # tokens of a demonstration that are not its text
 
 
@@ -153,8 +154,10 @@ class Episodes:
                 f"{most} classes need as many label words; there are {self.vocabulary.label_words}.",
                 "Have more label words or fewer classes.",
             )
-        if self.keywords < 1 or self.recent < 1:
-            raise AnchorsError("A class has at least one keyword, and `recent` is at least 1.")
+        if self.keywords < 1 or not 1 <= self.recent <= MOST_RECENT:
+            raise AnchorsError(
+                f"keywords is {self.keywords} and recent is {self.recent}: each is at least 1, recent at most {MOST_RECENT}."
+            )
         if 2 * most * self.keywords > self.vocabulary.words:
             raise AnchorsError(
                 f"{most} classes of {self.keywords} keywords take more than half of {self.vocabulary.words} words.",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest
 
 Parts = tuple[Float[Tensor, "*blocks l dim_out"], Float[Tensor, "*blocks dim_out"]]
 
@@ -102,5 +102,5 @@ def make(kind: str, l: int, dim: int) -> nn.Module:
         AnchorsError: there is no such φ.
     """
     if kind not in PHI:
-        raise AnchorsError(f"There is no φ called {kind!r}.", f"One of: {', '.join(PHI)}.")
+        raise AnchorsError(f"There is no φ called {kind!r}.", nearest(kind, PHI))
     return PHI[kind](l, dim)

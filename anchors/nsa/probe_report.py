@@ -1,6 +1,5 @@
 """A probe's rows, tables, figure and page, written with their provenance."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import seam
 from anchors.check import check, failed
-from anchors.errors import AnchorsError, CertificateError
+from anchors.errors import AnchorsError, CertificateError, parsed
 from anchors.models import LanguageModel
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.call import NSACall
@@ -46,7 +45,7 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
     known: dict[str, Any] = {}
     if (folder / TRAINING).is_file():
         try:
-            facts = json.loads((folder / TRAINING).read_text(encoding="utf-8"))["data"]
+            facts = parsed((folder / TRAINING).read_text(encoding="utf-8"))["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AnchorsError(f"{str(folder / TRAINING)!r} cannot be read: {error}") from error
         if facts.get("data") != "episodes":
@@ -59,6 +58,12 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
     elif model.context is not None:
         known = {"tokens": min(Episodes.tokens, model.context)}
     known |= {name: value for name, value in options.items() if value is not None}
+    if model.context is not None and known.get("tokens", Episodes.tokens) > model.context:
+        raise AnchorsError(
+            f"Episodes of {known.get('tokens', Episodes.tokens)} tokens do not fit into the context of {model.name}, "
+            f"{model.context} tokens.",
+            f"Take --tokens {model.context} at most.",
+        )
     return Episodes(**known, vocabulary=vocabulary_of(model))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anchors.errors import AnchorsError
+from anchors.models import placed
 
 
 class Team:
@@ -18,20 +19,14 @@ class Team:
 
     @staticmethod
     def made(device: str) -> "Team":
-        """One process, or those of `accelerate launch`."""
+        """One process, or those of `accelerate launch`.
+
+        Raises:
+            AnchorsError: there is no such device here (see `anchors.models.placed`).
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return Several()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            where = torch.device(device)
-        except RuntimeError as error:
-            raise AnchorsError(
-                f"Unknown device {device!r}.", "One of: auto, cpu, cuda, cuda:1, mps."
-            ) from error
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise AnchorsError("There is no CUDA device here.", "Use --device cpu, or leave it at auto.")
-        return Team(where)
+        return Team(placed(device, "auto")[0])
 
     @property
     def name(self) -> str:

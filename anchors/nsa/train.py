@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ Factory = Callable[[PreTrainedConfig], PreTrainedModel]
 Progress = Callable[[int, int], None]
 
 BETAS = (0.9, 0.95)
+MOST_SEEDS = 10**18
 LESSONS = 4
 """Stages in which the data grows harder."""
 _FREE = ("backend", "dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
@@ -71,14 +72,19 @@ class Recipe:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup", "weight_decay", "text_weight", "last_lr", "seed"):
+        for name in ("warmup", "weight_decay", "text_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise AnchorsError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise AnchorsError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        if not 0 <= self.grow <= 1:
-            raise AnchorsError(f"grow is {self.grow}; it must be a share of the steps, from 0 to 1.")
+        for name, whole in (("grow", "the steps"), ("last_lr", "the highest learning rate")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise AnchorsError(
+                    f"{name} is {getattr(self, name)}; it must be a share of {whole}, from 0 to 1."
+                )
+        if self.seed >= MOST_SEEDS:
+            raise AnchorsError(f"seed is {self.seed}; it must be below {MOST_SEEDS}.")
 
     def lesson(self, step: int) -> int:
         """The stage of a step, from 0 on; `LESSONS` once the data is as hard as it is to be."""
@@ -196,7 +202,6 @@ def train(
     checkpoint.check(identity)
     if team.main:
         require_writable(out)
-        checkpoint.claim(identity)
 
     if factory is None:
         from anchors.nsa.model import NSAForCausalLM as factory
@@ -219,7 +224,8 @@ def train(
     for step, rows in _batches(data, recipe, done, team):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        pending.append(_step(prepared, optimizer, rows, recipe, team))
+        with _diverging(model, step, checkpoint):
+            pending.append(_step(prepared, optimizer, rows, recipe, team))
         now, last = step + 1, step + 1 == recipe.steps
         if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
             seconds = time.perf_counter() - began
@@ -229,9 +235,11 @@ def train(
             log.training(now, values, recipe.rate(step), speed)
             pending, since, began = [], now, time.perf_counter()
         if now % watch.evaluate == 0 or last:
-            log.held_out(now, evaluate(model, data, recipe, watch.held_out))
+            with _diverging(model, now, checkpoint):
+                log.held_out(now, evaluate(model, data, recipe, watch.held_out))
             began = time.perf_counter()
         if (now % watch.save == 0 or last) and team.main:
+            checkpoint.claim(identity)
             checkpoint.save(
                 model, optimizer, now, log.table(), facts, tokenizer=tokenizer, dtype=watch.dtype
             )  # fmt: skip
@@ -382,11 +390,30 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+@contextmanager
+def _diverging(model: nn.Module, step: int, checkpoint: Checkpoint) -> Iterator[None]:
+    """A refusal of numbers that are not finite, or too large, inside the model is that of a training that diverged.
+
+    Attention refuses what is not finite by itself, and cannot know that a learning rate is behind it.
+    """
+    try:
+        yield
+    except AnchorsError as error:
+        # Beyond this, squares of a float32 weight are infinite.
+        if all(float(p.detach().abs().amax()) < 1e18 for p in model.parameters() if p.numel()):
+            raise
+        raise _diverged(f"The weights are not finite, or huge, after step {step}.", checkpoint) from error
+
+
+def _diverged(what: str, checkpoint: Checkpoint) -> AnchorsError:
+    kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
+    return AnchorsError(
+        f"The training diverged: {what}",
+        f"{kept}; train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --weight-decay.",
+    )
+
+
 def _demand_finite(values: Float[np.ndarray, "steps 6"], first: int, checkpoint: Checkpoint) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
-        raise AnchorsError(
-            f"Loss or gradient is not finite at step {first + int(bad[0]) + 1}.",
-            f"{kept}; train again elsewhere with a lower --lr, a longer --warmup or a smaller --clip.",
-        )
+        raise _diverged(f"loss or gradient is not finite at step {first + int(bad[0]) + 1}.", checkpoint)

@@ -4,13 +4,12 @@ A column is text whatever it looks like: `NA`, `1.0` and `True` stay these words
 """
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, nearest, parsed
 
 COLUMNS = ("text", "label")
 
@@ -46,7 +45,7 @@ def rows(path: Path) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", f"One of {', '.join(READERS)}.")
+        raise AnchorsError(f"Files ending in {path.suffix!r} are not read.", nearest(path.suffix, READERS))
     try:
         if path.stat().st_size == 0:
             raise AnchorsError(f"The file {str(path)!r} is empty.", "It needs rows with `text` and `label`.")
@@ -165,7 +164,7 @@ def _delimited(path: Path) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------- JSON
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no key stands twice, for `json.loads(…, object_pairs_hook=once)`.
+    """An object in which no key stands twice, for `parsed(…, object_pairs_hook=once)`.
 
     Raises:
         ValueError: a key twice; plain `json` keeps the last one silently.
@@ -184,7 +183,7 @@ def _json_lines(path: Path) -> list[Row]:
     for number, line in enumerate(decode(path.read_bytes(), repr(str(path))).split("\n"), start=1):
         if line.strip():
             try:
-                value = json.loads(line, object_pairs_hook=once)
+                value = parsed(line, object_pairs_hook=once)
             except ValueError as error:
                 raise AnchorsError(
                     f"Line {number} of {path.name} cannot be read as JSON: {error}",
@@ -195,7 +194,7 @@ def _json_lines(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
-    whole = json.loads(decode(path.read_bytes(), repr(str(path))), object_pairs_hook=once)
+    whole = parsed(decode(path.read_bytes(), repr(str(path))), object_pairs_hook=once)
     if isinstance(whole, dict):
         columns = [whole[name] for name in _columns_of(whole, path)]
         if all(isinstance(column, dict) for column in columns) and list(columns[0]) == list(columns[1]):

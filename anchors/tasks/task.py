@@ -111,9 +111,7 @@ class Task:
                 "White space belongs into the template, right before or after {label}.",
             )
         if self.policy not in POLICIES:
-            raise AnchorsError(
-                f"Unknown label-word policy {self.policy!r}.", f"One of {', '.join(POLICIES)}."
-            )
+            raise AnchorsError(f"Unknown label-word policy {self.policy!r}.", nearest(self.policy, POLICIES))
 
     @property
     def prefix(self) -> str:

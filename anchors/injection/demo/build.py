@@ -29,7 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, brief, parsed
 from anchors.injection.demo import models
 from anchors.injection.demo.pictures import Pictures, pictures
 from anchors.injection.demo.prompts import Encoder, Item, Prompts, drawn_rows
@@ -46,7 +46,7 @@ from anchors.injection.demo.training import (
     right,
 )
 from anchors.injection.demo.world import SKILLS, Task, World, world
-from anchors.results import provenance, require_writable, write_atomic
+from anchors.results import provenance, require_writable, write_atomic, writing
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps of all stages)."""
@@ -151,7 +151,7 @@ class Builder:
         target = self.folder / name
         mark = target / MARK
         if mark.is_file():
-            facts = json.loads(mark.read_text(encoding="utf-8"))
+            facts = _facts(mark)
             # A suite written before there were upper bounds does not name them.
             if facts.get("upper", True) or not self.upper:
                 return Built(target, facts)
@@ -167,20 +167,17 @@ class Builder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed(name))
             try:
-                facts = make(draft, told)
-                facts |= {
-                    "seconds": round(time.perf_counter() - wall, 1),
-                    "cpu_seconds": round(time.process_time() - cpu, 1),
-                }
-                (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-                if target.exists():
-                    shutil.rmtree(target)
-                draft.chmod(0o755)  # mkdtemp makes private folders
-                draft.rename(target)
-            except OSError as error:
-                raise AnchorsError(
-                    f"{str(target)!r} cannot be written: {error.strerror or error}", "Choose another --out."
-                ) from error
+                with writing(target):
+                    facts = make(draft, told)
+                    facts |= {
+                        "seconds": round(time.perf_counter() - wall, 1),
+                        "cpu_seconds": round(time.process_time() - cpu, 1),
+                    }
+                    (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                    if target.exists():
+                        shutil.rmtree(target)
+                    draft.chmod(0o755)  # mkdtemp makes private folders
+                    draft.rename(target)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return Built(target, facts)
@@ -196,7 +193,7 @@ class Builder:
             text = json.dumps(provenance(**identity), indent=1) + "\n"
             write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _facts(path)
         differing = [name for name, value in identity.items() if before.get(name) != value]
         if differing:
             raise AnchorsError(
@@ -401,3 +398,23 @@ class Builder:
         if not model.config.tie_word_embeddings:
             language += model.lm_head.parameters()
         return [(list(model.model.multi_modal_projector.parameters()), stage.lr), (language, stage.lm_lr)]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a folder of a demonstration says of itself.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    try:
+        found = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AnchorsError(
+            f"{str(path)!r} cannot be read: {brief(error)}.",
+            f"Delete {str(path.parent)!r}: it is built anew.",
+        ) from error
+    if not isinstance(found, dict):
+        raise AnchorsError(
+            f"{str(path)!r} holds no JSON object.", f"Delete {str(path.parent)!r}: it is built anew."
+        )
+    return found

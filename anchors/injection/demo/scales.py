@@ -88,8 +88,8 @@ class Scale:
 
     def with_steps(self, factor: float) -> "Scale":
         """All trainings longer or shorter; none vanishes."""
-        if not factor > 0:
-            raise AnchorsError(f"--steps-factor is {factor}; it must be above 0.")
+        if not 0 < factor <= 1000:
+            raise AnchorsError(f"--steps-factor is {factor}; it must be above 0, and 1000 at most.")
 
         def longer(stage: Stage) -> Stage:
             return replace(stage, steps=max(1, round(stage.steps * factor)))
