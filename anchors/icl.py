@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from anchors.analyses.classification import CONTENT_FREE as CONTENT_FREE
 from anchors.analyses.classification import Classification as Classification
 from anchors.context import Context, Queries, answer, queries
+from anchors.errors import AnchorsError
 from anchors.models import LanguageModel
 from anchors.runner import Record
 from anchors.tasks.drawing import Drawn
@@ -63,11 +65,25 @@ def loyalties(
     probable words of the whole vocabulary.
     """
     same = label_probabilities(logits, batch).argmax(-1) == label_probabilities(baseline, batch).argmax(-1)
-    words = jaccard(logits.topk(top).indices, baseline.topk(top).indices)
+    words = jaccard(best_words(logits, top).indices, best_words(baseline, top).indices)
     return [
         [Record("label_loyalty", label, condition), Record("word_loyalty", word, condition)]
         for label, word in zip(same.tolist(), words.tolist(), strict=True)
     ]
+
+
+def best_words(scores: Float[Tensor, "batch vocabulary"], top: int) -> torch.return_types.topk:
+    """The words with the largest scores, as `Tensor.topk` gives them.
+
+    Raises:
+        AnchorsError: so many that every word is one of them.
+    """
+    if top >= scores.shape[-1]:
+        raise AnchorsError(
+            f"The {top} most probable words are all of them: the vocabulary has {scores.shape[-1]}.",
+            "Lower --top.",
+        )
+    return scores.topk(top)
 
 
 def compared(

@@ -324,6 +324,10 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
         )
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise AnchorsError("There is no MPS device here.", "Use --device cpu, or leave it at auto.")
+    if where.type in ("cpu", "mps") and where.index:
+        raise AnchorsError(
+            f"There is no device {device!r} here.", f"There is one {where.type}: {where.type!r}."
+        )
     if where.type not in ("cpu", "cuda", "mps"):
         raise AnchorsError(f"Models are not run on the device {device!r}.", known)
     if precision == "auto":
@@ -336,6 +340,8 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
 def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
     """Where the files of a model are."""
     source, name = default_source() if source is None else (str(source), str(source))
+    if not source.strip():
+        raise AnchorsError("The name of the model is empty.", "Leave it out for the default model.")
     if source == DEFAULT_HUB and revision is None:
         revision = DEFAULT_REVISION
     path = Path(source).expanduser()
@@ -346,6 +352,11 @@ def _origin(source: str | Path | None, revision: str | None, trust_remote_code: 
     elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         what = "is a file, not a model directory" if path.exists() else "does not exist"
         raise AnchorsError(f"The model {source!r} {what}.", "Give a hub id, a directory or a .gguf file.")
+    if revision is not None and Path(source).is_dir():
+        raise AnchorsError(
+            f"The model {name!r} lies on this machine, where it has no revision {revision!r}.",
+            "Leave the revision out, or give the hub id of the model.",
+        )
     return Origin(source, name, revision, trust_remote_code)
 
 

@@ -189,8 +189,53 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise AnchorsError(f"The table {str(path)!r} cannot be read: {error}") from error
-    facts = (table.schema.metadata or {}).get(METADATA_KEY, b"{}")
-    return table.to_pandas(), json.loads(facts)
+    try:
+        facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    except ValueError as error:
+        raise AnchorsError(f"The facts of the table {str(path)!r} cannot be read: {error}") from error
+    return table.to_pandas(), facts
+
+
+def read_rows(
+    path: Path, columns: Iterable[str], facts: dict[str, tuple[str, ...]], numeric: Iterable[str] = ("value",)
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows that are about to be summarised or drawn, and their facts, once they are such rows.
+
+    Args:
+        path: of the table.
+        columns: that it must have.
+        facts: that must stand with it, by name; of a fact that is a table of its own, what must stand there.
+        numeric: of the columns, those of numbers.
+
+    Raises:
+        AnchorsError: the file cannot be read, or holds something else.
+    """
+    rows, told = read_table(path)
+
+    def refused(why: str) -> AnchorsError:
+        return AnchorsError(
+            f"The table {str(path)!r} {why}.", "Measure again what it is of, or give another folder."
+        )
+
+    if lacking := [name for name in columns if name not in rows]:
+        raise refused(f"has no column {lacking[0]!r}")
+    for name, parts in facts.items():
+        found = told.get(name)
+        if not found or (parts and not (isinstance(found, dict) and set(parts) <= set(found))):
+            raise refused(f"does not say {name!r}, which stands with every table that the toolkit writes")
+    if rows.empty:
+        raise refused("is empty")
+    for name in numeric:
+        if not pd.api.types.is_numeric_dtype(rows[name]):
+            raise refused(f"holds text for numbers, in the column {name!r}")
+    if gaps := [name for name in columns if name not in ("value", "layer") and rows[name].isna().any()]:
+        raise refused(f"has gaps in the column {gaps[0]!r}")
+    values = rows["value"].astype(float)
+    if values.isna().all():
+        raise refused("holds no number: all of its values are missing")
+    if values.isin([math.inf, -math.inf]).any():
+        raise refused("holds values that are infinite")
+    return rows, told
 
 
 def plain(table: pd.DataFrame) -> list[dict[str, Any]]:

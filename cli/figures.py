@@ -10,7 +10,7 @@ import typer
 from anchors.cli import common
 from anchors.cli.common import err
 from anchors.cli.run import Folder
-from anchors.errors import AnchorsError, nearest
+from anchors.errors import AnchorsError, brief, nearest
 
 if TYPE_CHECKING:
     from anchors.summaries import Rows, Tables
@@ -21,6 +21,9 @@ Names = Annotated[
         metavar="NAMES...", help="Experiments, see `anchors ls`, or studies; `all` for every one."
     ),
 ]
+
+COLUMNS = ("task", "shots", "control", "seed", "number", "condition", "layer", "metric", "value")
+"""Of all rows that experiments and studies leave."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
         from anchors.figures import draw
-        from anchors.results import read_table
+        from anchors.results import read_rows
         from anchors.shelf import Shelf, contained
         from anchors.summaries import marked
 
@@ -60,7 +63,10 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                 raise AnchorsError(
                     f"{str(folder)!r} holds no rows of {', '.join(missing)}.", f"Run `{drawing.mend}` first."
                 )
-            read = {kind: read_table(file) for kind, file in drawing.files.items()}
+            read = {
+                kind: read_rows(file, COLUMNS, {"model": (), "parts": ()}, ("value", "layer"))
+                for kind, file in drawing.files.items()
+            }
             (first, facts), *others = ((kind, facts) for kind, (_, facts) in read.items())
             for kind, other in others:
                 if not (contained(facts, other) and contained(other, facts)):
@@ -69,7 +75,15 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
                         f"Run `{drawing.mend}` again.",
                     )
             rows = {kind: rows for kind, (rows, _) in read.items()}
-            tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
+            try:
+                tables = marked(drawing.tables(rows), rows, facts.get("arithmetic_error"))
+            except AnchorsError:
+                raise
+            except (KeyError, ValueError) as error:
+                raise AnchorsError(
+                    f"The rows in {str(folder)!r} lack what {drawing.name} shows: {brief(error)}.",
+                    f"Run `{drawing.mend}` again.",
+                ) from error
             shelf = Shelf(folder, drawing.name)
             for name, table in tables.items():
                 shelf.table(f"{drawing.name}_{name}", table)

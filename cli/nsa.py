@@ -136,11 +136,16 @@ def curves(
 
         from anchors.figures.nsa_train import draw
         from anchors.figures.style import save
-        from anchors.results import read_table, write_table
+        from anchors.results import read_rows, write_table
 
         logs, read, alike = [], {}, {}
         for folder in folders:
-            log, facts = read_table(folder / "training" / "log.parquet")
+            log, facts = read_rows(
+                folder / "training" / "log.parquet",
+                ("step", "split", "metric", "bucket", "value"),
+                {"model": ("attention",), "recipe": ("seed",), "data": ()},
+                numeric=("step", "value"),
+            )
             name, seed = f"{facts['model']['attention']} attention", facts["recipe"]["seed"]
             recipe = {**facts, "recipe": {k: v for k, v in facts["recipe"].items() if k != "seed"}}
             for other in alike.setdefault(name, {}):

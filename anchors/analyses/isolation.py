@@ -138,13 +138,13 @@ class TopWords:
         self, model: "LanguageModel", state: tuple, task: "Task", batch: "Sequence[Drawn]"
     ) -> list[list[Record]]:
         from anchors.context import answer, queries
-        from anchors.icl import joined
+        from anchors.icl import best_words, joined
 
         contexts, tokenizer = state
         asked = queries([d.prompt for d in batch], len(contexts["none"].ids), model.device)
         parts = []
         for name, context in contexts.items():
-            best = answer(model, context, asked).softmax(-1).topk(self.top)
+            best = best_words(answer(model, context, asked).softmax(-1), self.top)
             parts.append(
                 [
                     [

@@ -215,7 +215,7 @@ def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:
     """Whether a tensor changed, ‖m − v‖ and ‖v‖.
 
     Raises:
-        AnchorsError: a number of it is too large for its type.
+        AnchorsError: a number of it is too large for its type, or for a norm.
     """
     changed, change, norm = False, 0.0, 0.0
     # In pieces that stay in the processor's cache: this costs as much as the merge otherwise.
@@ -231,6 +231,12 @@ def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:
             raise AnchorsError(
                 f"{count} merged numbers of {name} are too large for {v.dtype}.", "Lower --strength."
             )
+    if not math.isfinite(change) or not math.isfinite(norm):
+        largest = max(float(t.abs().max()) for t in (m, v))
+        raise AnchorsError(
+            f"{name} holds numbers up to {largest:.1e}: how far it changes is beyond float32, and so would be what it computes.",
+            "One of the models is damaged, or --strength too large.",
+        )
     return {"changed": changed, "change": change**0.5, "norm": norm**0.5}
 
 

@@ -63,6 +63,11 @@ class Checkpoint:
                 f"{str(self.identity)!r} cannot be read: {brief(error)}.",
                 "Delete its folder to begin again, or choose another --out.",
             ) from error
+        if not isinstance(before, dict):
+            raise AnchorsError(
+                f"{str(self.identity)!r} does not describe a training.",
+                "Delete its folder to begin again, or choose another --out.",
+            )
         after = json.loads(json.dumps(identity))
         differing = _differences(before, after)
         if differing:

@@ -13,7 +13,7 @@ from torch import Tensor
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import seam
 from anchors.check import check, failed
-from anchors.errors import AnchorsError, CertificateError, parsed
+from anchors.errors import AnchorsError, CertificateError, brief, parsed
 from anchors.models import LanguageModel
 from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.call import NSACall
@@ -47,7 +47,10 @@ def episodes_of(model: LanguageModel, folder: Path, **options: Any) -> Episodes:
         try:
             facts = parsed((folder / TRAINING).read_text(encoding="utf-8"))["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AnchorsError(f"{str(folder / TRAINING)!r} cannot be read: {error}") from error
+            raise AnchorsError(
+                f"{str(folder / TRAINING)!r} does not describe a training: {brief(error)}.",
+                "Take the folder of a finished `anchors nsa train`, or delete that file: defaults are taken then.",
+            ) from error
         if facts.get("data") != "episodes":
             raise AnchorsError(
                 f"{model.name} was trained on {facts.get('data')}, not on episodes.",

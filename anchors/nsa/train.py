@@ -239,6 +239,8 @@ def train(
                 log.held_out(now, evaluate(model, data, recipe, watch.held_out))
             began = time.perf_counter()
         if (now % watch.save == 0 or last) and team.main:
+            if not _sound(model):
+                raise _diverged(f"the weights are not finite, or huge, after step {now}.", checkpoint)
             checkpoint.claim(identity)
             checkpoint.save(
                 model, optimizer, now, log.table(), facts, tokenizer=tokenizer, dtype=watch.dtype
@@ -399,10 +401,14 @@ def _diverging(model: nn.Module, step: int, checkpoint: Checkpoint) -> Iterator[
     try:
         yield
     except AnchorsError as error:
-        # Beyond this, squares of a float32 weight are infinite.
-        if all(float(p.detach().abs().amax()) < 1e18 for p in model.parameters() if p.numel()):
+        if _sound(model):
             raise
-        raise _diverged(f"The weights are not finite, or huge, after step {step}.", checkpoint) from error
+        raise _diverged(f"the weights are not finite, or huge, after step {step}.", checkpoint) from error
+
+
+def _sound(model: nn.Module) -> bool:
+    """Whether no weight is infinite, or so large that its square is."""
+    return all(float(p.detach().abs().amax()) < 1e18 for p in model.parameters() if p.numel())
 
 
 def _diverged(what: str, checkpoint: Checkpoint) -> AnchorsError:
