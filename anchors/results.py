@@ -221,7 +221,7 @@ def read_rows(
         raise refused(f"has no column {lacking[0]!r}")
     for name, parts in facts.items():
         found = told.get(name)
-        if not found or (parts and not (isinstance(found, dict) and set(parts) <= set(found))):
+        if found is None or (parts and not (isinstance(found, dict) and set(parts) <= set(found))):
             raise refused(f"does not say {name!r}, which stands with every table that the toolkit writes")
     if rows.empty:
         raise refused("is empty")
