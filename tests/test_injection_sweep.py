@@ -303,7 +303,7 @@ def test_command_without_task_arithmetic(
     [
         ("--strengths a", "not a list of numbers"), ("--methods tis", "no merging method"), ("--scenarios x", "no expert"),
         ("--split x", "no examples in split"), ("--layers 9", "no range"), ("--grid huge", "no grid"),
-        ("--embeddings all", "embeddings is"),
+        ("--embeddings all", "There is no policy of embeddings"),
     ],
 )  # fmt: skip
 def test_command_refuses(suites: list[Suite], tmp_path: Path, wrong: str, said: str) -> None:
