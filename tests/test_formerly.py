@@ -17,6 +17,7 @@ MOVED = [
     ("anchors.report", "write_tables"),
     ("anchors.report", "write_figure"),
     ("anchors.runner", "out_of_memory"),
+    ("anchors.summaries.nsa_probe", "probe_tables"),
 ]
 STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("anchors.gguf", "converted")]
 
@@ -24,7 +25,8 @@ STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("an
 @pytest.mark.parametrize(("module", "name"), MOVED)
 def test_what_moved_is_handed_on_with_a_warning(module, name):
     with pytest.warns(
-        DeprecationWarning, match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine)\.{name} now"
+        DeprecationWarning,
+        match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine|nsa\.probe_tables)\.{name} now",
     ):
         found = getattr(import_module(module), name)
     assert found

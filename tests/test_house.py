@@ -22,7 +22,7 @@ FILES = {
 UPPER = ("anchors.nsa", "anchors.injection")
 ABOVE = (*UPPER, "anchors.figures", "anchors.experiments", "anchors.cli")
 BOTTOM = {
-    "anchors.errors", "anchors.digest", "anchors.places", "anchors.streams", "anchors.formerly",
+    "anchors.errors", "anchors.digest", "anchors.places", "anchors.streams", "anchors._names",
 }  # fmt: skip
 """What tasks rest on."""
 CIRCLE = {
