@@ -19,8 +19,9 @@ from sweep.right import Group, Numbers
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-5}
 """How far a number may be off, relative as `off` says; maps, sums and re-weighting in float32 ten times as far."""
-SLOPED = ("maps", "sums", "re-weighting")
-"""Numbers that rest on gradients: in float64 where the untouched model runs in it."""
+SLOPED = ("maps", "sums", "re-weighting", "patching")
+"""In float64 where the untouched model runs in it: numbers that rest on gradients, and patching, whose small differences a
+router of experts, a step function, may turn into large ones by rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def off(number: str, got: Tensor, wanted: Tensor, scale: float = 1.0) -> float:
 
     Logits and maps: ‖got − wanted‖ / ‖wanted‖, by row of the first dimension (rows below a thousandth of the whole count
     as a thousandth). The three sums, attention and β: relative to the largest entry. Probabilities and losses: absolute.
-    Patching: relative to ‖z_B − z_A‖².
+    Patching: numerators relative to ‖z_B − z_A‖² (`_size`), shifts of probabilities absolute.
     """
     if got.shape != wanted.shape:
         return float("inf")
@@ -292,7 +293,7 @@ def worst(number: str, got: Numbers, wanted: Numbers) -> tuple[float, str]:
     """The largest error, and where. A number without a right value of its own counts as wrong."""
     errors = {
         name: off(
-            number, x, wanted[name], float(wanted[f"{name[0]}/denominator"]) if number == "patching" else 1.0
+            number, x, wanted[name], _size(wanted[f"{name[0]}/denominator"]) if "numerator" in name else 1.0
         )
         if name in wanted
         else float("inf")
@@ -304,6 +305,11 @@ def worst(number: str, got: Numbers, wanted: Numbers) -> tuple[float, str]:
         return 0.0, ""
     name = max(errors, key=errors.__getitem__)
     return errors[name], name if name in wanted else f"{name}, of which there is no right value here"
+
+
+def _size(denominator: Tensor) -> float:
+    """Of a numerator: ‖z_B − z_A‖², but no less than ‖z_B − z_A‖ times a logit of size 1, since logits are rounded."""
+    return float(max(denominator, denominator.sqrt()))
 
 
 def as_record(row: Row) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+SIGMOID = {torch.sigmoid, F.sigmoid, Tensor.sigmoid}
 SOFTMAX = {torch.softmax, torch.special.softmax, F.softmax, Tensor.softmax}
 Change = Callable[[int, Tensor], Tensor]
 """From the number of an attention call and its scores (or its pattern), [batch, heads, queries, keys], to new ones."""
@@ -29,12 +30,15 @@ class Seen:
     Attributes:
         patterns: what each softmax returned, [batch, heads, queries, keys (and sinks)].
         visible: which keys a query sees in each, before anything is changed, [queries, keys (and sinks)].
+        shares: the factor on each query's output by which a family takes a sink into account beside the softmax, as the sigmoid
+            of the scores' logsumexp less the sink, [batch, heads, queries, 1]; 1 where there is none.
         names: the module that each was called in.
         fused: modules that called torch's fused attention, which shows no pattern.
     """
 
     patterns: list[Tensor] = field(default_factory=list)
     visible: list[Tensor] = field(default_factory=list)
+    shares: list[Tensor | float] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
 
@@ -46,11 +50,19 @@ class _Softmax(TorchFunctionMode):
         super().__init__()
         self.sizes, self.running, self.before, self.after = (queries, keys), running, before, after
         self.seen = Seen()
+        self.share: Tensor | float | None = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function is F.scaled_dot_product_attention:
             self.seen.fused.append(self.running[-1] if self.running else "")
+        if function is torch.logsumexp and self._attends(args[0]):
+            grouped = args[0] if self.before is None else self.before(len(self.seen.patterns), args[0])
+            self.share = 1.0  # the next sigmoid is the share
+            return function(grouped, *args[1:], **kwargs)
+        if function in SIGMOID and self.share is not None:
+            self.share = function(*args, **kwargs)
+            return self.share
         if function not in SOFTMAX or not self._attends(scores := args[0] if args else kwargs["input"]):
             return function(*args, **kwargs)
         if scores.dtype == torch.float64:
@@ -65,6 +77,8 @@ class _Softmax(TorchFunctionMode):
         )
         grouped = pattern.reshape(grouped.shape)
         self.seen.patterns.append(grouped)
+        self.seen.shares.append(self.share[..., None] if isinstance(self.share, Tensor) else 1.0)
+        self.share = None
         self.seen.names.append(self.running[-1] if self.running else "")
         return (grouped if self.after is None else self.after(layer, grouped)).reshape(scores.shape)
 

@@ -118,7 +118,7 @@ def readout(model: nn.Module, prompts: Sequence[Asked]) -> Tensor:
     found = []
     for p in prompts:
         _, seen = runs(model, p.ids)
-        rows = [pattern[0, :, -1].sum(0) for pattern in seen.patterns]
+        rows = [(a * s)[0, :, -1].sum(0) for a, s in zip(seen.patterns, seen.shares, strict=True)]
         found.append(
             [
                 [float(sum(row[at] for at, own in zip(p.labels, p.classes, strict=True) if own == c)) for c in range(len(p.label_ids))]
