@@ -144,13 +144,31 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def block(model: LanguageModel, layer: int) -> nn.Module:
-    """The decoder layer that holds the attention of `layer`: the entry of a module list that it belongs to."""
-    name = next(n for n, module in model.model.named_modules() if module is model.modules[layer])
-    while name:
-        parent = name.rpartition(".")[0]
-        if isinstance(model.model.get_submodule(parent), nn.ModuleList):
-            return model.model.get_submodule(name)
-        name = parent
-    raise RoutingError(
-        f"The layers of {type(model.model).__name__} stand in no list: they cannot be patched."
-    )
+    """The decoder layer that holds the attention of `layer`: the outermost entry of a module list that it belongs to.
+
+    Raises:
+        AnchorsError: the decoder layer holds an earlier attention, too (LongCat), so that nothing enters it just before this one.
+        RoutingError: the attention stands in no list.
+    """
+    lists = {name for name, module in model.model.named_modules() if isinstance(module, nn.ModuleList)}
+    names = {module: name for name, module in model.model.named_modules()}
+
+    def home(own: int) -> str | None:
+        parts = names[model.modules[own]].split(".")
+        prefixes = (".".join(parts[: n + 1]) for n in range(1, len(parts)))
+        return next((prefix for prefix in prefixes if prefix.rpartition(".")[0] in lists), None)
+
+    found = home(layer)
+    if found is None:
+        raise RoutingError(
+            f"The layers of {type(model.model).__name__} stand in no list: they cannot be patched."
+        )
+    first = next(own for own in range(model.n_layers) if home(own) == found)
+    if first != layer:
+        step = sum(home(own) == found for own in range(model.n_layers))
+        raise AnchorsError(
+            f"A decoder layer of {type(model.model).__name__} holds {step} attentions, one after the other: the residual "
+            f"stream enters it before attention {first}, and nothing enters a layer before attention {layer}.",
+            f"Patch every {step}-th (--stride {step}).",
+        )
+    return model.model.get_submodule(found)

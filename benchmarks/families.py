@@ -4,9 +4,10 @@ that uses nothing of the toolkit: transformers' own eager attention in a fresh m
     uv run benchmarks/families.py                        # all causal and image-text families, about an hour on one core
     uv run benchmarks/families.py llama phi3+longrope    # some; image-text ones as image-text/llava
     uv run benchmarks/families.py --out families.csv     # the table; families.md beside it; goes on where it was stopped
+    uv run benchmarks/families.py --again llama bart     # these anew, all others as their last run left them
 
 Verdicts: `exact` (tolerances in `sweep.family`), `refused` (an AnchorsError; the column `shown` says what the untouched
-model shows that is a cause), `wrong`, `crash`, `unjudged` (no right value), `not built`. Exit code 1 if anything is wrong or
+model shows that is a cause), `wrong`, `crash`, `unjudged` (no right value), `not tried`. Exit code 1 if anything is wrong or
 crashes. Each family runs in a process of its own with limits of memory and time.
 """
 
@@ -20,6 +21,7 @@ import os
 import platform
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +46,7 @@ from sweep import images, prompts, tiny
 from sweep.family import Row
 
 FORK = multiprocessing.get_context("fork")
-VERDICTS = ("exact", "refused", "wrong", "crash", "unjudged", "not built")
+VERDICTS = ("exact", "refused", "wrong", "crash", "unjudged", "not tried")
 IMAGE = "image-text/"
 
 
@@ -54,6 +56,10 @@ def main() -> int:
     )
     parser.add_argument("families", nargs="*", help="names or variants; none means all")
     parser.add_argument("--out", type=Path, default=Path("families.csv"), help="the table")
+    parser.add_argument(
+        "--again", action="store_true", help="run the named families anew and keep the rows of all others, whatever commit "
+        "they are of (the table says which)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--seconds", type=int, default=300, help="limit of processor time for a family")
     parser.add_argument("--gigabytes", type=int, default=6, help="limit of memory for a family")
@@ -64,13 +70,15 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    journal, key, done = chosen.out.with_suffix(".jsonl"), identity(), {}
-    if journal.exists():
-        kept = (json.loads(line) for line in journal.read_text().splitlines())
-        done = {
-            entry["family"]: [Row(**row) for row in entry["rows"]] for entry in kept if entry["key"] == key
-        }
-    names = chosen.families or known
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    journal, key, at, done, commits = chosen.out.with_suffix(".jsonl"), identity(), commit(), {}, {}
+    anew = set(chosen.families) if chosen.again else set()
+    for line in journal.read_text().splitlines() if journal.exists() else []:
+        entry = json.loads(line)
+        if entry["key"] == key or (chosen.again and entry["family"] not in anew):
+            done[entry["family"]] = [Row(**row) for row in entry["rows"]]
+            commits[entry["family"]] = entry["commit"]
+    names = known if chosen.again else chosen.families or known
     print(f"{len(names)} families, {len(set(names) & set(done))} of them already done", flush=True)
     with tempfile.TemporaryDirectory(prefix="families-") as scratch, journal.open("a") as kept:
         folder = Path(scratch)
@@ -94,15 +102,18 @@ def main() -> int:
 
         todo = [name for name in names if name not in done]
         for name, rows, seconds in apart(asked, todo, chosen.jobs, chosen.seconds, chosen.gigabytes << 30):
-            done[name] = rows
-            kept.write(
-                json.dumps({"key": key, "family": name, "rows": [causal.as_record(row) for row in rows]})
-                + "\n"
-            )
+            done[name], commits[name] = rows, at
+            entry = {
+                "key": key,
+                "commit": at,
+                "family": name,
+                "rows": [causal.as_record(row) for row in rows],
+            }
+            kept.write(json.dumps(entry) + "\n")
             kept.flush()
             print(f"{name}: {summed(rows)}  [{seconds:.0f} s]", flush=True)
     rows = [row for name in names for row in done[name]]
-    write(chosen.out, rows, names)
+    write(chosen.out, {name: done[name] for name in names}, commits)
     counts = Counter(row.verdict for row in rows if row.number != "certificate")
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     return int(bool(counts["wrong"] or counts["crash"]))
@@ -116,6 +127,14 @@ def identity() -> str:
         for file in sorted(Path(home).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def commit() -> str:
+    """The commit at hand, with a plus when the sources differ from it."""
+    home = Path(__file__).parents[1]
+    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=home, capture_output=True, text=True)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "anchors", "benchmarks"], cwd=home)
+    return said.stdout.strip() + "+" * bool(changed.returncode)
 
 
 def versions() -> dict[str, str]:
@@ -169,21 +188,38 @@ def summed(rows: Sequence[Row]) -> str:
     counts = Counter(row.verdict for row in rows if row.number != "certificate")
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     wrong = [f"{row.number} off by {row.error:.1e}" for row in rows if row.verdict == "wrong"]
-    first = next((row.reason[:110] for row in rows if row.verdict in ("refused", "crash", "not built")), "")
+    first = next((row.reason[:110] for row in rows if row.verdict in ("refused", "crash", "not tried")), "")
     return "; ".join(part for part in (said, ", ".join(wrong), first) if part)
 
 
-def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """The table, and a page: counts by number, then every family."""
+READING = """\
+Read a row from left to right: `exact` is within the tolerances of `benchmarks/sweep/family.py` of what the untouched model
+gives under its own eager attention; `refused` means the toolkit raised an AnchorsError, whose sentence stands under *first
+reason* and whose cause, as the untouched model shows it without the toolkit, under *what the untouched model shows*;
+`not tried` names why there is no tiny model. `certificate` is the whole of `anchors check`; where it refuses, so does every
+number. Weights are random and large enough for attention to be far from uniform; prompts stand on both sides of the length
+at which a family's attention changes. Maps, sums, re-weighting and patching are compared in float64 where the family runs
+in it, all else in float32.
+"""
+
+
+def write(path: Path, done: dict[str, list[Row]], commits: dict[str, str]) -> None:
+    """The table, and a page: how to read it, counts, then every family."""
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(Row.__dataclass_fields__))
+        table = csv.DictWriter(file, [*Row.__dataclass_fields__, "commit"])
         table.writeheader()
-        table.writerows(causal.as_record(row) for row in rows)
+        for name, own in done.items():
+            table.writerows(causal.as_record(row) | {"commit": commits[name]} for row in own)
+    rows = [row for own in done.values() for row in own]
     said = ", ".join(f"{name} {number}" for name, number in versions().items())
+    at = Counter(commits[name] for name in done)
     page = [
         "# Families",
-        f"Every number on {len(names)} tiny random models against transformers' own eager attention ({said}), by "
-        f"`uv run benchmarks/families.py`; all rows with errors and reasons in `{path.name}`.\n",
+        f"Every number on {len(done)} tiny random models against transformers' own eager attention, by "
+        f"`OMP_NUM_THREADS=1 uv run benchmarks/families.py --out {path.name}`; {said}; commit "
+        f"{', '.join(f'{own} ({n} families)' for own, n in at.most_common())}. All rows with errors and reasons: "
+        f"`{path.name}`.\n",
+        READING,
     ]
     for kind in ("causal", "image-text"):
         own = [row for row in rows if row.kind == kind]
@@ -194,15 +230,17 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
         page += [f"## {kind}\n", f"| number | {' | '.join(VERDICTS)} |", "|---" * (len(VERDICTS) + 1) + "|"]
         page += [f"| {n} | {' | '.join(str(by_number[n][v] or '') for v in VERDICTS)} |" for n in numbers]
         columns = [n for n in numbers if n != "all"]
+        page += ["", whole(own), ""]
         page += [
-            "",
             f"| family | {' | '.join(columns)} | first reason | what the untouched model shows |",
             "|---" * (len(columns) + 3) + "|",
         ]
         for family in dict.fromkeys(row.family for row in own):
             found = {row.number: row for row in own if row.family == family}
-            whole = found.get("all")
-            cells = [whole.verdict if whole else found[n].verdict if n in found else "" for n in columns]
+            all_of_it = found.get("all")
+            cells = [
+                all_of_it.verdict if all_of_it else found[n].verdict if n in found else "" for n in columns
+            ]
             bad = next(
                 (row for row in found.values() if row.verdict != "exact" and (row.reason or row.shown)), None
             )
@@ -210,6 +248,21 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
             page.append(f"| {family} | {' | '.join(cells)} | {' | '.join(cell(note) for note in notes)} |")
         page.append("")
     path.with_suffix(".md").write_text("\n".join(page))
+
+
+def whole(rows: Sequence[Row]) -> str:
+    """How many families, and variants of families, are exact in every number, in some, in none."""
+    counts: dict[bool, Counter] = {False: Counter(), True: Counter()}
+    for family in dict.fromkeys(row.family for row in rows):
+        verdicts = {row.verdict for row in rows if row.family == family}
+        bad = next((v for v in ("crash", "wrong", "unjudged", "not tried") if v in verdicts), None)
+        partly = {"exact", "refused"} <= verdicts
+        counts["+" in family][bad or ("exact in part, the rest refused" if partly else verdicts.pop())] += 1
+    return "; ".join(
+        f"{sum(own.values())} {what}: " + ", ".join(f"{n} {verdict}" for verdict, n in own.most_common())
+        for what, own in (("families", counts[False]), ("variants", counts[True]))
+        if own
+    )
 
 
 def cell(text: str) -> str:

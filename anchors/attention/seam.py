@@ -204,8 +204,13 @@ def _reached(model: PreTrainedModel) -> list[nn.Module]:
 
 def _why(layers: int, calls: int, modules: int) -> str:
     """What other numbers of attention calls mean."""
+    if not calls:
+        return "no layer hands its attention to transformers' AttentionInterface: it is recurrent, or has code of its own"
     if modules < layers and calls == modules:
-        return "not every layer has attention (others are recurrent or convolutions, or compute it in code of their own)"
+        return (
+            "not every layer has attention (others are recurrent or convolutions, attend to images only, or compute it in "
+            "code of their own)"
+        )
     if modules == layers:
         return f"each layer attends {calls / layers:g} times, and what it does with the results is not seen"
     if modules > layers:

@@ -138,14 +138,17 @@ def _returned(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
 
 
 @contextmanager
-def _hearing(model: nn.Module) -> Iterator[set[str]]:
-    """Names of the tensors that attention layers hand to their own eager attention function, and of masks with a gradient."""
+def _hearing(model: nn.Module) -> Iterator[tuple[set[str], list[str]]]:
+    """Names of the tensors that attention layers hand to their own eager attention function, and of masks with a gradient;
+    and the modules that called it."""
     heard: set[str] = set()
+    callers: list[str] = []
     homes = {sys.modules[type(module).__module__] for module in model.modules()}
     plain = {home: home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")}
 
     def listening(function: Callable) -> Callable:
         def called(*args, **kwargs):
+            callers.append(type(args[0]).__name__)
             heard.update(n for n, x in kwargs.items() if isinstance(x, Tensor) and n not in USUAL)
             mask = kwargs.get("attention_mask", args[4] if len(args) > 4 else None)
             if isinstance(mask, Tensor) and mask.requires_grad:
@@ -157,15 +160,21 @@ def _hearing(model: nn.Module) -> Iterator[set[str]]:
     for home, function in plain.items():
         home.eager_attention_forward = listening(function)
     try:
-        yield heard
+        yield heard, callers
     finally:
         for home, function in plain.items():
             home.eager_attention_forward = function
 
 
 def _handed(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
-    with torch.enable_grad(), _hearing(model) as heard:
-        runs(model, groups[-1].prompts[0].ids)
+    with torch.enable_grad(), _hearing(model) as (heard, callers):
+        _, seen = runs(model, groups[-1].prompts[0].ids)
+    if len(callers) < len(seen.patterns):
+        yield Fact(
+            f"{len(seen.patterns)} attention patterns are made, {len(callers)} of them by the attention function that "
+            "transformers lets one replace",
+            EVERY,
+        )
     if heard:
         yield Fact(f"layers hand more to their attention: {', '.join(sorted(heard))}", EVERY)
 

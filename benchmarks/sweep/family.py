@@ -32,7 +32,7 @@ class Row:
         family: or variant.
         kind: causal, or image-text.
         number: which.
-        verdict: exact, refused, wrong, crash; unjudged where there is no right value; not built.
+        verdict: exact, refused, wrong, crash; unjudged where there is no right value; not tried.
         error: the largest, see `off`.
         precision: in which both sides were computed.
         reason: what the toolkit said, or where it is wrong.
@@ -211,6 +211,8 @@ def sweep(
         size, edge, groups: of `sweep.prompts.read`.
         evidence: whether to look for causes of refusals.
     """
+    if name in tiny.NOT_TRIED:
+        return [Row(name, "causal", "all", "not tried", reason=tiny.NOT_TRIED[name])]
     try:
         model, home = _loaded(name, folder, size, edge)
         spare = None if home else copy.deepcopy(model)
@@ -218,7 +220,7 @@ def sweep(
         if not torch.isfinite(untouched.runs()[0]).all():
             raise ValueError("logits that are not finite")
     except Exception as error:  # noqa: BLE001 - said in the table
-        return [Row(name, "causal", "all", "not built", reason=place(error))]
+        return [Row(name, "causal", "all", "not tried", reason=place(error))]
     against = facts.facts(model, groups) if evidence else []
     plain = [number for number in numbers if number not in SLOPED]
     sloped = [number for number in numbers if number in SLOPED]

@@ -260,7 +260,7 @@ def sweep(name: str, size: int, edge: int, groups: list[Group], tokenizer: Any) 
         spare = copy.deepcopy(model)
         logits, flow, found = maps(model.requires_grad_(True), shown)
     except Exception as error:  # noqa: BLE001 - said in the table
-        return [Row(number="all", verdict="not built", reason=place(error), **about)]
+        return [Row(number="all", verdict="not tried", reason=place(error), **about)]
     against = attempt(lambda: list(facts(model, shown, found)))
     cause = place(against) if isinstance(against, Exception) else "; ".join(fact.text for fact in against)
     length = len(shown.image)

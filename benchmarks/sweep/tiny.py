@@ -27,7 +27,8 @@ RULES: tuple[tuple[str, object], ...] = (
     (r"(num_)?dense_layers|num_dense_layers|first_k_dense_replace|moe_layer_(freq|start_index)|zero_expert_num", 1),
     (r"n_?(um)?_?(hidden_|decoder_|encoder_)?layers?|(de|en)coder_layers|num_blocks", LAYERS),
     (r"(num_|n_|swa_num_|num_global_|attn_)?(key_value|kv)_heads|swa_num_kv_heads", KV_HEADS),
-    (r"linear_num_key_heads|index_n_heads|o_groups", 2),
+    (r"linear_num_key_heads|o_groups", 2),
+    (r"index_n_heads", 16),
     (r"mamba_(n|num)_heads", 8),
     (r"(linear_num_(value_)?heads)", HEADS),
     (r"(swa_)?(num_|n_|de|en|num_de|num_en)?(coder_)?(attention_|swa_)?(attention_)?heads?|n_mamba_heads", HEADS),
@@ -109,6 +110,9 @@ LATENT = [
     "mistral4",
 ]
 """Keys and values from a shared latent vector: as many of them as queries, whose rotated part counts as the head."""
+_DRAFTS = "it drafts for another model: it reads that model's keys and values, and no tokens (its forward ignores input_ids)"
+NOT_TRIED = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
+"""Families that are no language models by themselves, and why."""
 ONE_BY_ONE = ["sliding_attention", "full_attention"] * 2
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_parameters": _PLAIN_ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}}
@@ -120,14 +124,16 @@ OWN: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": HEADS, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "blt": {"hidden_size_global": WIDTH, "encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3, 4],
-            "max_patch_length": 4, "num_key_value_heads": HEADS, "cross_attn_k": 1, "num_hidden_layers": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3, 4], "cross_attn_k": 1}
+    | {part: {"hidden_size_global": WIDTH, "num_key_value_heads": HEADS, "cross_attn_k": 1}
+       for part in ("encoder_config", "decoder_config", "global_config", "patcher_config")},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH}},
     "dots3_note": {"text_config": {"num_key_value_heads": HEADS, "head_dim": HEAD, "per_layer_config": {}},
-                   "vision_config": {"per_layer_config": {}}},
+                   "vision_config": {"per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": WIDTH},
+                   "audio_config": {"hidden_size": 32, "num_attention_heads": 2, "adapter_input_size": 32, "adapter_out_dim": WIDTH}},
     "dots3_note_text": {"num_key_value_heads": HEADS, "head_dim": HEAD, "per_layer_config": {}},
     "gemma4": {"text_config": {"num_kv_shared_layers": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -141,6 +147,8 @@ OWN: dict[str, dict[str, Any]] = {
     "minimax": {"block_size": 16},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse"] * LAYERS, "index_block_size": 8, "index_topk_blocks": 4},
     "mistral_large4": {"text_config": {"num_key_value_heads": HEADS, "head_dim": 8}},
+    "musicgen": {"decoder": {"num_codebooks": 1}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "modernbert-decoder": {"local_attention": 128},
     "qwen2_moe": {"use_sliding_window": True},
     "qwen4_exp": {"text_config": {"hc_lowrank": 8, "ngram_vocab_size_base": 100, "split_ngram_parts": 1,
