@@ -110,6 +110,15 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def keeping(model: nn.Module, columns: Tensor) -> dict[str, Tensor]:
+    """The argument that asks a model for the logits of some columns only; none where its `forward` does not name it.
+
+    A `forward` that takes anything may hand it on to its attention (Whisper). What comes back then has all columns.
+    """
+    named = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": columns} if named else {}
+
+
 def fresh_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache of the kind the family itself makes, but without windows.
 
@@ -148,7 +157,7 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     last = torch.tensor([len(ids) - 1], device=model.device)
     past = {"use_cache": True, cache_argument(model.model): cache}
     with model.arithmetic(), _determined(model):
-        model.model(input_ids=tokens, **positions, logits_to_keep=last, **past)
+        model.model(input_ids=tokens, **positions, **keeping(model.model, last), **past)
     before, stood = (context.ids, context.positions) if context else ((), ())
     layers = cache.layers
     found = Context(

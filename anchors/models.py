@@ -22,7 +22,7 @@ from anchors._names import forwarding, unknown
 from anchors.alteration import Alteration
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import route, seam
-from anchors.context import Context, cache_argument
+from anchors.context import Context, cache_argument, keeping
 from anchors.errors import AnchorsError, RoutingError, nearest
 from anchors.gguf import converted
 from anchors.identity import Identity, identity
@@ -142,7 +142,7 @@ class LanguageModel:
             start, encoded = (0, None) if context is None else (context.next, context.length)
             first = ids.shape[1] - 1 if columns is None else int(columns.min())
             self.demand_one_side([start + first + 1, start + ids.shape[1]], encoded)
-        keep = {} if columns is None else {"logits_to_keep": columns}
+        keep = {} if columns is None else keeping(self.model, columns)
         past: dict[str, Any] = {"use_cache": False}
         if context is not None:
             past = {"use_cache": True, cache_argument(self.model): context.cache(len(ids))}

@@ -210,7 +210,12 @@ def one_token_loss(
     edit = _row_edit(prompt, beta, model.heads)
     with torch.enable_grad(), seam(model.modules, edits=[edit]):
         logits = model.logits_at(last, torch.zeros(1, dtype=torch.long, device=model.device), before)
-    return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
+    return F.cross_entropy(_wide(logits), torch.tensor([prompt.gold], device=logits.device))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 at least: where a prediction is sure, 1 − p is lost below."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def literal_loss(
@@ -220,7 +225,7 @@ def literal_loss(
     ids = torch.tensor([prompt.ids], device=model.device)
     with torch.enable_grad(), seam(model.modules, edits=[_edit(prompt, beta, model.heads)]):
         logits = model.model(input_ids=ids, use_cache=False).logits[:, -1, list(prompt.label_ids)]
-    return F.cross_entropy(logits.float(), torch.tensor([prompt.gold], device=logits.device))
+    return F.cross_entropy(_wide(logits), torch.tensor([prompt.gold], device=logits.device))
 
 
 def literal_fit(

@@ -44,11 +44,30 @@ def sound(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose numbers or gradients cannot be right.
 
     Raises:
-        AnchorsError: a weight that is not finite; a quantised layer that cannot run here, or is not linear, or whose
+        AnchorsError: several embeddings of tokens; a weight that is not finite; a quantised layer that cannot run here, or is not linear, or whose
             gradient is not its own.
     """
+    refuse_several_embeddings(model, name)
     refuse_infinite(model, name)
     refuse_undifferentiable(model, name)
+
+
+def refuse_several_embeddings(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose tokens are looked up in a list of tables.
+
+    Raises:
+        AnchorsError: says how many.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return
+    if isinstance(embedding, nn.ModuleList):
+        raise AnchorsError(
+            f"{name!r} ({type(model).__name__}) embeds its tokens with a list of {len(embedding)} tables, one for each "
+            "codebook of an audio codec: they are no tokens of a text.",
+            "Use a model of text.",
+        )
 
 
 def refuse_infinite(model: nn.Module, name: str) -> None:

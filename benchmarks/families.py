@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -230,7 +231,7 @@ def write(path: Path, done: dict[str, list[Row]], commits: dict[str, str]) -> No
         page += [f"## {kind}\n", f"| number | {' | '.join(VERDICTS)} |", "|---" * (len(VERDICTS) + 1) + "|"]
         page += [f"| {n} | {' | '.join(str(by_number[n][v] or '') for v in VERDICTS)} |" for n in numbers]
         columns = [n for n in numbers if n != "all"]
-        page += ["", whole(own), ""]
+        page += ["", whole(own), "", *causes(own), ""]
         page += [
             f"| family | {' | '.join(columns)} | first reason | what the untouched model shows |",
             "|---" * (len(columns) + 3) + "|",
@@ -263,6 +264,43 @@ def whole(rows: Sequence[Row]) -> str:
         for what, own in (("families", counts[False]), ("variants", counts[True]))
         if own
     )
+
+
+def causes(rows: Sequence[Row]) -> list[str]:
+    """A table of what was refused, and of what was not tried: the first sentence, without names and numbers, and whom it met."""
+    met: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if row.verdict in ("refused", "not tried"):
+            what = (
+                "not tried"
+                if row.verdict == "not tried"
+                else "all"
+                if row.number == "certificate"
+                else row.number
+            )
+            met.setdefault((anonymous(row.reason), row.family), {})[what] = None
+    by_cause: dict[str, dict[str, str]] = {}
+    for (cause, family), numbers in met.items():
+        by_cause.setdefault(cause, {})[family] = "all" if "all" in numbers else ", ".join(numbers)
+    if not by_cause:
+        return []
+    found = ["| cause | numbers | families |", "|---|---|---|"]
+    for cause, own in sorted(by_cause.items(), key=lambda item: -len(item[1])):
+        groups: dict[str, list[str]] = {}
+        for family, numbers in own.items():
+            groups.setdefault(numbers, []).append(family)
+        found += [
+            f"| {cell(cause)} | {numbers} | {len(names)}: {', '.join(names)} |"
+            for numbers, names in groups.items()
+        ]
+    return found
+
+
+def anonymous(reason: str) -> str:
+    """The first sentence of a refusal without what is one family's own: names of classes and files, numbers."""
+    first = re.split(r"(?<=[.:]) (?=[A-Z])", reason)[0]
+    first = re.sub(r"\S*/families-\S+|'?\b(?:x?[A-Z]+[a-z0-9_]+){2,}\w*'?", "…", first)
+    return re.sub(r"\d[\d.e+-]*", "n", first)
 
 
 def cell(text: str) -> str:

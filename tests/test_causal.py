@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import make
+from families import make, randomised
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from anchors import causal
 from anchors.analyses.causal import Causal
@@ -240,6 +241,22 @@ def made_rows(numerators, size, differs, flipped):
     return rows.astype({"layer": "Int32", "value": float}).assign(
         task="a", shots=1, control="none", seed=1, example=0
     )
+
+
+def test_no_stream_enters_between_two_attentions_of_a_layer(tokenizer, tmp_path):
+    config = LongcatFlashConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, head_dim=8, n_routed_experts=4,
+        zero_expert_num=1, moe_topk=2, expert_ffn_hidden_size=16, max_position_embeddings=512, pad_token_id=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+    lm = load(randomised(LongcatFlashForCausalLM(config), seed=0), tokenizer=tokenizer, device="cpu")
+    cell = cell_of(SST2, tokenizer, tmp_path)
+    with pytest.raises(
+        AnchorsError, match=r"holds 2 attentions.*before attention 2.*before attention 3.*--stride 2"
+    ):
+        Causal(layers=(3,)).prepare(lm, cell)
+    assert block(lm, 2) is lm.model.model.layers[1]
 
 
 def test_the_summary_by_hand():

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from anchors.attention.seam import seam
+from anchors.context import keeping
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
 from anchors.injection.vlm import VisionLanguageModel
@@ -252,10 +253,11 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
     layers = range(vlm.n_layers)
     tap = FlowTap(frozenset(layers), torch.cat([batch.labels, batch.target[:, None]], dim=1))
     with torch.enable_grad(), seam(vlm.modules, taps=[tap]), vlm.arithmetic():
-        logits = vlm.model(**batch.tensors, logits_to_keep=batch.target[:, None], use_cache=False).logits[
-            :, 0
-        ]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        keep = keeping(vlm.model, batch.target[:, None])
+        logits = vlm.model(**batch.tensors, **keep, use_cache=False).logits
+        if logits.shape[1] != 1:  # all columns: this family's forward does not let one ask for some
+            logits = logits[torch.arange(len(logits)), batch.target.to(logits.device), None]
+        logits = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
         predicted = logits.detach().argmax(-1)
         answer = torch.where(batch.answer < 0, predicted, batch.answer)
         loss = F.cross_entropy(logits.detach(), answer, reduction="none")

@@ -61,6 +61,7 @@ def facts(model: nn.Module, groups: Sequence[Group]) -> list[Fact]:
     """What stands against some numbers."""
     found: list[Fact] = []
     for look in (
+        _embedding,
         _interface,
         _calls,
         _returned,
@@ -83,13 +84,21 @@ def facts(model: nn.Module, groups: Sequence[Group]) -> list[Fact]:
 
 
 _OF = {
-    "interface": EVERY, "calls": EVERY, "returned": ("maps", "sums"), "handed": EVERY, "causal": EVERY, "prefix": ON_SHARED,
+    "embedding": EVERY, "interface": EVERY, "calls": EVERY, "returned": ("maps", "sums"), "handed": EVERY, "causal": EVERY, "prefix": ON_SHARED,
     "positions": EVERY, "batch": EVERY, "history": EVERY, "cache": ON_SHARED, "continuing": ON_SHARED, "stream": ("patching",),
 }  # fmt: skip
 
 
 def _short_long(groups: Sequence[Group]) -> tuple[Asked, Asked]:
     return groups[0].prompts[0], groups[-1].prompts[0]
+
+
+def _embedding(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
+    table = model.get_input_embeddings()
+    if not isinstance(getattr(table, "weight", None), Tensor):
+        yield Fact(
+            f"its tokens are embedded by a {type(table).__name__}, with a table for each codebook", EVERY
+        )
 
 
 def _interface(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:

@@ -107,14 +107,19 @@ class Scene:
     answer: int
 
 
-def scene(model: nn.Module, prompt: Asked, token: int, shown: Tensors, count: int) -> Scene:
+def scene(model: nn.Module, prompt: Asked, token: int, shown: Tensors, count: int, swallowed: bool) -> Scene:
+    """The prompt with some images; `swallowed` says whether the model may be given what none of its signatures names."""
+    taken = inspect.signature(model.forward).parameters
+    home = model if hasattr(model, "get_image_features") else model.base_model
+    named = {*taken, *inspect.signature(home.get_image_features).parameters}
+    if not swallowed and (strange := set(shown) - named):
+        raise ValueError(f"names no {', '.join(sorted(strange))}")
     each, rest = divmod(_features(model, shown), count)
     if not each or rest:
         raise ValueError(f"{each * count + rest} features of {count} images")
     first = each if count == 2 else 0
     ids = [token] * first + [*prompt.ids[: prompt.query], *[token] * each, *prompt.ids[prompt.query :]]
     image = [i == token for i in ids]
-    taken = inspect.signature(model.forward).parameters
     kinds = torch.tensor([image]).long()
     asked = torch.tensor([ids])
     tensors = {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
@@ -133,11 +138,11 @@ def scene(model: nn.Module, prompt: Asked, token: int, shown: Tensors, count: in
 def seen(model: nn.Module, prompt: Asked, token: int) -> Scene:
     """The first form of images that the untouched model takes."""
     errors = []
-    for count in (2, 1):
+    for swallowed, count in ((False, 2), (False, 1), (True, 2), (True, 1)):
         for shown in forms(model, count):
             try:
                 with torch.no_grad():
-                    found = scene(model, prompt, token, shown, count)
+                    found = scene(model, prompt, token, shown, count, swallowed)
                     logits = model(**found.tensors, use_cache=False).logits
                 if logits.shape[1] == len(found.image) and logits.isfinite().all():
                     return found

@@ -87,6 +87,25 @@ class _Softmax(TorchFunctionMode):
         return scores.dim() >= 3 and scores.shape[-2] == queries and keys <= scores.shape[-1] <= keys + 1
 
 
+class _Narrow(TorchFunctionMode):
+    """Looks for what depends on weights and is in float32."""
+
+    found = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32 and out.requires_grad:
+            self.found = True
+        return out
+
+
+def rounds(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Whether a model in float64, whose weights require gradients, computes some things in float32 all the same."""
+    with _Narrow() as mode:
+        runs(model, ids)
+    return mode.found
+
+
 @contextmanager
 def watching(
     model: nn.Module, queries: int, keys: int, before: Change | None = None, after: Change | None = None
@@ -163,6 +182,8 @@ def continued(
             for name, x in vars(layer).items():
                 if isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-2] == len(before):
                     setattr(layer, name, x.index_select(-2, index))
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = len(index)
     length = (len(before) if kept is None else len(kept)) + len(after)
     more = {} if positions is None else {"position_ids": torch.tensor([list(positions)])}
     out = model(

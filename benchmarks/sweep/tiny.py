@@ -124,7 +124,8 @@ OWN: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": HEADS, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3, 4], "cross_attn_k": 1}
+    "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3, 4], "cross_attn_k": 1,
+            "num_hidden_layers": LAYERS}
     | {part: {"hidden_size_global": WIDTH, "num_key_value_heads": HEADS, "cross_attn_k": 1}
        for part in ("encoder_config", "decoder_config", "global_config", "patcher_config")},
     "codegen": {"rotary_dim": 8},
@@ -158,6 +159,7 @@ OWN: dict[str, dict[str, Any]] = {
                        "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_shape": [16, 32],
                  "axial_pos_embds_dim": [32, 32], "num_buckets": 4, "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
+    "xlstm": {"qk_dim_factor": 1.0, "num_blocks": LAYERS},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": HEADS,
               "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * HEAD},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS, "n_mamba_heads": 8},
