@@ -631,3 +631,30 @@ def test_builtin_sentences_are_not_the_benchmarks(shared):
         known = {letters(e.text) for e in (*theirs.train, *theirs.test)}
         ours = read(TASKS[name])
         assert not known & {letters(e.text) for e in (*ours.train, *ours.test)}
+
+
+@pytest.mark.parametrize(
+    "template", ["{text}\n\nLabel:\n\n{label}", "{text}\n{label}", "Review: {text}\nSentiment:{label}"]
+)
+def test_what_is_shown_of_a_prompt_are_the_tokens_that_it_had_before_its_label(template):
+    """A byte-level tokenizer joins line breaks at the end of a text, and keeps the last one apart before a word."""
+    from types import SimpleNamespace
+
+    from tokenizers.trainers import BpeTrainer
+
+    from anchors.viewer.payload import shown_tokens
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = 9 * ["dull\n\n", "a joy\n\n", "Label:\n\nPositive", "Negative"]
+    raw.train_from_iterator(texts, BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    own = Task("own", template, ("Negative", "Positive"))
+    prompt = build(own, tokenizer, [Example("dull", 0), Example("a joy", 1)], "so so", None)
+    alone = tokenizer(prompt.text)["input_ids"]
+    assert (tuple(alone) != prompt.ids) == ("\n\n{label}" in template)
+    shown = shown_tokens(SimpleNamespace(tokenizer=tokenizer), prompt)
+    assert "".join(shown) == prompt.text
+    assert shown == [tokenizer.decode([i]) for i in prompt.ids]

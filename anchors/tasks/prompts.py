@@ -46,6 +46,8 @@ class Prompt:
         label_classes: the class of each of them.
         label_ids: per class, the token that stands for it at the target.
         gold: class of the query, or None when it is not known.
+        spans: per token, where its characters stand in the text (first, after last); empty where they are those of the
+            text tokenised by itself.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Prompt:
     label_classes: tuple[int, ...]
     label_ids: tuple[int, ...]
     gold: int | None
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def target(self) -> int:
@@ -227,6 +230,7 @@ def tokenise(
         label_classes=tuple(classes),
         label_ids=tuple(word[0] for word in words),
         gold=gold,
+        spans=tuple(spans),
     )
 
 

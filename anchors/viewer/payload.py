@@ -17,14 +17,16 @@ from anchors.viewer.page import edges
 
 def shown_tokens(model: LanguageModel, prompt: Prompt) -> list[str]:
     """Each token as the piece of the prompt's text it stands for."""
-    encoded = model.tokenizer(prompt.text, return_offsets_mapping=True)
-    spans = encoded["offset_mapping"][: len(prompt.ids)]
+    # By itself a prompt may have other tokens at its end than before its label: line breaks, mostly.
+    alone = model.tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
+    spans = prompt.spans or alone[: len(prompt.ids)]
     # A character cut over several tokens belongs to the first of them; the others show their own bytes. A space that
     # belongs to no token goes with the one after it.
     tokens, end = [], 0
     for token, (_, b) in zip(prompt.ids, spans, strict=True):
         tokens.append(prompt.text[end:b] or model.tokenizer.decode([token]))
         end = max(end, b)
+    tokens[-1] += prompt.text[end:]
     return tokens
 
 
