@@ -120,6 +120,16 @@ class Witness:
                 input_ids=ids[:, before:], attention_mask=mask, **{cache_argument(model): past}
             ).logits
 
+    @torch.no_grad()
+    def answer(self, **inputs: Any) -> Float[Tensor, "batch tokens vocabulary"]:
+        """`model(**inputs).logits`, of every token: for prompts that are more than tokens.
+
+        Raises:
+            AnchorsError: the model by itself does not run.
+        """
+        with self.untouched() as model, _by_itself(model):
+            return model(**inputs, use_cache=False).logits
+
     def bytes(self, tokens: int) -> int:
         """About the memory that `logits` takes for one prompt: scores, weights and their copy, and the logits."""
         config = self.model.config.get_text_config()

@@ -1,6 +1,7 @@
 """Names that could be imported in 0.4.0 can be imported still, and do what they did."""
 
 from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ MOVED = [
     ("anchors.report", "write_tables"),
     ("anchors.report", "write_figure"),
     ("anchors.runner", "out_of_memory"),
+    ("anchors.summaries.nsa_probe", "probe_tables"),
 ]
 STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("anchors.gguf", "converted")]
 
@@ -24,7 +26,8 @@ STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("an
 @pytest.mark.parametrize(("module", "name"), MOVED)
 def test_what_moved_is_handed_on_with_a_warning(module, name):
     with pytest.warns(
-        DeprecationWarning, match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine)\.{name} now"
+        DeprecationWarning,
+        match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine|nsa\.probe_tables)\.{name} now",
     ):
         found = getattr(import_module(module), name)
     assert found
@@ -36,6 +39,17 @@ def test_what_moved_is_handed_on_with_a_warning(module, name):
 @pytest.mark.parametrize(("module", "name"), STAYED)
 def test_what_stayed_is_there(module, name):
     assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.filterwarnings("ignore:.*forwards it")
+def test_every_module_of_0_4_0_still_has_its_names():
+    """Functions, classes and constants of all modules, as they were in 0.4.0: one line a module."""
+    gone = []
+    for line in (Path(__file__).parent / "names_of_0_4_0.txt").read_text().splitlines():
+        module, names = line.split(": ")
+        found = import_module(module)
+        gone += [f"{module}.{name}" for name in names.split() if not hasattr(found, name)]
+    assert not gone
 
 
 @pytest.mark.filterwarnings("ignore:.*forwards it")

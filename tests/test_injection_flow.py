@@ -1,17 +1,19 @@
 """Flow in prompts with images: against materialised attention, and what must be refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from injection_vlms import FAMILIES, make_vlm, picture
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from anchors.errors import AnchorsError, RoutingError
+from anchors.attention.seam import NAME
+from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import flow_sums
-from anchors.injection.flow import ImagePrompt, collate, image_flow
-from anchors.injection.routing import route_tower
+from anchors.injection.flow import ImagePrompt, collate, demand, image_flow
+from anchors.injection.routing import prove, route_tower
 
 IMAGE = "<image>"
 
@@ -126,6 +128,42 @@ def test_only_the_language_tower_is_on_the_seam(family):
     others = [m for m in vlm.model.modules() if isinstance(m, PreTrainedModel) and m not in inside]
     assert len(others) >= 2
     assert {m.config._attn_implementation for m in others} == {"sdpa"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_witness_is_the_model_s_own_eager_attention(family):
+    """Images and all, with the processor's mask, before and after the tower was put on the seam."""
+    vlm = make_vlm(family)
+    tensors = vlm.encode([prompt().text], [prompt().images]).tensors
+    said = vlm.witness.answer(**tensors)
+    assert {
+        m.config._attn_implementation for m in vlm.model.get_decoder().modules() if hasattr(m, "config")
+    } == {NAME}
+    fresh = type(vlm.model)(copy.deepcopy(vlm.model.config))
+    fresh.load_state_dict(vlm.model.state_dict())
+    fresh.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(said, fresh(**tensors, use_cache=False).logits)
+    demand(vlm, [prompt(), prompt(("blue", "red"), "one", seed=5)])
+
+
+def test_a_tower_that_is_another_one_on_the_seam_is_refused(monkeypatch):
+    vlm, kinds = make_vlm("llava"), AttentionInterface._global_mapping
+    own = kinds[NAME]
+    monkeypatch.setitem(kinds, NAME, lambda *args, **how: (own(*args, **how)[0] * 1.05, None))
+    with pytest.raises(RoutingError, match=r"logits of LlavaForConditionalGeneration .* differ from its own"):
+        prove(vlm)
+
+
+def test_a_tower_that_changes_with_the_length_of_prompts_fails(monkeypatch):
+    """What is right on the few tokens of loading and wrong on a run's own prompts is found before these are measured."""
+    vlm = make_vlm("qwen2_vl")
+    layer, own = vlm.modules[1].o_proj, vlm.modules[1].o_proj.forward
+    monkeypatch.setattr(layer, "forward", lambda x: own(x) * (1.05 if x.shape[1] > 20 else 1), raising=False)
+    prove(vlm)
+    image_flow(vlm, collate(vlm, [prompt()]))  # its own certificate is content
+    with pytest.raises(CertificateError, match="logits on the seam differ from its own"):
+        demand(vlm, [prompt()])
 
 
 def test_shared_configuration_is_refused():

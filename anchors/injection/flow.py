@@ -27,6 +27,8 @@ from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
 from anchors.injection.vlm import VisionLanguageModel
 from anchors.lengths import changes, demand_one_side
+from anchors.witness import TOLERANCE as ALLOWED
+from anchors.witness import Witness, apart
 
 SUMS = ("s_ip", "s_tp", "s_wp", "s_pq", "s_iq", "s_tq", "s_ww")
 MASSES = ("m_ip", "m_tp", "m_pq", "m_iq", "m_tq", "m_dq", "m_eq", "m_all")
@@ -225,6 +227,43 @@ NEED_LABELS = ("ip", "tp", "wp", "pq", "dq", "eq")
 """What prompts without demonstrations have nothing of."""
 
 
+def demand(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> None:
+    """Hold prompts in one batch, as `image_flow` runs them, against the model as it came, asked for each alone.
+
+    Raises:
+        CertificateError: the logits at the targets differ.
+        AnchorsError: see `image_flow`.
+    """
+    batch = collate(vlm, prompts)
+    witness = _ready(vlm, batch)
+    with torch.no_grad(), vlm.arithmetic():
+        ours = _at_targets(vlm, batch)
+    own = [witness.answer(**vlm.encode([prompt.text], [prompt.images]).tensors)[0] for prompt in prompts]
+    theirs = torch.stack([logits[q] for logits, q in zip(own, batch.target.tolist(), strict=True)])
+    if not (error := apart(ours, theirs)) <= ALLOWED[vlm.precision]:
+        lengths = ", ".join(str(q + 1) for q in batch.target.tolist())
+        raise CertificateError(
+            f"{vlm.name} failed: on prompts of {lengths} tokens its logits on the seam differ from its own by {error:.1e} of "
+            "their size.",
+            f"Allowed at {vlm.precision}: {ALLOWED[vlm.precision]:.0e}. Try --precision float32.",
+        )
+
+
+def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
+    """The witness of a model that can be asked for the flow of a batch."""
+    if not vlm.modules or vlm.witness is None:
+        raise AnchorsError(f"{vlm.name!r} is not on the seam.", "Load it with load_vlm(..., routed=True).")
+    found = changes(vlm.model.config)
+    if any(change.rotary for change in found):
+        lengths = [int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]]
+        demand_one_side(found, lengths, name=vlm.name)
+    return vlm.witness
+
+
+def _at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "batch vocabulary"]:
+    return vlm.model(**batch.tensors, logits_to_keep=batch.target[:, None], use_cache=False).logits[:, 0]
+
+
 def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
     """The information flow of encoded prompts, exactly and without keeping any attention matrix.
 
@@ -243,18 +282,11 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
         >>> found = image_flow(vlm, collate(vlm, prompts))
         >>> found.sums["s_ip"].shape                       # prompts × layers
     """
-    if not vlm.modules:
-        raise AnchorsError(f"{vlm.name!r} is not on the seam.", "Load it with load_vlm(..., routed=True).")
-    found = changes(vlm.model.config)
-    if any(change.rotary for change in found):
-        lengths = [int(batch.target.min()) + 1, batch.tensors["input_ids"].shape[1]]
-        demand_one_side(found, lengths, name=vlm.name)
+    _ready(vlm, batch)
     layers = range(vlm.n_layers)
     tap = FlowTap(frozenset(layers), torch.cat([batch.labels, batch.target[:, None]], dim=1))
     with torch.enable_grad(), seam(vlm.modules, taps=[tap]), vlm.arithmetic():
-        logits = vlm.model(**batch.tensors, logits_to_keep=batch.target[:, None], use_cache=False).logits[
-            :, 0
-        ]
+        logits = _at_targets(vlm, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         predicted = logits.detach().argmax(-1)
         answer = torch.where(batch.answer < 0, predicted, batch.answer)

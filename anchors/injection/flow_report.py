@@ -20,7 +20,7 @@ import torch
 from anchors.errors import AnchorsError
 from anchors.identity import software
 from anchors.injection.evaluate import Prepared, prepare, score
-from anchors.injection.flow import ImageBatch, collate, image_flow
+from anchors.injection.flow import ImageBatch, collate, demand, image_flow
 from anchors.injection.flow_prompts import Drawn, draw, own_answers
 from anchors.injection.memory import TaskVectors, inject
 from anchors.injection.recipe import Recipe
@@ -272,6 +272,8 @@ class World:
                 self.vlm, self.suite, scenario, shots=self.wanted.shots, count=self.wanted.prompts,
                 seed=self.wanted.seed, said=said if labels == OWN else None,
             )  # fmt: skip
+            by_length = sorted(drawn.prompts, key=lambda prompt: len(prompt.text))
+            demand(self.vlm, [by_length[0], by_length[-1]])
             self._kept[key] = [
                 (self._answered(collate(self.vlm, part)), [p.number for p in part])
                 for part in _parts(drawn, BATCH.get(self.vlm.device.type, BATCH["cpu"]))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from anchors.attention.call import AttentionCall
 from anchors.attention.seam import NAME, seam
 from anchors.errors import RoutingError
+from anchors.witness import TOLERANCE, apart
 
 if TYPE_CHECKING:
     from anchors.injection.vlm import VisionLanguageModel
@@ -69,19 +70,29 @@ class _Count:
 
 
 def prove(vlm: "VisionLanguageModel") -> None:
-    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once.
+    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once, and the logits be
+    those of the model as it came.
 
     Raises:
-        RoutingError: it does not.
+        RoutingError: it does not, or they are not.
     """
     picture = Image.new("RGB", (64, 64), (200, 60, 20))
     for text, images in (("a b", []), ("<image> a", [picture])):
         count = _Count(vlm.n_layers)
+        tensors = vlm.encode([text], [images]).tensors
         with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
-            vlm.model(**vlm.encode([text], [images]).tensors, use_cache=False)
+            ours = vlm.model(**tensors, use_cache=False).logits
         if set(count.times) != {1}:
             raise RoutingError(
                 f"In a run of {vlm.name!r} with {len(images)} images, its layers arrived at the seam "
                 f"{count.times} times.",
                 "Each must arrive exactly once.",
+            )
+        assert vlm.witness is not None  # noqa: S101 - a routed model has one
+        off = apart(ours, vlm.witness.answer(**tensors))
+        if not off <= TOLERANCE[vlm.precision]:
+            raise RoutingError(
+                f"On the seam the logits of {type(vlm.model).__name__} with {len(images)} images differ from its own by "
+                f"{off:.1e} of their size.",
+                "This family does something around its attention that the toolkit does not know.",
             )

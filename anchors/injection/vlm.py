@@ -22,9 +22,10 @@ from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
 from anchors.lengths import without_memory
 from anchors.loading import Origin, processor_of, vision_language_model
-from anchors.models import DTYPES, LanguageModel, placed
+from anchors.models import DTYPES, LanguageModel, placed, testify
 from anchors.preparation import apply, beyond, guarded
 from anchors.soundness import sound
+from anchors.witness import Witness
 
 PLACE = "<image>"
 """Stands for an image in texts given to `VisionLanguageModel.encode`."""
@@ -67,6 +68,7 @@ class VisionLanguageModel:
         image_token_id: the token at whose places the model puts image features.
         modules: attention modules of the language tower, by layer, when it is on the seam; else empty.
         altered: what was changed in the model beside that; see `anchors.preparation.undone`.
+        witness: the model as it came, for certificates, when the tower is on the seam.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class VisionLanguageModel:
     image_token_id: int
     modules: tuple[nn.Module, ...] = ()
     altered: tuple[Alteration, ...] = ()
+    witness: Witness | None = None
 
     arithmetic = LanguageModel.arithmetic
 
@@ -311,8 +314,9 @@ def prepare_vlm(
     """Freeze a loaded model; with `routed`, put its language tower on the seam.
 
     Raises:
-        AnchorsError: the processor has no image token, or no fast tokenizer.
-        RoutingError: see `route_tower`.
+        AnchorsError: the processor has no image token, or no fast tokenizer; to be routed: the model by itself does not run,
+            or is not causal.
+        RoutingError: see `route_tower`, `prove`.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     config = model.config
@@ -329,6 +333,7 @@ def prepare_vlm(
         )
     model.eval().requires_grad_(False)
     sound(model, name)
+    witness = testify(model, tokenizer, precision) if routed else None
     without_memory(model)
     embedding = model.get_input_embeddings()
     made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
@@ -341,6 +346,7 @@ def prepare_vlm(
         image_token_id=image_token_id,
         modules=route_tower(model) if routed else (),
         altered=made,
+        witness=witness,
     )
     if routed:
         prove(vlm)
