@@ -13,7 +13,7 @@ from anchors.identity import Identity
 from anchors.models import LanguageModel
 from anchors.results import plain, provenance
 from anchors.runner import Analysis, Measured, Sample, measure
-from anchors.shelf import Shelf
+from anchors.shelf import Shelf, require_unread
 from anchors.sight import hidden_labels
 from anchors.summaries import Rows, Tables, marked, tables_of
 from anchors.tasks.data import Data
@@ -89,8 +89,10 @@ def report(
 
     Raises:
         CertificateError: the quick form of `anchors check` failed on this model.
-        AnchorsError: see `anchors.runner.measure`.
+        AnchorsError: the data lie among the results under the name of one of them; see `anchors.runner.measure`.
     """
+    kinds = {part.analysis.kind for part in parts}
+    require_unread(out, kinds | {name or parts[0].analysis.kind}, [part.data.source for part in parts])
     error = certify(model, parts)
     notes: list[str] = []
     measured: list[Measured] = []

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,27 @@ def _reports(out: Path, name: str, there: set[str]) -> list[tuple[dict[str, Any]
         known = {file for _, files in found.values() for file in files}
         found[nameless[0]][1].update(f for f in there - known if _begins(f, name) and Path(f).suffix in _OURS)
     return [(facts, sorted(files & there)) for facts, files in found.values()]
+
+
+def require_unread(out: Path, names: Iterable[str], sources: Iterable[str]) -> None:
+    """Refuse results among whose files one that is read lies: it would be moved away with earlier results.
+
+    Args:
+        out: the folder.
+        names: what names of files begin with.
+        sources: what is read; what is no file is no matter.
+
+    Raises:
+        AnchorsError: names the file.
+    """
+    for source in sources:
+        path = Path(source).expanduser()
+        ours = path.suffix in _OURS and any(_begins(path.name, name) for name in names)
+        if ours and path.is_file() and path.resolve().parent == out.expanduser().resolve():
+            raise AnchorsError(
+                f"{source!r}, which is read, lies among the results and has the name of one of them.",
+                "Choose another --out, or give the file another name.",
+            )
 
 
 def _begins(file: str, name: str) -> bool:

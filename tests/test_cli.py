@@ -224,6 +224,20 @@ def test_view_writes_whole_maps(tiny, tmp_path):
     assert maps["layer_0"].triu().abs().max() == 0 < maps["layer_0"].max()
 
 
+def test_data_that_lie_among_the_results_are_not_moved_with_them(tiny, tmp_path):
+    rows = [f"text {i},{('Negative', 'Positive')[i % 2]}\n" for i in range(40)]
+    data = tmp_path / "flow_mine.csv"
+    data.write_text("".join(["text,label\n", *rows]))
+    asked = ["flow", *tiny, "-n", 2, "--pages", 0, "--csv", "-d", data, "-o"]
+    result = invoke(*asked, tmp_path)
+    assert result.exit_code == 2
+    assert "which is read, lies among the results" in " ".join(result.stderr.split())
+    assert data.read_text().startswith("text,label\ntext 0,Negative\n")
+    assert [path.name for path in tmp_path.iterdir()] == [data.name]
+    assert invoke(*asked, tmp_path / "other").exit_code == 0
+    assert data.is_file()
+
+
 def test_view_asks_the_witness_on_its_own_prompt(tiny, tmp_path, monkeypatch):
     """A model that is another one beyond a few tokens, as families are that change with length: no page of it."""
     from anchors.models import LanguageModel
