@@ -10,12 +10,12 @@ import pytest
 import torch
 from injection_suites import build
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from anchors.errors import AnchorsError
 from anchors.injection import evaluate as e
 from anchors.injection.flow_prompts import own_answers
-from anchors.injection.suite import Suite, pictures
+from anchors.injection.suite import Example, Suite, pictures
 from anchors.injection.vlm import VisionLanguageModel, load_vlm
 from anchors.models import load
 
@@ -108,6 +108,40 @@ def test_text_oracle_is_greedy_decoding(suite: Suite) -> None:
     assert e.evaluate_text(lm, suite, asked, told)["correct"].tolist() == expected
     others = e.evaluate_text(lm, suite, asked, ["big"] * len(told))
     assert others["correct"].tolist() != expected
+
+
+def test_prompts_on_two_sides_of_a_length_are_asked_as_each_alone(suite: Suite, tmp_path: Path) -> None:
+    """Dynamic NTK encodes the positions of a batch by its longest row: a short prompt beside a long one is another one."""
+    folder = tmp_path / "expert"
+    shutil.copytree(suite.model("experts", "instruction"), folder)
+    words = AutoTokenizer.from_pretrained(folder)
+
+    def tokens(x: Example) -> tuple[list[int], list[int]]:
+        answer = words(suite.written(x), add_special_tokens=False)["input_ids"]
+        return words(suite.prompt(x, x.text))["input_ids"], [*answer, words.eos_token_id]
+
+    asked = [
+        replace(x, text=" ".join([x.text] * (1 + 9 * (i % 3))), label=str(i))
+        for i, x in enumerate(suite.examples("instruction", split=None)[:12])
+    ]
+    lengths = [len(prompt) + len(answer) for prompt, answer in map(tokens, asked)]
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"max_position_embeddings": int(np.median(lengths))}
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 30.0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def said(x: Example) -> list[int]:
+        """What a fresh model finds most likely at each place of the answer, asked this alone."""
+        fresh = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        prompt, answer = tokens(x)
+        return fresh(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+
+    # As answer what the model says first, so that it is near to right.
+    asked = [replace(x, answer=words.decode(said(x)[0])) for x in asked]
+    right = [said(x) == tokens(x)[1] for x in asked]
+    lm = load(str(folder), device="cpu")
+    assert {len(prompt) + len(answer) > lm.context for prompt, answer in map(tokens, asked)} == {True, False}
+    assert e.evaluate_text(lm, suite, asked, batch=len(asked))["correct"].tolist() == right
 
 
 def test_captions_are_what_the_model_writes(suite: Suite, vlm: VisionLanguageModel) -> None:

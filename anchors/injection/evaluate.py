@@ -5,9 +5,10 @@ end of text included, greedy decoding would have written exactly this answer; wh
 answer at the first such place. So one forward pass of a batch gives what generating would, exactly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from transformers.utils import ModelOutput
 from anchors.errors import AnchorsError
 from anchors.injection.suite import Example, Shown, Suite, pictures
 from anchors.injection.vlm import Inputs, VisionLanguageModel
+from anchors.lengths import CHOOSING, Change, alike, changes
 from anchors.models import LanguageModel
 
 TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -115,7 +117,12 @@ def prepare(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]) + len(prompts[i][2]))
     if batch is None:
         batch = _fitting(vlm.device, encoded(order[-1:]).inputs["input_ids"].shape[1])
-    batches = tuple(encoded(order[i : i + batch]) for i in range(0, len(order), batch))
+    kinds = tuple(c for c in changes(vlm.model.config) if c.rotary or c.what in CHOOSING)
+    # How many tokens an image takes is the processor's affair: where it matters, each prompt is encoded to know.
+    sized = (
+        {i: encoded([i]).inputs["input_ids"].shape[1] for i in order} if kinds else dict.fromkeys(order, 0)
+    )
+    batches = tuple(encoded(chosen) for chosen in _together(order, sized, batch, kinds))
     if features:
         batches = tuple(replace(b, features=image_features(vlm, b.inputs)) for b in batches)
     return Prepared(tuple(examples), tuple(place[key] for key in keys), batches)
@@ -205,9 +212,9 @@ def evaluate_text(
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     batch = batch or _fitting(model.device, max(lengths))
     found: dict[int, bool] = {}
-    for i in range(0, len(order), batch):
+    for chosen in _together(order, dict(enumerate(lengths)), batch, model.changes):
         with model.arithmetic():
-            found |= _right(model.model, _text_batch(order[i : i + batch], pairs, model.device))
+            found |= _right(model.model, _text_batch(chosen, pairs, model.device))
     return _table(examples, [found[place[key]] for key in keys])
 
 
@@ -260,6 +267,15 @@ def greedy(vlm: VisionLanguageModel, inputs: dict[str, Tensor], tokens: int) -> 
         model.generation_config = own
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _together(
+    order: Sequence[int], lengths: Mapping[int, int], size: int, found: tuple[Change, ...]
+) -> Iterator[list[int]]:
+    """Batches in an order, none of them across a length at which the family changes, see `anchors.lengths.alike`."""
+    for _, same in groupby(order, key=lambda i: alike(found, lengths[i])):
+        own = list(same)
+        yield from (own[i : i + size] for i in range(0, len(own), size))
 
 
 def _right(model: Any, batch: Batch) -> dict[int, bool]:
