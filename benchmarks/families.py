@@ -86,6 +86,8 @@ def main() -> int:
         drawing = FORK.Process(target=prompts.write, args=(folder,))
         drawing.start()
         drawing.join()
+        if drawing.exitcode:
+            return 2
         edge, size, groups = prompts.read(folder)
 
         def asked(name: str) -> list[Row]:
