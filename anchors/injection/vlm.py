@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from anchors.alteration import Alteration
 from anchors.errors import AnchorsError
 from anchors.identity import Identity, identity
 from anchors.injection.routing import prove, route_tower
