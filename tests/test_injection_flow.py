@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from anchors.errors import AnchorsError, RoutingError
 from anchors.flow.metrics import flow_sums
 from anchors.injection.flow import ImagePrompt, collate, image_flow
-from anchors.injection.routing import route_tower
+from anchors.injection.routing import prove, route_tower
 
 IMAGE = "<image>"
 
@@ -126,6 +126,24 @@ def test_only_the_language_tower_is_on_the_seam(family):
     others = [m for m in vlm.model.modules() if isinstance(m, PreTrainedModel) and m not in inside]
     assert len(others) >= 2
     assert {m.config._attn_implementation for m in others} == {"sdpa"}
+
+
+def test_a_layer_that_does_not_attend_is_named_as_such():
+    vlm = make_vlm("llava")
+    layer = vlm.model.get_decoder().layers[1]
+    layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RoutingError, match=r"arrived at the seam \[1, 0, 1\] times"):
+        prove(vlm)
+
+
+def test_what_only_holds_the_tower_may_share_its_configuration():
+    """As InstructBLIP's OPT does: a language model around the decoder, with no attention of its own."""
+    model = make_vlm("llava").model
+    holder = PreTrainedModel(model.config.text_config)
+    holder.decoder = model.model.language_model
+    model.model.language_model = holder
+    model.get_decoder = lambda: holder.decoder
+    assert len(route_tower(model)) == 3
 
 
 def test_shared_configuration_is_refused():

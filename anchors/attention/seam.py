@@ -33,8 +33,16 @@ NAME = "anchors"
 MASKED = "anchors_masked"
 """The name under which no mask is left out. transformers drops a causal mask for a module that says itself that it is
 causal; where a layer says that it is not (BigBird-Pegasus' decoder), no mask would mean that everything is seen."""
-IGNORED = {"position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
-"""Tensors that some families pass along and that do not enter the arithmetic after q, k and v are made."""
+IGNORED = {
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "logits_to_keep",
+}
+"""Tensors that some families pass along and that do not enter the arithmetic after q, k and v are made; the last one is the
+head's (LLaVA-OneVision hands it to both)."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchors.attention.call import AttentionCall
@@ -17,6 +17,15 @@ from anchors.errors import RoutingError
 
 if TYPE_CHECKING:
     from anchors.injection.vlm import VisionLanguageModel
+
+
+def _attends(modules: set[nn.Module]) -> bool:
+    """Whether an attention on the seam is among some modules."""
+    return any(
+        type(m).__name__.endswith("Attention")
+        and getattr(getattr(m, "config", None), "_attn_implementation", None) == NAME
+        for m in modules
+    )
 
 
 def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -47,7 +56,10 @@ def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     others = [
         type(m).__name__
         for m in model.modules()
-        if isinstance(m, PreTrainedModel) and m not in inside and m.config._attn_implementation == NAME
+        if isinstance(m, PreTrainedModel)
+        and m not in inside
+        and m.config._attn_implementation == NAME
+        and (decoder not in (own := set(m.modules())) or _attends(own - inside))
     ]
     if others:
         raise RoutingError(
@@ -76,12 +88,25 @@ def prove(vlm: "VisionLanguageModel") -> None:
     """
     picture = Image.new("RGB", (64, 64), (200, 60, 20))
     for text, images in (("a b", []), ("<image> a", [picture])):
-        count = _Count(vlm.n_layers)
+        demand_each_layer(vlm, vlm.encode([text], [images]).tensors, f"{len(images)} images")
+
+
+def demand_each_layer(vlm: "VisionLanguageModel", tensors: dict[str, Tensor], what: str) -> None:
+    """Run a batch: each layer of the tower must arrive at the seam exactly once.
+
+    Raises:
+        RoutingError: it does not.
+    """
+    count, ran = _Count(vlm.n_layers), False
+    try:
         with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
-            vlm.model(**vlm.encode([text], [images]).tensors, use_cache=False)
-        if set(count.times) != {1}:
-            raise RoutingError(
-                f"In a run of {vlm.name!r} with {len(images)} images, its layers arrived at the seam "
-                f"{count.times} times.",
-                "Each must arrive exactly once.",
-            )
+            vlm.model(**tensors, use_cache=False)
+            ran = True
+    except RoutingError:  # of layers that were missed; said below with all counts
+        if not ran:
+            raise
+    if set(count.times) != {1}:
+        raise RoutingError(
+            f"In a run of {vlm.name!r} with {what}, its layers arrived at the seam {count.times} times.",
+            "Each must arrive exactly once: layers with attention of another kind, or with none, cannot be analysed.",
+        )

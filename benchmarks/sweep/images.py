@@ -58,6 +58,8 @@ def forms(model: nn.Module, count: int) -> Iterator[Tensors]:
         yield {"pixel_values": noise(count * grid * grid, 3 * depth * patch * patch), "image_grid_thw": thw, "image_merge_sizes": torch.tensor([merge] * count)}  # fmt: skip
     yield {"pixel_values": noise(count * grid * grid, 3, patch, patch), "image_grid_thw": thw}
     yield {"pixel_values": noise(count, 3, side, side)}
+    yield {"pixel_values": noise(count, 3, side, side), "high_res_pixel_values": noise(count, 3, side, side)}
+    yield {"pixel_values": noise(count, grid * grid, 3 * patch * patch)}
     yield {"pixel_values": noise(count, 3, side, side), "image_sizes": sizes}
     yield {"pixel_values": noise(1, count, 3, side, side)}
     yield {
@@ -221,13 +223,15 @@ class Toolkit:
     """The tower on the seam; the processor has only what is asked of it: tensors are made here."""
 
     def __init__(self, model: nn.Module, shown: Scene, tokenizer: Any) -> None:
-        from anchors.injection.routing import route_tower
+        from anchors.injection.routing import demand_each_layer, route_tower
         from anchors.injection.vlm import prepare_vlm
 
         images = types.SimpleNamespace(to_json_string=lambda: "{}")
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token="<image>", image_processor=images)  # noqa: S106
         vlm = prepare_vlm(model, processor, type(model).__name__, "float32")
         self.vlm, self.shown = dataclasses.replace(vlm, modules=route_tower(model)), shown
+        if shown is not None:
+            demand_each_layer(self.vlm, _unmasked(shown), "images")
 
     def logits(self) -> Tensor:
         from anchors.attention.seam import seam
