@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sweep.oracle import block_of, continued, runs, watching
 from sweep.right import Asked, Group, patched
@@ -73,6 +74,7 @@ def facts(model: nn.Module, groups: Sequence[Group]) -> list[Fact]:
         _history,
         _cache,
         _continuing,
+        _ties,
         _stream,
     ):
         try:
@@ -85,7 +87,7 @@ def facts(model: nn.Module, groups: Sequence[Group]) -> list[Fact]:
 
 _OF = {
     "embedding": EVERY, "interface": EVERY, "calls": EVERY, "returned": ("maps", "sums"), "handed": EVERY, "causal": EVERY, "prefix": ON_SHARED,
-    "positions": EVERY, "batch": EVERY, "history": EVERY, "cache": ON_SHARED, "continuing": ON_SHARED, "stream": ("patching",),
+    "positions": EVERY, "batch": EVERY, "history": EVERY, "cache": ON_SHARED, "continuing": ON_SHARED, "ties": ON_SHARED, "stream": ("patching",),
 }  # fmt: skip
 
 
@@ -286,6 +288,35 @@ def _continuing(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
                 f"going on after {prompt.query} cached tokens changes the logits by {moved:.1e}", ON_SHARED
             )
             return
+
+
+class _TopK(TorchFunctionMode):
+    """Looks at each choice of some of so many keys: is the last that is chosen worth more than the first that is not?"""
+
+    def __init__(self, keys: int) -> None:
+        super().__init__()
+        self.keys, self.ties = keys, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.topk, Tensor.topk) and args[0].shape[-1] == self.keys:
+            k = args[1] if len(args) > 1 else kwargs["k"]
+            if k < self.keys:
+                ordered = args[0].sort(-1, descending=True).values
+                seen = ordered[..., k] > torch.finfo(ordered.dtype).min / 2
+                self.ties += int(((ordered[..., k - 1] == ordered[..., k]) & seen).sum())
+        return function(*args, **(kwargs or {}))
+
+
+def _ties(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
+    """Is which keys a query reads a matter of chance?"""
+    prompt = groups[-1].prompts[0]
+    with _TopK(len(prompt.ids)) as mode:
+        runs(model, prompt.ids)
+    if mode.ties:
+        yield Fact(
+            f"in {mode.ties} choices of keys the last one chosen scores like the first one left out: which is read is chance",
+            ON_SHARED,
+        )
 
 
 def _stream(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:

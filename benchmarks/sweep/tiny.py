@@ -205,6 +205,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "granitemoehybrid+attention": {"layer_types": ["attention"] * LAYERS},
     "bamba+attention": {"attn_layer_indices": list(range(LAYERS))},
     "deepseek_v32+topk-16": {"index_topk": 16},
+    "deepseek_v32+ties": {"index_n_heads": 1},
     "laguna+heads": {"num_attention_heads_per_layer": [4, 8, 4, 8]},
     "mimo_v2_flash+heads": {"swa_num_attention_heads": 8},
     "llama4_text+chunk-16": {"attention_chunk_size": 16},
