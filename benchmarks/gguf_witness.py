@@ -2,8 +2,8 @@
 
 llama.cpp (llama-cpp-python) runs in a process and an environment of its own, with keys and values in float32:
 
-    uv venv /tmp/llama && uv pip install --python /tmp/llama/bin/python llama-cpp-python numpy
-    uv run benchmarks/gguf_witness.py --llama /tmp/llama/bin/python --out experiments/gguf/llama_cpp.json
+    uv venv ../llama && uv pip install --python ../llama/bin/python llama-cpp-python numpy
+    uv run benchmarks/gguf_witness.py --llama ../llama/bin/python --out experiments/gguf/llama_cpp.json
     uv run benchmarks/gguf_witness.py --llama ... --file some.gguf        # any other file, too
 
 Per file: ‖ours − llama.cpp's‖ / ‖llama.cpp's‖ over the logits of every position of every text, with the means over the

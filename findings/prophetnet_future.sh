@@ -2,9 +2,10 @@
 # ProphetNet's decoder in transformers 5.24.0: a token changes the logits of positions BEFORE it.
 #
 # Expected: ProphetNetForCausalLM is a language model, its predict streams masked so that position i sees tokens up to i.
-# Happens: exchanging one token in the middle in the first half of the text changes earlier positions. The masks are right; the relative position terms of
-# the predict streams are computed per (position, stream, head) and read back as (stream, head, position), so that a score at
-# position i takes the term of another position, a later one among them. With these terms set to zero (or read in their order) the leak is gone.
+# Happens: exchanging one token in the first half of the text changes earlier positions. The masks are right; the relative position
+# terms of the predict streams are computed per (position, stream, head) and read back as (stream, head, position), so that a score
+# at position i takes the term of another position, a later one among them. With these terms set to zero (or read in their order)
+# the leak is gone.
 # Matters because every logit comes from a predict stream: likelihoods, saliency and patching include what should be unseen.
 set -euo pipefail
 
