@@ -38,7 +38,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+LONGEST = ("test_injection_demo.py", "test_injection_experiment.py")
+"""They wait for a world to be trained: begun first, one worker trains while the other goes on."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if INTERPRETED or not torch.cuda.is_available():
         without = pytest.mark.skip(reason="needs a CUDA device and compiled kernels")
         for item in items:
