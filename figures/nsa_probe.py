@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from anchors.figures.pieces import legend
@@ -47,7 +47,7 @@ def _height(row: object, tables: dict[str, pd.DataFrame]) -> float:
     return 2.7
 
 
-def _branches(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
+def _branches(figure: Figure | SubFigure, tables: dict[str, pd.DataFrame]) -> None:
     """Stacked shares of the branches; of full attention the sum itself."""
     table = tables["branches"]
     split = "share" in table and table["share"].notna().any()
@@ -69,7 +69,7 @@ def _branches(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _selection(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
+def _selection(figure: Figure | SubFigure, tables: dict[str, pd.DataFrame]) -> None:
     """Selection rate by layer, a mark per group; filled where above what near-by blocks have (q < 0.05)."""
     table = tables["selection"]
     groups = sorted(table["group"].unique())
@@ -105,7 +105,7 @@ def _named(axes: Axes, marks: Sequence[tuple[str, str, str]]) -> None:
         axes.plot([], [], marker=mark, color=colour, linestyle="none", markersize=4.5, label=name)
 
 
-def _gates(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
+def _gates(figure: Figure | SubFigure, tables: dict[str, pd.DataFrame]) -> None:
     """Mean over heads of each branch's gate, and every head as a faint line."""
     table = tables["gates"]
     for axes, (branch, (colour, name)) in zip(
@@ -126,7 +126,7 @@ def _gates(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
         figure.axes[0].plot([], [], color=GREY, linestyle=PLACES[where], label=name)
 
 
-def _interventions(figure: FigureBase, tables: dict[str, pd.DataFrame]) -> None:
+def _interventions(figure: Figure | SubFigure, tables: dict[str, pd.DataFrame]) -> None:
     """Change of accuracy and of the right label's logit against the untouched run, with paired intervals."""
     table = tables["summary"]
     kinds = {"ban": VERMILION, "force": BLUE, "cut": PURPLE, "isolate": ORANGE}

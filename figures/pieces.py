@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
 from anchors.figures.style import plain
@@ -98,7 +98,7 @@ def is_right(axes: Axes) -> bool:
     return place is not None and place.is_last_col()
 
 
-def legend(figure: FigureBase, columns: int = 4) -> None:
+def legend(figure: Figure | SubFigure, columns: int = 4) -> None:
     """One legend below all panels, each name once."""
     shown = {}
     for axes in figure.axes:
