@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
-from click import ClickException
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
@@ -181,7 +180,7 @@ def reporting() -> Generator[None]:
     except KeyboardInterrupt:
         err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
         raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort, ClickException, BrokenPipeError):
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
         if (lacking := of_the_machine(error)) is not None:

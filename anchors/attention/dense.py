@@ -1,8 +1,10 @@
-"""Dense attention, with everything that differs between families kept here and nowhere else.
+"""Dense attention, with everything that differs between families kept here and nowhere else:
 
-scores_ij  = scale · ⟨q_i, k_j⟩,  soft-capped to c · tanh(scores / c) where the family does so
-A_ij       = exp(scores_ij + mask_ij) / (Σ_j' exp(scores_ij' + mask_ij') + exp(sink))
-z_i        = Σ_j A_ij v_j
+    scores_ij  = scale · ⟨q_i, k_j⟩,  soft-capped to c · tanh(scores / c) where the family does so
+    A_ij       = exp(scores_ij + mask_ij) / (Σ_j' exp(scores_ij' + mask_ij') + exp(sink))
+    z_i        = Σ_j A_ij v_j
+
+How such a call is streamed stands in `anchors.attention.streaming`.
 """
 
 from collections.abc import Sequence
