@@ -15,28 +15,11 @@ from pathlib import Path
 
 import lazy_loader
 
-from anchors._names import forwarding, refuse_mixture
+from anchors._names import find_moved, forwarding, refuse_mixture
 
 refuse_mixture(__name__, Path(__file__).parent)
 
-_MOVED = {
-    "Beta": "anchors.reweighting",
-    "Edit": "anchors.attention.edits",
-    "FlowMap": "anchors.flow.analysis",
-    "Measured": "anchors.runner",
-    "SUMMARIES": "anchors.summaries",
-    "Speed": "anchors.compression",
-    "TopWords": "anchors.isolation",
-    "ban": "anchors.attention.edits",
-    "build": "anchors.tasks.prompts",
-    "flow_summary": "anchors.stats",
-    "from_text": "anchors.tasks.prompts",
-    "isolate": "anchors.attention.edits",
-    "read_table": "anchors.results",
-    "scale": "anchors.attention.edits",
-    "sentence": "anchors.summaries",
-    "summarise": "anchors.stats",
-}
+find_moved()
 
 _lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__getattr__ = forwarding(__name__, _lazy, _MOVED)
+__getattr__ = forwarding(__name__, _lazy)

@@ -10,10 +10,10 @@ from .analyses.reweighting import Reweighting as Reweighting
 from .attention.seam import seam as seam
 from .compression import AnchorCache as AnchorCache
 from .errors import AnchorsError as AnchorsError
-from .models import LanguageModel as LanguageModel
-from .models import load as load
-from .runner import Sample as Sample
-from .runner import measure as measure
+from .model.language import LanguageModel as LanguageModel
+from .model.language import load as load
+from .study.runner import Sample as Sample
+from .study.runner import measure as measure
 from .tasks.data import read as read
 from .tasks.drawing import Draw as Draw
 from .tasks.drawing import draw as draw

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.context import Context, Queries, answer
 from anchors.errors import AnchorsError, CertificateError
-from anchors.models import LanguageModel
-from anchors.runner import Record
+from anchors.model.language import LanguageModel
+from anchors.study.runner import Record
 from anchors.tasks.drawing import derangement, random_positions
 from anchors.tasks.prompts import Prompt
 from anchors.tasks.task import Task
@@ -133,6 +133,4 @@ def literal(
     return logits[0, own.target, list(own.label_ids)]
 
 
-__getattr__ = forwarding(
-    __name__, unknown(__name__), dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal")
-)
+__getattr__ = forwarding(__name__)

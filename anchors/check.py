@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from anchors._names import forwarding, unknown
-from anchors.agreement import Finding, agreement, last_rows
+from anchors._names import forwarding
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
+from anchors.certificate.agreement import Finding, agreement, last_rows
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
+from anchors.model.witness import TOLERANCE as WITNESS_TOLERANCE
+from anchors.model.witness import apart
 from anchors.tasks.prompts import Prompt, label_tokens
 from anchors.tasks.task import Task
-from anchors.witness import TOLERANCE as WITNESS_TOLERANCE
-from anchors.witness import apart
 
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
@@ -27,13 +27,13 @@ def failed(findings: Iterable[Finding]) -> list[Finding]:
 def check(
     model: LanguageModel, prompts: list[Prompt], tasks: Iterable[Task], *, quick: bool = False
 ) -> list[Finding]:
-    """Certify the seam and the saliency on a model, against the model as it came (`anchors.witness`).
+    """Certify the seam and the saliency on a model, against the model as it came (`anchors.model.witness`).
 
     Args:
         model: on the seam (every layer arrived there once, or `load` would have refused it).
         prompts: a few prompts of different lengths, with their right answers; in the quick form those of the run.
         tasks: whose label words must be tokens of their own.
-        quick: only what a run needs each time: the witness on its prompts (`anchors.agreement`), edits fire in every
+        quick: only what a run needs each time: the witness on its prompts (`anchors.certificate.agreement`), edits fire in every
             layer, and the identity on one prompt.
 
     Raises:
@@ -162,4 +162,4 @@ def _labels(model: LanguageModel, task: Task) -> tuple[bool, str]:
     return True, ", ".join(shown)
 
 
-__getattr__ = forwarding(__name__, unknown(__name__), {"hidden_labels": "anchors.sight"})
+__getattr__ = forwarding(__name__)

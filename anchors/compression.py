@@ -11,13 +11,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.context import Context, encode
 from anchors.errors import AnchorsError, nearest
-from anchors.lengths import Change, demand_one_side
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
+from anchors.model.lengths import Change, demand_one_side
 from anchors.rules import RULES, Rule
-from anchors.runner import Cell
+from anchors.study.runner import Cell
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
 
@@ -87,7 +87,7 @@ class AnchorCache(DynamicCache):
     Attributes:
         context: the kept keys and values.
         full_bytes: memory of the whole demonstrations' keys and values.
-        changes: of the model; see `anchors.lengths`.
+        changes: of the model; see `anchors.model.lengths`.
         first_position: what the family calls the position of the first token.
 
     Raises:
@@ -169,8 +169,4 @@ def seconds(run: Callable[[], object], model: LanguageModel) -> float:
     return time.perf_counter() - start
 
 
-__getattr__ = forwarding(
-    __name__,
-    unknown(__name__),
-    dict.fromkeys(("METHODS", "Compression", "Speed"), "anchors.analyses.compression"),
-)
+__getattr__ = forwarding(__name__)

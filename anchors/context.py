@@ -14,11 +14,11 @@ from transformers.cache_utils import DynamicLayer
 
 from anchors.attention.selection import untied
 from anchors.errors import AnchorsError
-from anchors.lengths import CHOOSING
+from anchors.model.lengths import CHOOSING
 from anchors.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
 
 
 @dataclass(frozen=True)

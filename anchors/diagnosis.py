@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.attention.form import Call
 from anchors.errors import AnchorsError
 
@@ -96,6 +96,4 @@ def predicted_confusion(
     return found
 
 
-__getattr__ = forwarding(
-    __name__, unknown(__name__), dict.fromkeys(("Diagnosis",), "anchors.analyses.diagnosis")
-)
+__getattr__ = forwarding(__name__)

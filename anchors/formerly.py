@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from anchors.preparation import apply, fused_gelu
-from anchors.shelf import Shelf
+from anchors.model.preparation import apply, fused_gelu
+from anchors.study.shelf import Shelf
 from anchors.tasks.files import READERS
 
 SUFFIXES = tuple(READERS)
@@ -15,7 +15,7 @@ SUFFIXES = tuple(READERS)
 
 
 def fuse_gelu(model: nn.Module) -> None:
-    """Put the one-kernel form of `gelu_new` into a model, see `anchors.preparation.fused_gelu`."""
+    """Put the one-kernel form of `gelu_new` into a model, see `anchors.model.preparation.fused_gelu`."""
     apply(fused_gelu(model))
 
 
@@ -24,7 +24,7 @@ def write_rows(
 ) -> list[Path]:
     """Write rows as parquet, one file per kind of analysis; returns what was written.
 
-    Results of something else under the same names are set aside, see `anchors.shelf`.
+    Results of something else under the same names are set aside, see `anchors.study.shelf`.
     """
     shelf = Shelf(out, next(iter(rows), "rows"))
     for kind, table in rows.items():

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.context import Context, Queries, answer, queries
 from anchors.errors import AnchorsError
-from anchors.models import LanguageModel
-from anchors.runner import Record
+from anchors.model.language import LanguageModel
+from anchors.study.runner import Record
 from anchors.tasks.drawing import Drawn
 from anchors.tasks.task import Task
 
@@ -112,8 +112,4 @@ def joined(*parts: list[list[Record]]) -> list[list[Record]]:
     return [[record for part in own for record in part] for own in zip(*parts, strict=True)]
 
 
-__getattr__ = forwarding(
-    __name__,
-    unknown(__name__),
-    dict.fromkeys(("CONTENT_FREE", "Classification"), "anchors.analyses.classification"),
-)
+__getattr__ = forwarding(__name__)

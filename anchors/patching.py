@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anchors.context import Context, encode
 from anchors.errors import AnchorsError, RoutingError
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
 
 
 def patch(

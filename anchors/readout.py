@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.attention.form import Call
 
 
@@ -33,4 +33,4 @@ class TargetAttention:
         self.found[call.layer] = row.gather(1, self.positions.to(home))
 
 
-__getattr__ = forwarding(__name__, unknown(__name__), dict.fromkeys(("Readout",), "anchors.analyses.readout"))
+__getattr__ = forwarding(__name__)

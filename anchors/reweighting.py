@@ -14,16 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
 from anchors.context import Context, encode
 from anchors.errors import AnchorsError, parsed
-from anchors.models import LanguageModel
-from anchors.preparation import apply, is_plain_linear, wide_products
-from anchors.results import write_atomic
-from anchors.runner import Cell
+from anchors.model.language import LanguageModel
+from anchors.model.preparation import apply, is_plain_linear, wide_products
 from anchors.streams import Stream, stream
+from anchors.study.results import write_atomic
+from anchors.study.runner import Cell
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
 
@@ -55,7 +55,7 @@ class Beta:
         """Refuse a model that it was not fitted on.
 
         Raises:
-            AnchorsError: other layers or heads, or another identity (see `anchors.identity`).
+            AnchorsError: other layers or heads, or another identity (see `anchors.model.identity`).
         """
         fitted = (self.facts or {}).get("fingerprint")
         name = (self.facts or {}).get("model", "an unknown model")
@@ -343,6 +343,4 @@ class _Chosen(nn.Module):
         return logits[..., self.rows.to(logits.device)]
 
 
-__getattr__ = forwarding(
-    __name__, unknown(__name__), dict.fromkeys(("Reweighting",), "anchors.analyses.reweighting")
-)
+__getattr__ = forwarding(__name__)

@@ -148,7 +148,7 @@ def summarise(
     """Means over prompts with paired bootstrap intervals, and differences to a baseline condition with theirs.
 
     Args:
-        rows: of `anchors.runner.measure`, of one run or several.
+        rows: of `anchors.study.runner.measure`, of one run or several.
         metrics: which of them.
         baseline: condition that the others are compared with; the prompts must be the same.
         mean: also the mean over tasks, as the task `mean`; each task weighs alike, and in each resample the same

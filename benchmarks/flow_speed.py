@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from anchors.flow.metrics import Sums, flow_sums
 from anchors.flow.saliency import collate, flow, label_loss
-from anchors.models import DTYPES, LanguageModel, prepare
+from anchors.model.language import DTYPES, LanguageModel, prepare
 from anchors.tasks.prompts import Prompt
 
 SHAPES = {

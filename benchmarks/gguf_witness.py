@@ -126,7 +126,7 @@ def prepare(folder: Path, extra: list[Path]) -> tuple[dict[str, Path], dict[str,
 
     from anchors.gguf.reading import read
     from anchors.gguf.tokens import PRE_TOKENIZERS
-    from anchors.models import default_source
+    from anchors.model.language import default_source
 
     default = read(Path(default_source()[0]))
     plain = {

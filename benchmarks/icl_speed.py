@@ -41,9 +41,9 @@ from anchors.analyses.compression import Speed
 from anchors.compression import seconds
 from anchors.context import answer, encode, queries
 from anchors.icl import label_probabilities
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
 from anchors.reweighting import label_head, literal_loss, new_beta, one_token_loss, training_prompts
-from anchors.runner import Cell, batches
+from anchors.study.runner import Cell, batches
 from anchors.tasks.drawing import Draw, Drawn, draw
 from anchors.tasks.prompts import Prompt
 

@@ -33,8 +33,8 @@ from tokenizers import models as kinds
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from anchors.injection.checkpoint import Checkpoint, Entry
-from anchors.injection.draft import write_shard
+from anchors.injection.merging.checkpoint import Checkpoint, Entry
+from anchors.injection.merging.draft import write_shard
 
 WIDTH, INNER, HEADS, GROUPS, VOCABULARY = 2048, 5632, 32, 4, 32000
 VISION = 1024
@@ -42,8 +42,8 @@ STRENGTH = 0.5
 COMPARED = ("ours, embeddings keep", "mergekit default, float32")
 OURS = """
 import sys, torch
-from anchors.injection.merge import merge
-from anchors.injection.recipe import Recipe
+from anchors.injection.merging.merge import merge
+from anchors.injection.merging.recipe import Recipe
 torch.set_num_threads(int(sys.argv[6]))
 merge(*sys.argv[1:4], Recipe("task-arithmetic", strength={strength}, embeddings=sys.argv[5]), sys.argv[4])
 """

@@ -13,7 +13,7 @@ from anchors.cli.common import estimate_of, summary_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.report import Report
+    from anchors.study.prompted import Report
 
 
 def shown(result: "Report", view: Any) -> Iterator[Table]:

@@ -34,7 +34,7 @@ from anchors.errors import AnchorsError, CertificateError, brief, demand_seed, o
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.study.plan import Outlook
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
@@ -137,7 +137,7 @@ def load_libraries() -> None:
     with err.status("loading torch and transformers"):
         from transformers.utils import logging as transformers_logging
 
-        import anchors.models  # noqa: F401
+        import anchors.model.language  # noqa: F401
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -152,7 +152,7 @@ def load_model(
 ) -> "LanguageModel":
     """Load a model, saying so."""
     load_libraries()
-    from anchors.models import load
+    from anchors.model.language import load
 
     with err.status(f"loading {escape(model or 'the default model')}"):
         return load(

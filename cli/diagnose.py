@@ -10,7 +10,7 @@ from anchors.cli import common
 from anchors.cli.common import estimate
 
 if TYPE_CHECKING:
-    from anchors.report import Report
+    from anchors.study.prompted import Report
 
 
 def shown(result: "Report", view: Any) -> Iterator[Table | str]:

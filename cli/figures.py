@@ -48,8 +48,8 @@ class Drawing:
     columns: tuple[str, ...] = ()
 
     def read(self, kind: str, file: Path) -> "tuple[pd.DataFrame, dict[str, Any]]":
-        """Rows and their facts; see `anchors.results.read_rows`."""
-        from anchors.results import read_rows, read_table
+        """Rows and their facts; see `anchors.study.results.read_rows`."""
+        from anchors.study.results import read_rows, read_table
 
         if self.columns and kind != self.figure:
             return read_table(file)
@@ -62,14 +62,14 @@ NUMERIC = ("seed", "number", "layer", "value")
 OTHERS = ("group", "head", "place", "mask", "strength", "correct")
 """Columns of numbers that rows of other studies have."""
 ROWS = ("model", "task", "condition", "metric", *NUMERIC)
-"""Columns that all rows have, of a measurement (see `anchors.runner.Measured`) and of what stands beside it."""
+"""Columns that all rows have, of a measurement (see `anchors.study.runner.Measured`) and of what stands beside it."""
 
 
 def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
-        from anchors.shelf import contained
         from anchors.study.report import leave, tabulated
+        from anchors.study.shelf import contained
 
         drawn_any = False
         for drawing in drawings(names, to):

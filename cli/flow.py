@@ -13,8 +13,8 @@ from anchors.cli import common
 if TYPE_CHECKING:
     import pandas as pd
 
-    from anchors.models import LanguageModel
-    from anchors.report import Report
+    from anchors.model.language import LanguageModel
+    from anchors.study.prompted import Report
 
 COLOURS = {"s_wp": "blue", "s_pq": "red", "s_ww": "bright_black"}
 
@@ -32,7 +32,7 @@ class View:
     pages: int = field(default=3, metadata={"min": 0})
 
     def of(self, model: "LanguageModel") -> dict[str, Any]:
-        """What `anchors.report.report` takes."""
+        """What `anchors.study.prompted.report` takes."""
         return {"layers": common.layers_from(self.layers, model.n_layers), "pages": self.pages}
 
 

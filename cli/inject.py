@@ -16,9 +16,9 @@ from anchors.cli.verb import add_verbs
 from anchors.errors import AnchorsError, parsed
 
 if TYPE_CHECKING:
-    from anchors.injection.checkpoint import Checkpoint
-    from anchors.injection.recipe import Recipe
-    from anchors.injection.sources import Sources
+    from anchors.injection.merging.checkpoint import Checkpoint
+    from anchors.injection.merging.recipe import Recipe
+    from anchors.injection.merging.sources import Sources
 
 DEFAULT = "merge"
 SHARD_SIZE = "1GB"
@@ -77,9 +77,7 @@ def merge(
     ] = None,
     base: Annotated[
         str | None,
-        common.option(
-            "Models", "Language model that both were made from, the anchor: the same.", "--base", "-b"
-        ),
+        common.option("Models", "Language model that both were made from: the same.", "--base", "-b"),
     ] = None,
     method: Annotated[
         str,
@@ -183,9 +181,9 @@ def merge(
                 code="options-together",
             )
         with err.status("loading torch"):
-            from anchors.injection.anchor import require_anchor
-            from anchors.injection.recipe import Recipe
-            from anchors.injection.sources import Sources
+            from anchors.injection.merging.base import require_base
+            from anchors.injection.merging.recipe import Recipe
+            from anchors.injection.merging.sources import Sources
         recipe = Recipe(
             method=method,
             strength=strength,
@@ -208,7 +206,7 @@ def merge(
             return
         if dry_run:
             if not force:
-                require_anchor(sources)
+                require_base(sources)
             _dry_run(sources, recipe, as_json)
         elif to is not None:
             _merge(models, recipe, to, shard_size, force, as_json)
@@ -216,7 +214,7 @@ def merge(
 
 def _opened(source: str) -> "Checkpoint":
     """A directory, a hub id, or a hub id with a revision."""
-    from anchors.injection.checkpoint import Checkpoint
+    from anchors.injection.merging.checkpoint import Checkpoint
 
     name, at, revision = source.rpartition("@")
     if at and not Path(source).is_dir():
@@ -256,7 +254,7 @@ def _pair(text: str) -> tuple[str, Any]:
 def _merge(
     models: "tuple[Checkpoint, ...]", recipe: "Recipe", to: Path, shard_size: str, force: bool, as_json: bool
 ) -> None:
-    from anchors.injection.merge import merge as stream
+    from anchors.injection.merging.merge import merge as stream
 
     with common.progress_bar("tensors") as progress:
         report = stream(
@@ -269,7 +267,7 @@ def _merge(
         )
     common.print_notes(list(report.notes))
     if as_json:
-        from anchors.results import plain
+        from anchors.study.results import plain
 
         facts = ("changed", "kept", "relative", "seconds", "memory")
         common.print_json(
@@ -297,7 +295,7 @@ def _dry_run(sources: "Sources", recipe: "Recipe", as_json: bool) -> None:
 
 
 def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) -> None:
-    from anchors.injection.inspection import inspect as compare
+    from anchors.injection.merging.inspection import inspect as compare
 
     with common.progress_bar("tensors") as progress:
         found = compare(
@@ -306,7 +304,7 @@ def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) 
     if as_json:
         import pandas as pd
 
-        from anchors.results import plain
+        from anchors.study.results import plain
 
         tables = {name: plain(getattr(found, name)) for name in ("layers", "rows")}
         common.print_json(
@@ -320,7 +318,7 @@ def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) 
 
 def _methods(as_json: bool) -> None:
     with err.status("loading torch"):
-        from anchors.injection.methods import METHODS
+        from anchors.injection.merging.methods import METHODS
     if as_json:
         common.print_json(
             {

@@ -84,7 +84,7 @@ def demo(
             from transformers.utils import logging as transformers_logging
 
             from anchors.injection.demo.build import Builder
-            from anchors.nsa.team import Team
+            from anchors.nsa.training.team import Team
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         size = SCALES[scale].with_steps(steps_factor)

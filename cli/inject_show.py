@@ -10,11 +10,11 @@ from rich.table import Table
 from anchors.cli import common
 
 if TYPE_CHECKING:
-    from anchors.injection.inspection import Inspection
-    from anchors.injection.merge import MergeReport
-    from anchors.injection.methods import Method
-    from anchors.injection.recipe import Recipe
-    from anchors.injection.sources import Sources
+    from anchors.injection.merging.inspection import Inspection
+    from anchors.injection.merging.merge import MergeReport
+    from anchors.injection.merging.methods import Method
+    from anchors.injection.merging.recipe import Recipe
+    from anchors.injection.merging.sources import Sources
 
 
 def methods(known: "Mapping[str, Method]") -> Table:

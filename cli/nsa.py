@@ -17,8 +17,8 @@ from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
     from anchors.nsa.config import NSAConfig
-    from anchors.nsa.data import Data
-    from anchors.nsa.train import Recipe, Trained, Watch
+    from anchors.nsa.training.data import Corpus
+    from anchors.nsa.training.train import Trained, Training, Watch
 
 
 class NSAVerbs(TyperGroup):
@@ -146,7 +146,7 @@ def curves(
     with common.reporting():
         import pandas as pd
 
-        from anchors.results import read_rows, write_table
+        from anchors.study.results import read_rows, write_table
 
         logs, read, alike = [], {}, {}
         for folder in folders:
@@ -201,7 +201,7 @@ def _train(o: dict[str, Any]) -> None:
     with common.err.status("loading torch and transformers"):
         from transformers.utils import logging as transformers_logging
 
-        from anchors.nsa.train import train as trained
+        from anchors.nsa.training.train import train as trained
     transformers_logging.disable_progress_bar()
     data = _data(o, ranges)
     recipe, watch = _recipe(o)
@@ -220,10 +220,10 @@ def _train(o: dict[str, Any]) -> None:
     _leave(result, o)
 
 
-def _data(o: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> "Data":
-    from anchors.nsa.data import Windows
-    from anchors.nsa.episodes import Episodes
-    from anchors.nsa.vocabulary import Vocabulary
+def _data(o: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> "Corpus":
+    from anchors.nsa.training.data import Windows
+    from anchors.nsa.training.episodes import Episodes
+    from anchors.nsa.training.vocabulary import Vocabulary
 
     if o["text"] is not None:
         return Windows.read(o["text"], o["tokens"], o["tokenizer"])
@@ -231,16 +231,16 @@ def _data(o: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> "Data":
     return Episodes(**own, **ranges, vocabulary=Vocabulary(o["label_words"], o["vocabulary"]))
 
 
-def _recipe(o: dict[str, Any]) -> "tuple[Recipe, Watch]":
+def _recipe(o: dict[str, Any]) -> "tuple[Training, Watch]":
     from dataclasses import fields
 
     import torch
 
-    from anchors.nsa.train import Recipe, Watch
+    from anchors.nsa.training.train import Training, Watch
 
     dtype = torch.bfloat16 if o["half"] else torch.float32
     watch = Watch(**{k: o[k] for k in ("every", "evaluate", "save", "held_out")}, dtype=dtype)
-    return Recipe(**{f.name: o[f.name] for f in fields(Recipe)}), watch
+    return Training(**{f.name: o[f.name] for f in fields(Training)}), watch
 
 
 def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
@@ -294,7 +294,7 @@ def _leave(result: "Trained", o: dict[str, Any]) -> None:
         return
     from anchors.figures.nsa_train import draw
     from anchors.figures.style import save
-    from anchors.results import plain
+    from anchors.study.results import plain
 
     name = f"{o['attention']} attention"
     files = save(

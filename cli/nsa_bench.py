@@ -51,9 +51,9 @@ def bench(
     What disagrees with the equations is not timed, but named. Rows are written as they come.
     """
     with common.reporting():
-        from anchors.nsa import bench as benchmark
         from anchors.nsa.geometry import Geometry
-        from anchors.results import plain, require_writable
+        from anchors.nsa.speed import bench as benchmark
+        from anchors.study.results import plain, require_writable
 
         require_writable(to)
         geometry = Geometry(l, d, lp, n, w)

@@ -8,7 +8,7 @@ from rich.table import Table
 from anchors.cli import common
 
 if TYPE_CHECKING:
-    from anchors.report import Report
+    from anchors.study.prompted import Report
 
 
 def shown(result: "Report", view: Any) -> Iterator[Table]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from anchors.experiments import Experiment
-    from anchors.models import LanguageModel
-    from anchors.report import Part, Report
+    from anchors.model.language import LanguageModel
+    from anchors.study.prompted import Part, Report
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAMES...", help="Experiments, see `anchors ls`; `all` for every one.")
@@ -88,7 +88,7 @@ def run(
     """
     with common.reporting():
         from anchors.experiments import CATALOGUE
-        from anchors.results import require_writable
+        from anchors.study.results import require_writable
 
         chosen = experiments(names)
         check_protocol(seeds or "42", "none", batch_size)
@@ -107,8 +107,8 @@ def run(
         sets = {task.name: (task, own) for grid in plan.values() for _, task, own in grid}
         common.print_data(*zip(*sets.values(), strict=True))
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
-        from anchors.results import plain
         from anchors.study.plan import Outlook, outlook
+        from anchors.study.results import plain
 
         printed: dict[str, Any] = {}
         plans: dict[str, list[Outlook]] = {}
@@ -196,8 +196,8 @@ def _parts(
     size: int | None,
     skip: bool,
 ) -> "list[Part]":
-    from anchors.report import Part
-    from anchors.runner import Sample
+    from anchors.study.prompted import Part
+    from anchors.study.runner import Sample
 
     parts = []
     for cells, task, data in grid:
@@ -208,7 +208,7 @@ def _parts(
 
 
 def _measure(lm: "LanguageModel", experiment: "Experiment", parts: "list[Part]", to: Path) -> "Report":
-    from anchors.report import report
+    from anchors.study.prompted import report
 
     with common.progress_bar(experiment.name) as progress:
         result = report(

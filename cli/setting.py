@@ -14,9 +14,9 @@ from anchors.study.registry import Study
 if TYPE_CHECKING:
     from anchors.injection.study import InjectFlow, InjectSweep
     from anchors.nsa.study import NSAProbe
-    from anchors.runner import Sample
     from anchors.study.analysis import Analysis
     from anchors.study.report import Inquiry
+    from anchors.study.runner import Sample
     from anchors.tasks.data import Data
     from anchors.tasks.task import Control, Task
 
@@ -118,7 +118,7 @@ class Setting(Always):
         return [read(task, self.data) for task in tasks]
 
     def sample(self) -> "Sample":
-        from anchors.runner import Sample
+        from anchors.study.runner import Sample
 
         return Sample(
             shots=self.shots,
@@ -138,7 +138,7 @@ class Setting(Always):
         model = common.load_model(
             self.model, self.device, self.precision, self.device_map, self.revision, self.trust_remote_code
         )
-        from anchors.report import Part, Prompted
+        from anchors.study.prompted import Part, Prompted
 
         how, pairs = self.sample(), list(zip(tasks, sets, strict=True))
         parts = [Part(analysis, task, data, how) for analysis in studies for task, data in pairs]
@@ -191,7 +191,7 @@ class SuiteSetting(Always):
     def inquiry(self, line: Study, studies: "list[InjectSweep | InjectFlow]") -> "Inquiry":
         """The study of suites."""
         common.load_libraries()
-        from anchors.injection.suite import Suite
+        from anchors.injection.asking.suite import Suite
 
         return studies[0].on([Suite.open(path) for path in self.suites], self.device, self.precision)
 

@@ -23,8 +23,8 @@ from anchors.study.registry import BUILT_IN, Study, plugins, study
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from anchors.report import Report
     from anchors.study.analysis import Analysis
+    from anchors.study.prompted import Report
 
 
 class Verb(TyperCommand):
@@ -171,7 +171,7 @@ def _analyses(line: Study, settings: dict[str, Any], *, beside: bool) -> "list[A
 
 def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> None:
     """Measure and print, or tell what is left to do."""
-    from anchors.results import require_writable
+    from anchors.study.results import require_writable
 
     folder = setting.out or Path("results") / line.folder
     require_writable(folder)

@@ -81,7 +81,7 @@ def view(
                     code="options-together",
                 )
         from anchors.places import require_another
-        from anchors.results import provenance, require_writable, write_atomic
+        from anchors.study.results import provenance, require_writable, write_atomic
 
         read = [None if prompt == "-" else prompt, task, model]
         require_another(to, read)
@@ -105,8 +105,8 @@ def view(
         within_context([Drawn(0, built)], lm.context)
         from dataclasses import replace
 
+        from anchors.certificate.sight import hidden_labels
         from anchors.check import demand
-        from anchors.sight import hidden_labels
 
         # Without a right answer, the identity holds for any class.
         demand(lm, [built if built.gold is not None else replace(built, gold=0)])

@@ -15,7 +15,7 @@ from anchors.experiments import CATALOGUE
 from anchors.figures import draw
 from anchors.figures.inject_flow import draw_regret
 from anchors.figures.inject_sweep import draw as draw_sweep
-from anchors.results import read_table
+from anchors.study.results import read_table
 
 HERE = Path(__file__).parent
 EXPERIMENTS = HERE.parent / "experiments"

@@ -53,7 +53,7 @@ def draw(
     """By layer, before (line) and after (dashed) injection, and over λ with the accuracy.
 
     Args:
-        tables: of `anchors.injection.flow_tables.tables`.
+        tables: of `anchors.injection.image_flow.tables.tables`.
         measure: loss, odds or share.
         panels: scenario and expert of each column.
         model: for the title.

@@ -9,7 +9,7 @@ from matplotlib.ticker import MultipleLocator
 
 from anchors.figures.pieces import grid, legend
 from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
-from anchors.injection.tables import ANCHOR, REFERENCE, VLM
+from anchors.injection.sweeping.tables import PLAIN, REFERENCE, VLM
 
 COLOURS = {
     "task-arithmetic": BLUE, "dare": SKY, "ties": VERMILION, "dare-ties": "#117733", "magnitude": ORANGE,
@@ -117,7 +117,7 @@ def curves(
         for panel, quantity in zip(row, quantities, strict=True):
             for family, line in mine.groupby("family", sort=False):
                 colour, mark = looks[family]
-                bold = family == ANCHOR
+                bold = family == PLAIN
                 if len(line) > 1:  # from the VLM alone on; a single setting is a point, not a line
                     line = pd.concat([alone.assign(strength=0.0), line]).sort_values(by)
                 x = line[by].astype(float)

@@ -22,7 +22,7 @@ def draw(table: pd.DataFrame, model: str) -> Figure:
     Solid are whole attentions, dashed the selected branch alone, on the same blocks.
 
     Args:
-        table: rows of `anchors.nsa.bench.bench`; of several shapes or patterns only the first are drawn.
+        table: rows of `anchors.nsa.speed.bench.bench`; of several shapes or patterns only the first are drawn.
         model: for the title; empty for none.
     """
     own = table[(table["shape"] == table["shape"].iloc[0]) & (table["pattern"] == table["pattern"].iloc[0])]

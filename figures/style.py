@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from anchors.results import write_atomic
+from anchors.study.results import write_atomic
 
 COLOURS = {"s_wp": "#0072B2", "s_pq": "#D55E00", "s_ww": "#7A7A7A"}
 """Okabe and Ito's colour-blind-safe blue and vermilion, and a grey for the background flow."""

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from anchors.attention.seam import own_attention
-from anchors.models import LanguageModel, load
-from anchors.runner import Cell
+from anchors.model.language import LanguageModel, load
+from anchors.study.runner import Cell
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.prompts import Prompt

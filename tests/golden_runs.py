@@ -33,16 +33,16 @@ def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
     from anchors.analyses.isolation import Isolation, TopWords
     from anchors.analyses.readout import Readout
     from anchors.analyses.reweighting import Reweighting
-    from anchors.injection.flow_report import Wanted
-    from anchors.injection.flow_report import measure as measure_flow
-    from anchors.injection.grid import Grid
-    from anchors.injection.recipe import Recipe
-    from anchors.injection.suite import Suite
-    from anchors.injection.sweep import Sweep, sweep
-    from anchors.models import load
-    from anchors.nsa.probe import Probe
-    from anchors.nsa.probe import measure as measure_probe
-    from anchors.runner import Sample, measure
+    from anchors.injection.asking.suite import Suite
+    from anchors.injection.image_flow.report import Wanted
+    from anchors.injection.image_flow.report import measure as measure_flow
+    from anchors.injection.merging.recipe import Recipe
+    from anchors.injection.sweeping.grid import Grid
+    from anchors.injection.sweeping.sweep import Sweep, sweep
+    from anchors.model.language import load
+    from anchors.nsa.probing.probe import Probe
+    from anchors.nsa.probing.probe import measure as measure_probe
+    from anchors.study.runner import Sample, measure
     from anchors.tasks.data import read
     from anchors.tasks.task import TASKS
 
@@ -101,7 +101,7 @@ def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
 
 def difference(kind: str, configs: list[dict], rows: pd.DataFrame, *, exact: bool) -> str | None:
     """In words, what of a run is not as it is kept; None where all is."""
-    from anchors.results import key_of
+    from anchors.study.results import key_of
 
     kept = json.loads((GOLDEN / "keys.json").read_text())[kind]
     keys = [key_of(config) for config in configs]
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--exact", action="store_true")
     args = parser.parse_args()
-    from anchors.identity import software
-    from anchors.results import key_of
+    from anchors.model.identity import software
+    from anchors.study.results import key_of
 
     torch.set_num_threads(1)
     kept, wrong = {}, False

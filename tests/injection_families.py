@@ -182,7 +182,7 @@ def models(family: str, dtype: torch.dtype = torch.float32) -> Models:
     vlm = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
     _disturb(vlm, 0.3)
     with torch.no_grad():
-        # Not by anchors.injection.mapping, so that it can be held to this.
+        # Not by anchors.injection.merging.mapping, so that it can be held to this.
         tower = dict(vlm.get_decoder().named_parameters())
         for name, weight in base.model.named_parameters():
             tower[name][: len(weight)].copy_(weight)

@@ -8,9 +8,9 @@ import torch
 from injection_families import Saved, saved
 from safetensors.torch import save_file
 
-from anchors.injection.checkpoint import SINGLE, Checkpoint
-from anchors.injection.merge import MergeReport, merge
-from anchors.injection.recipe import Recipe
+from anchors.injection.merging.checkpoint import SINGLE, Checkpoint
+from anchors.injection.merging.merge import MergeReport, merge
+from anchors.injection.merging.recipe import Recipe
 
 BF16, SHARD = torch.bfloat16, "20KB"
 

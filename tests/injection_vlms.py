@@ -31,7 +31,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from anchors.injection.vlm import VisionLanguageModel, prepare_vlm
+from anchors.injection.asking.vlm import VisionLanguageModel, prepare_vlm
 
 WORDS = ["what", "is", "it", "big", "yes", "no", "red", "blue", "seven", "one", "=", "?", ":", "#"]
 TEXT = {

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from anchors.attention.seam import seam
-from anchors.models import LanguageModel, load
+from anchors.model.language import LanguageModel, load
 from anchors.nsa.config import NSAConfig
-from anchors.nsa.episodes import Episodes
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.model import NSAForCausalLM
-from anchors.nsa.probe import Probe, measure, probe_prompt
-from anchors.nsa.probe_taps import Places
-from anchors.nsa.vocabulary import Vocabulary
+from anchors.nsa.probing.probe import EpisodeProbe, measure, probe_prompt
+from anchors.nsa.probing.taps import Places
+from anchors.nsa.training.episodes import Episodes
+from anchors.nsa.training.vocabulary import Vocabulary
 from anchors.summaries import SUMMARIES
 from anchors.tasks.prompts import Prompt
 
@@ -56,7 +56,7 @@ def full(tmp_path_factory) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def prompt() -> Prompt:
-    return Probe(EPISODES).prompt(0)
+    return EpisodeProbe(EPISODES).prompt(0)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def found(lm, prompt) -> dict[tuple, float]:
 @pytest.fixture(scope="module")
 def measured(folder, tmp_path_factory):
     model = load(folder, device="cpu")
-    return measure(model, Probe(EPISODES, prompts=4), out=tmp_path_factory.mktemp("measured"))
+    return measure(model, EpisodeProbe(EPISODES, prompts=4), out=tmp_path_factory.mktemp("measured"))
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from anchors.causal import centred, exchange, literal, places
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.figures.causal import draw as draw_figure
-from anchors.models import load
+from anchors.model.language import load
 from anchors.patching import block, patch, streams
-from anchors.runner import Cell, Sample, measure
+from anchors.study.runner import Cell, Sample, measure
 from anchors.summaries import causal_summary
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, demonstrations, draw

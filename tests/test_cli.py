@@ -240,7 +240,7 @@ def test_data_that_lie_among_the_results_are_not_moved_with_them(tiny, tmp_path)
 
 def test_view_asks_the_witness_on_its_own_prompt(tiny, tmp_path, monkeypatch):
     """A model that is another one beyond a few tokens, as families are that change with length: no page of it."""
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
 
     own = LanguageModel.logits
     monkeypatch.setattr(

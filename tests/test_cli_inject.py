@@ -153,7 +153,7 @@ def test_shards_of_no_size_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_inspecting_warns_of_a_wrong_anchor():
+def test_inspecting_warns_of_a_wrong_base():
     own = saved("llava")
     result = invoke(own.vlm, own.expert, "--base", saved("idefics3").base, "--inspect", "--json")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from anchors.analyses.compression import Compression, Speed
 from anchors.compression import RULES, AnchorCache, anchor_tokens, compress, random_tokens, text_anchor
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.models import load
+from anchors.model.language import load
 from anchors.tasks.data import Example
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import build

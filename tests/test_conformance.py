@@ -12,8 +12,8 @@ from anchors.analyses.readout import Readout
 from anchors.compression import text_anchor
 from anchors.context import answer, encode, queries
 from anchors.icl import label_probabilities
-from anchors.models import load
-from anchors.runner import Cell
+from anchors.model.language import load
+from anchors.study.runner import Cell
 from anchors.summaries import aucroc
 from anchors.tasks.data import Data, Example
 from anchors.tasks.drawing import Draw, Drawn

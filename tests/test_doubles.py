@@ -21,8 +21,8 @@ from test_injection_tables import TRUTH
 from test_injection_tables import made as swept
 
 from anchors.errors import AnchorsError
-from anchors.injection.flow_tables import tables as flow_tables
-from anchors.injection.tables import tables as sweep_tables
+from anchors.injection.image_flow.tables import tables as flow_tables
+from anchors.injection.sweeping.tables import tables as sweep_tables
 from anchors.stats import REST, SUMS
 from anchors.study.registry import BUILT_IN
 

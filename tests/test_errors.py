@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 from anchors.cli import app, common
 from anchors.errors import AnchorsError, demand_seed, nearest, of_the_machine, parsed, whole_number
 from anchors.icl import best_words
-from anchors.injection.checkpoint import Checkpoint
-from anchors.injection.merge import _compared
-from anchors.injection.suite import Suite
-from anchors.nsa import checkpoint as training
+from anchors.injection.asking.suite import Suite
+from anchors.injection.merging.checkpoint import Checkpoint
+from anchors.injection.merging.merge import _compared
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.model import NSAForCausalLM
-from anchors.nsa.vocabulary import Vocabulary
-from anchors.results import write_atomic, write_table, writing
+from anchors.nsa.training import checkpoint as training
+from anchors.nsa.training.vocabulary import Vocabulary
+from anchors.study.results import write_atomic, write_table, writing
 from anchors.tasks.files import rows as rows_of
 
 

@@ -28,9 +28,9 @@ from anchors.analyses.isolation import Isolation
 from anchors.figures import KINDS, draw, generic
 from anchors.figures.isolate import named
 from anchors.figures.style import COLOURS, plain, save, token
-from anchors.runner import Sample, measure
 from anchors.stats import SUMS
 from anchors.study.registry import study
+from anchors.study.runner import Sample, measure
 from anchors.summaries import SUMMARIES, flow_pattern
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS

@@ -14,7 +14,7 @@ from anchors.errors import AnchorsError, CertificateError
 from anchors.flow import flow, literal_flow
 from anchors.flow.metrics import map_sums
 from anchors.flow.saliency import collate, label_loss
-from anchors.models import load
+from anchors.model.language import load
 from anchors.stats import flow_summary
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw

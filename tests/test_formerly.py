@@ -1,5 +1,6 @@
 """Names that could be imported in 0.4.0 can be imported still, and do what they did."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -11,26 +12,31 @@ from families import make
 from anchors.results import provenance, read_table
 
 MOVED = [
-    ("anchors.check", "hidden_labels"),
-    ("anchors.models", "fuse_gelu"),
-    ("anchors.tasks.data", "SUFFIXES"),
-    ("anchors.report", "write_rows"),
-    ("anchors.report", "write_tables"),
-    ("anchors.report", "write_figure"),
-    ("anchors.runner", "out_of_memory"),
-    ("anchors.summaries.nsa_probe", "probe_tables"),
+    ("anchors", "read_table", "anchors.study.results"),
+    ("anchors.check", "hidden_labels", "anchors.certificate.sight"),
+    ("anchors.models", "fuse_gelu", "anchors.formerly"),
+    ("anchors.models", "load", "anchors.model.language"),
+    ("anchors.tasks.data", "SUFFIXES", "anchors.formerly"),
+    ("anchors.report", "write_rows", "anchors.formerly"),
+    ("anchors.runner", "out_of_memory", "anchors.study.engine"),
+    ("anchors.summaries.nsa_probe", "probe_tables", "anchors.nsa.probing.tables"),
+    ("anchors.injection.merge", "merge", "anchors.injection.merging.merge"),
 ]
-STAYED = [("anchors.models", "fingerprint"), ("anchors.models", "prepare"), ("anchors.gguf", "converted")]
+RENAMED = [
+    ("anchors.nsa", "Recipe", "anchors.nsa.training.train.Training"),
+    ("anchors.nsa.probe", "Probe", "anchors.nsa.probing.probe.EpisodeProbe"),
+    ("anchors.injection.anchor", "require_anchor", "anchors.injection.merging.base.require_base"),
+    ("anchors.injection.demo.world", "Task", "anchors.injection.demo.world.QuestionKind"),
+]
+STAYED = [("anchors.injection", "tower"), ("anchors.nsa.model", "native"), ("anchors.gguf", "converted")]
 
 
-@pytest.mark.parametrize(("module", "name"), MOVED)
-def test_what_moved_is_handed_on_with_a_warning(module, name):
-    with pytest.warns(
-        DeprecationWarning,
-        match=rf"{module}\.{name} is anchors\.(sight|formerly|study\.engine|nsa\.probe_tables)\.{name} now",
-    ):
+@pytest.mark.parametrize(("module", "name", "now"), [(m, n, f"{home}.{n}") for m, n, home in MOVED] + RENAMED)
+def test_what_moved_is_handed_on_with_a_warning(module: str, name: str, now: str) -> None:
+    with pytest.warns(DeprecationWarning, match=re.escape(f"{module}.{name} is {now} now")):
         found = getattr(import_module(module), name)
-    assert found
+    home, _, called = now.rpartition(".")
+    assert found is getattr(import_module(home), called)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = import_module(module).nothing_like_it
 

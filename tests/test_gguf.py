@@ -16,7 +16,7 @@ from anchors.gguf import converted
 from anchors.gguf.architectures import ARCHITECTURES, configuration
 from anchors.gguf.reading import read
 from anchors.gguf.weights import parameters
-from anchors.models import load
+from anchors.model.language import load
 
 VARIANTS = made.variants()
 WORDS = made.sentencepiece_keys(["the cat sat on the mat", "it's 2024 now"] * 3)

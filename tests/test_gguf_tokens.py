@@ -18,7 +18,7 @@ from anchors.errors import AnchorsError
 from anchors.gguf import converted
 from anchors.gguf.reading import GGUFFile, GGUFTensor, read
 from anchors.gguf.tokens import PRE_TOKENIZERS, tokenizer
-from anchors.models import default_source
+from anchors.model.language import default_source
 
 WITNESS = Path(__file__).parents[1] / "experiments" / "gguf" / "llama_cpp.json"
 TEXTS = ["the cat sat on the mat and the dog sat on the cat", "it's 2024 now, isn't it?"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from golden_runs import GOLDEN, difference, runs
 
-from anchors.identity import software
+from anchors.model.identity import software
 
 KEPT = json.loads((GOLDEN / "keys.json").read_text())
 KINDS = [kind for kind in KEPT if kind != "software"]

@@ -12,8 +12,8 @@ from anchors.analyses.classification import CONTENT_FREE, Classification
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
 from anchors.icl import jaccard, label_probabilities, loyalties
-from anchors.models import load
-from anchors.runner import Sample, measure
+from anchors.model.language import load
+from anchors.study.runner import Sample, measure
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import build
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from anchors import identity as identities
 from anchors.analyses.classification import Classification
 from anchors.analyses.reweighting import Reweighting
 from anchors.digest import multilinear, tensor_digest, tensor_digests
 from anchors.errors import AnchorsError
-from anchors.identity import fingerprint, held, identity
-from anchors.models import load
-from anchors.runner import Sample, config_of, measure
+from anchors.model import identity as identities
+from anchors.model.identity import fingerprint, held, identity
+from anchors.model.language import load
+from anchors.study.runner import Sample, config_of, measure
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
 

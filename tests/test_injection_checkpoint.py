@@ -11,10 +11,10 @@ from injection_merging import BF16, SHARD, copies, models, nothing_at, rewrite, 
 from safetensors.torch import load_file, save_file
 
 from anchors.errors import AnchorsError
-from anchors.injection.checkpoint import INDEX, SINGLE, Checkpoint
-from anchors.injection.inspection import inspect
-from anchors.injection.merge import merge
-from anchors.injection.recipe import Recipe
+from anchors.injection.merging.checkpoint import INDEX, SINGLE, Checkpoint
+from anchors.injection.merging.inspection import inspect
+from anchors.injection.merging.merge import merge
+from anchors.injection.merging.recipe import Recipe
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from anchors.cli import inject_demo
 from anchors.errors import AnchorsError
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import load_vlm
 from anchors.injection.demo.build import Builder
 from anchors.injection.demo.models import new_language_model, tiny_tokenizer
 from anchors.injection.demo.pictures import HELD_OUT, drawn, pictures
@@ -24,8 +26,6 @@ from anchors.injection.demo.suite_files import SCENARIOS, examples
 from anchors.injection.demo.training import all_patches, answer_logits, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
 from anchors.injection.demo.world import SKILLS, Scene, world
-from anchors.injection.suite import Suite
-from anchors.injection.vlm import load_vlm
 
 CPU = torch.device("cpu")
 SHORT = Stage(steps=2, lr=1e-3, items=10, lm_lr=1e-4)
@@ -185,7 +185,7 @@ class TestPrompts:
             tokenizer = tiny_tokenizer(world(name))
         else:
             from anchors.gguf import converted
-            from anchors.models import default_source
+            from anchors.model.language import default_source
 
             place = default_source()[0]
             if not place.endswith(".gguf"):

@@ -16,11 +16,11 @@ from injection_merging import copies, models, nothing_at, rewrite, run, same, we
 from safetensors.torch import load_file, save_file
 
 from anchors.errors import AnchorsError
-from anchors.injection import draft as drafts
-from anchors.injection.checkpoint import SINGLE, Checkpoint
-from anchors.injection.draft import write_shard
-from anchors.injection.merge import merge
-from anchors.injection.recipe import Recipe
+from anchors.injection.merging import draft as drafts
+from anchors.injection.merging.checkpoint import SINGLE, Checkpoint
+from anchors.injection.merging.draft import write_shard
+from anchors.injection.merging.merge import merge
+from anchors.injection.merging.recipe import Recipe
 
 
 def killing(after: int):

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from anchors.errors import AnchorsError
-from anchors.injection import evaluate as e
-from anchors.injection.flow_prompts import own_answers
-from anchors.injection.suite import Example, Suite, pictures
-from anchors.injection.vlm import VisionLanguageModel, load_vlm
-from anchors.models import load
+from anchors.injection.asking import evaluate as e
+from anchors.injection.asking.suite import Example, Suite, pictures
+from anchors.injection.asking.vlm import VisionLanguageModel, load_vlm
+from anchors.injection.image_flow.prompts import own_answers
+from anchors.model.language import load
 
 
 @pytest.fixture(scope="module")

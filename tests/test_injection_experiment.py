@@ -8,11 +8,11 @@ import pytest
 from injection_world import tiny  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
+from anchors.injection.asking.evaluate import evaluate
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import VisionLanguageModel, load_vlm
 from anchors.injection.demo.world import SKILLS
-from anchors.injection.evaluate import evaluate
-from anchors.injection.memory import TaskVectors, inject
-from anchors.injection.suite import Suite
-from anchors.injection.vlm import VisionLanguageModel, load_vlm
+from anchors.injection.merging.memory import TaskVectors, inject
 
 
 @pytest.fixture(scope="module")

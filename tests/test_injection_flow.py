@@ -12,8 +12,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from anchors.attention.seam import NAME
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import flow_sums
-from anchors.injection.flow import ImagePrompt, collate, demand, image_flow
-from anchors.injection.routing import prove, route_tower
+from anchors.injection.asking.routing import prove, route_tower
+from anchors.injection.image_flow.flow import ImagePrompt, collate, demand, image_flow
 
 IMAGE = "<image>"
 

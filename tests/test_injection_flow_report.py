@@ -11,15 +11,16 @@ from typer.testing import CliRunner
 from anchors.cli import inject_flow as cli
 from anchors.cli.inject import app
 from anchors.errors import AnchorsError
-from anchors.injection import flow_choice, flow_report
-from anchors.injection.flow_choice import choices, damage, distances
-from anchors.injection.flow_prompts import _span, _word, draw
-from anchors.injection.flow_report import GOLD, NOBODY, OWN, Measured, Wanted, measure
-from anchors.injection.flow_tables import tables
-from anchors.injection.flow_write import write
-from anchors.injection.recipe import Recipe
-from anchors.injection.suite import Suite
-from anchors.injection.vlm import load_vlm
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import load_vlm
+from anchors.injection.image_flow import choice as flow_choice
+from anchors.injection.image_flow import report as flow_report
+from anchors.injection.image_flow.choice import choices, damage, distances
+from anchors.injection.image_flow.prompts import _span, _word, image_prompts
+from anchors.injection.image_flow.report import GOLD, NOBODY, OWN, MeasuredFlow, Wanted, measure
+from anchors.injection.image_flow.tables import tables
+from anchors.injection.image_flow.write import write
+from anchors.injection.merging.recipe import Recipe
 
 WANTED = Wanted(Recipe(), (0.0, 0.5, 1.0), shots=1, prompts=4, examples=4, experts=("instruction",))
 
@@ -35,7 +36,7 @@ def suite(tmp_path_factory) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def measured(suite, tmp_path_factory) -> tuple[Measured, list]:
+def measured(suite, tmp_path_factory) -> tuple[MeasuredFlow, list]:
     out, seen = tmp_path_factory.mktemp("flow"), []
     found = measure(
         [suite], WANTED, out=out, device="cpu", progress=lambda done, total: seen.append((done, total))
@@ -105,22 +106,22 @@ def test_everything_is_written(suite, measured):
 
 def test_demonstrations_are_of_the_query_s_kind(suite):
     vlm = load_vlm(suite.model("vlm"), device="cpu")
-    drawn = draw(vlm, suite, "vision", shots=2, count=6)
+    drawn = image_prompts(vlm, suite, "vision", shots=2, count=6)
     answers = {e.answer for e in suite.examples("vision", "demonstration")}
     for prompt in drawn.prompts:
         assert len(prompt.images) == prompt.text.count("<image>") == 3
         assert all(prompt.text[a:b] in answers for a, b in prompt.labels)
         assert prompt.answer[1] == len(prompt.text)
     with pytest.raises(AnchorsError, match="too few for 5"):
-        draw(vlm, suite, "vision", shots=5, count=2)
+        image_prompts(vlm, suite, "vision", shots=5, count=2)
     silent = dict.fromkeys((e.number for e in suite.examples("vision", "demonstration")), "")
     with pytest.raises(AnchorsError, match="itself answers 0 demonstrations"):
-        draw(vlm, suite, "vision", shots=2, count=2, said=silent)
+        image_prompts(vlm, suite, "vision", shots=2, count=2, said=silent)
     with pytest.raises(AnchorsError, match="no expert 'cooking'"):
         flow_report.replace(WANTED, experts=("cooking",)).of(suite)
 
 
-def made(loses: bool = True) -> Measured:
+def made(loses: bool = True) -> MeasuredFlow:
     """Three experts on two trainings; accuracy falls with λ as image flow does, from another λ on for each."""
     rows, ratios = [], []
     strengths = (0.0, 0.25, 0.5, 1.0, 1.5)
@@ -162,7 +163,7 @@ def made(loses: bool = True) -> Measured:
                             "metric": "accuracy",
                         }
                         rows.append(facts | right | {"value": value})
-    return Measured(pd.DataFrame(rows), pd.DataFrame(ratios), "vision", [])
+    return MeasuredFlow(pd.DataFrame(rows), pd.DataFrame(ratios), "vision", [])
 
 
 def test_damage_that_goes_with_lost_flow_is_found():
@@ -277,7 +278,7 @@ def test_many_tests_are_corrected():
 
 
 def test_vision_alone_judges_no_rule(suite, measured, tmp_path, monkeypatch):
-    monkeypatch.setattr("anchors.shelf.Shelf.figure", lambda *_: None)
+    monkeypatch.setattr("anchors.study.shelf.Shelf.figure", lambda *_: None)
     wanted = [
         "--scenarios",
         "vision",

@@ -1,4 +1,4 @@
-"""Task vectors measured before a merge, and signs of a wrong anchor."""
+"""Task vectors measured before a merge, and signs of a wrong base."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from injection_families import saved
 from safetensors.torch import save_file
 
-from anchors.injection.checkpoint import Checkpoint
-from anchors.injection.inspection import Inspection, inspect
+from anchors.injection.merging.checkpoint import Checkpoint
+from anchors.injection.merging.inspection import Inspection, inspect
 
 Weights = dict[str, torch.Tensor]
 WIDTH = 48
@@ -89,7 +89,7 @@ def only(found: Inspection, *signs: str) -> bool:
 
 
 def test_a_tower_made_from_the_instruct_version(tmp_path: Path) -> None:
-    """v = b + instruct + τ, e = b + τ_e, anchor b."""
+    """v = b + instruct + τ, e = b + τ_e, base b."""
     found = look(tmp_path, plus(BASE, INSTRUCT, TOWER), plus(BASE, EXPERT), BASE)
     assert only(found, "5.1 times as far from the base"), found.warnings
 
@@ -101,7 +101,7 @@ def test_both_made_from_the_instruct_version(tmp_path: Path) -> None:
     )
 
 
-def test_the_right_anchor_is_quiet(tmp_path: Path) -> None:
+def test_the_right_base_is_quiet(tmp_path: Path) -> None:
     right = plus(BASE, INSTRUCT)
     assert look(tmp_path, plus(right, TOWER), plus(right, EXPERT), right).warnings == ()
 

@@ -10,8 +10,8 @@ from injection_families import FAMILIES, NAMES, ROWS, TOKENS, VLM_ROWS, models, 
 from safetensors.torch import load_file
 
 from anchors.errors import AnchorsError
-from anchors.injection.embeddings import POLICIES, align
-from anchors.injection.mapping import Tower, agree, tower
+from anchors.injection.merging.embeddings import POLICIES, align
+from anchors.injection.merging.mapping import Tower, agree, tower
 
 PUBLISHED = {
     # Prefixes of towers and heads in checkpoints of the hub, some by several generations of one library.

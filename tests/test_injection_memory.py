@@ -9,9 +9,9 @@ from gpu import needs_cuda
 from injection_families import Models, models, tokenizer
 
 from anchors.errors import AnchorsError
-from anchors.injection.memory import TaskVectors, inject
-from anchors.injection.methods import METHODS
-from anchors.injection.recipe import Recipe, merge_tensor
+from anchors.injection.merging.memory import TaskVectors, inject
+from anchors.injection.merging.methods import METHODS
+from anchors.injection.merging.recipe import Recipe, merge_tensor
 
 
 @pytest.fixture(scope="module", params=["smolvlm", "llava"])

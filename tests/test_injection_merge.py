@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from anchors.errors import AnchorsError
-from anchors.injection.checkpoint import INDEX, SINGLE, Checkpoint
-from anchors.injection.mapping import tower
-from anchors.injection.memory import TaskVectors, inject
-from anchors.injection.merge import merge
-from anchors.injection.recipe import Recipe, merge_tensor
+from anchors.injection.merging.checkpoint import INDEX, SINGLE, Checkpoint
+from anchors.injection.merging.mapping import tower
+from anchors.injection.merging.memory import TaskVectors, inject
+from anchors.injection.merging.merge import merge
+from anchors.injection.merging.recipe import Recipe, merge_tensor
 
 RECIPES = {
     "task arithmetic": Recipe(strength=0.7),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anchors.injection.methods import METHODS
-from anchors.injection.methods_spectral import interference, polar, spectrum, tsv
-from anchors.injection.recipe import Recipe, merge_tensor
+from anchors.injection.merging.methods import METHODS
+from anchors.injection.merging.recipe import Recipe, merge_tensor
+from anchors.injection.merging.spectral import interference, polar, spectrum, tsv
 
 SHAPE = (24, 16)
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from anchors.errors import AnchorsError
-from anchors.injection.methods import METHODS
-from anchors.injection.methods_sparse import largest
-from anchors.injection.recipe import Recipe, merge_tensor
+from anchors.injection.merging.methods import METHODS
+from anchors.injection.merging.recipe import Recipe, merge_tensor
+from anchors.injection.merging.sparse import largest
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 FEW = {"wudi": {"iterations": 2}}
@@ -264,7 +264,7 @@ def test_pieces_make_the_whole(method, name, monkeypatch):
     b, v, e = (torch.randn(12, 10, generator=torch.Generator().manual_seed(i)) for i in range(3))
     recipe = Recipe(method, **({"options": {"iterations": 3}} if method == "wudi" else {}))
     whole = merge_tensor(recipe, name, b, v, e, 0)
-    monkeypatch.setattr("anchors.injection.recipe.PIECE", 7)
+    monkeypatch.setattr("anchors.injection.merging.recipe.PIECE", 7)
     torch.testing.assert_close(merge_tensor(recipe, name, b, v, e, 0), whole, rtol=2e-7, atol=2e-7)
     half = merge_tensor(recipe, name, b, v.bfloat16(), e, 0, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16

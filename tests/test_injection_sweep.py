@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 from anchors.cli.inject import app
 from anchors.errors import AnchorsError
 from anchors.figures import inject_sweep
-from anchors.injection import sweep as module
-from anchors.injection.evaluate import captions, evaluate, evaluate_text
-from anchors.injection.grid import Grid, facts_of, family_of, setting_of
-from anchors.injection.memory import TaskVectors, inject
-from anchors.injection.recipe import Recipe
-from anchors.injection.suite import Suite
-from anchors.injection.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
-from anchors.injection.sweep_report import _edges
-from anchors.injection.tables import Samples, tables
-from anchors.injection.vlm import load_vlm
-from anchors.models import load
+from anchors.injection.asking.evaluate import captions, evaluate, evaluate_text
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import load_vlm
+from anchors.injection.merging.memory import TaskVectors, inject
+from anchors.injection.merging.recipe import Recipe
+from anchors.injection.sweeping import sweep as module
+from anchors.injection.sweeping.grid import Grid, facts_of, family_of, setting_of
+from anchors.injection.sweeping.report import _edges
+from anchors.injection.sweeping.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
+from anchors.injection.sweeping.tables import Samples, tables
+from anchors.model.language import load
 
 GRID = Grid("small", ("task-arithmetic", "dare", "swap"), (0.5, 1.0), (0.5,), 2)
 

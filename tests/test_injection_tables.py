@@ -6,11 +6,11 @@ import pytest
 from rich.console import Console
 
 from anchors.cli import inject_sweep as cli
-from anchors.injection.grid import facts_of, setting_of
-from anchors.injection.recipe import Recipe
-from anchors.injection.sweep import Swept
-from anchors.injection.sweep_report import _forgetful
-from anchors.injection.tables import between, chosen_apart, front, tables
+from anchors.injection.merging.recipe import Recipe
+from anchors.injection.sweeping.grid import facts_of, setting_of
+from anchors.injection.sweeping.report import _forgetful
+from anchors.injection.sweeping.sweep import Swept
+from anchors.injection.sweeping.tables import between, chosen_apart, front, tables
 
 
 def made(accuracies: dict[tuple[Recipe | str, str], float], seeds: int = 2, examples: int = 400) -> Swept:
@@ -130,8 +130,8 @@ def test_matched(known: dict[str, pd.DataFrame]) -> None:
     assert found.loc[("dare", "dose", 1.5), ["skill", "skill_difference"]].tolist() == pytest.approx(
         [0.25, -0.15]
     )
-    anchor = found.loc["task-arithmetic"]
-    assert np.allclose(anchor["skill_difference"], 0)
+    plain = found.loc["task-arithmetic"]
+    assert np.allclose(plain["skill_difference"], 0)
     assert ("dare", "strength", 1.5) not in found.index
 
 

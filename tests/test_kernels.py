@@ -247,7 +247,7 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 @needs_interpreter
 def test_products_interpreted():
     """Ragged in every direction: rows, columns and the summed dimension."""
-    from anchors.products import frozen
+    from anchors.model.products import frozen
 
     for layer in layers(75, 70, "cpu"):
         matrix = layer.weight if isinstance(layer, Conv1D) else layer.weight.t()
@@ -264,8 +264,8 @@ def test_products_interpreted():
     ("rows", "inner", "columns"), [(512, 1600, 4800), (300, 6400, 1600), (257, 100, 1004)]
 )
 def test_products_are_float32_accurate(rows, inner, columns, monkeypatch):
-    from anchors.preparation import apply
-    from anchors.products import split_products
+    from anchors.model.preparation import apply
+    from anchors.model.products import split_products
 
     x = torch.randn(rows, inner, device="cuda")
     slope = torch.randn(rows, columns, device="cuda")
@@ -287,8 +287,8 @@ def test_products_are_float32_accurate(rows, inner, columns, monkeypatch):
 @needs_cuda
 def test_products_that_are_left_alone():
     """Few rows, and weights that learn."""
-    from anchors.preparation import apply
-    from anchors.products import FEWEST_ROWS, split_products
+    from anchors.model.preparation import apply
+    from anchors.model.products import FEWEST_ROWS, split_products
 
     (layer, *_), (plain, *_) = layers(64, 96, "cuda"), layers(64, 96, "cuda")
     apply(split_products(layer))

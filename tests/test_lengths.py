@@ -14,9 +14,9 @@ from anchors.compression import AnchorCache, compress
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow import flow
-from anchors.lengths import alike, changes, groups, side
-from anchors.models import load
-from anchors.runner import batches
+from anchors.model.language import load
+from anchors.model.lengths import alike, changes, groups, side
+from anchors.study.runner import batches
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.task import TASKS

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import anchors
 from anchors.cli import app
 from anchors.errors import AnchorsError
-from anchors.injection.vlm import load_vlm
-from anchors.models import load
+from anchors.injection.asking.vlm import load_vlm
+from anchors.model.language import load
 from anchors.tasks.prompts import from_text
 from anchors.tasks.task import TASKS
 
@@ -270,7 +270,7 @@ def test_devices_that_are_none(device, llama_directory):
 
 
 def test_the_names_of_the_package_stay_where_they_were():
-    from anchors.models import LanguageModel, prepare
+    from anchors.model.language import LanguageModel, prepare
 
     assert anchors.load is load
     assert prepare
@@ -279,7 +279,7 @@ def test_the_names_of_the_package_stay_where_they_were():
 
 def test_numbers_are_those_of_the_file(tmp_path, tokenizer, llama):
     """Youtu zeroes its padding row while it loads; a tensor that holds other numbers than its file is refused."""
-    from anchors.written import as_written
+    from anchors.model.written import as_written
 
     config = YoutuConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,

@@ -10,11 +10,12 @@ from families import make
 from torch import nn
 from transformers.activations import NewGELUActivation
 
-from anchors import gguf, models
+from anchors import gguf
 from anchors.errors import AnchorsError
 from anchors.flow import flow
-from anchors.models import load
-from anchors.preparation import apply, fused_gelu
+from anchors.model import language as models
+from anchors.model.language import load
+from anchors.model.preparation import apply, fused_gelu
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.task import TASKS

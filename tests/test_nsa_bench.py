@@ -23,14 +23,14 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def _tiny_shape(monkeypatch):
-    from anchors.nsa import peers
+    from anchors.nsa.speed import peers
 
     monkeypatch.setitem(peers.SHAPES, "tiny", (2, 1, 16, 16))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
-    from anchors.nsa.bench import bench, bench_decode
+    from anchors.nsa.speed.bench import bench, bench_decode
 
     for call in (bench, bench_decode):
         with pytest.raises(AnchorsError, match="needs a CUDA GPU"):
@@ -38,7 +38,7 @@ def test_without_a_gpu():
 
 
 def test_unknown_names():
-    from anchors.nsa.bench import bench
+    from anchors.nsa.speed.bench import bench
 
     with pytest.raises(AnchorsError, match="called 'mine'"):
         bench(implementations=["mine"], device="cpu")
@@ -46,8 +46,8 @@ def test_unknown_names():
 
 @needs_interpreter
 def test_all_rows(tmp_path, monkeypatch):
-    from anchors.nsa import bench
-    from anchors.results import read_table
+    from anchors.nsa.speed import bench
+    from anchors.study.results import read_table
 
     monkeypatch.setattr(bench, "SHORT", 17)
     table = bench.bench(["tiny"], [36], ["chosen", "hot"], out=tmp_path, **QUICK)
@@ -76,13 +76,13 @@ def test_all_rows(tmp_path, monkeypatch):
 
 @needs_interpreter
 def test_wrong_numbers_are_not_timed(monkeypatch):
-    from anchors.nsa import bench, peers
+    from anchors.nsa.speed import bench, peers
 
-    def wrong(case: peers.Case) -> list[peers.Task]:
+    def wrong(case: peers.Case) -> list[peers.Timed]:
         o, _ = peers.exact(case, "win")
         return [
-            peers.Task("wrong", "win", lambda: o * 1.1),
-            peers.Task("wrong", "win", lambda: o, variant="right"),
+            peers.Timed("wrong", "win", lambda: o * 1.1),
+            peers.Timed("wrong", "win", lambda: o, variant="right"),
         ]
 
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "wrong", wrong)
@@ -120,7 +120,7 @@ def test_the_figure_has_a_line_for_each():
 
 @needs_interpreter
 def test_decode_rows(tmp_path):
-    from anchors.nsa.bench import bench_decode
+    from anchors.nsa.speed.bench import bench_decode
 
     table = bench_decode("tiny", [40], [1], out=tmp_path, **QUICK)
     assert (tmp_path / "nsa-decode.parquet").is_file()

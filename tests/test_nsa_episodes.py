@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchors.errors import AnchorsError
-from anchors.nsa.data import Windows
-from anchors.nsa.episodes import LABEL, PREFIX, SEPARATOR, WORD, Episodes
-from anchors.nsa.vocabulary import BEGIN, COLON, SEMICOLON, Vocabulary, bytes_tokenizer
+from anchors.nsa.training.data import Windows
+from anchors.nsa.training.episodes import LABEL, PREFIX, SEPARATOR, WORD, Episodes
+from anchors.nsa.training.vocabulary import BEGIN, COLON, SEMICOLON, Vocabulary, bytes_tokenizer
 from anchors.tasks.prompts import QUERY
 
 SMALL = Episodes(

@@ -108,7 +108,7 @@ def leaves(inputs: list[torch.Tensor | None], dtype: torch.dtype) -> list[torch.
 def differentiate(
     shape: Shape, inputs, idx: torch.Tensor, slope: torch.Tensor, sizes=None
 ) -> dict[str, torch.Tensor]:
-    from anchors.nsa.kernels.gradients import sparse_attention
+    from anchors.nsa.kernels.sparse_attention import sparse_attention
 
     tensors = leaves(inputs, slope.dtype)
     o = sparse_attention(
@@ -187,7 +187,7 @@ def hot(device: str, dtype: torch.dtype, tokens: int) -> tuple[torch.Tensor, ...
 
 
 def split_equals_unsplit(device: str, tokens: int, split: int) -> None:
-    from anchors.nsa.kernels import gradients
+    from anchors.nsa.kernels import sparse_attention as gradients
     from anchors.nsa.kernels.attention import Branch, attend
 
     q, k, v, idx, dz = hot(device, torch.float32, tokens)

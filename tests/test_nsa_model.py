@@ -235,7 +235,7 @@ def test_interventions_on_blocks_and_gates(ids):
 
 def test_demonstrations_kept_in_part_stand_where_they_stood(tokenizer):
     """Blocks are counted over what a cache holds, and compressed keys stand at the mean of their tokens' places."""
-    from anchors.models import load
+    from anchors.model.language import load
 
     lm = load(make("nsa", len(tokenizer)), tokenizer=tokenizer, device="cpu")
     context = encode(lm, list(range(60)))
@@ -310,7 +310,7 @@ def test_inputs_that_hold_nothing_or_do_not_fit_are_refused(ids):
 
 
 def test_geometry_is_part_of_the_fingerprint():
-    from anchors.models import fingerprint
+    from anchors.model.language import fingerprint
 
     one, other = model(), model(n=5)
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))

@@ -14,14 +14,14 @@ from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.flow.metrics import map_sums
 from anchors.flow.saliency import collate, label_loss
-from anchors.nsa import probe_metrics as metrics
 from anchors.nsa import reference
 from anchors.nsa.attention import BRANCHES, SLC
 from anchors.nsa.call import Intervention
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.model import NSAForCausalLM
-from anchors.nsa.probe import geometry_of, probe_prompt, with_geometry
-from anchors.nsa.probe_interventions import answers, block_changes, conditions, outcome, targets
+from anchors.nsa.probing import metrics
+from anchors.nsa.probing.interventions import answers, block_changes, conditions, outcome, targets
+from anchors.nsa.probing.probe import geometry_of, probe_prompt, with_geometry
 
 # ---- blocks: what may be chosen, by hand ----
 

@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 from anchors.cli import nsa as nsa_cli
 from anchors.errors import AnchorsError
 from anchors.figures import draw
-from anchors.models import load
+from anchors.model.language import load
 from anchors.nsa import attention as nsa_attention_module
-from anchors.nsa import probe as probing
-from anchors.nsa import probe_metrics as metrics
 from anchors.nsa.attention import BRANCHES
-from anchors.nsa.probe import Probe, geometry_of, measure, vocabulary_of
-from anchors.nsa.probe_identity import identity_table
-from anchors.nsa.probe_report import blocks_payload, episodes_of
-from anchors.nsa.probe_tables import choices, null_rates
-from anchors.nsa.probe_taps import Places
+from anchors.nsa.probing import metrics
+from anchors.nsa.probing import probe as probing
+from anchors.nsa.probing.identity import identity_table
+from anchors.nsa.probing.probe import EpisodeProbe, geometry_of, measure, vocabulary_of
+from anchors.nsa.probing.report import blocks_payload, episodes_of
+from anchors.nsa.probing.tables import choices, null_rates
+from anchors.nsa.probing.taps import Places
 from anchors.summaries import SUMMARIES
 from anchors.viewer import render_page
 
@@ -32,7 +32,7 @@ runner = CliRunner()
 
 def test_a_probe_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     model = load(folder, device="cpu")
-    small = Probe(EPISODES, prompts=1, interventions=False)
+    small = EpisodeProbe(EPISODES, prompts=1, interventions=False)
     seen = []
     first = measure(model, small, out=tmp_path, progress=lambda *x: seen.append(x))
     assert seen == [(0, 1), (1, 1)]
@@ -49,23 +49,23 @@ def test_a_probe_goes_on_where_it_was(folder, tmp_path, monkeypatch):
 
 def test_what_cannot_be_probed_is_refused(lm, gpt2, tmp_path):
     with pytest.raises(AnchorsError, match="everything is, whatever is in it"):
-        measure(lm, Probe(replace(EPISODES, tokens=64)), out=tmp_path)
+        measure(lm, EpisodeProbe(replace(EPISODES, tokens=64)), out=tmp_path)
     with pytest.raises(AnchorsError, match="everything is"):
-        measure(lm, Probe(EPISODES, demonstrations=3), out=tmp_path)
+        measure(lm, EpisodeProbe(EPISODES, demonstrations=3), out=tmp_path)
     with pytest.raises(AnchorsError, match="exceed the model's 256 positions"):
-        measure(lm, Probe(replace(EPISODES, tokens=400)), out=tmp_path)
+        measure(lm, EpisodeProbe(replace(EPISODES, tokens=400)), out=tmp_path)
     with pytest.raises(AnchorsError, match="not a model with Native Sparse Attention"):
         geometry_of(gpt2)
     with pytest.raises(AnchorsError, match="not one of the episodes"):
         vocabulary_of(gpt2)
     with pytest.raises(AnchorsError, match="prompts is 0"):
-        Probe(EPISODES, prompts=0)
+        EpisodeProbe(EPISODES, prompts=0)
     assert vocabulary_of(lm) == WORDS
 
 
 def test_queries_can_be_known_and_come_from_the_held_out_stream():
     for number in range(6):
-        prompt = Probe(EPISODES, demonstrations=9).prompt(number)
+        prompt = EpisodeProbe(EPISODES, demonstrations=9).prompt(number)
         episode = EPISODES.episode(0, number, held_out=True)
         count = len(prompt.label_positions)
         assert count <= 9
@@ -136,7 +136,7 @@ def test_the_null_is_rejected_as_often_as_it_may_be():
 
 def test_a_model_that_chooses_the_right_class_is_found_out(folder, tmp_path, monkeypatch):
     model = load(folder, device="cpu")
-    probe = Probe(replace(EPISODES, classes=(3, 3)), prompts=5, interventions=False, vectors=0)
+    probe = EpisodeProbe(replace(EPISODES, classes=(3, 3)), prompts=5, interventions=False, vectors=0)
     wanted: list[np.ndarray] = []
     true = nsa_attention_module.reference.select
 
@@ -146,14 +146,14 @@ def test_a_model_that_chooses_the_right_class_is_found_out(folder, tmp_path, mon
         return true(importance, **options | {"bias": bias})
 
     monkeypatch.setattr(nsa_attention_module.reference, "select", pushed)
-    prompt_of = Probe.prompt
+    prompt_of = EpisodeProbe.prompt
 
     def noted(self, number):
         made = prompt_of(self, number)
         wanted[:] = [Places.of(made, np.random.default_rng(0)).answers // 16]
         return made
 
-    monkeypatch.setattr(Probe, "prompt", noted)
+    monkeypatch.setattr(EpisodeProbe, "prompt", noted)
     table = SUMMARIES["nsa_probe"](measure(model, probe, out=tmp_path).rows)["selection"]
     answer = table[table["which"] == "answer"]
     assert (answer["lift"] > 1.3).all()

@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 from anchors.cli.nsa import app
 from anchors.errors import AnchorsError
-from anchors.models import load
-from anchors.nsa.episodes import Episodes
-from anchors.nsa.train import Recipe, Watch, _optimizer, evaluate, train
-from anchors.nsa.vocabulary import Vocabulary
-from anchors.results import read_table
+from anchors.model.language import load
+from anchors.nsa.training.episodes import Episodes
+from anchors.nsa.training.train import Training, Watch, _optimizer, evaluate, train
+from anchors.nsa.training.vocabulary import Vocabulary
+from anchors.study.results import read_table
 
 SMALL = Episodes(
     tokens=64, classes=(2, 3), words=(2, 4), keywords=2, vocabulary=Vocabulary(label_words=8, words=32)
 )
-RECIPE = Recipe(steps=6, batch=4, warmup=2)
+RECIPE = Training(steps=6, batch=4, warmup=2)
 OFTEN = Watch(every=1, evaluate=3, save=3, held_out=8)
 
 
@@ -37,7 +37,7 @@ def small(**more: object) -> LlamaConfig:
     return LlamaConfig(**(sizes | rest | {"num_key_value_heads": 1, "head_dim": 8} | more))
 
 
-def trained(out: Path, recipe: Recipe = RECIPE, **more: object):
+def trained(out: Path, recipe: Training = RECIPE, **more: object):
     options = {"watch": OFTEN, "factory": LlamaForCausalLM, "device": "cpu"} | more
     return train(small(), SMALL, recipe, out=out, **options)
 
@@ -98,12 +98,12 @@ trained(Path({str(tmp_path / "killed")!r}), progress=progress)
 
 
 def test_another_configuration_is_refused(tmp_path):
-    trained(tmp_path / "a", Recipe(steps=1, batch=2, warmup=0))
-    for recipe, what in ((Recipe(steps=2, batch=2, warmup=0), "recipe.steps = 1, not 2"),):
+    trained(tmp_path / "a", Training(steps=1, batch=2, warmup=0))
+    for recipe, what in ((Training(steps=2, batch=2, warmup=0), "recipe.steps = 1, not 2"),):
         with pytest.raises(AnchorsError, match=what):
             trained(tmp_path / "a", recipe)
     with pytest.raises(AnchorsError, match=r"model\.num_hidden_layers = 2, not 3"):
-        train(small(num_hidden_layers=3), SMALL, Recipe(steps=1, batch=2, warmup=0), out=tmp_path / "a")
+        train(small(num_hidden_layers=3), SMALL, Training(steps=1, batch=2, warmup=0), out=tmp_path / "a")
     small().save_pretrained(tmp_path / "b")
     with pytest.raises(AnchorsError, match="was not trained here"):
         trained(tmp_path / "b")
@@ -113,14 +113,14 @@ def test_another_configuration_is_refused(tmp_path):
         train(small(max_position_embeddings=32), SMALL, RECIPE, out=tmp_path / "c")
     for wrong in ({"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": -1}, {"clip": 0.0}):
         with pytest.raises(AnchorsError, match=next(iter(wrong))):
-            Recipe(**wrong)
+            Training(**wrong)
 
 
 def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
-    trained(tmp_path, Recipe(steps=1, batch=2, warmup=0))
+    trained(tmp_path, Training(steps=1, batch=2, warmup=0))
     (tmp_path / "training/state.safetensors").write_bytes(b"what is this")
     with pytest.raises(AnchorsError, match="cannot be used"):
-        trained(tmp_path, Recipe(steps=1, batch=2, warmup=0))
+        trained(tmp_path, Training(steps=1, batch=2, warmup=0))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
@@ -151,7 +151,7 @@ def test_norms_do_not_decay_and_the_schedule_is_a_cosine():
         id(p) for name, p in model.named_parameters() if "norm" in name
     }
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
-    recipe = Recipe(steps=110, lr=1.0, warmup=10, last_lr=0.1)
+    recipe = Training(steps=110, lr=1.0, warmup=10, last_lr=0.1)
     rates = [recipe.rate(step) for step in range(111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1
@@ -245,9 +245,9 @@ def test_lessons_grow(tmp_path):
     assert (easiest.classes, easiest.words, easiest.keywords, easiest.keyword_rate) == ((2, 3), (1, 2), 1, 1)
     assert [how.lesson(i / 4).tokens for i in range(5)] == [64, 64, 64, 128, 256]
     assert how.lesson(1) == how
-    recipe = Recipe(steps=14, batch=2, warmup=0, grow=12 / 14)
+    recipe = Training(steps=14, batch=2, warmup=0, grow=12 / 14)
     assert [recipe.lesson(step) for step in range(14)] == [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert Recipe(grow=0.0).lesson(0) == 4
+    assert Training(grow=0.0).lesson(0) == 4
     train(
         small(max_position_embeddings=256), how, recipe, out=tmp_path, factory=Watched, device="cpu",
         watch=Watch(every=14, evaluate=14, save=14, held_out=2),
@@ -368,7 +368,7 @@ def test_curves_do_not_average_what_is_not_alike(tmp_path):
     from typer.testing import CliRunner
 
     from anchors.cli import app
-    from anchors.results import write_table
+    from anchors.study.results import write_table
 
     def left(name, seed, lr):
         table = pd.DataFrame(

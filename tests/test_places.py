@@ -13,7 +13,7 @@ from anchors.cli import app
 from anchors.errors import AnchorsError
 from anchors.injection.demo.build import MARK
 from anchors.places import file_name, require_another, require_inside
-from anchors.results import write_atomic
+from anchors.study.results import write_atomic
 
 
 def test_a_draft_that_is_a_link_is_not_followed(models: Saved, tmp_path: Path) -> None:

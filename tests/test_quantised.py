@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from anchors.errors import AnchorsError
 from anchors.flow import flow
-from anchors.models import load
+from anchors.model.language import load
+from anchors.model.soundness import finite
 from anchors.reweighting import label_head
-from anchors.soundness import finite
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 from torchao.quantization import (

@@ -17,12 +17,12 @@ from anchors.analyses.classification import Classification
 from anchors.cli.options import numbers, options_of
 from anchors.context import encode
 from anchors.errors import AnchorsError
-from anchors.models import prepare
-from anchors.report import Part
-from anchors.runner import Sample, measure
+from anchors.model.language import prepare
 from anchors.study.docstring import attributes, prose
 from anchors.study.plan import cached_bytes, multiplied, outlook
+from anchors.study.prompted import Part
 from anchors.study.registry import BUILT_IN, study
+from anchors.study.runner import Sample, measure
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
 

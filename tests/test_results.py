@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from anchors.analyses.flow import InformationFlow
 from anchors.errors import AnchorsError
 from anchors.flow import saliency as flow_analysis
-from anchors.results import Run, clear_drafts, key_of, provenance, read_table, write_atomic, write_table
-from anchors.runner import Sample, measure, outstanding
 from anchors.stats import SUMS, flow_summary, shares
+from anchors.study.results import Run, clear_drafts, key_of, provenance, read_table, write_atomic, write_table
+from anchors.study.runner import Sample, measure, outstanding
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
 
@@ -267,7 +267,7 @@ def test_a_killed_writer_leaves_what_is_cleared(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from anchors.results import write_atomic
+from anchors.study.results import write_atomic
 def write(draft):
     draft.write_text("half")
     print(draft, flush=True)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from anchors.analyses.classification import Classification
-from anchors.runner import Sample, measure
+from anchors.study.runner import Sample, measure
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
 
@@ -24,8 +24,8 @@ import torch
 torch.set_num_threads(1)
 
 from anchors.analyses.classification import Classification
-from anchors.models import load
-from anchors.runner import Sample, measure
+from anchors.model.language import load
+from anchors.study.runner import Sample, measure
 from anchors.tasks.data import read
 from anchors.tasks.task import TASKS
 

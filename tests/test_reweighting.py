@@ -14,8 +14,7 @@ from anchors.attention.edits import Edit
 from anchors.attention.seam import seam
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
-from anchors.models import load
-from anchors.results import provenance
+from anchors.model.language import load
 from anchors.reweighting import (
     Beta,
     fit,
@@ -25,6 +24,7 @@ from anchors.reweighting import (
     one_token_loss,
     training_prompts,
 )
+from anchors.study.results import provenance
 from anchors.tasks.prompts import build
 
 

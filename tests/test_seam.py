@@ -13,7 +13,7 @@ from anchors.attention.seam import own_attention, route, seam
 from anchors.attention.streaming import streaming
 from anchors.errors import AnchorsError, RoutingError
 from anchors.flow.saliency import collate
-from anchors.models import load
+from anchors.model.language import load
 
 
 def run(lm, batch):

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from anchors.errors import AnchorsError
-from anchors.results import provenance, read_table, write_table
-from anchors.shelf import ASIDE, Shelf, contained
+from anchors.study.results import provenance, read_table, write_table
+from anchors.study.shelf import ASIDE, Shelf, contained
 
 MADE = provenance(notes=[])
 

@@ -16,14 +16,14 @@ from anchors.analyses.causal import Causal
 from anchors.analyses.diagnosis import Diagnosis
 from anchors.analyses.isolation import Isolation, isolated_contexts
 from anchors.analyses.reweighting import Reweighting
+from anchors.certificate.sight import hidden_labels
 from anchors.compression import anchor_tokens, compress
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, RoutingError
 from anchors.flow import flow
-from anchors.models import load
+from anchors.model.language import load
 from anchors.patching import demand_one_stream, streams
 from anchors.reweighting import Beta, fit, label_head, literal_loss, new_beta, one_token_loss
-from anchors.sight import hidden_labels
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
 GEMMA4 = {

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from anchors.cli import app
 from anchors.injection.study import InjectFlow, InjectSweep
-from anchors.injection.tables import RETENTION
+from anchors.injection.sweeping.tables import RETENTION
 from anchors.nsa.study import NSAProbe
 from anchors.study.registry import BUILT_IN
 

@@ -7,15 +7,15 @@ import torch
 import transformers
 from families import make, randomised
 
-from anchors.agreement import agreement
 from anchors.attention.seam import attend, seam
+from anchors.certificate.agreement import agreement
 from anchors.check import check, failed
 from anchors.compression import AnchorCache, anchor_tokens, compress
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, RoutingError
 from anchors.flow import flow
-from anchors.models import load
-from anchors.witness import apart
+from anchors.model.language import load
+from anchors.model.witness import apart
 
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 BART = {
@@ -141,7 +141,7 @@ def test_a_model_that_is_another_one_on_the_seam_fails(gpt2, prompts, monkeypatc
 
 
 def test_a_prompt_too_long_for_the_witness_is_asked_in_its_last_rows(gpt2, prompts, monkeypatch):
-    import anchors.agreement as module
+    import anchors.certificate.agreement as module
 
     monkeypatch.setattr(module, "EAGER_BYTES", 2 * gpt2.witness.bytes(70))
     long = max(prompts, key=lambda p: len(p.ids))
@@ -155,7 +155,7 @@ def test_a_prompt_too_long_for_the_witness_is_asked_in_its_last_rows(gpt2, promp
 def test_what_rounding_does_is_asked_of_long_prompts_in_their_last_rows(
     gpt2, prompts, tokenizer, monkeypatch
 ):
-    import anchors.agreement as module
+    import anchors.certificate.agreement as module
     from anchors.check import arithmetic_error
 
     long = max(prompts, key=lambda p: len(p.ids))

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from anchors.errors import AnchorsError
 from anchors.flow import flow
-from anchors.models import load
-from anchors.preparation import undone
+from anchors.model.language import load
+from anchors.model.preparation import undone
 
 peft = pytest.importorskip("peft")
 

@@ -9,7 +9,7 @@ from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
     from anchors.causal import Contexts
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
 

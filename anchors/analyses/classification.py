@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anchors.context import Context
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
 

@@ -10,7 +10,7 @@ from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
     from anchors.context import Context
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
 

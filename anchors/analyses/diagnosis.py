@@ -9,7 +9,7 @@ from anchors.errors import AnchorsError
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
 
@@ -68,7 +68,7 @@ class Diagnosis:
         from anchors.context import answer, encode, queries, shared_demonstrations
         from anchors.diagnosis import TargetQueries, label_keys, predicted_confusion
         from anchors.icl import label_probabilities, outcomes
-        from anchors.runner import tokens_per_batch
+        from anchors.study.runner import tokens_per_batch
 
         layer, prompts = self.depth(model), [d.prompt for d in cell.prompts]
         context = encode(model, shared_demonstrations(prompts))

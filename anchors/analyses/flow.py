@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
 

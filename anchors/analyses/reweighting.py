@@ -10,7 +10,7 @@ from anchors.study.analysis import Cell, Record
 
 if TYPE_CHECKING:
     from anchors.context import Context
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.reweighting import Beta
     from anchors.tasks.drawing import Drawn
     from anchors.tasks.task import Task
@@ -75,8 +75,8 @@ class Reweighting:
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[Context, Beta]":
         from anchors.context import encode, shared_demonstrations
-        from anchors.results import Run, provenance
         from anchors.reweighting import Beta, fit, training_prompts
+        from anchors.study.results import Run, provenance
 
         context = encode(model, shared_demonstrations([d.prompt for d in cell.prompts]))
         kept = cell.folder / f"beta-{cell.how.seed}.safetensors" if self.beta is None else Path(self.beta)

@@ -17,8 +17,8 @@ from anchors.attention.seam import seam
 from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import Sums, flow_sums, left_out
-from anchors.lengths import groups
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
+from anchors.model.lengths import groups
 from anchors.tasks.prompts import Prompt
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}

@@ -18,7 +18,7 @@ from anchors.gguf.architectures import configuration
 from anchors.gguf.reading import read
 from anchors.gguf.tokens import tokenizer
 from anchors.gguf.weights import parameters
-from anchors.results import writing
+from anchors.study.results import writing
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from anchors.injection.flow_write import Flowing
-    from anchors.injection.suite import Suite
-    from anchors.injection.sweep_report import Sweeping
+    from anchors.injection.asking.suite import Suite
+    from anchors.injection.image_flow.write import Flowing
+    from anchors.injection.sweeping.report import Sweeping
 
 SOME: dict[str, Any] = {"min": 1}
 
@@ -55,10 +55,10 @@ class InjectSweep:
     retention: float = field(default=0.95, metadata={"min": 0, "max": 1})
 
     def on(self, suites: "Sequence[Suite]", device: str = "auto", precision: str = "auto") -> "Sweeping":
-        """The sweep of suites; see `anchors.injection.sweep.sweep`."""
-        from anchors.injection.grid import Grid
-        from anchors.injection.sweep import Sweep
-        from anchors.injection.sweep_report import Sweeping
+        """The sweep of suites; see `anchors.injection.sweeping.sweep.sweep`."""
+        from anchors.injection.sweeping.grid import Grid
+        from anchors.injection.sweeping.report import Sweeping
+        from anchors.injection.sweeping.sweep import Sweep
 
         grid = Grid(
             self.grid, self.methods, self.strengths, self.densities, self.draws, self.layers, self.embeddings
@@ -103,10 +103,10 @@ class InjectFlow:
     seed: int = field(default=0, metadata={"min": 0})
 
     def on(self, suites: "Sequence[Suite]", device: str = "auto", precision: str = "auto") -> "Flowing":
-        """The flow of suites; see `anchors.injection.flow_report.measure`."""
-        from anchors.injection.flow_report import Wanted
-        from anchors.injection.flow_write import Flowing
-        from anchors.injection.recipe import Recipe
+        """The flow of suites; see `anchors.injection.image_flow.report.measure`."""
+        from anchors.injection.image_flow.report import Wanted
+        from anchors.injection.image_flow.write import Flowing
+        from anchors.injection.merging.recipe import Recipe
 
         wanted = Wanted(
             Recipe(method=self.method, density=self.density), self.strengths, self.shots, self.prompts, self.examples,

@@ -5,7 +5,6 @@ from .attention import trace as trace
 from .call import Intervention as Intervention
 from .call import NSACall as NSACall
 from .config import NSAConfig as NSAConfig
-from .episodes import Episodes as Episodes
 from .geometry import Geometry as Geometry
 from .kernels.decode import NSACache as NSACache
 from .kernels.decode import captured as captured
@@ -15,7 +14,8 @@ from .model import NSAForCausalLM as NSAForCausalLM
 from .phi import MLP as MLP
 from .phi import LinearPool as LinearPool
 from .phi import MeanPool as MeanPool
-from .probe import Probe as Probe
+from .probing.probe import EpisodeProbe as EpisodeProbe
 from .reference import compress as compress
-from .train import Recipe as Recipe
-from .train import Watch as Watch
+from .training.episodes import Episodes as Episodes
+from .training.train import Training as Training
+from .training.train import Watch as Watch

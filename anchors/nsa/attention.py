@@ -139,7 +139,7 @@ def nsa_attention(
             ban=ban,
             bias=bias,
         ).o
-    from anchors.nsa.kernels.gradients import sparse_attention
+    from anchors.nsa.kernels.sparse_attention import sparse_attention
 
     return sparse_attention(
         q, q_cmp, kv.kc, kv.vc, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, idx,

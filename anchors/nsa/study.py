@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
-    from anchors.nsa.probe_report import Probing
+    from anchors.model.language import LanguageModel
+    from anchors.nsa.probing.report import Probing
 
 OTHER = "The same weights, other blocks"
 
@@ -62,8 +62,8 @@ class NSAProbe:
         Raises:
             AnchorsError: another kind of model, sizes that do not fit together.
         """
-        from anchors.nsa.probe import Probe, geometry_of, with_geometry
-        from anchors.nsa.probe_report import Probing, episodes_of
+        from anchors.nsa.probing.probe import EpisodeProbe, geometry_of, with_geometry
+        from anchors.nsa.probing.report import Probing, episodes_of
 
         model = model if name is None else replace(model, name=name)
         geometry_of(model)
@@ -78,5 +78,7 @@ class NSAProbe:
         )
         return Probing(
             model,
-            Probe(episodes, self.seed, self.prompts, self.demonstrations, self.interventions, self.vectors),
+            EpisodeProbe(
+                episodes, self.seed, self.prompts, self.demonstrations, self.interventions, self.vectors
+            ),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from anchors.models import LanguageModel
+    from anchors.model.language import LanguageModel
     from anchors.tasks.data import Data
     from anchors.tasks.drawing import Draw, Drawn
     from anchors.tasks.task import Task

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from anchors.errors import AnchorsError
-from anchors.results import Run
+from anchors.study.results import Run
 
 log = logging.getLogger(__name__)
 

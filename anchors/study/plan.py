@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchors.context import encode
-from anchors.identity import held
-from anchors.models import LanguageModel
-from anchors.results import Run
-from anchors.runner import outstanding
+from anchors.model.identity import held
+from anchors.model.language import LanguageModel
 from anchors.study.engine import Stretch, Unit
+from anchors.study.results import Run
+from anchors.study.runner import outstanding
 from anchors.tasks.drawing import Draw, draw, within_context
 
 if TYPE_CHECKING:
-    from anchors.report import Part
+    from anchors.study.prompted import Part
 
 PROMPTS, TOKENS = 8, 48
 """What is timed: a batch of so many prompts of so many tokens."""
@@ -63,7 +63,7 @@ def outlook(model: LanguageModel, parts: "Sequence[Part]", out: Path) -> list[Ou
         out: folder whose `runs` holds the finished batches.
 
     Raises:
-        AnchorsError: see `anchors.runner.outstanding`.
+        AnchorsError: see `anchors.study.runner.outstanding`.
     """
     identity, rate, found = model.identity, None, []
     weights, each, cached = held_bytes(model), multiplied(model), cached_bytes(model)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
-from anchors.results import plain, provenance
-from anchors.shelf import Shelf
 from anchors.study.registry import study
+from anchors.study.results import plain, provenance
+from anchors.study.shelf import Shelf
 from anchors.summaries import Rows, Tables, marked, tables_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Found:
 
     Attributes:
         rows: by kind of study; the main one first, after it what was measured beside it.
-        facts: of whom and of what; see `anchors.shelf` for `parts`.
+        facts: of whom and of what; see `anchors.study.shelf` for `parts`.
         notes: what a reader must know before believing the numbers.
         kept: what the inquiry keeps for its notes and pages.
     """
@@ -148,7 +148,7 @@ def leave(
 ) -> Report:
     """Write files whose names begin with `name`.
 
-    Results of something else that lie there under the same names are set aside, see `anchors.shelf`.
+    Results of something else that lie there under the same names are set aside, see `anchors.study.shelf`.
 
     Args:
         out: folder of the results.

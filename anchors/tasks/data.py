@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anchors._names import forwarding, unknown
+from anchors._names import forwarding
 from anchors.errors import AnchorsError
 from anchors.tasks.files import READERS, Row, row, rows
 from anchors.tasks.task import TASKS, Task
@@ -332,4 +332,4 @@ def _hub(task: Task) -> list[_Part]:
     return parts
 
 
-__getattr__ = forwarding(__name__, unknown(__name__), {"SUFFIXES": "anchors.formerly"})
+__getattr__ = forwarding(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from anchors.flow.saliency import flow
-from anchors.models import LanguageModel
+from anchors.model.language import LanguageModel
 from anchors.stats import REST, SUMS, flow_summary
 from anchors.tasks.prompts import Prompt
 from anchors.viewer.page import edges

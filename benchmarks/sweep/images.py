@@ -223,9 +223,9 @@ class Toolkit:
     """The tower on the seam; the processor has only what is asked of it: tensors are made here."""
 
     def __init__(self, model: nn.Module, shown: Scene, tokenizer: Any) -> None:
-        from anchors.injection.routing import demand_each_layer, route_tower
-        from anchors.injection.vlm import prepare_vlm
-        from anchors.routed import testify
+        from anchors.injection.asking.routing import demand_each_layer, route_tower
+        from anchors.injection.asking.vlm import prepare_vlm
+        from anchors.model.routed import testify
 
         images = types.SimpleNamespace(to_json_string=lambda: "{}")
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token="<image>", image_processor=images)  # noqa: S106
@@ -242,7 +242,7 @@ class Toolkit:
             return self.vlm.model(**_unmasked(self.shown), use_cache=False).logits[0]
 
     def sums(self, backward: int) -> dict[str, Tensor]:
-        from anchors.injection.flow import ImageBatch, image_flow
+        from anchors.injection.image_flow.flow import ImageBatch, image_flow
 
         at = torch.arange(len(self.shown.image))
         batch = ImageBatch(

@@ -34,7 +34,7 @@ from anchors.injection.demo import models
 from anchors.injection.demo.pictures import Pictures, pictures
 from anchors.injection.demo.prompts import Encoder, Item, Prompts, drawn_rows
 from anchors.injection.demo.scales import Scale, Stage
-from anchors.injection.demo.suite_files import Example, examples, write_suite
+from anchors.injection.demo.suite_files import HeldOut, examples, write_suite
 from anchors.injection.demo.training import (
     Classifier,
     all_patches,
@@ -45,14 +45,14 @@ from anchors.injection.demo.training import (
     patches,
     right,
 )
-from anchors.injection.demo.world import SKILLS, Task, World, world
-from anchors.results import provenance, require_writable, write_atomic, writing
+from anchors.injection.demo.world import SKILLS, QuestionKind, World, world
+from anchors.study.results import provenance, require_writable, write_atomic, writing
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps of all stages)."""
 
 MARK = "stage.json"
-Weighted = Sequence[tuple[Task, float]]
+Weighted = Sequence[tuple[QuestionKind, float]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Builder:
         return pictures(self.world, self.scale, self.seed)
 
     @cached_property
-    def examples(self) -> dict[str, list[Example]]:
+    def examples(self) -> dict[str, list[HeldOut]]:
         return examples(self.world, self.pictures, self.seed)
 
     @cached_property
@@ -263,7 +263,7 @@ class Builder:
         return found
 
     @property
-    def _plain(self) -> list[tuple[Task, float]]:
+    def _plain(self) -> list[tuple[QuestionKind, float]]:
         """The caption and the vision questions; the caption is asked as often as all others together."""
         own = self.world.vision
         return [(self.world.caption, float(len(own))), *((task, 1.0) for task in own)]
@@ -279,7 +279,7 @@ class Builder:
         return model.to(self.device), AutoProcessor.from_pretrained(place)
 
     @property
-    def _lessons(self) -> list[tuple[Task, float]]:
+    def _lessons(self) -> list[tuple[QuestionKind, float]]:
         """What the base is taught."""
         lore, plain = self.world.lore, self._plain
         words = [(task, len(plain) / len(lore)) for task in lore]
@@ -399,7 +399,7 @@ class Builder:
         image_id = model.config.image_token_index
         return Encoder(self.world, processor.tokenizer, image_id, self.scale.tokens)
 
-    def _mixed(self, skill: str, replay: float) -> list[tuple[Task, float]]:
+    def _mixed(self, skill: str, replay: float) -> list[tuple[QuestionKind, float]]:
         """A skill's questions, and plain ones as a share of all."""
         own = self.world.skills[skill]
         mixed = [(task, (1 - replay) / len(own)) for task in own]

@@ -25,9 +25,9 @@ from transformers import (
 
 from anchors.errors import AnchorsError
 from anchors.gguf import converted
-from anchors.injection.demo.scales import Scale, Tower
+from anchors.injection.demo.scales import Scale, TowerSize
 from anchors.injection.demo.world import World
-from anchors.models import default_source
+from anchors.model.language import default_source
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - no password
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -60,7 +60,7 @@ def _words(world: World) -> set[str]:
 
 def new_language_model(scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int) -> LlamaForCausalLM:
     """A Llama with random weights."""
-    tower = cast(Tower, scale.language)  # None stands for a model that is given
+    tower = cast(TowerSize, scale.language)  # None stands for a model that is given
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tower.width,

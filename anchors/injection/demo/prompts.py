@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anchors.injection.demo.world import Asked, Scene, Task, World
+from anchors.injection.demo.world import Asked, QuestionKind, Scene, World
 
 IGNORED = -100
 
@@ -132,7 +132,7 @@ def _padded(rows: Sequence[Sequence[int]], filler: int) -> Int[Tensor, "rows lon
 
 
 def drawn_rows(
-    tasks: Sequence[tuple[Task, float]],
+    tasks: Sequence[tuple[QuestionKind, float]],
     scenes: Sequence[tuple[Scene, int | None]],
     items: int,
     rows: int,

@@ -4,6 +4,7 @@ one core. Every count is here."""
 import math
 from dataclasses import dataclass, field, replace
 
+from anchors._names import forwarding
 from anchors.errors import AnchorsError
 
 
@@ -25,7 +26,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerSize:
     """A transformer's size."""
 
     layers: int
@@ -64,8 +65,8 @@ class Scale:
     name: str
     image: int
     patch: int
-    vision: Tower
-    language: Tower | None
+    vision: TowerSize
+    language: TowerSize | None
     base: Stage
     classify: Stage
     project: Stage
@@ -109,8 +110,8 @@ TINY = Scale(
     name="tiny",
     image=16,
     patch=8,
-    vision=Tower(layers=2, width=64, heads=4, hidden=128),
-    language=Tower(layers=4, width=96, heads=4, hidden=256),
+    vision=TowerSize(layers=2, width=64, heads=4, hidden=128),
+    language=TowerSize(layers=4, width=96, heads=4, hidden=256),
     base=Stage(steps=600, lr=2e-3, items=120),
     classify=Stage(steps=400, lr=2e-3, items=64),
     project=Stage(steps=300, lr=2e-3, items=120),
@@ -127,7 +128,7 @@ LARGE = Scale(
     name="135m",
     image=64,
     patch=16,
-    vision=Tower(layers=6, width=256, heads=8, hidden=1024),
+    vision=TowerSize(layers=6, width=256, heads=8, hidden=1024),
     language=None,
     base=Stage(steps=150, lr=3e-5, items=160),
     classify=Stage(steps=1500, lr=1e-3, items=256),
@@ -146,7 +147,7 @@ LARGE = Scale(
 DIGITS = replace(
     LARGE,
     name="135m-digits",
-    vision=Tower(layers=3, width=128, heads=4, hidden=512),
+    vision=TowerSize(layers=3, width=128, heads=4, hidden=512),
     base=Stage(steps=50, lr=3e-5, items=24),
     classify=Stage(steps=400, lr=1e-3, items=64),
     project=Stage(steps=300, lr=2e-3, items=16),
@@ -160,3 +161,6 @@ DIGITS = replace(
 )
 
 SCALES = {scale.name: scale for scale in (TINY, DIGITS, LARGE)}
+
+
+__getattr__ = forwarding(__name__)

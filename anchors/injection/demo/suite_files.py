@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from anchors._names import forwarding
 from anchors.injection.demo.pictures import HELD_OUT, Pictures
 from anchors.injection.demo.prompts import Item
 from anchors.injection.demo.world import SKILLS, World
@@ -17,25 +18,25 @@ SCENARIOS = ("vision", *SKILLS)
 
 
 @dataclass(frozen=True)
-class Example:
+class HeldOut:
     """A question about a held-out picture."""
 
     item: Item
     split: str
 
 
-def examples(world: World, pictures: Pictures, seed: int) -> dict[str, list[Example]]:
+def examples(world: World, pictures: Pictures, seed: int) -> dict[str, list[HeldOut]]:
     """One question of each scenario about every held-out picture.
 
     Kinds of questions take turns, and so do digits and objects: the first so many examples are a fair part of all.
     """
-    found: dict[str, list[Example]] = {}
+    found: dict[str, list[HeldOut]] = {}
     drawn = pictures.of(*HELD_OUT)
     kinds = [[n for n in drawn if pictures.scenes[n].is_digit is digit] for digit in (True, False)]
     numbers = [n for pair in zip_longest(*kinds) for n in pair if n is not None]
     for order, scenario in enumerate(SCENARIOS):
         rng = np.random.default_rng([seed, 2, order])
-        own: list[Example] = []
+        own: list[HeldOut] = []
         turns: dict[bool, int] = {}
         for number in numbers:
             scene = pictures.scenes[number]
@@ -43,7 +44,7 @@ def examples(world: World, pictures: Pictures, seed: int) -> dict[str, list[Exam
             turn = turns.get(scene.is_digit, 0)
             turns[scene.is_digit] = turn + 1
             item = Item(scene, tasks[turn % len(tasks)](scene, rng), number)
-            own.append(Example(item, pictures.splits[number]))
+            own.append(HeldOut(item, pictures.splits[number]))
         found[scenario] = own
     return found
 
@@ -53,7 +54,7 @@ def write_suite(
     name: str,
     world: World,
     pictures: Pictures,
-    found: Mapping[str, Sequence[Example]],
+    found: Mapping[str, Sequence[HeldOut]],
     seed: int,
     models: Mapping[str, object],
 ) -> None:
@@ -94,3 +95,6 @@ def write_suite(
 
 def _image(number: int | None) -> str:
     return f"images/{number:05d}.png"
+
+
+__getattr__ = forwarding(__name__)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from anchors._names import forwarding
 from anchors.injection.demo.words import (
     COLOURS,
     FOREIGN,
@@ -60,7 +61,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Task:
+class QuestionKind:
     """One kind of question.
 
     Attributes:
@@ -106,10 +107,10 @@ class World:
     answer: str
     separator: str
     describe: Callable[[Scene], str]
-    caption: Task
-    vision: tuple[Task, ...]
-    skills: Mapping[str, tuple[Task, ...]]
-    lore: tuple[Task, ...] = ()
+    caption: QuestionKind
+    vision: tuple[QuestionKind, ...]
+    skills: Mapping[str, tuple[QuestionKind, ...]]
+    lore: tuple[QuestionKind, ...] = ()
     shapes: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
 
@@ -120,7 +121,7 @@ class World:
             for colour in self.colours:
                 yield from (Scene(count, shape, colour) for count in range(1, 10))
 
-    def tasks(self, scenario: str) -> tuple[Task, ...]:
+    def tasks(self, scenario: str) -> tuple[QuestionKind, ...]:
         """The questions of a scenario: a skill, or `vision`."""
         return self.vision if scenario == "vision" else self.skills[scenario]
 
@@ -130,18 +131,18 @@ def world(name: str) -> World:
     return {"tiny": _tiny, "135m": _large, "135m-digits": _large_digits}[name]()
 
 
-def _fixed(kind: str, about: str, question: str, answer: Callable[[Scene], str]) -> Task:
+def _fixed(kind: str, about: str, question: str, answer: Callable[[Scene], str]) -> QuestionKind:
     """A question without numbers, whose answer is one word."""
 
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
         word = answer(scene)
         return question, word, word
 
-    return Task(kind, about, ask)
+    return QuestionKind(kind, about, ask)
 
 
-def _caption(question: str, describe: Callable[[Scene], str]) -> Task:
-    return Task("caption", "all", lambda scene, rng: (question, describe(scene), None))
+def _caption(question: str, describe: Callable[[Scene], str]) -> QuestionKind:
+    return QuestionKind("caption", "all", lambda scene, rng: (question, describe(scene), None))
 
 
 def _yes(fact: bool) -> str:
@@ -155,36 +156,38 @@ def _number(scene: Scene) -> str:
 def _tiny() -> World:
     """Digits, one symbol each; questions of one or two words."""
 
-    def shaped(name: str, form: str) -> Task:
+    def shaped(name: str, form: str) -> QuestionKind:
         def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
             word = _number(scene).upper() if name == "capitals" else _number(scene)
             return f"name {name}", form.format(word), word
 
-        return Task(name, "digits", ask)
+        return QuestionKind(name, "digits", ask)
 
-    def language(name: str) -> Task:
+    def language(name: str) -> QuestionKind:
         return _fixed(name, "digits", f"name {name.lower()}", lambda scene: FOREIGN[name][_number(scene)])
 
-    def sum_with(name: str, sign: int) -> Task:
+    def sum_with(name: str, sign: int) -> QuestionKind:
         def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
             # No result below zero, and as many operands for every digit as can be.
             other = int(rng.integers(0, 10 if sign > 0 else scene.number + 1))
             result = NUMBERS[scene.number + sign * other]
             return f"{name} {NUMBERS[other]}", result, result
 
-        return Task(name, "digits", ask)
+        return QuestionKind(name, "digits", ask)
 
     def describe(scene: Scene) -> str:
         return f"#{scene.number}"
 
-    def told(kind: str, question: str, draw: Callable[[np.random.Generator], tuple[str, str]]) -> Task:
+    def told(
+        kind: str, question: str, draw: Callable[[np.random.Generator], tuple[str, str]]
+    ) -> QuestionKind:
         """A question about a drawn text, whatever the scene is."""
 
         def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
             text, answer = draw(rng)
             return question, answer, answer, text
 
-        return Task(kind, "all", ask)
+        return QuestionKind(kind, "all", ask)
 
     digits = NUMBERS[:10]
     lists = [NUMBERS[:19], tuple(map(str.upper, digits))]
@@ -261,7 +264,7 @@ def _large() -> World:
             return f"a picture of the digit {_number(scene)}"
         return f"a picture of {_number(scene)} {scene.colour} {plural(str(scene.shape), scene.number)}"
 
-    def shaped(form: str, attribute: str) -> Task:
+    def shaped(form: str, attribute: str) -> QuestionKind:
         about, question, value = ATTRIBUTES[attribute]
         instruction, pattern = FORMS[form]
 
@@ -269,20 +272,22 @@ def _large() -> World:
             word = value(scene).upper() if form == "capitals" else value(scene)
             return f"{question} {instruction}", pattern.format(word), word
 
-        return Task(form, about, ask)
+        return QuestionKind(form, about, ask)
 
-    def language(name: str, attribute: str) -> Task:
+    def language(name: str, attribute: str) -> QuestionKind:
         about, question, value = ATTRIBUTES[attribute]
         return _fixed(name, about, f"{question} Answer in {name}.", lambda scene: FOREIGN[name][value(scene)])
 
-    def problem(kind: str, about: str, text: str, result: Callable[[int, int], int], most: int) -> Task:
+    def problem(
+        kind: str, about: str, text: str, result: Callable[[int, int], int], most: int
+    ) -> QuestionKind:
         def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
             top = min(most, scene.number) if kind in ("minus", "taken") else most
             other = int(rng.integers(min(1, top), top + 1))
             word = in_words(result(scene.number, other))
             return text.format(NUMBERS[other]), word, word
 
-        return Task(kind, about, ask)
+        return QuestionKind(kind, about, ask)
 
     return World(
         name="135m",
@@ -340,7 +345,7 @@ def _large_digits() -> World:
     """The larger world without its objects."""
     whole = _large()
 
-    def kept(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    def kept(tasks: tuple[QuestionKind, ...]) -> tuple[QuestionKind, ...]:
         return tuple(task for task in tasks if task.about != "objects")
 
     return replace(
@@ -351,3 +356,6 @@ def _large_digits() -> World:
         shapes=(),
         colours=(),
     )
+
+
+__getattr__ = forwarding(__name__)

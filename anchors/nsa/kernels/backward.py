@@ -1,5 +1,5 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""The Triton kernels behind `anchors.nsa.kernels.gradients`, which has their equations.
+"""The Triton kernels behind `anchors.nsa.kernels.sparse_attention`, which has their equations.
 
 A row of a query tile is one head at one position, as in the forward pass. The gate is a factor per row: of dq it is
 taken at the end, of dk and dv on the pattern.

@@ -1,0 +1,124 @@
+"""The language tower of a vision-language model on the seam, and nothing else of it.
+
+Masks and positions stay the model's own (images that see each other, positions in three dimensions): the seam takes each
+call as it comes. The vision tower keeps its attention.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchors.attention.form import Call
+from anchors.attention.seam import NAME, seam
+from anchors.errors import RoutingError
+from anchors.model.witness import TOLERANCE, apart
+
+if TYPE_CHECKING:
+    from anchors.injection.asking.vlm import VisionLanguageModel
+
+
+def _attends(modules: set[nn.Module]) -> bool:
+    """Whether an attention on the seam is among some modules."""
+    return any(
+        type(m).__name__.endswith("Attention")
+        and getattr(getattr(m, "config", None), "_attn_implementation", None) == NAME
+        for m in modules
+    )
+
+
+def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Put the language tower of a model on the seam, and nothing else; returns its attention modules, by layer.
+
+    Raises:
+        RoutingError: the family computes attention in its own code, or not once in each layer.
+    """
+    decoder = model.get_decoder()
+    if not decoder._can_set_attn_implementation():
+        raise RoutingError(
+            f"{type(decoder).__name__} computes attention in its own code, not through transformers' "
+            "AttentionInterface: what flows there cannot be seen.",
+            "Families known to work: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Gemma 3.",
+        )
+    decoder.set_attn_implementation(NAME)
+    found = [
+        m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+    ]
+    found.sort(key=lambda module: module.layer_idx)
+    layers = model.config.get_text_config().num_hidden_layers
+    if [module.layer_idx for module in found] != list(range(layers)):
+        raise RoutingError(
+            f"{type(decoder).__name__} has {layers} layers, but {len(found)} attention modules were found in it.",
+            "Models with recurrent or shared layers cannot be analysed.",
+        )
+    inside = set(decoder.modules())
+    others = [
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, PreTrainedModel)
+        and m not in inside
+        and m.config._attn_implementation == NAME
+        and (decoder not in (own := set(m.modules())) or _attends(own - inside))
+    ]
+    if others:
+        raise RoutingError(
+            f"Setting the attention of {type(decoder).__name__} set that of {', '.join(others)}, too.",
+            "The language tower must have a configuration of its own.",
+        )
+    return tuple(found)
+
+
+class _Count:
+    """How often each layer's attention arrived at the seam."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = frozenset(range(layers))
+        self.times = [0] * layers
+
+    def see(self, call: Call) -> None:
+        self.times[call.layer] += 1
+
+
+def prove(vlm: "VisionLanguageModel") -> None:
+    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once, and the logits be
+    those of the model as it came.
+
+    Raises:
+        RoutingError: it does not, or they are not.
+    """
+    picture = Image.new("RGB", (64, 64), (200, 60, 20))
+    for text, images in (("a b", []), ("<image> a", [picture])):
+        tensors = vlm.encode([text], [images]).tensors
+        ours = demand_each_layer(vlm, tensors, f"{len(images)} images")
+        assert vlm.witness is not None  # noqa: S101 - a routed model has one
+        off = apart(ours, vlm.witness.answer(**tensors))
+        if not off <= TOLERANCE[vlm.precision]:
+            raise RoutingError(
+                f"On the seam the logits of {type(vlm.model).__name__} with {len(images)} images differ from its own by "
+                f"{off:.1e} of their size.",
+                "This family does something around its attention that the toolkit does not know.",
+                code="not-itself",
+            )
+
+
+def demand_each_layer(vlm: "VisionLanguageModel", tensors: dict[str, Tensor], what: str) -> Tensor:
+    """The logits of a run in which each layer of the tower arrived at the seam exactly once.
+
+    Raises:
+        RoutingError: one did not.
+    """
+    count, logits = _Count(vlm.n_layers), None
+    try:
+        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
+            logits = vlm.model(**tensors, use_cache=False).logits
+    except RoutingError:  # of layers that were missed; said below with all counts
+        if logits is None:
+            raise
+    if logits is None or set(count.times) != {1}:
+        raise RoutingError(
+            f"In a run of {vlm.name!r} with {what}, its layers arrived at the seam {count.times} times.",
+            "Each must arrive exactly once: layers with attention of another kind, or with none, cannot be analysed.",
+        )
+    return logits

@@ -1,0 +1,105 @@
+"""What a sweep and the flow of merged models have in common: suites that belong together, and their models."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchors.errors import AnchorsError
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import VisionLanguageModel
+from anchors.injection.merging.memory import TaskVectors
+from anchors.model.language import LanguageModel, load
+from anchors.study.engine import Stretch
+from anchors.study.plan import Outlook, foretold
+from anchors.study.report import Inquiry
+
+
+@dataclass(frozen=True)
+class SuiteModels:
+    """A suite with its VLM; other models are loaded as they are needed.
+
+    Attributes:
+        suite: its models and examples.
+        wanted: what is measured.
+        vlm: not injected.
+    """
+
+    suite: Suite
+    wanted: Any
+    vlm: VisionLanguageModel
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        return self.language_model("base")
+
+    def language_model(self, *named: str) -> LanguageModel:
+        """A language model of the suite; its weights are never in half precision, merging is not either."""
+        half = self.vlm.precision in ("bfloat16", "float16")
+        precision = "tf32" if half else self.vlm.precision
+        return load(self.suite.model(*named), device=str(self.vlm.device), precision=precision)
+
+    def task_vectors(self, expert: LanguageModel) -> TaskVectors:
+        """τ_v and τ_e, of the VLM's tower and of an expert."""
+        models = (self.vlm, self.base, expert)
+        return TaskVectors.of(*(m.model for m in models), tokenizers=tuple(m.tokenizer for m in models))
+
+
+@dataclass(frozen=True)
+class SuiteInquiry(Inquiry):
+    """A study of suites.
+
+    Attributes:
+        suites: of one experiment; they differ in the seed of their training.
+        wanted: what is measured.
+        device, precision: as in `anchors.injection.load_vlm`.
+    """
+
+    suites: Sequence[Suite]
+    wanted: Any
+    device: str = "auto"
+    precision: str = "auto"
+
+    @abstractmethod
+    def stretches(self) -> Iterator[Stretch]:
+        """The work."""
+
+    def outlook(self, out: Path) -> list[Outlook]:
+        """See `anchors.study.plan.foretold`."""
+        return foretold(self.stretches(), out)
+
+
+def require_siblings(suites: Sequence[Suite], scenarios: Callable[[Suite], object]) -> None:
+    """Suites of one experiment are trainings of the same with different seeds.
+
+    Args:
+        suites: of it.
+        scenarios: what of a suite is measured.
+
+    Raises:
+        AnchorsError: two of one seed, or with other scenarios.
+    """
+    seeds = [s.seed for s in suites]
+    if doubles := sorted({s for s in seeds if seeds.count(s) > 1}):
+        raise AnchorsError(
+            f"Several suites have the seed {doubles[0]}.",
+            "Suites of one experiment are trainings with different seeds.",
+            code="mixed",
+        )
+    if len({(suite.vision, scenarios(suite)) for suite in suites}) > 1:
+        raise AnchorsError(
+            "The suites differ in their scenarios: they are not one experiment.",
+            "Name common ones with --scenarios.",
+            code="mixed",
+        )
+
+
+def gap(vectors: TaskVectors, side: Any) -> float:
+    """‖side − base‖ over the tower without embedding and head."""
+    names = [pair.vlm for pair in vectors.pairs if pair.kind not in ("embedding", "head")]
+    gaps = [torch.dist(side[name].float(), vectors.base[name].float()) for name in names]
+    return float(torch.linalg.vector_norm(torch.stack(gaps)))

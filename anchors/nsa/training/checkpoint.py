@@ -1,0 +1,221 @@
+"""What a training leaves in its folder: the model as others load it, and what it takes to go on. No pickle anywhere.
+
+OUT/config.json, model.safetensors, tokenizer.json …   the model of the last checkpoint
+OUT/training/run.json                                  what the numbers depend on
+OUT/training/state.safetensors                         weights, moments and step: one file, so one moment in time
+OUT/training/log.parquet                               the log
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anchors.errors import AnchorsError, brief, parsed
+from anchors.study.results import read_table, write_atomic, write_table, writing
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """The folder of one training."""
+
+    folder: Path
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "training" / "state.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "training" / "log.parquet"
+
+    @property
+    def identity(self) -> Path:
+        return self.folder / "training" / "run.json"
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raises:
+        AnchorsError: the folder holds a training of another configuration, or files of something else.
+        """
+        if not self.identity.is_file():
+            if (self.folder / "config.json").is_file() or (self.folder / "model.safetensors").is_file():
+                raise AnchorsError(
+                    f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
+                    "Choose another --out.",
+                    code="would-overwrite",
+                )
+            return
+        try:
+            before = parsed(self.identity.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError) as error:
+            raise AnchorsError(
+                f"{str(self.identity)!r} does not describe a training: {brief(error)}.",
+                "Delete its folder to begin again, or choose another --out.",
+                code="file-unreadable",
+            ) from error
+        after = json.loads(json.dumps(identity))
+        differing = _differences(before, after)
+        if differing:
+            name, old, new = differing[0]
+            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+            raise AnchorsError(
+                f"{str(self.folder)!r} holds a training with {name} = {old}, not {new}{more}.",
+                "Choose another --out, or give the same options to go on with that one.",
+                code="other-run",
+            )
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Write down what this training is, once."""
+        if not self.identity.is_file():
+            text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
+            write_atomic(self.identity, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> int:
+        """Put weights and moments back; returns the steps done, 0 where there is no checkpoint.
+
+        Raises:
+            AnchorsError: the file cannot be read, or does not fit the model.
+        """
+        if not self.state.is_file():
+            return 0
+        parameters = dict(model.named_parameters())
+        try:
+            with safe_open(self.state, framework="pt", device="cpu") as file:
+                step = int(file.metadata()["step"])
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(found[f"weight/{name}"])
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = next(n for n, p in parameters.items() if p is parameter)
+                    device = parameter.device
+                    optimizer.state[parameter] = {
+                        # A fused optimizer counts steps on the device.
+                        "step": torch.tensor(float(step), device=device if group.get("fused") else "cpu"),
+                        "exp_avg": found[f"first/{name}"].to(device),
+                        "exp_avg_sq": found[f"second/{name}"].to(device),
+                    }
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise AnchorsError(
+                f"The checkpoint {str(self.state)!r} cannot be used: {error}",
+                "Delete its folder to begin again.",
+                code="file-unreadable",
+            ) from error
+        return step
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        optimizer: Optimizer,
+        step: int,
+        log: pd.DataFrame,
+        facts: dict[str, Any],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+    ) -> None:
+        """Write log, state and model, in this order: rows past the state's step are dropped when going on."""
+        write_table(self.log, log, facts | {"step": step})
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            moments = optimizer.state[parameter]
+            tensors[f"weight/{name}"] = parameter.detach()
+            tensors[f"first/{name}"] = moments["exp_avg"]
+            tensors[f"second/{name}"] = moments["exp_avg_sq"]
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        write_atomic(self.state, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
+        self._publish(model, tokenizer, dtype)
+
+    def rows(self, until: int) -> list[dict[str, Any]]:
+        """The log up to a step."""
+        if not until or not self.log.is_file():
+            return []
+        log, _ = read_table(self.log)
+        return log[log["step"] <= until].to_dict(orient="records")
+
+    def _publish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    ) -> None:
+        """Save the model beside its place and move it there file by file, the weights last."""
+        shown = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+        draft = Path(tempfile.mkdtemp(dir=self.folder, prefix=".model-"))
+        try:
+            with writing(self.folder):
+                shown.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
+                for path in sorted(draft.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+                    path.chmod(0o644)  # some are written as private files
+                    path.replace(self.folder / path.name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [(name, one, other)]
+    found = []
+    for key in sorted(set(one) | set(other)):
+        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    return found
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise AnchorsError(
+            f"{folder} holds no model to begin with.",
+            "Give the folder of a finished training.",
+            code="model-not-found",
+        )
+    return path
+
+
+def digest(folder: Path) -> str:
+    """Sixteen hex digits over the weights of a saved model."""
+    return hashlib.sha256(_weights(folder).read_bytes()).hexdigest()[:16]
+
+
+def begin(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the weights of a saved one of the same kind and size.
+
+    Raises:
+        AnchorsError: there is none, it cannot be read, or it is of another kind or size.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(load_file(_weights(folder)), strict=False)
+    except (OSError, SafetensorError) as error:
+        raise AnchorsError(
+            f"The weights in {folder} cannot be read: {brief(error)}",
+            "The file was cut short or damaged: give the folder of a finished training.",
+            code="model-broken",
+        ) from error
+    except RuntimeError as error:
+        raise AnchorsError(
+            f"The model in {folder} has other sizes: {error}",
+            "Give the same --layers, --width, …",
+            code="other-run",
+        ) from error
+    # Tied weights are stored once.
+    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
+    if missing or unexpected:
+        raise AnchorsError(
+            f"The model in {folder} is of another kind: without {missing[:3]}, with {list(unexpected)[:3]}.",
+            "Give the same --attention and --phi.",
+            code="other-run",
+        )
+    model.tie_weights()

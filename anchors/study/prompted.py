@@ -1,0 +1,207 @@
+"""Everything a verb leaves behind: rows, tables, figure, pages."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from anchors.certificate.sight import hidden_labels
+from anchors.check import arithmetic_error, demand
+from anchors.model.identity import Identity
+from anchors.model.language import LanguageModel
+from anchors.study.engine import Progress
+from anchors.study.report import Found, Inquiry, Report, conclude
+from anchors.study.runner import Analysis, Measured, Sample, measure
+from anchors.study.shelf import require_unread
+from anchors.tasks.data import Data
+from anchors.tasks.drawing import Draw, draw, within_context
+from anchors.tasks.task import Task
+from anchors.viewer import render_page
+from anchors.viewer.payload import curves_payload, payload, prompt_payload
+
+if TYPE_CHECKING:
+    from anchors.study.plan import Outlook
+
+
+@dataclass(frozen=True)
+class Part:
+    """One analysis on one task: what a report is made of."""
+
+    analysis: Analysis
+    task: Task
+    data: Data
+    how: Sample
+
+
+@dataclass(frozen=True)
+class Prompted(Inquiry):
+    """Analyses of the prompts of tasks.
+
+    Attributes:
+        model, parts: what is measured.
+        runs: folder whose `runs` holds the finished batches; by default that of the results.
+        names: what names of the results' files begin with, beside the kinds of analysis.
+    """
+
+    model: LanguageModel
+    parts: Sequence[Part]
+    runs: Path | None = None
+    names: frozenset[str] = frozenset()
+
+    @cached_property
+    def certified(self) -> float | None:
+        """The arithmetic error, asked once; see `certify`."""
+        return certify(self.model, self.parts)
+
+    def measure(self, out: Path, progress: Progress) -> Found:
+        """See `anchors.study.runner.measure`.
+
+        Raises:
+            AnchorsError: the data lie among the results under the name of one of them.
+        """
+        model, parts = self.model, self.parts
+        kinds = {part.analysis.kind for part in parts}
+        require_unread(out, kinds | self.names, [part.data.source for part in parts])
+        measured: list[Measured] = []
+        notes: list[str] = []
+        rows: dict[str, list[pd.DataFrame]] = {}
+        finished = 0
+        ahead = [len(p.how.seeds) * min(p.how.examples, len(p.data.test)) for p in parts]
+        for number, part in enumerate(parts):
+            after = sum(ahead[number + 1 :])
+            found = measure(
+                model,
+                part.analysis,
+                part.task,
+                part.data,
+                part.how,
+                out=self.runs or out,
+                progress=lambda done, total, before=finished, after=after: progress(
+                    before + done, before + total + after
+                ),
+                certify=lambda: self.certified,
+            )
+            finished += found.prompts
+            measured.append(found)
+            rows.setdefault(part.analysis.kind, []).append(found.rows)
+            notes += [n for n in notes_on(model, part, found) if n not in notes]
+        facts = {
+            "model": model.name,
+            "revision": model.revision,
+            "fingerprint": Identity(measured[0].config["model"]).digest,
+            "precision": model.precision,
+            "device": str(model.device),
+            "parts": [
+                m.config
+                | {"data_source": p.data.source, "read": asdict(p.data.facts(p.task))}
+                | {"seeds": list(p.how.seeds), "examples": p.how.examples}
+                for p, m in zip(parts, measured, strict=True)
+            ],
+            "arithmetic_error": self.certified,
+        }
+        whole = {kind: pd.concat(frames, ignore_index=True) for kind, frames in rows.items()}
+        return Found(whole, facts, notes, measured)
+
+    def outlook(self, out: Path) -> "list[Outlook]":
+        """See `anchors.study.plan.outlook`."""
+        from anchors.study.plan import outlook
+
+        return outlook(self.model, self.parts, self.runs or out)
+
+    def pages(
+        self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
+    ) -> dict[str, str]:
+        """Of every task the flow of some prompts, where the flow was measured."""
+        if self.parts[0].analysis.kind != "flow" or not pages:
+            return {}
+        shown = layers or range(self.model.n_layers)
+        made = {
+            part.task.name: _page(self.model, part.task, own, pages, shown, facts)
+            for part, own in zip(self.parts, found.kept, strict=True)
+        }
+        return {name: page for name, page in made.items() if page}
+
+
+def report(
+    model: LanguageModel,
+    parts: Sequence[Part],
+    *,
+    runs: Path | None = None,
+    name: str | None = None,
+    **how: Any,
+) -> Report:
+    """Certify the model, measure all parts, and write rows, tables, figure and pages: see `anchors.study.report.conclude`.
+
+    Args:
+        model, parts: what is measured.
+        runs: folder whose `runs` holds the finished batches, when `out` is this experiment's own; by default `out`.
+        name: of the files; by default the first part's kind of analysis.
+        how: what `conclude` takes, `out` among it; `layers` and `pages` are layers shown on the pages, and prompts on them
+            (information flow only).
+
+    Raises:
+        CertificateError: the quick form of `anchors check` failed on this model.
+        AnchorsError: the data lie among the results under the name of one of them; see `anchors.study.runner.measure`.
+    """
+    kinds = list(dict.fromkeys(part.analysis.kind for part in parts))
+    if runs is not None:
+        how |= {"files": {kind: kind for kind in kinds}}
+    inquiry = Prompted(model, parts, runs, frozenset({name or kinds[0]}))
+    return conclude(inquiry, name=name, **how)
+
+
+def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
+    """The quick form of `anchors check`, on all prompts of a run that fit.
+
+    Returns:
+        The arithmetic error of the shortest one's loss, see `anchors.check.arithmetic_error`; None where no prompt fits.
+
+    Raises:
+        CertificateError: it failed.
+    """
+    prompts = []
+    for part in parts:
+        for seed in part.how.seeds:
+            how = Draw(part.how.shots, seed, part.analysis.fresh, part.how.control)
+            drawn = draw(part.task, part.data, model.tokenizer, how, part.how.examples, context=model.context)
+            prompts += [d.prompt for d in within_context(drawn, model.context, skip=True)[0]]
+    if not prompts:
+        return None
+    demand(model, prompts)
+    return arithmetic_error(model, min(prompts, key=lambda p: len(p.ids)))
+
+
+def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
+    """What a reader must know before believing the numbers of a part."""
+    task, data, how = part.task, part.data, part.how
+    notes = list(found.notes)
+    if found.skipped:
+        notes.append(f"{task.name}: {found.skipped} prompts longer than the context were left out.")
+    if found.prompts + found.skipped < len(how.seeds) * how.examples:
+        notes.append(f"{task.name}: the test part of {data.source} has only {len(data.test)} examples.")
+    if caution := data.facts(task).caution():
+        notes.append(f"{task.name}: {caution}")
+    if hidden := hidden_labels(model, [d.prompt for d in found.first]):
+        notes.append(f"{task.name}: {hidden}")
+    return notes
+
+
+def _page(
+    model: LanguageModel,
+    task: Task,
+    found: Measured,
+    pages: int,
+    layers: Sequence[int],
+    facts: dict[str, Any],
+) -> str | None:
+    shown = [
+        prompt_payload(model, task, d.prompt, f"test example {d.example}", layers)
+        for d in found.first[:pages]
+    ]
+    if not shown:
+        return None
+    curves = curves_payload(found.rows)
+    return render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))
