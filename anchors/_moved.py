@@ -94,7 +94,10 @@ NAMES = {
     },
     "anchors.causal": dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal"),
     "anchors.check": {"hidden_labels": "anchors.certificate.sight"},
-    "anchors.compression": dict.fromkeys(("METHODS", "Compression", "Speed"), "anchors.analyses.compression"),
+    "anchors.compression": {
+        **dict.fromkeys(("METHODS", "Compression", "Speed"), "anchors.analyses.compression"),
+        "seconds": "anchors.model.routed",
+    },
     "anchors.diagnosis": {"Diagnosis": "anchors.analyses.diagnosis"},
     "anchors.icl": dict.fromkeys(("CONTENT_FREE", "Classification"), "anchors.analyses.classification"),
     "anchors.injection.anchor": {"require_anchor": "anchors.injection.merging.base:require_base"},

@@ -13,7 +13,7 @@ from anchors._names import forwarding
 from anchors.context import Context, Queries, answer
 from anchors.errors import AnchorsError, CertificateError
 from anchors.model.language import LanguageModel
-from anchors.study.runner import Record
+from anchors.study.analysis import Record
 from anchors.tasks.drawing import derangement, random_positions
 from anchors.tasks.prompts import Prompt
 from anchors.tasks.task import Task

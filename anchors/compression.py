@@ -1,7 +1,6 @@
 """Compressing demonstrations into their anchors (3.2): keep the keys and values of label words and format, drop the text."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from anchors.errors import AnchorsError, nearest
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import Change, demand_one_side
 from anchors.rules import RULES, Rule
-from anchors.study.runner import Cell
+from anchors.study.analysis import Cell
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
 
@@ -158,15 +157,6 @@ def text_anchor(model: LanguageModel, cell: Cell) -> tuple[int, ...]:
     shown = [replace(e, text="") for e in demonstrations(cell.task, cell.data, cell.how)]
     prompt = build(bare, model.tokenizer, shown, "", None)
     return prompt.ids[: prompt.query]
-
-
-def seconds(run: Callable[[], object], model: LanguageModel) -> float:
-    """Wall-clock seconds of a call, the device's queue included."""
-    start = time.perf_counter()
-    run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
 
 
 __getattr__ = forwarding(__name__)

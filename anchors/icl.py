@@ -11,7 +11,7 @@ from anchors._names import forwarding
 from anchors.context import Context, Queries, answer, queries
 from anchors.errors import AnchorsError
 from anchors.model.language import LanguageModel
-from anchors.study.runner import Record
+from anchors.study.analysis import Record
 from anchors.tasks.drawing import Drawn
 from anchors.tasks.task import Task
 

@@ -22,8 +22,8 @@ from anchors.errors import AnchorsError, parsed
 from anchors.model.language import LanguageModel
 from anchors.model.preparation import apply, is_plain_linear, wide_products
 from anchors.streams import Stream, stream
+from anchors.study.analysis import Cell
 from anchors.study.results import write_atomic
-from anchors.study.runner import Cell
 from anchors.tasks.drawing import demonstrations
 from anchors.tasks.prompts import Prompt, build
 

@@ -38,10 +38,10 @@ from torch import Tensor, nn
 import anchors
 from anchors.analyses.classification import Classification
 from anchors.analyses.compression import Speed
-from anchors.compression import seconds
 from anchors.context import answer, encode, queries
 from anchors.icl import label_probabilities
 from anchors.model.language import LanguageModel
+from anchors.model.routed import seconds
 from anchors.reweighting import label_head, literal_loss, new_beta, one_token_loss, training_prompts
 from anchors.study.runner import Cell, batches
 from anchors.tasks.drawing import Draw, Drawn, draw

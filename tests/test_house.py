@@ -21,6 +21,23 @@ FILES = {
 }  # fmt: skip
 UPPER = ("anchors.nsa", "anchors.injection")
 ABOVE = (*UPPER, "anchors.figures", "anchors.experiments", "anchors.cli")
+LAYERS = [
+    "errors kinds digest places rules streams _moved _names _version",
+    "tasks stats intervals",
+    "attention",
+    "model gguf context study.results",
+    "flow",
+    "check certificate study.analysis",
+    "study summaries viewer",
+    "icl readout reweighting compression diagnosis causal patching",
+    "analyses nsa injection",
+    "figures",
+    "experiments formerly",
+    "cli",
+]
+"""Rooms from the bottom up, as in ARCHITECTURE."""
+UPWARD = {("anchors.study.report", "anchors.figures"), ("anchors.study.shelf", "anchors.figures.style")}
+"""The one step up: the writer of reports has pictures drawn and saved, when there are rows."""
 BOTTOM = {
     "anchors.errors", "anchors.digest", "anchors.places", "anchors.streams", "anchors._names",
 }  # fmt: skip
@@ -75,6 +92,23 @@ def test_nobody_below_knows_nsa_or_injection() -> None:
     below = [name for name in FILES if not among(name, ABOVE)]
     assert len(below) > 60
     assert {(name, own) for name in below for own in IMPORTS[name] if among(own, UPPER)} == set()
+
+
+def layer(name: str) -> int:
+    """The longest prefix decides."""
+    found = [
+        (len(room), level)
+        for level, rooms in enumerate(LAYERS)
+        for room in rooms.split()
+        if among(name, (f"anchors.{room}",))
+    ]
+    assert found, f"{name} stands in no layer"
+    return max(found)[1]
+
+
+def test_every_room_knows_only_those_below() -> None:
+    steps = {(name, own) for name, every in IMPORTS.items() for own in every if "anchors" not in (name, own)}
+    assert {(name, own) for name, own in steps if layer(own) > layer(name)} == UPWARD
 
 
 def test_nsa_and_injection_do_not_know_each_other() -> None:

@@ -160,7 +160,7 @@ class Speed:
     ) -> list[list[Record]]:
         import numpy as np
 
-        from anchors.compression import seconds
+        from anchors.model.routed import seconds
 
         sides = self._sides(state, batch, model)
         taken = np.array([[seconds(run, model) for run in sides] for _ in range(self.repeats)])

@@ -1,7 +1,8 @@
 """What a model on the seam is, with images or without: where it runs, how it multiplies, where its attention changes."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,3 +181,12 @@ def _auto_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def seconds(run: Callable[[], object], model: Routed) -> float:
+    """Wall-clock seconds of a call, the device's queue included."""
+    start = time.perf_counter()
+    run()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start

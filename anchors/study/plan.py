@@ -133,7 +133,7 @@ def longest(model: LanguageModel, part: "Part") -> int:
 
 def seconds_per_token(model: LanguageModel) -> float:
     """Of a batch, without what other batches share; the best of three."""
-    from anchors.compression import seconds
+    from anchors.model.routed import seconds
 
     ids = torch.randint(
         model.model.config.get_text_config().vocab_size, (PROMPTS, TOKENS), device=model.device
