@@ -13,6 +13,7 @@ import checking
 
 checking.install()
 
+import hypothesis
 import pytest
 import torch
 from families import CONFIGS, make
@@ -36,6 +37,11 @@ Masks = dict[int, Sequence[tuple[int, int]] | torch.Tensor]
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # How quickly examples come says something of the machine only.
+    hypothesis.settings.register_profile(
+        "whole", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("whole")
 
 
 LONGEST = ("test_injection_demo.py", "test_injection_experiment.py")

@@ -40,7 +40,7 @@ def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
     from anchors.injection.sweeping.grid import Grid
     from anchors.injection.sweeping.sweep import Sweep, sweep
     from anchors.model.language import load
-    from anchors.nsa.probing.probe import Probe
+    from anchors.nsa.probing.probe import EpisodeProbe
     from anchors.nsa.probing.probe import measure as measure_probe
     from anchors.study.runner import Sample, measure
     from anchors.tasks.data import read
@@ -60,7 +60,7 @@ def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
 
     def probed():
         found = measure_probe(
-            load(save(out / "nsa", "nsa"), device="cpu"), Probe(EPISODES, prompts=2), out=out
+            load(save(out / "nsa", "nsa"), device="cpu"), EpisodeProbe(EPISODES, prompts=2), out=out
         )
         return [found.config], found.rows
 

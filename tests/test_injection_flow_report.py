@@ -207,7 +207,7 @@ def test_labels_are_part_of_the_key(suite):
     word = suite.examples("vision")[0].answer.split()[0]
     other = {n: tuple(flow_report.replace(e, label=word) for e in x) for n, x in suite.scenarios.items()}
     one, two = (
-        flow_report.World(flow_report.replace(suite, scenarios=s), WANTED, vlm).config(NOBODY, {})
+        flow_report.FlowModels(flow_report.replace(suite, scenarios=s), WANTED, vlm).config(NOBODY, {})
         for s in (suite.scenarios, other)
     )
     assert one["data"] == two["data"]
