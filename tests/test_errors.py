@@ -315,7 +315,7 @@ def test_a_training_that_diverges_says_so_and_leaves_the_folder_to_another(
     assert "The training diverged" in text
     assert "lower --lr" in text
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    training.Checkpoint(tmp_path).check({"another": "training"})
+    training.TrainingFolder(tmp_path).check({"another": "training"})
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_a_full_disk_is_one_to_the_writers_of_libraries_too(
 READERS: dict[str, Callable[[Path], object]] = {
     "suite.json": lambda path: Suite.open(path.parent),
     "config.json": lambda path: Checkpoint.open(path.parent),
-    "training/run.json": lambda path: training.Checkpoint(path.parents[1]).check({}),
+    "training/run.json": lambda path: training.TrainingFolder(path.parents[1]).check({}),
     "data.json": rows_of,
     "data.jsonl": rows_of,
 }

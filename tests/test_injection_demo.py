@@ -21,7 +21,7 @@ from anchors.injection.demo.build import Builder
 from anchors.injection.demo.models import new_language_model, tiny_tokenizer
 from anchors.injection.demo.pictures import HELD_OUT, drawn, pictures
 from anchors.injection.demo.prompts import IGNORED, Encoder, drawn_rows
-from anchors.injection.demo.scales import LARGE, SCALES, TINY, Scale, Stage, Tower
+from anchors.injection.demo.scales import LARGE, SCALES, TINY, Scale, Stage, TowerSize
 from anchors.injection.demo.suite_files import SCENARIOS, examples
 from anchors.injection.demo.training import all_patches, answer_logits, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
@@ -46,7 +46,7 @@ def short(scale: Scale, **more: object) -> Scale:
 
 
 def small_large() -> Scale:
-    return short(LARGE, drawings=60, vision=Tower(layers=1, width=16, heads=2, hidden=16))
+    return short(LARGE, drawings=60, vision=TowerSize(layers=1, width=16, heads=2, hidden=16))
 
 
 @pytest.fixture(scope="module", params=sorted(SCALES))
@@ -234,7 +234,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The larger scale, with a random Llama in place of SmolLM2 and hardly any training."""
     folder = tmp_path_factory.mktemp("large")
     tokenizer = _letters()
-    tower = replace(TINY, language=Tower(layers=2, width=16, heads=2, hidden=16))
+    tower = replace(TINY, language=TowerSize(layers=2, width=16, heads=2, hidden=16))
     new_language_model(tower, tokenizer, context=512).save_pretrained(folder / "given")
     tokenizer.save_pretrained(folder / "given")
     Builder(folder / "demo", small_large(), 0, CPU, base=str(folder / "given")).build()

@@ -268,8 +268,11 @@ def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
 def _at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "batch vocabulary"]:
     keep = keeping(vlm.model, batch.target[:, None])
     logits = vlm.model(**batch.tensors, **keep, use_cache=False).logits
-    if logits.shape[1] != 1:  # all columns: this family's forward does not let one ask for some
-        logits = logits[torch.arange(len(logits)), batch.target.to(logits.device), None]
+    rows = torch.arange(len(logits), device=logits.device)
+    if logits.dim() == 4:  # transformers 5.20 gives every row the columns that any row asked for
+        logits = logits[rows, rows]
+    elif logits.shape[1] != 1:  # all columns: this family's forward does not let one ask for some
+        logits = logits[rows, batch.target.to(logits.device), None]
     return logits[:, 0]
 
 
