@@ -4,14 +4,9 @@ Without a GPU they run in Triton's interpreter, which must be chosen before Trit
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import needs_cuda, needs_interpreter, needs_triton
 from transformers.pytorch_utils import Conv1D
 
 from anchors.attention import streaming
@@ -132,25 +127,6 @@ def test_against_the_tile_loop(shape, dtype, monkeypatch):
         lambda call, taps: kernels if call.q.dtype != torch.float64 and kernels.supports(call) else None,
     )
     agree(*case(shape, dtype, "cpu"), 3e-6 if dtype == torch.float32 else 2e-3, monkeypatch)
-
-
-@needs_triton
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts, or CUDA shows it all"
-)
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    chosen = "tile_loop or declined or recognised or interpreted"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-k", chosen, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(TINY) + 3} passed" in run.stdout
 
 
 @needs_triton

@@ -2,9 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from anchors.nsa.geometry import Geometry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_interpreted.py")
 TINY = Geometry(l=8, d=4, lp=16, n=2, w=8, n_local=1)
 QUICK = {
     "geometry": TINY, "dtype": torch.float32, "repeats": 1, "warmups": 0, "device": "cpu", "say": lambda line: None
@@ -127,18 +124,3 @@ def test_decode_rows(tmp_path):
     assert table.implementation.tolist()[0] == "ours"
     assert not table.note.iloc[0]
     assert table.ms.iloc[0] > 0
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts")
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "--noconftest", "-m", "not cuda", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "6 passed" in run.stdout

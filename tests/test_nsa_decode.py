@@ -4,15 +4,11 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
-from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import needs_cuda, needs_interpreter, needs_triton
 from torch import Tensor
 
 from anchors.errors import AnchorsError
@@ -202,24 +198,6 @@ def test_steps_beyond_the_room():
     assert one.step(cache, one.row(33)).isnan().all()
     assert all(map(torch.equal, cache.kept, kept))
     assert cache.length.tolist() == [34]
-
-
-@needs_triton
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts, or CUDA shows it all"
-)
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "steps", "--durations=12", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "11 passed" in run.stdout
 
 
 def test_prefill_keeps_the_last_tokens():

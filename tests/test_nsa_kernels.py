@@ -5,15 +5,11 @@ wrongly: bfloat16 is tested on CUDA only.
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import needs_cuda, needs_interpreter, needs_triton
 
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
@@ -235,24 +231,6 @@ def nothing_seen(device: str, dtype: torch.dtype) -> None:
 @needs_interpreter
 def test_nothing_seen_interpreted():
     nothing_seen("cpu", torch.float32)
-
-
-@needs_triton
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts, or CUDA shows it all"
-)
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "equations or interpreted", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(TINY) + 3} passed" in run.stdout
 
 
 @needs_triton

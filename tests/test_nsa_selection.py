@@ -4,14 +4,9 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 of its own. It multiplies bfloat16 as 16-bit integers, so bfloat16 is tested on CUDA only.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import needs_cuda, needs_interpreter, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,23 +230,6 @@ def test_refused():
         union(chosen(), 33)
     with pytest.raises(AnchorsError, match="begin 4"):
         select(torch.zeros(1, 4, 1, 3), geometry=Geometry(4, 4, 4, n=3, w=4), tokens=16)
-
-
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts, or CUDA shows it all"
-)
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "--noconftest", "-m", "not cuda", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "24 passed" in run.stdout
 
 
 LARGE = [

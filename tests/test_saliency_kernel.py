@@ -4,15 +4,11 @@ Without a GPU it runs in Triton's interpreter, in a process of its own; see `tes
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from gpu import needs_cuda, needs_interpreter, needs_triton
 
 from anchors.errors import AnchorsError
 from anchors.nsa import reference
@@ -185,24 +181,6 @@ def test_tilings_fit():
     blocks = kernel.Selected(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16)
     assert kernel.tiling(blocks, 64, 64, torch.float32)["KEYS"] == 16
     assert kernel.tiling(kernel.Band(), 128, 128, torch.float32, memory=100_000)["ROWS"] == 32
-
-
-@needs_triton
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="this is the process it starts, or CUDA shows it all"
-)
-def test_interpreted():
-    """Runs the tests above in Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(TINY) + 4} passed" in run.stdout
 
 
 @needs_triton
