@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 def shown(result: "Report", view: Any) -> Iterator[Table]:
     """Of every scenario references, what is best, comparisons and sensitivity; all scenarios beside each other."""
-    (vision,) = set(result.tables["guessing"]["scenario"]) - set(result.tables["summary"]["scenario"])
+    # That of vision; none where vision has an expert itself.
+    beside = set(result.tables["guessing"]["scenario"]) - set(result.tables["summary"]["scenario"])
     for scenario in dict.fromkeys(result.tables["summary"]["scenario"]):
         own = {name: t[t["scenario"] == scenario] for name, t in result.tables.items()}
         guesses = result.tables["guessing"]
-        own["guessing"] = guesses[guesses["scenario"].isin([scenario, vision])]
+        own["guessing"] = guesses[guesses["scenario"].isin({scenario} | beside)]
         for show in (_references, _best, _matched, _sensitivity):
             if (table := show(own, scenario)) is not None:
                 yield table
