@@ -57,6 +57,15 @@ def test_what_is_refused_shows_its_cause(asked, name):
     assert all(row.shown for row in rows)
 
 
+def test_several_streams_are_shown_where_patching_is_refused(asked):
+    """One of them exchanged leaves the other prompt away; so do all of them, where layers are handed the tokens besides."""
+    _, row = swept(asked, "gemma3n_text", ("patching",), evidence=True)
+    assert row.verdict == "refused"
+    assert "several residual streams" in row.reason
+    assert "2 residual streams enter model.layers.0 side by side" in row.shown
+    assert "with all streams before model.layers.0 exchanged" in row.shown
+
+
 def test_prompts_stand_on_both_sides_of_the_edge(asked):
     _, edge, _, groups = asked
     short, long = groups[0].prompts, groups[-1].prompts
