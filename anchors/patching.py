@@ -108,8 +108,9 @@ def _entering(model: LanguageModel, layer: int, change: Change) -> Generator[Non
     def changed(stream: Tensor, beside: dict[str, Tensor]) -> Tensor:
         if stream.dim() != 3:
             raise AnchorsError(
-                f"{type(model.model).__name__} carries several residual streams through its layers (of shape "
-                f"{list(stream.shape)}): there is none to be exchanged at a position.",
+                f"{type(model.model).__name__} carries several residual streams side by side through its layers (a tensor of "
+                f"shape {list(stream.shape)}, not [batch, tokens, width]): with one of them exchanged, the others would still "
+                "be those of prompt A.",
                 "Use another model for causal; flow, isolate and readout do not rest on this.",
                 code="model-kind",
             )

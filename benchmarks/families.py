@@ -301,7 +301,7 @@ def causes(rows: Sequence[Row]) -> list[str]:
 def anonymous(reason: str) -> str:
     """The first sentence of a refusal without what is one family's own: names of classes and files, numbers."""
     first = re.split(r"(?<=[.:]) (?=[A-Z])", reason)[0]
-    first = re.sub(r"\S*/families-\S+|'?\b(?:x?[A-Z]+[a-z0-9_]+){2,}\w*'?", "…", first)
+    first = re.sub(r"\S*/families-\S+|…/\S+|'?\b(?:x?[A-Z]+[a-z0-9_]+){2,}\w*'?", "…", first)
     return re.sub(r"\d[\d.e+-]*", "n", first)
 
 

@@ -7,6 +7,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -14,6 +17,9 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -25,6 +31,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -40,6 +47,8 @@ TEXT = {
 }  # fmt: skip
 EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_vl", "gemma3")
+ONE_IMAGE = ("blip_2",)
+"""Families whose forward demands a picture and whose processor puts it before the text."""
 
 
 def tokenizer(special: dict[str, str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -137,18 +146,46 @@ def _gemma3():
     return Gemma3ForConditionalGeneration(config), processor
 
 
-BUILDERS = {"idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3}
+_OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "word_embed_proj_dim": 32}  # fmt: skip
+T5 = {"model_type": "t5", "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 3, "num_heads": 4}
+
+
+def blip(kind: str = "blip_2", text: dict = _OPT):
+    """BLIP-2 or InstructBLIP, unprepared: a Q-Former makes four features of a picture."""
+    words = tokenizer({})  # the processor adds its image token
+    images = BlipImageProcessorPil(**_size(16))
+    of_words = (words, tokenizer({})) if kind == "instructblip" else (words,)
+    process = InstructBlipProcessor if kind == "instructblip" else Blip2Processor
+    processor = process(images, *of_words, num_query_tokens=4)
+    config = (InstructBlipConfig if kind == "instructblip" else Blip2Config)(
+        vision_config={**EYES, "image_size": 16, "patch_size": 8},
+        qformer_config={**EYES, "vocab_size": len(words)}, text_config={**text, "vocab_size": len(words)},
+        num_query_tokens=4, image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    of_kind = (
+        InstructBlipForConditionalGeneration if kind == "instructblip" else Blip2ForConditionalGeneration
+    )
+    return of_kind(config), processor
+
+
+BUILDERS = {"idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip}
 
 
 @cache
 def make_vlm(family: str, routed: bool = True) -> VisionLanguageModel:
     """A random model of a family, with weights large enough for attention to be far from uniform."""
-    torch.manual_seed(FAMILIES.index(family))
+    torch.manual_seed((*FAMILIES, *ONE_IMAGE).index(family))
     model, processor = BUILDERS[family]() if family in BUILDERS else _llava(family)
+    enliven(model)
+    return prepare_vlm(model, processor, f"tiny {family}", "float32", routed=routed)
+
+
+def enliven(model: torch.nn.Module) -> None:
+    """Random weights large enough for attention to be far from uniform."""
     for weight in model.parameters():
         if weight.dim() >= 2:
             torch.nn.init.normal_(weight, std=0.15)
-    return prepare_vlm(model, processor, f"tiny {family}", "float32", routed=routed)
 
 
 def picture(seed: int = 0) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from sweep import family, prompts
+from sweep import family, images, prompts, tiny
 from sweep.facts import EVERY
 
 EXACT = {
@@ -55,6 +55,28 @@ def test_what_is_refused_shows_its_cause(asked, name):
     rows = swept(asked, name, ("logits",), evidence=True)
     assert [row.verdict for row in rows] == ["refused", "refused"]
     assert all(row.shown for row in rows)
+
+
+def test_several_streams_are_shown_where_patching_is_refused(asked):
+    """One of them exchanged leaves the other prompt away; so do all of them, where layers are handed the tokens besides."""
+    _, row = swept(asked, "gemma3n_text", ("patching",), evidence=True)
+    assert row.verdict == "refused"
+    assert "several residual streams" in row.reason
+    assert "2 residual streams enter model.layers.0 side by side" in row.shown
+    assert "with all streams before model.layers.0 exchanged" in row.shown
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"), [("blip-2", None), ("instructblip", "another text for its Q-Former")]
+)
+def test_image_features_made_of_the_text_are_shown(asked, name, cause):
+    _, edge, size, groups = asked
+    model = tiny.build_seeing(name, size + 8, edge)
+    shown = images.seen(model, groups[-1].prompts[0], model.config.image_token_id)
+    _, _, found = images.maps(model.requires_grad_(True), shown)
+    facts = [fact.text for fact in images.facts(model, shown, found)]
+    assert len(facts) == (cause is not None)
+    assert all(text.startswith(cause) for text in facts)
 
 
 def test_prompts_stand_on_both_sides_of_the_edge(asked):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from injection_suites import build
+from injection_vlms import make_vlm, picture
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from anchors.errors import AnchorsError
 from anchors.injection.asking import evaluate as e
 from anchors.injection.asking.suite import Example, Suite, pictures
+from anchors.injection.asking.vlm import PLACE as IMAGE
 from anchors.injection.asking.vlm import VisionLanguageModel, load_vlm
 from anchors.injection.image_flow.prompts import own_answers
 from anchors.model.language import load
@@ -206,6 +208,37 @@ def test_greedy_obeys_no_generation_config(
     monkeypatch.setattr(vlm.model, "generation_config", odd)
     assert (e.captions(vlm, suite, examples), own_answers(vlm, shown, "vision")) == before
     assert vlm.model.generation_config is odd
+
+
+def test_a_model_that_must_see_is_asked_like_any_other(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLIP-2 hands generation to its language model, and has no part that ends before the output matrix."""
+    vlm = make_vlm("blip_2")
+    odd = GenerationConfig(repetition_penalty=50.0, max_length=9)
+    monkeypatch.setattr(vlm.model.language_model, "generation_config", odd)
+    inputs = vlm.encode(
+        [f"{IMAGE}what is it ?", f"{IMAGE}is it big"], [[picture(0)], [picture(1)]], [" yes no", " one"]
+    )
+    for row in range(2):
+        tensors = vlm.encode([f"{IMAGE}{('what is it ?', 'is it big')[row]}"], [[picture(row)]]).tensors
+        ids = tensors["input_ids"]
+        for _ in range(24):
+            logits = vlm.witness.answer(
+                **tensors | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            )
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        new = ids[0, tensors["input_ids"].shape[1] :].tolist()
+        new = new[: new.index(vlm.end)] if vlm.end in new else new
+        (said,) = e.greedy(vlm, tensors, 24)
+        assert said == vlm.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert len(new) > 9
+    batch = e._image_batch((0, 1), inputs)
+    most = e._most_likely(vlm.model, batch)
+    kept = replace(batch, features=e.image_features(vlm, batch.inputs))
+    with e.showing(vlm, kept.features):
+        assert torch.equal(e._most_likely(vlm.model, kept), most)
+    alone = vlm.witness.answer(**inputs.tensors)[batch.rows, batch.columns].argmax(-1)
+    assert torch.equal(most, alone)
+    assert vlm.model.language_model.generation_config is odd
 
 
 def test_truncated_weights_are_refused(suite: Suite, tmp_path: Path) -> None:

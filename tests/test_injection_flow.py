@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from injection_vlms import FAMILIES, make_vlm, picture
+from injection_vlms import FAMILIES, ONE_IMAGE, T5, blip, enliven, make_vlm, picture
+from PIL import Image
 from transformers import AttentionInterface, PreTrainedModel
 
 from anchors.attention.seam import NAME
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import flow_sums
 from anchors.injection.asking.routing import prove, route_tower
+from anchors.injection.asking.vlm import load_vlm, prepare_vlm
 from anchors.injection.image_flow.flow import ImagePrompt, collate, demand, image_flow
 
 IMAGE = "<image>"
@@ -48,11 +50,12 @@ def literal(vlm, batch):
         out = vlm.model(**batch.tensors, output_attentions=True, use_cache=False)
         logits = out.logits[torch.arange(len(batch.target)), batch.target]
         loss = F.cross_entropy(logits, batch.answer, reduction="none")
-        slopes = torch.autograd.grad(loss.sum(), out.attentions)
+        made = out.attentions if hasattr(out, "attentions") else out.language_model_outputs.attentions
+        slopes = torch.autograd.grad(loss.sum(), made)
     finally:
         decoder.set_attn_implementation("anchors")
         vlm.model.requires_grad_(False)
-    maps = torch.stack([(a * g).sum(1).abs() for a, g in zip(out.attentions, slopes, strict=True)], dim=1)
+    maps = torch.stack([(a * g).sum(1).abs() for a, g in zip(made, slopes, strict=True)], dim=1)
     return maps.double() * (1 - torch.eye(maps.shape[-1], dtype=torch.float64)), loss
 
 
@@ -81,8 +84,11 @@ def loops(flow, ids, labels, target, begins, image_id, both_ways):
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("words", [("red", "blue"), ()], ids=["two shots", "no shots"])
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [(family, words) for words in (("red", "blue"), ()) for family in FAMILIES]
+    + [(f, ()) for f in ONE_IMAGE],
+)
 def test_sums_are_those_of_materialised_attention(family, words):
     vlm = make_vlm(family)
     prompts = [prompt(words), prompt(tuple(reversed(words)), "one", seed=5)]
@@ -130,21 +136,97 @@ def test_only_the_language_tower_is_on_the_seam(family):
     assert {m.config._attn_implementation for m in others} == {"sdpa"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ONE_IMAGE])
 def test_the_witness_is_the_model_s_own_eager_attention(family):
     """Images and all, with the processor's mask, before and after the tower was put on the seam."""
     vlm = make_vlm(family)
-    tensors = vlm.encode([prompt().text], [prompt().images]).tensors
+    shots = ((), ()) if family in ONE_IMAGE else (("red", "blue"), ("blue", "red"))
+    own = prompt(shots[0])
+    tensors = vlm.encode([own.text], [own.images]).tensors
     said = vlm.witness.answer(**tensors)
     assert {
         m.config._attn_implementation for m in vlm.model.get_decoder().modules() if hasattr(m, "config")
     } == {NAME}
-    fresh = type(vlm.model)(copy.deepcopy(vlm.model.config))
-    fresh.load_state_dict(vlm.model.state_dict())
-    fresh.eval().set_attn_implementation("eager")
     with torch.no_grad():
-        assert torch.equal(said, fresh(**tensors, use_cache=False).logits)
-    demand(vlm, [prompt(), prompt(("blue", "red"), "one", seed=5)])
+        assert torch.equal(said, fresh(vlm)(**tensors, use_cache=False).logits)
+    demand(vlm, [own, prompt(shots[1], "one", seed=5)])
+
+
+def fresh(vlm):
+    """The model again, on transformers' own eager attention."""
+    model = type(vlm.model)(copy.deepcopy(vlm.model.config))
+    model.load_state_dict(vlm.model.state_dict())
+    model.eval().set_attn_implementation("eager")
+    return model
+
+
+def test_a_witness_that_must_see_is_shown_a_picture():
+    """Before anything was done to it, by its own processor; only another last token tells the two questions apart."""
+    vlm = make_vlm("blip_2")
+    with pytest.raises(TypeError, match="pixel_values"):
+        vlm.model(input_ids=vlm.witness.ids)
+    one, other = vlm.witness.ids.tolist()
+    image = vlm.image_token_id
+    assert one[:4] == other[:4] == [image] * 4
+    assert one[4:-1] == other[4:-1]
+    assert len({one[-1], other[-1], image}) == 3
+    pixels = vlm.processor.image_processor([Image.new("RGB", (64, 64), (200, 60, 20))], return_tensors="pt")
+    with torch.no_grad():
+        for row, said in zip(vlm.witness.ids, vlm.witness.said, strict=True):
+            own = fresh(vlm)(input_ids=row[None], pixel_values=pixels["pixel_values"]).logits[0]
+            assert torch.equal(own, said)
+
+
+def test_a_tower_that_must_see_and_looks_ahead_is_refused(monkeypatch):
+    model, processor = blip()
+    enliven(model)
+    head = model.language_model.lm_head
+    own = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: own(x + x.mean(1, keepdim=True)), raising=False)
+    with pytest.raises(AnchorsError, match="is not causal as it is configured"):
+        prepare_vlm(model, processor, "tiny", "float32", routed=True)
+
+
+def test_image_features_made_of_the_text_are_refused():
+    """As the untouched model shows, asked by its own processor: another last word moves what stands before it."""
+    model, processor = blip("instructblip")
+    enliven(model.eval())
+    with torch.no_grad():
+        said = [
+            model(**processor(images=[picture()], text=[text], return_tensors="pt")).logits[0]
+            for text in ("is it red", "is it blue")
+        ]
+        assert (said[0] - said[1])[:-1].norm() > 1e-3 * said[0][:-1].norm()
+    with pytest.raises(AnchorsError, match="image features of the prompt's text, too") as refused:
+        prepare_vlm(model, processor, "tiny", "float32", routed=True)
+    assert refused.value.code == "not-causal"
+
+
+def test_a_q_former_reads_prompts_and_no_answers():
+    model, processor = blip("instructblip")
+    enliven(model)
+    vlm = prepare_vlm(model, processor, "tiny", "float32")
+    texts, images = ["is it red", "big"], [picture(0), picture(1)]
+    both = vlm.encode([IMAGE + text for text in texts], [[image] for image in images], [" yes", " no"])
+    with torch.no_grad():
+        found = model(**both.tensors).logits
+        for row, (text, image) in enumerate(zip(texts, images, strict=True)):
+            own = model(**processor(images=[image], text=[text], return_tensors="pt")).logits[0]
+            torch.testing.assert_close(found[row, : len(own)], own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_on_disk_that_must_see(tmp_path):
+    model, processor = blip()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert len(load_vlm(tmp_path, routed=True, device="cpu", precision="float32").modules) == 3
+
+
+def test_a_text_read_by_an_encoder_is_refused():
+    model, processor = blip(text=T5)
+    with pytest.raises(AnchorsError, match="reads a prompt in an encoder") as refused:
+        prepare_vlm(model, processor, "tiny", "float32", routed=True)
+    assert refused.value.code == "model-kind"
 
 
 def test_a_tower_that_is_another_one_on_the_seam_is_refused(monkeypatch):
@@ -211,6 +293,33 @@ def test_answers_and_marks_stand_where_they_should():
         assert at[0] == inputs.prompts[row]
         assert inputs.tensors["attention_mask"][row].sum() == at[-1] + 1
     assert [words.decode(ids[0, list(mark)]) for mark in inputs.marked[0]] == ["red"]
+
+
+def test_marks_behind_an_image_that_the_processor_sets():
+    vlm = make_vlm("blip_2")
+    texts = [f"{IMAGE} # what is it ? = red", f"{IMAGE}big ="]
+    inputs = vlm.encode(
+        texts, [[picture(0)], [picture(1)]], [" yes no", " one"],
+        marks=[[(texts[0].index("red"), len(texts[0]))], [(texts[1].index("big"), texts[1].index("="))]],
+    )  # fmt: skip
+    words = vlm.tokenizer
+    assert [words.decode(ids[list(own[0])]) for ids, own in zip(inputs.ids, inputs.marked, strict=True)] == [
+        "red",
+        "big",
+    ]
+    assert inputs.ids.eq(vlm.image_token_id).sum(1).tolist() == [4, 4]
+    assert inputs.prompts.tolist() == [4 + 7, 4 + 2]
+
+
+def test_images_where_a_processor_sets_none_are_refused():
+    vlm = make_vlm("blip_2")
+    for text, images in ((f"a {IMAGE}", 1), (f"{IMAGE} {IMAGE} a", 2), ("a", 0)):
+        with pytest.raises(AnchorsError, match="does not begin with its only image"):
+            vlm.encode([text], [[picture()] * images])
+    model, processor = blip()
+    processor.num_query_tokens = 3
+    with pytest.raises(AnchorsError, match=r"puts 3 image tokens .* makes 4 features"):
+        prepare_vlm(model, processor, "tiny", "float32", routed=True)
 
 
 def test_padding_changes_nothing():

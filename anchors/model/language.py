@@ -285,7 +285,7 @@ def prepare(
     """
     model.eval().requires_grad_(False)
     sound(model, name)
-    witness = testify(model, tokenizer, precision)
+    witness = testify(model, tokenizer, precision, None)
     made = apply(alterations(model, tokenizer, name, precision))
     without_memory(model)
     routed = LanguageModel(

@@ -2,20 +2,20 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError, nearest
 from anchors.model.alteration import Alteration
 from anchors.model.identity import Identity
 from anchors.model.lengths import Change, changes, demand_one_side
-from anchors.model.witness import TOLERANCE, Witness, flat, leak, sample
+from anchors.model.witness import TOLERANCE, Witness, flat, leak, sample, with_another_last
 
 DTYPES = {
     "float64": torch.float64,
@@ -150,14 +150,31 @@ def placed(device: str, precision: str) -> tuple[torch.device, str]:
     return where, precision
 
 
-def testify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str) -> Witness:
+def testify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: str,
+    shown: Mapping[str, Tensor] | None,
+) -> Witness:
     """The witness of a model, taken before anything is done to it.
+
+    Args:
+        model: as it came.
+        tokenizer: its own.
+        precision: one of `DTYPES`.
+        shown: what to ask, of one row that ends in text, where the model's forward demands more than tokens: `input_ids` and
+            pixels. None asks a few tokens of text.
 
     Raises:
         AnchorsError: the model by itself does not run, says the same of every token, or later tokens move its earlier
             logits.
     """
-    witness = Witness.of(model, sample(model, tokenizer))
+    if shown is None:
+        witness = Witness.of(model, sample(model, tokenizer))
+    else:
+        beside = {name: x for name, x in shown.items() if name not in ("input_ids", "attention_mask")}
+        image = getattr(model.config, "image_token_id", None)
+        witness = Witness.of(model, with_another_last(model, shown["input_ids"][0], image), **beside)
     if flat(witness.said):
         raise AnchorsError(
             f"{type(model).__name__} by itself gives every token of its vocabulary the same logit: the gradient of any loss "

@@ -53,8 +53,13 @@ class Witness:
     said: Float[Tensor, "2 tokens vocabulary"]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, ids: Int[Tensor, "2 tokens"]) -> "Witness":
+    def of(cls, model: PreTrainedModel, ids: Int[Tensor, "2 tokens"], **beside: Tensor) -> "Witness":
         """Keep how a model is now, and what it says: to be taken before anything is done to it.
+
+        Args:
+            model: in eval mode.
+            ids: see `Witness`.
+            beside: what else its forward demands, of one row (pixels); each row is then asked alone.
 
         Raises:
             AnchorsError: the model by itself does not run.
@@ -63,7 +68,13 @@ class Witness:
         witness = cls(
             model, tuple((part, _copied(vars(part))) for part in parts), ids, torch.empty(*ids.shape, 0)
         )
-        return replace(witness, said=witness.logits(ids))
+        if not beside:
+            return replace(witness, said=witness.logits(ids))
+        rows = [
+            witness.answer(input_ids=row, attention_mask=torch.ones_like(row), **beside)
+            for row in ids.split(1)
+        ]
+        return replace(witness, said=torch.cat(rows))
 
     @contextmanager
     def untouched(self, attention: str = "eager") -> Generator[PreTrainedModel]:
@@ -219,8 +230,16 @@ def sample(
     """A few tokens of text, and the same with another last one."""
     rows = _rows(model)
     ids = [i for i in tokenizer(_TEXT)["input_ids"] if i < rows][:most]
-    last = next((i for i in ids if i != ids[-1]), (ids[-1] + 1) % rows)
-    return torch.tensor([ids, [*ids[:-1], last]], device=model.device)
+    return with_another_last(model, torch.tensor(ids, device=model.device))
+
+
+def with_another_last(
+    model: PreTrainedModel, ids: Int[Tensor, " tokens"], unlike: int | None = None
+) -> Int[Tensor, "2 tokens"]:
+    """Some tokens, and the same with another last one, which is not `unlike` (an image token)."""
+    known = [*ids.tolist(), *range(_rows(model))]
+    last = next((i for i in known if i not in (known[len(ids) - 1], unlike)), 0)
+    return torch.stack([ids, torch.cat([ids[:-1], ids.new_tensor([last])])])
 
 
 def leak(logits: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sweep.oracle import block_of, continued, runs, watching
-from sweep.right import Asked, Group, patched
+from sweep.right import Asked, Group, entered, patched, streams_first
 
 EVERY = (
     "logits",
@@ -320,12 +320,21 @@ def _ties(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
 
 
 def _stream(model: nn.Module, groups: Sequence[Group]) -> Iterator[Fact]:
-    """Does all that differs between two prompts enter the first layer by the residual stream?"""
+    """Does all that differs between two prompts enter the first layer by the residual stream, and by a single one?"""
     own, other = groups[0].prompts[0], groups[0].exchanged[0]
     first = block_of(runs(model, own.ids)[1].names[0])
+    state = entered(model, own.ids, first)
+    if state.dim() > 3:
+        moved = float(patched(model, own, other, [first], one=True)["stream/0"])
+        if moved > 1e-3:
+            yield Fact(
+                f"{len(streams_first(state, len(own.ids)))} residual streams enter {first} side by side, a tensor of shape "
+                f"{list(state.shape)}; with the first of them exchanged, label logits are {moved:.1e} from the other prompt's",
+                ("patching",),
+            )
     moved = float(patched(model, own, other, [first])["stream/0"])
     if moved > 1e-3:
         yield Fact(
-            f"with the stream before {first} exchanged, label logits are {moved:.1e} from the other prompt's",
+            f"with {'the stream' if state.dim() == 3 else 'all streams'} before {first} exchanged, label logits are {moved:.1e} from the other prompt's",
             ("patching",),
         )

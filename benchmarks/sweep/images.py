@@ -205,6 +205,16 @@ def facts(model: nn.Module, shown: Scene, found: Any) -> Iterator[Fact]:
         )
     if model.config.is_encoder_decoder:
         yield Fact("an encoder reads the text, a decoder the answer", NUMBERS)
+    if (read := shown.tensors.get("qformer_input_ids")) is not None:
+        with torch.no_grad():
+            moved = apart(model(**shown.tensors | {"qformer_input_ids": read + 1}, use_cache=False).logits[0],
+                          model(**shown.tensors, use_cache=False).logits[0])  # fmt: skip
+        if moved > 1e-4:
+            yield Fact(
+                f"another text for its Q-Former (qformer_input_ids) moves the logits at all tokens by {moved:.1e}: image features "
+                "are made of the text, too",
+                NUMBERS,
+            )
     ids = shown.tensors["input_ids"].clone()
     ids[0, -1] = shown.answer
     with torch.no_grad():
@@ -223,14 +233,13 @@ class Toolkit:
     """The tower on the seam; the processor has only what is asked of it: tensors are made here."""
 
     def __init__(self, model: nn.Module, shown: Scene, tokenizer: Any) -> None:
-        from anchors.injection.asking.routing import demand_each_layer, route_tower
+        from anchors.injection.asking.routing import demand_each_layer, route_tower, witness_of_tower
         from anchors.injection.asking.vlm import prepare_vlm
-        from anchors.model.routed import testify
 
         images = types.SimpleNamespace(to_json_string=lambda: "{}")
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token="<image>", image_processor=images)  # noqa: S106
         vlm = prepare_vlm(model, processor, type(model).__name__, "float32")
-        witness = testify(model, tokenizer, "float32")
+        witness = witness_of_tower(vlm, None if shown is None else _unmasked(shown))
         self.vlm, self.shown = dataclasses.replace(vlm, modules=route_tower(model), witness=witness), shown
         if shown is not None:
             demand_each_layer(self.vlm, _unmasked(shown), "images")

@@ -245,8 +245,27 @@ def _without_positions(model: nn.Module, prompt: Asked) -> bool:
 
 
 @torch.no_grad()
-def patched(model: nn.Module, own: Asked, other: Asked, blocks: Sequence[str]) -> Numbers:
-    """Label words' centred logits of A, of B, and of A with B's residual stream at the label words before a layer."""
+def entered(model: nn.Module, ids: Sequence[int], block: str) -> Tensor:
+    """What enters a layer: the residual stream, [batch, tokens, width], or several of them in one tensor."""
+    kept: list[Tensor] = []
+    with entering(model, block, lambda x: kept.append(x) or x):
+        runs(model, ids)
+    return kept[0]
+
+
+def streams_first(state: Tensor, tokens: int) -> Tensor:
+    """What enters a layer as [streams, tokens, width], a view, wherever a family puts its streams; the batch is of one."""
+    at = state.shape.index(tokens)
+    return state.movedim(at, -2).flatten(end_dim=-3) if state.dim() > 2 else state[None]
+
+
+@torch.no_grad()
+def patched(model: nn.Module, own: Asked, other: Asked, blocks: Sequence[str], one: bool = False) -> Numbers:
+    """Label words' centred logits of A, of B, and of A with B's residual stream at the label words before a layer.
+
+    Args:
+        one: of several streams, exchange the first one alone.
+    """
 
     def centred(found: Tensor) -> Tensor:
         z = labels_of(found, own).double()
@@ -264,12 +283,13 @@ def patched(model: nn.Module, own: Asked, other: Asked, blocks: Sequence[str]) -
     gap = b - a
     found = {"denominator": gap.square().sum()}
     for layer, block in enumerate(blocks):
-        kept: list[Tensor] = []
-        asked(other.ids, block, lambda x, kept=kept: kept.append(x) or x)
+        theirs = streams_first(entered(model, other.ids, block), len(other.ids))
 
-        def swap(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
+        def swap(x: Tensor, theirs: Tensor = theirs) -> Tensor:
             x = x.clone()
-            x[..., where, :] = kept[0][..., where, :]
+            ours = streams_first(x, len(own.ids))
+            which = slice(1 if one else len(ours))
+            ours[which, where] = theirs[which, where]
             return x
 
         z = centred(asked(own.ids, block, swap))

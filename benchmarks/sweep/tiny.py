@@ -408,11 +408,13 @@ def wide(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 size = (
                     0.3
                     if "embed" in name
+                    else 1.5
+                    if "altup" in name  # its streams hardly mix below
                     else 0.2
                     if expert
                     else 0.3 * (WIDTH / max(WIDTH, weight.shape[-1])) ** 0.5
                 )
                 weight.copy_(torch.randn(weight.shape, generator=draw) * size)
-            elif "sink" in name:
+            elif "sink" in name or "correct_output_scale" in name:  # zero at first: a dead path in Gemma 3n
                 weight.copy_(torch.randn(weight.shape, generator=draw))
     return model

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -260,16 +260,21 @@ def greedy(vlm: VisionLanguageModel, inputs: dict[str, Tensor], tokens: int) -> 
         inputs: encoded prompts of equal length.
         tokens: the most that it writes.
     """
-    model, own = vlm.model, vlm.model.generation_config
-    # Whatever a call leaves open `generate` fills in from here: a repetition penalty, a number of beams.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=tokens, eos_token_id=vlm.end, pad_token_id=vlm.end
-    )
+    # Whatever a call leaves open `generate` fills in from here: a repetition penalty, a number of beams. Some (BLIP-2) leave
+    # it to the `generate` of their language model, which reads its own.
+    asked: Any = vlm.model
+    models: list[Any] = [m for m in asked.modules() if hasattr(m, "generation_config")]
+    own = [m.generation_config for m in models]
     try:
+        for model in models:
+            model.generation_config = GenerationConfig(
+                do_sample=False, max_new_tokens=tokens, eos_token_id=vlm.end, pad_token_id=vlm.end
+            )
         with vlm.arithmetic():
-            ids = cast(Any, model).generate(**inputs)
+            ids = asked.generate(**inputs)
     finally:
-        model.generation_config = own
+        for model, config in zip(models, own, strict=True):
+            model.generation_config = config
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -323,6 +328,8 @@ def _right(model: Any, batch: Batch) -> dict[int, bool]:
 
 
 def _most_likely(model: Any, batch: Batch) -> Int[Tensor, " answers"]:
+    if model.base_model is model:  # no part of it ends before the output matrix
+        return model(**batch.inputs, use_cache=False).logits[batch.rows, batch.columns].argmax(-1)
     hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # Only these rows of the output matrix are needed, and monotone scalings of logits change no argmax.
     return model.get_output_embeddings()(hidden[batch.rows, batch.columns]).argmax(-1)

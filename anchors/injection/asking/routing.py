@@ -4,6 +4,8 @@ Masks and positions stay the model's own (images that see each other, positions 
 call as it comes. The vision tower keeps its attention.
 """
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +15,59 @@ from transformers import PreTrainedModel
 
 from anchors.attention.form import Call
 from anchors.attention.seam import NAME, seam
-from anchors.errors import RoutingError
-from anchors.model.witness import TOLERANCE, apart
+from anchors.errors import AnchorsError, RoutingError
+from anchors.model.routed import testify
+from anchors.model.witness import TOLERANCE, Witness, apart
 
 if TYPE_CHECKING:
     from anchors.injection.asking.vlm import VisionLanguageModel
+
+
+PICTURE = Image.new("RGB", (64, 64), (200, 60, 20))
+"""What a model is shown when it is put on the seam."""
+
+
+def demanded(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a model's forward cannot do without, beside the tokens (pixels, in the BLIP families)."""
+    taken = inspect.signature(model.forward).parameters
+    return tuple(
+        name
+        for name, own in taken.items()
+        if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD and name != "input_ids"
+    )
+
+
+def witness_of_tower(vlm: "VisionLanguageModel", shown: Mapping[str, Tensor] | None = None) -> Witness:
+    """The witness of a model before its tower is put on the seam: asked a text, or, where its forward demands pictures, a
+    text with one.
+
+    Args:
+        vlm: as it came.
+        shown: that text with a picture, encoded; None leaves it to the processor.
+
+    Raises:
+        AnchorsError: an encoder reads its texts, or its image features are made of the text, too; see
+            `anchors.model.routed.testify`.
+    """
+    model, needs = vlm.model, demanded(vlm.model)
+    if model.config.is_encoder_decoder:
+        raise AnchorsError(
+            f"{type(model).__name__} reads a prompt in an encoder and writes the answer in a decoder, so that no token of the "
+            "prompt is attended to as in a language model.",
+            "Give a model whose language tower is a decoder alone (of BLIP-2 those with OPT, not those with Flan-T5).",
+            code="model-kind",
+        )
+    if read := [name for name in needs if name.startswith("qformer_input")]:
+        raise AnchorsError(
+            f"{type(model).__name__} makes its image features of the prompt's text, too (its forward demands {read[0]}): another "
+            "last word moves the logits at every token before it, and what comes from an image cannot be told from what comes "
+            "from the text.",
+            "Give a model whose image features are made of the image alone: BLIP-2, LLaVA, Idefics3, Qwen2-VL, Gemma 3.",
+            code="not-causal",
+        )
+    if needs and shown is None:
+        shown = vlm.encode(["<image> a b"], [[PICTURE]]).tensors
+    return testify(model, vlm.tokenizer, vlm.precision, shown if needs else None)
 
 
 def _attends(modules: set[nn.Module]) -> bool:
@@ -82,14 +132,14 @@ class _Count:
 
 
 def prove(vlm: "VisionLanguageModel") -> None:
-    """Run a text and an image with text: each layer of the tower must arrive at the seam exactly once, and the logits be
-    those of the model as it came.
+    """Run a text (where the family takes one alone) and an image with text: each layer of the tower must arrive at the seam
+    exactly once, and the logits be those of the model as it came.
 
     Raises:
         RoutingError: it does not, or they are not.
     """
-    picture = Image.new("RGB", (64, 64), (200, 60, 20))
-    for text, images in (("a b", []), ("<image> a", [picture])):
+    alone = [] if demanded(vlm.model) else [("a b", [])]
+    for text, images in (*alone, ("<image> a", [PICTURE])):
         tensors = vlm.encode([text], [images]).tensors
         ours = demand_each_layer(vlm, tensors, f"{len(images)} images")
         assert vlm.witness is not None  # noqa: S101 - a routed model has one

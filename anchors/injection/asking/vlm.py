@@ -6,7 +6,7 @@ processor; what a mask or a position is, to the model itself.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from anchors.errors import AnchorsError
-from anchors.injection.asking.routing import prove, route_tower
+from anchors.injection.asking.routing import prove, route_tower, witness_of_tower
 from anchors.model.identity import Identity, identity
 from anchors.model.lengths import without_memory
 from anchors.model.loading import Origin, processor_of, vision_language_model
 from anchors.model.preparation import apply, beyond, guarded
-from anchors.model.routed import DTYPES, Routed, placed, testify
+from anchors.model.routed import DTYPES, Routed, placed
 from anchors.model.soundness import sound
 from anchors.places import refuse_revision
 
@@ -103,7 +103,8 @@ class VisionLanguageModel(Routed):
         """Tensors of some prompts on the model's device.
 
         Args:
-            texts: prompts; each `<image>` in them stands for an image.
+            texts: prompts; each `<image>` in them stands for an image. BLIP-2's processor puts one image before each text:
+                there a prompt begins with `<image>` and has no other.
             images: of each prompt, in this order.
             answers: what comes after each prompt; tokenised by itself without special tokens, then the end of the text,
                 so that the prompt's tokens do not depend on it.
@@ -113,7 +114,7 @@ class VisionLanguageModel(Routed):
             AnchorsError: other numbers of images than places; image tokens that are not the images'; a prompt longer
                 than the model's positions; a mark that no token holds.
         """
-        place: str = self.processor.image_token  # ty: ignore[missing-attribute] - of every processor of images
+        place = str(self.processor.image_token)  # ty: ignore[missing-attribute] - of every processor of images
         rows = self._rows(texts, images, place)
         ids: list[list[int]] = rows["input_ids"]
         marked = () if marks is None else self._marked(texts, rows, place, marks)
@@ -144,6 +145,10 @@ class VisionLanguageModel(Routed):
             if name in rows and name in self._taken:
                 kinds = [padded(r, [0] * len(a), 0) for r, a in zip(rows[name], after, strict=True)]
                 tensors[name] = torch.tensor(kinds)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            if name in rows and name in self._taken:  # of the prompts alone: no answer stands in them
+                most = max(map(len, rows[name]))
+                tensors[name] = torch.tensor([padded(r, [], 0, most) for r in rows[name]])
         pixels = {name: x for name, x in rows.items() if isinstance(x, Tensor)}
         most = max(map(len, after))
         return Inputs(
@@ -164,6 +169,11 @@ class VisionLanguageModel(Routed):
     def _taken(self) -> set[str]:
         """Names of the tensors that the model's forward takes."""
         return set(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def _before_texts(self) -> bool:
+        """Whether the processor puts the tokens of one image before each text, wherever that names one (BLIP-2)."""
+        return hasattr(self.processor, "num_query_tokens")
 
     @property
     def _filling(self) -> int:
@@ -187,7 +197,15 @@ class VisionLanguageModel(Routed):
                     f"Write {PLACE} for an image.",
                     code="prompt",
                 )
-        shown = [text.replace(PLACE, self._framed(place)) for text in texts]
+            if self._before_texts and (len(own) != 1 or not text.startswith(PLACE)):
+                raise AnchorsError(
+                    f"Prompt {i} does not begin with its only image: {type(self.processor).__name__} puts one before each "
+                    "text, and none elsewhere.",
+                    f"Begin each prompt with {PLACE}, and show no more images.",
+                    code="prompt",
+                )
+        framed = "" if self._before_texts else self._framed(place)
+        shown = [text.replace(PLACE, framed) for text in texts]
         some = any(images)
         if some and not all(images):
             raise AnchorsError(
@@ -197,7 +215,7 @@ class VisionLanguageModel(Routed):
             )
         try:
             # Only the images become tensors: rows of tokens differ in length until the answers stand behind them.
-            return dict(
+            rows = dict(
                 self.processor(
                     text=shown,
                     images=[list(own) for own in images] if some else None,
@@ -212,6 +230,30 @@ class VisionLanguageModel(Routed):
                 "Are the images of a size that it knows?",
                 code="prompt",
             ) from error
+        if self._before_texts:
+            self._set_before(rows)
+        return rows
+
+    def _set_before(self, rows: dict[str, Any]) -> None:
+        """Make the offsets of a processor that puts an image before each text those of a text that has grown there.
+
+        Raises:
+            AnchorsError: the processor puts other image tokens there than the model makes features for.
+        """
+        made, grown = self.model.config.num_query_tokens, []
+        for ids, offsets in zip(rows["input_ids"], rows["offset_mapping"], strict=True):
+            if ids[:made] != [self.image_token_id] * made or self.image_token_id in ids[made:]:
+                raise AnchorsError(
+                    f"The processor of {self.name!r} puts {ids.count(self.image_token_id)} image tokens ({self.image_token_id}) "
+                    f"before a prompt, and {type(self.model).__name__} makes {made} features of an image.",
+                    "Give the processor the num_query_tokens of the model's config.json, and the config the number of the "
+                    "processor's image token.",
+                    code="tokenizer",
+                )
+            end = offsets[made - 1][1]
+            offsets[made:] = [(a + end, b + end) for a, b in offsets[made:]]
+            grown.append([{"new_span": (0, end)}])
+        rows["text_replacement_offsets"] = grown
 
     def _framed(self, place: str) -> str:
         framed = FRAMES.get(place, place)
@@ -227,7 +269,7 @@ class VisionLanguageModel(Routed):
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Positions of the tokens that hold some of each asked range of characters."""
         found = []
-        around = len(self._framed(place)) - len(place)
+        around = 0 if self._before_texts else len(self._framed(place)) - len(place)
         grown = rows.get("text_replacement_offsets") or [[] for _ in texts]
         for i, (text, own) in enumerate(zip(texts, marks, strict=True)):
             # How much longer the text became at each image.
@@ -296,8 +338,7 @@ def prepare_vlm(
     """Freeze a loaded model; with `routed`, put its language tower on the seam.
 
     Raises:
-        AnchorsError: the processor has no image token, or no fast tokenizer; to be routed: the model by itself does not run,
-            or is not causal.
+        AnchorsError: the processor has no image token, or no fast tokenizer; to be routed: see `witness_of_tower`.
         RoutingError: see `route_tower`, `prove`.
     """
     tokenizer = getattr(processor, "tokenizer", None)
@@ -317,10 +358,6 @@ def prepare_vlm(
         )
     model.eval().requires_grad_(False)
     sound(model, name)
-    witness = testify(model, tokenizer, precision) if routed else None
-    without_memory(model)
-    embedding = model.get_input_embeddings()
-    made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
     vlm = VisionLanguageModel(
         model=model,
         processor=processor,
@@ -328,10 +365,13 @@ def prepare_vlm(
         name=name,
         precision=precision,
         image_token_id=image_token_id,
-        modules=route_tower(model) if routed else (),
-        altered=made,
-        witness=witness,
     )
+    witness = witness_of_tower(vlm) if routed else None
+    without_memory(model)
+    embedding = model.get_input_embeddings()
+    made = apply([guarded(embedding, name)]) if beyond(tokenizer, embedding, name) else ()
+    modules = route_tower(model) if routed else ()
+    vlm = replace(vlm, modules=modules, altered=made, witness=witness)
     if routed:
         prove(vlm)
     return vlm
