@@ -190,6 +190,8 @@ def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> 
         return
     for part in line.resolve(line.shown)(result, view) if line.shown else plainly_shown(line, result):
         out.print(part, markup=not isinstance(part, str))
+    for told in (*line.legend(result.tables), *result.sentences):
+        out.print(told, markup=False)
     common.print_files(result.files)
 
 

@@ -161,7 +161,7 @@ def _reports(out: Path, name: str, there: set[str]) -> list[tuple[dict[str, Any]
     found: dict[str, tuple[dict[str, Any], set[str]]] = {}
     nameless: list[str] = []
     for file in sorted(there):
-        if file.endswith(".json") and (facts := _facts(out / file)):
+        if file.endswith(".json") and (facts := facts_beside(out / file)):
             files = facts.get("files")
             whole = isinstance(files, list) and all(isinstance(f, str) for f in files)
             key = key_of({"parts": parts_of(facts), "whole": whole})
@@ -200,7 +200,7 @@ def _begins(file: str, name: str) -> bool:
     return re.fullmatch(rf"{re.escape(name)}([_-].*)?", Path(file).stem) is not None
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
+def facts_beside(path: Path) -> dict[str, Any] | None:
     """What stands beside a table; None for any other file."""
     try:
         found = parsed(path.read_text(encoding="utf-8"))
