@@ -236,12 +236,13 @@ def test_a_second_model_or_fewer_prompts_replace_nothing(ran, tiny, tokenizer, t
         out = copytree(folder, tmp_path / f"out-{name}")
         result = invoke("classify", *arguments, "-o", out)
         assert result.exit_code == 0, result.output
-        (aside,) = (out / "set-aside").iterdir()
-        assert {p.name: p.read_bytes() for p in aside.iterdir()} == before
-        assert f"set aside in {aside}".replace(" ", "") in "".join(result.stderr.split())
+        assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+        (own,) = (p for p in out.iterdir() if p.is_dir() and p.name != "runs")
+        assert {p.name for p in own.iterdir()} == set(before)
+        assert f"beside them in {str(own)!r}".replace(" ", "") in "".join(result.stderr.split())
     out = copytree(folder, tmp_path / "larger")
     assert invoke("classify", *tiny, "-n", 9, "--calibrate", "-o", out).exit_code == 0
-    assert not (out / "set-aside").exists()
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"runs"}
     assert pd.read_parquet(out / "classify.parquet")["number"].max() == 8
 
 

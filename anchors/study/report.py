@@ -175,7 +175,7 @@ def leave(
 ) -> Report:
     """Write files whose names begin with `name`.
 
-    Results of something else that lie there under the same names are set aside, see `anchors.study.shelf`.
+    Where results of something else lie there under the same names, these stand beside them, see `anchors.study.shelf`.
 
     Args:
         out: folder of the results.
@@ -184,12 +184,12 @@ def leave(
         tables: by what the files' names have after `name`.
         figure: the study whose picture is drawn of them.
         rows: by name of file.
-        pages: likewise after `name`.
+        pages: likewise after `name`; None leaves those of the same results where they are.
         csv: write the rows as CSV, too.
     """
     from anchors.figures import draw
 
-    shelf, drawn = Shelf(out, name), draw(figure, tables, facts["model"])
+    shelf, drawn = Shelf(out, name, whole=pages is not None), draw(figure, tables, facts["model"])
     for key, table in (rows or {}).items():
         shelf.table(key, table, csv=csv)
     for key, table in tables.items():
