@@ -393,3 +393,42 @@ def test_two_verbs_in_one_folder_do_not_disturb_each_other(first, second, ran, t
     pd.testing.assert_frame_equal(pd.read_parquet(folder / f"{second}.parquet"), ran(second).rows(second))
     touched = [str(name) for name, content in before.items() if (folder / name).read_bytes() != content]
     assert not touched
+
+
+def test_until_width_goes_on_until_it_is_narrow(tiny, tmp_path):
+    """The number of examples that is said is the first of its steps that is narrow enough; going on computes only what is left."""
+
+    def widest(folder):
+        table = pd.read_parquet(folder / "flow_summary.parquet")
+        own = table[table["metric"] == "s_pq"]
+        return (own["share_high"] - own["share_low"]).max(), own["examples"].iloc[0]
+
+    few = invoke("flow", *tiny, "-n", 4, "-o", tmp_path / "few")
+    assert few.exit_code == 0, few.output
+    width = 0.7 * widest(tmp_path / "few")[0]
+    out = tmp_path / "narrow"
+    result = invoke("flow", *tiny, "-n", 4, "--until-width", width, "--pages", 0, "-o", out)
+    assert result.exit_code == 0, result.output
+    found, examples = widest(out)
+    assert found <= width
+    assert 4 < examples <= 200
+    said = " ".join(result.stderr.split())
+    assert f"{examples} examples per seed were enough for --until-width {width:g}" in said
+    assert any("were enough" in note for note in json.loads((out / "flow.json").read_text())["notes"])
+    assert len(list((out / "runs").iterdir())) == 1
+    before = stamps(out)
+    assert invoke("flow", *tiny, "-n", 4, "--until-width", width, "--pages", 0, "-o", out).exit_code == 0
+    assert stamps(out) == before
+
+
+def test_until_width_ends_with_the_test_set(tiny, tmp_path):
+    for part in ("train", "test"):
+        texts = [{"text": f"{part} word{i} again", "label": i % 2} for i in range(12)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    own = ["--data", tmp_path, "-o", tmp_path / "out", "-n", 3]
+    result = invoke("classify", *tiny, *own, "--until-width", 0.001)
+    assert result.exit_code == 0, result.output
+    assert "--until-width 0.001 is not reached" in " ".join(result.stderr.split())
+    assert pd.read_parquet(tmp_path / "out" / "classify.parquet")["number"].max() == 11
+    refused = invoke("classify", *tiny, *own, "--until-width", 0)
+    assert refused.exit_code == 2

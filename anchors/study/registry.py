@@ -41,6 +41,8 @@ class Study:
             and how far they are from those of the condition `none`.
         figure: from tables and the model's name to a picture; by default a plain one of `summary`.
         metrics: what the console shows of `summary`, and what it holds where there are no `tables`.
+        interval: the metric and column of `summary` whose widest interval says how much is known; by default the first of
+            `metrics`, and its value.
         shown: from a report and its `view` to what the console shows instead; strings stand as they are.
         sentences: from tables by name to what they say, in one or two sentences of each task.
         names: from the name of a condition to what it means, in words; empty where there is nothing to say.
@@ -68,6 +70,7 @@ class Study:
     figure: str | None = None
     metrics: tuple[str, ...] = ("accuracy",)
     shown: str | None = None
+    interval: tuple[str, str] = ("", "value")
     sentences: str | None = None
     names: str | None = None
     near: str = ""
@@ -132,6 +135,15 @@ class Study:
         """What its tables say; nothing where it has no sentences."""
         return self.resolve(self.sentences)(tables) if self.sentences else []
 
+    def width(self, tables: "Tables") -> float:
+        """Of the widest of its main intervals; not a number where there is none."""
+        summary = next(iter(tables.values()))
+        metric, column = self.interval
+        if "metric" in summary:
+            summary = summary[summary["metric"] == (metric or self.metrics[0])]
+        low, high = (f"{column}_low", f"{column}_high") if f"{column}_low" in summary else ("low", "high")
+        return float((summary[high] - summary[low]).max())
+
     def legend(self, tables: "Tables") -> list[str]:
         """The names of conditions in its main table, each with what it means."""
         if self.names is None or "condition" not in (summary := next(iter(tables.values()))):
@@ -162,6 +174,7 @@ BUILT_IN: dict[str, Study] = {
             shown=f"{_CLI}.flow:shown",
             view=f"{_CLI}.flow:View",
             sentences=f"{_SAID}:flow",
+            interval=("s_pq", "share"),
         ),
         Study(
             "map",
@@ -190,6 +203,7 @@ BUILT_IN: dict[str, Study] = {
             figure=f"{_FIGURES}.isolate:draw",
             metrics=LOYALTIES,
             sentences=f"{_SAID}:isolate",
+            interval=("label_loyalty", "value"),
             names=_WORDS,
         ),
         Study(
@@ -209,6 +223,7 @@ BUILT_IN: dict[str, Study] = {
             shown=f"{_CLI}.readout:shown",
             examples=100,
             sentences=f"{_SAID}:readout",
+            interval=("aucroc", "value"),
         ),
         Study(
             "reweight",
@@ -233,6 +248,7 @@ BUILT_IN: dict[str, Study] = {
             f"{_CLI}.compress:shown",
             beside=("speed", "Measure the speed-up, too."),
             sentences=f"{_SAID}:compress",
+            interval=("label_loyalty", "value"),
             names=_WORDS,
         ),
         Study(
@@ -253,6 +269,7 @@ BUILT_IN: dict[str, Study] = {
             task="trec",
             examples=100,
             sentences=f"{_SAID}:diagnose",
+            interval=("", "correlation"),
             names=_WORDS,
             near="classify",
         ),
@@ -266,6 +283,7 @@ BUILT_IN: dict[str, Study] = {
             beside=("flow", "Measure the saliency's S_pq on as many prompts, to compare."),
             examples=40,
             sentences=f"{_SAID}:causal",
+            interval=("follow", "value"),
             names=_WORDS,
         ),
         Study(

@@ -108,6 +108,7 @@ def finish(
     figure: str | None = None,
     files: Mapping[str, str] | None = None,
     csv: bool = False,
+    said: Sequence[str] = (),
     **view: Any,
 ) -> Report:
     """Write what was found: rows, tables, figures and pages.
@@ -120,13 +121,14 @@ def finish(
         figure: the study whose picture is drawn; by default the main one.
         files: names of the rows' files by kind; by default as the main study says.
         csv: write the rows as CSV, too.
+        said: notes to keep before those on the results.
         view: what the inquiry's pages show.
     """
     main = next(iter(found.rows))
     named = study(main).stems if files is None else files
     name = name or named[main]
     made = tabulated(found.rows, found.facts, tables)
-    facts = provenance(**found.facts, notes=[*found.notes, *inquiry.notes_on(found, made)])
+    facts = provenance(**found.facts, notes=[*said, *found.notes, *inquiry.notes_on(found, made)])
     rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
     pages = inquiry.pages(found, facts, **view)
     done = leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
