@@ -78,7 +78,9 @@ def compare(
 
 def _shown(kind: str, table: "pd.DataFrame") -> "Iterator[Table]":
     """A table per task: a line for every number and run."""
-    for (task, _, control), part in table.groupby(["task", "shots", "control"], sort=False):
+    from anchors.stats import GROUP, parts_by
+
+    for (task, _, control), part in parts_by(table, GROUP):
         name = task if control == "none" else f"{task}, {control}"
         shown = common.new_table(
             f"{kind}: {name}",

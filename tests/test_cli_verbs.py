@@ -49,13 +49,13 @@ VERBS = {
         ("-n", 4, "--epochs", 2, "--per-class", 2), ("summary", "beta"), ("Re-weighting: sst2", "reweighted"), ("accuracy", "loss"),
     ),
     "compress": Verb(
-        ("-n", 4, "--draws", 3), ("summary", "sizes", "speed"),
-        ("Compression: sst2", "hidden_anchor", "text_anchor", "hidden_random_top", "MiB", "% saved", "speed-up", "L_demo"),
+        ("-n", 4, "--draws", 3), ("summary", "sizes", "against", "speed"),
+        ("Compression: sst2", "hidden_anchor", "text_anchor", "hidden_random_top", "MiB", "% saved", "speed-up", "L_demo", "kept in a cache change no answer"),
         ("accuracy", "label_loyalty", "word_loyalty"), ("compress_speed_rows",),
     ),
     "diagnose": Verb(
-        ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs"),
-        ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most"),
+        ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs", "labels"),
+        ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most", "answers are right"),
     ),
     "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("causal_flow_rows",)),
 }  # fmt: skip
@@ -182,7 +182,8 @@ def test_flow_prints_every_layer_in_thousandths(ran):
 
 
 def test_compress_prints_a_bound_that_is_one(ran):
-    (row,) = ran("compress").rows("compress_speed").to_dict(orient="records")
+    row, cached = ran("compress").rows("compress_speed").to_dict(orient="records")
+    assert (row["condition"], cached["condition"]) == ("hidden_anchor", "whole_cached")
     printed = " ".join(ran("compress").stdout.split())
     assert row["bound"] > row["limit"]
     assert f"at most (L_demo + L_x) / L_x = ({row['demonstration_tokens']:.0f} + " in printed
