@@ -24,7 +24,7 @@ def write_rows(
 ) -> list[Path]:
     """Write rows as parquet, one file per kind of analysis; returns what was written.
 
-    Results of something else under the same names are set aside, see `anchors.study.shelf`.
+    Results of something else stay where they are, see `anchors.study.shelf`.
     """
     shelf = Shelf(out, next(iter(rows), "rows"))
     for kind, table in rows.items():

@@ -66,6 +66,43 @@ def method(samples: np.ndarray, count: np.ndarray | float | None = None) -> np.n
     return np.where(np.isnan(samples[0]) | (len(samples) < 2), "", found)
 
 
+def widened(
+    value: float, low: float, high: float, tests: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Bounds of one of several intervals all of which are to hold at once (Bonferroni), from those of it alone.
+
+        value − (value − low) z_m / z_1,   value + (high − value) z_m / z_1,   z_m = Φ⁻¹(1 − (1 − confidence) / 2m)
+
+    Each side is stretched as a normal one would be: resamples alone do not reach so far out.
+
+    Args:
+        value, low, high: of the interval alone.
+        tests: m, how many there are.
+        confidence: of it alone, and of all together.
+    """
+    tail = (1 - confidence) / 2
+    stretch = norm.ppf(1 - tail / tests) / norm.ppf(1 - tail)
+    return float(value - (value - low) * stretch), float(value + (high - value) * stretch)
+
+
+def estimate(
+    value: float | None, low: float | None, high: float | None, *, signed: bool = False, digits: int = 2
+) -> str:
+    """`.61 [.57, .66]`, as papers print shares; empty where there is no value, alone where there is no interval."""
+    if value is None or value != value:
+        return ""
+
+    def short(x: float) -> str:
+        text = f"{x:{'+' if signed else ''}.{digits}f}"
+        return text.replace("0.", ".", 1) if abs(x) < 1 and text.lstrip("+-").startswith("0.") else text
+
+    return (
+        short(value)
+        if low is None or high is None or low != low
+        else f"{short(value)} [{short(low)}, {short(high)}]"
+    )
+
+
 def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22:209–212)."""
     found = binomtest(round(float(share) * count), count).proportion_ci(confidence, method="wilson")

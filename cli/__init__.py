@@ -8,10 +8,12 @@ import typer
 from anchors.cli import (
     check,
     common,
+    compare,
     figures,
     inject,
     ls,
     nsa,
+    report,
     run,
     view,
 )
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("ls")(ls.ls)
 app.command("figures")(figures.figures)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("view")(view.view)
 app.command("check")(check.check)
 app.add_typer(nsa.app, name="nsa")

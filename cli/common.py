@@ -315,16 +315,10 @@ def estimate(
 
     `equal` is how many examples had this very value, where there is no interval because nothing varied.
     """
-    if value is None or value != value:
-        return ""
+    from anchors.intervals import estimate as told
 
-    def short(x: float) -> str:
-        text = f"{x:{'+' if signed else ''}.{digits}f}"
-        return text.replace("0.", ".", 1) if abs(x) < 1 and text.lstrip("+-").startswith("0.") else text
-
-    if low is None or low != low:
-        return short(value) if equal is None else f"{short(value)} ({equal} equal)"
-    return f"{short(value)} [{short(low)}, {short(high)}]"
+    text = told(value, low, high, signed=signed, digits=digits)
+    return f"{text} ({equal} equal)" if text and equal is not None and (low is None or low != low) else text
 
 
 def estimate_of(row: Any, *, prefix: str = "", signed: bool = False) -> str:

@@ -27,7 +27,8 @@ def shown(result: "Report", view: Any) -> Iterator[Table | str]:
                 f"({100 * saved:.0f} % saved)"
             )
         if "speed" in result.tables:
-            own = result.tables["speed"].set_index("task").loc[task]
+            speed = result.tables["speed"]
+            own = speed[(speed["task"] == task) & (speed["condition"] == "hidden_anchor")].iloc[0]
             demo, given, kept = (own[f"{n}_tokens"] for n in ("demonstration", "input", "kept"))
             yield (
                 f"speed-up {estimate(own['value'], own['low'], own['high'])}; as far as time goes with the tokens that are "

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def shown(result: "Report", view: Any) -> Iterator[Table | str]:
-    """Foretold and actual confusion of every pair of labels, how well they agree, and the finding in a sentence."""
-    from anchors.summaries import sentence
-
+    """Foretold and actual confusion of every pair of labels, and how well they agree."""
     for task, pairs in result.tables["pairs"].groupby("task", sort=False):
         agreement = result.tables["summary"]
         agreement = agreement[agreement["task"] == task]
@@ -40,4 +38,3 @@ def shown(result: "Report", view: Any) -> Iterator[Table | str]:
                 f"{row.condition}: rank correlation {estimate(row.correlation, row.low, row.high)}, "
                 f"permutation p = {row.p:.3f}"
             )
-        yield sentence(pairs, agreement, condition)

@@ -94,6 +94,13 @@ class Setting(Always):
     examples: Annotated[
         int, typer.Option("--examples", "-n", min=1, help="Prompts per seed.", rich_help_panel="Protocol")
     ] = 60
+    until_width: Annotated[
+        float | None,
+        typer.Option(
+            help="Ask more and more prompts, from --examples on, until the study's main interval is no wider than this.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None
     seeds: Seeds = "42"
     control: Annotated[
         str,
@@ -132,6 +139,12 @@ class Setting(Always):
     def inquiry(self, line: Study, studies: "list[Analysis]") -> "Inquiry":
         """The studies of tasks' prompts. All that can be checked is checked before anything is loaded."""
         check_protocol(self.seeds, self.control, self.batch_size)
+        if self.until_width is not None and not self.until_width > 0:
+            raise AnchorsError(
+                f"--until-width is {self.until_width:g}: no interval is as narrow as that.",
+                "For example .05.",
+                code="option-value",
+            )
         tasks = self.tasks(line.task)
         sets = self.sets(tasks)
         common.print_data(tasks, sets)

@@ -183,13 +183,22 @@ def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> 
 
     look = {} if view is None else view.of(inquiry.model)
     with common.progress_bar(line.units) as progress:
-        result = conclude(inquiry, out=folder, csv=setting.csv, progress=progress, **look)
+        enough = []
+        if width := getattr(setting, "until_width", None):
+            from anchors.study.prompted import Prompted, until_narrow
+
+            assert isinstance(inquiry, Prompted)  # noqa: S101 - only settings of prompts have this option
+            inquiry, told = until_narrow(inquiry, width, folder, progress)
+            enough = [told]
+        result = conclude(inquiry, out=folder, csv=setting.csv, progress=progress, said=enough, **look)
     common.print_notes(result.notes)
     if setting.as_json:
         common.print_json(result.as_json())
         return
     for part in line.resolve(line.shown)(result, view) if line.shown else plainly_shown(line, result):
         out.print(part, markup=not isinstance(part, str))
+    for told in (*line.legend(result.tables), *result.sentences):
+        out.print(told, markup=False)
     common.print_files(result.files)
 
 

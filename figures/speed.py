@@ -7,12 +7,15 @@ from matplotlib.figure import Figure
 from anchors.figures.pieces import bars, groups, legend
 from anchors.figures.style import BLUE, ORANGE, VERMILION, plain
 
+SIDES = {"hidden_anchor": "anchors", "whole_cached": "whole, cached"}
+
 
 def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
-    """A bar per task with its interval, the ratio of tokens as a diamond, and a line where nothing is gained."""
+    """A bar per task, for anchors and for whole demonstrations in a cache, with its interval, the ratio of tokens as a diamond, and a line where nothing is gained."""
     shown = groups(tables["summary"])
     entries = pd.concat(
-        group.part.assign(name=group.title.replace(", ", "\n", 1)) for group in shown
+        group.part.assign(name=group.title.replace(", ", "\n", 1) + "\n" + group.part["condition"].map(SIDES))
+        for group in shown
     ).reset_index(drop=True)
     figure = Figure(figsize=(max(4.2, 1.2 + 1.25 * len(entries)), 3.2), layout="constrained")
     panel = figure.subplots()

@@ -101,7 +101,7 @@ def timed(prompts=6):
     found = [
         (n, c, None, "seconds", s + n / 9)
         for n in range(prompts)
-        for c, s in (("none", 2), ("hidden_anchor", 1))
+        for c, s in (("none", 2), ("hidden_anchor", 1), ("whole_cached", 1.5))
     ]
     found += [(n, "none", None, "batch", n // 2) for n in range(prompts)]
     counts = {"demonstration_tokens": 90, "input_tokens": 10, "kept_tokens": 15}

@@ -205,14 +205,18 @@ def test_what_cannot_be_run_is_refused_by_name_and_nothing_is_written(case, tiny
 
 
 def test_ls_tells_which_experiments_have_rows(results, tmp_path):
-    found = json.loads(invoke("ls", "--json", "-o", results[0]).stdout)
+    listed = json.loads(invoke("ls", "--json", "-o", results[0]).stdout)
+    found = listed["experiments"]
+    assert [own["name"] for own in listed["results"]] == ["figure5", "table1"]
     assert [e["name"] for e in found] == list(CATALOGUE)
     assert {e["name"] for e in found if e["rows"]} == {"figure5", "table1"}
     own = next(e for e in found if e["name"] == "table1")
     assert own["analyses"] == ["reweight", "classify"]
     assert own["tasks"] == ["agnews", "emo", "sst2", "trec"]
     assert (own["seeds"], own["examples"]) == ([42, 43, 44, 45, 46], 1000)
-    assert not any(e["rows"] for e in json.loads(invoke("ls", "--json", "-o", tmp_path).stdout))
+    assert not any(
+        e["rows"] for e in json.loads(invoke("ls", "--json", "-o", tmp_path).stdout)["experiments"]
+    )
     printed = invoke("ls", "-o", results[0]).stdout.splitlines()
     marked = [line.split()[1] for line in printed if line.split()[:1] == ["✓"] and "rows in" not in line]
     assert marked == ["figure5", "table1"]

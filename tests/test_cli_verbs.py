@@ -49,13 +49,13 @@ VERBS = {
         ("-n", 4, "--epochs", 2, "--per-class", 2), ("summary", "beta"), ("Re-weighting: sst2", "reweighted"), ("accuracy", "loss"),
     ),
     "compress": Verb(
-        ("-n", 4, "--draws", 3), ("summary", "sizes", "speed"),
-        ("Compression: sst2", "hidden_anchor", "text_anchor", "hidden_random_top", "MiB", "% saved", "speed-up", "L_demo"),
+        ("-n", 4, "--draws", 3), ("summary", "sizes", "against", "speed"),
+        ("Compression: sst2", "hidden_anchor", "text_anchor", "hidden_random_top", "MiB", "% saved", "speed-up", "L_demo", "kept in a cache change no answer"),
         ("accuracy", "label_loyalty", "word_loyalty"), ("compress_speed_rows",),
     ),
     "diagnose": Verb(
-        ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs"),
-        ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most"),
+        ("-n", 8, "--components", "4", "-t", "emo"), ("summary", "pairs", "labels"),
+        ("Pairs of labels: emo, components-4", "Others / Happy", "components-4: rank correlation", "are confused most", "answers are right"),
     ),
     "causal": Verb(("-n", 2), ("summary", "flow"), ("Patching: sst2", "label", "random", "follow"), ("follow",), ("causal_flow_rows",)),
 }  # fmt: skip
@@ -182,7 +182,8 @@ def test_flow_prints_every_layer_in_thousandths(ran):
 
 
 def test_compress_prints_a_bound_that_is_one(ran):
-    (row,) = ran("compress").rows("compress_speed").to_dict(orient="records")
+    row, cached = ran("compress").rows("compress_speed").to_dict(orient="records")
+    assert (row["condition"], cached["condition"]) == ("hidden_anchor", "whole_cached")
     printed = " ".join(ran("compress").stdout.split())
     assert row["bound"] > row["limit"]
     assert f"at most (L_demo + L_x) / L_x = ({row['demonstration_tokens']:.0f} + " in printed
@@ -236,12 +237,13 @@ def test_a_second_model_or_fewer_prompts_replace_nothing(ran, tiny, tokenizer, t
         out = copytree(folder, tmp_path / f"out-{name}")
         result = invoke("classify", *arguments, "-o", out)
         assert result.exit_code == 0, result.output
-        (aside,) = (out / "set-aside").iterdir()
-        assert {p.name: p.read_bytes() for p in aside.iterdir()} == before
-        assert f"set aside in {aside}".replace(" ", "") in "".join(result.stderr.split())
+        assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+        (own,) = (p for p in out.iterdir() if p.is_dir() and p.name != "runs")
+        assert {p.name for p in own.iterdir()} == set(before)
+        assert f"beside them in {str(own)!r}".replace(" ", "") in "".join(result.stderr.split())
     out = copytree(folder, tmp_path / "larger")
     assert invoke("classify", *tiny, "-n", 9, "--calibrate", "-o", out).exit_code == 0
-    assert not (out / "set-aside").exists()
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"runs"}
     assert pd.read_parquet(out / "classify.parquet")["number"].max() == 8
 
 
@@ -392,3 +394,42 @@ def test_two_verbs_in_one_folder_do_not_disturb_each_other(first, second, ran, t
     pd.testing.assert_frame_equal(pd.read_parquet(folder / f"{second}.parquet"), ran(second).rows(second))
     touched = [str(name) for name, content in before.items() if (folder / name).read_bytes() != content]
     assert not touched
+
+
+def test_until_width_goes_on_until_it_is_narrow(tiny, tmp_path):
+    """The number of examples that is said is the first of its steps that is narrow enough; going on computes only what is left."""
+
+    def widest(folder):
+        table = pd.read_parquet(folder / "flow_summary.parquet")
+        own = table[table["metric"] == "s_pq"]
+        return (own["share_high"] - own["share_low"]).max(), own["examples"].iloc[0]
+
+    few = invoke("flow", *tiny, "-n", 4, "-o", tmp_path / "few")
+    assert few.exit_code == 0, few.output
+    width = 0.7 * widest(tmp_path / "few")[0]
+    out = tmp_path / "narrow"
+    result = invoke("flow", *tiny, "-n", 4, "--until-width", width, "--pages", 0, "-o", out)
+    assert result.exit_code == 0, result.output
+    found, examples = widest(out)
+    assert found <= width
+    assert 4 < examples <= 200
+    said = " ".join(result.stderr.split())
+    assert f"{examples} examples per seed were enough for --until-width {width:g}" in said
+    assert any("were enough" in note for note in json.loads((out / "flow.json").read_text())["notes"])
+    assert len(list((out / "runs").iterdir())) == 1
+    before = stamps(out)
+    assert invoke("flow", *tiny, "-n", 4, "--until-width", width, "--pages", 0, "-o", out).exit_code == 0
+    assert stamps(out) == before
+
+
+def test_until_width_ends_with_the_test_set(tiny, tmp_path):
+    for part in ("train", "test"):
+        texts = [{"text": f"{part} word{i} again", "label": i % 2} for i in range(12)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    own = ["--data", tmp_path, "-o", tmp_path / "out", "-n", 3]
+    result = invoke("classify", *tiny, *own, "--until-width", 0.001)
+    assert result.exit_code == 0, result.output
+    assert "--until-width 0.001 is not reached" in " ".join(result.stderr.split())
+    assert pd.read_parquet(tmp_path / "out" / "classify.parquet")["number"].max() == 11
+    refused = invoke("classify", *tiny, *own, "--until-width", 0)
+    assert refused.exit_code == 2

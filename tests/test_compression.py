@@ -249,16 +249,18 @@ def test_speed_times_whole_prompts_against_kept_anchors(gpt2, make_cell, monkeyp
     analysis = Speed(repeats=3)
     state = analysis.prepare(gpt2, cell)
     prompts = [d.prompt for d in cell.prompts]
-    whole, kept = (run() for run in analysis._sides(state, cell.prompts, gpt2))
+    whole, kept, cached = (run() for run in analysis._sides(state, cell.prompts, gpt2))
     assert apart(whole, answer(gpt2, None, queries(prompts, 0, "cpu"))) < 1e-6
     small = compress(encode(gpt2, prompts[0].ids[: prompts[0].query]), anchor_tokens(prompts[0]))
     assert apart(kept, answer(gpt2, small, queries(prompts, prompts[0].query, "cpu"))) < 1e-6
-    clock = iter([5.0, 1.0, 7.0, 4.0, 9.0, 2.0])
-    monkeypatch.setattr("anchors.compression.seconds", lambda run, model: next(clock))
+    assert apart(cached, whole) < 1e-6
+    clock = iter([5.0, 1.0, 3.0, 7.0, 4.0, 2.0, 9.0, 2.0, 4.0])
+    monkeypatch.setattr("anchors.model.routed.seconds", lambda run, model: next(clock))
     found = analysis.measure(gpt2, state, cell.task, cell.prompts)
     for own in found:
         assert {r.condition: r.value for r in own if r.metric == "seconds"} == {
             "none": 3.5,
             "hidden_anchor": 1.0,
+            "whole_cached": 1.5,
         }
         assert [r.value for r in own if r.metric == "batch"] == [cell.prompts[0].example]

@@ -188,8 +188,10 @@ def test_speed_stands_beside_its_limit():
     table = tables["summary"]
     axes = figure.axes[0]
     assert heights(axes) == pytest.approx(list(table["value"]))
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([4, 4])
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a\n6 examples", "b\\$\n6 examples"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([4, 1, 4, 1])
+    assert [t.get_text() for t in axes.get_xticklabels()] == [
+        f"{task}\n6 examples\n{side}" for task in ("a", "b\\$") for side in ("anchors", "whole, cached")
+    ]
     whiskers = next(c for c in axes.collections if isinstance(c, LineCollection))
     assert [list(s[:, 1]) for s in whiskers.get_segments()] == table[["low", "high"]].to_numpy().tolist()
 

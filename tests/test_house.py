@@ -33,6 +33,8 @@ LAYERS = [
     "analyses nsa injection",
     "figures",
     "experiments formerly",
+    "collection",
+    "booklet comparison",
     "cli",
 ]
 """Rooms from the bottom up, as in ARCHITECTURE."""

@@ -1,4 +1,4 @@
-"""Which results may take the place of which, and where the others go."""
+"""Which results may take the place of which, and where the others stand."""
 
 import json
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from anchors.errors import AnchorsError
 from anchors.study.results import provenance, read_table, write_table
-from anchors.study.shelf import ASIDE, Shelf, contained
+from anchors.study.shelf import Shelf, contained, run_name
 
 MADE = provenance(notes=[])
 
@@ -58,7 +58,6 @@ def test_the_same_again_and_more_of_it_take_the_place(tmp_path):
         assert value(tmp_path / "flow.parquet") == value(tmp_path / "flow_summary.parquet") == number
         assert files == [tmp_path / "flow.parquet", tmp_path / "flow_summary.parquet"]
     assert names(tmp_path) == PLAIN
-    assert not (tmp_path / ASIDE).exists()
 
 
 OTHERS = {
@@ -70,96 +69,123 @@ OTHERS = {
 }
 
 
+def folders(path):
+    return sorted(p.name for p in path.iterdir() if p.is_dir())
+
+
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_is_not_contained_is_set_aside_and_said(case, tmp_path):
+def test_what_is_not_contained_stands_beside_and_that_is_said(case, tmp_path):
     write(tmp_path, facts(seeds=(1, 2)), 1, extra=("csv", "page", "figure"))
-    own = names(tmp_path)
-    assert own == PLAIN | {"flow.csv", "flow_sst2.html", "flow.png", "flow.pdf"}
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == PLAIN | {"flow.csv", "flow_sst2.html", "flow.png", "flow.pdf"}
     told = OTHERS[case]
-    _, notes = write(tmp_path, told, 2)
-    (folder,) = (tmp_path / ASIDE).iterdir()
-    assert folder.name.startswith("a-")
-    assert names(folder) == own  # whole: nothing of one is left beside the other
-    assert names(tmp_path) == PLAIN
-    assert (value(folder / "flow.parquet"), value(tmp_path / "flow.parquet")) == (1, 2)
-    assert notes == [f"8 earlier files of a that are no part of these results set aside in {folder}."]
-    # Back and forth loses nothing and makes no third folder.
-    write(tmp_path, facts(seeds=(1, 2)), 1)
-    write(tmp_path, told, 2)
-    assert {value(f / "flow.parquet") for f in (tmp_path / ASIDE).iterdir()} <= {1, 2}
-    assert len(list((tmp_path / ASIDE).iterdir())) <= 2  # fewer of the same are no loss
+    files, notes = write(tmp_path, told, 2)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    (folder,) = folders(tmp_path)
+    part = told["parts"][0]
+    assert folder.startswith(f"{told['model']}-{part['examples']}x{len(part['seeds'])}-")
+    assert names(tmp_path / folder) == PLAIN
+    assert value(tmp_path / folder / "flow.parquet") == 2
+    assert files[0] == tmp_path / folder / "flow.parquet"
+    assert notes == [
+        f"{str(tmp_path)!r} holds other results: these stand beside them in {str(tmp_path / folder)!r}."
+    ]
+    # Back and forth replaces each by itself alone.
+    write(tmp_path, facts(seeds=(1, 2)), 3)
+    write(tmp_path, told, 4)
+    assert folders(tmp_path) == [folder]
+    assert (value(tmp_path / "flow.parquet"), value(tmp_path / folder / "flow.parquet")) == (3, 4)
 
 
-def test_what_a_larger_run_does_not_write_again_is_set_aside(tmp_path):
+def test_a_third_run_stands_beside_both(tmp_path):
+    for number, told in enumerate(
+        (facts(), facts(model="b"), facts(model="b", examples=3), facts(model="b", examples=9))
+    ):
+        write(tmp_path, told, number)
+    assert value(tmp_path / "flow.parquet") == 0
+    assert sorted(value(tmp_path / f / "flow.parquet") for f in folders(tmp_path)) == [1, 2, 3]
+
+
+def test_what_a_larger_run_does_not_write_again_is_gone(tmp_path):
     """A page of five prompts would stand beside tables of six."""
     write(tmp_path, facts(), extra=("page", "csv"))
+    (tmp_path / "flow_notes.txt").write_text("mine")
     _, notes = write(tmp_path, facts(), extra=("csv",))
     assert notes == []
     assert "flow_sst2.html" in names(tmp_path)  # still of the same results
+    told = json.loads((tmp_path / "flow.json").read_text())
+    assert "flow_sst2.html" in told["files"]
+    for name in ("flow.json", "flow_summary.json"):  # whoever edits this may name anything
+        (tmp_path / name).write_text(
+            json.dumps(told | {"files": [*told["files"], "flow_notes.txt", "thesis.csv"]})
+        )
+    (tmp_path / "thesis.csv").write_text("mine")
     _, notes = write(tmp_path, facts(examples=6))
-    assert len(notes) == 1
-    assert names(tmp_path) == PLAIN
-    (folder,) = (tmp_path / ASIDE).iterdir()
-    assert names(folder) == {"flow_sst2.html", "flow.csv"}
+    assert notes == []
+    assert names(tmp_path) == PLAIN | {"flow_notes.txt", "thesis.csv"}
+
+
+def test_no_pages_leave_no_stale_page(tmp_path):
+    write(tmp_path, facts(), extra=("page", "csv"))
+    shelf = Shelf(tmp_path, "flow", whole=True)
+    shelf.table("flow", pd.DataFrame({"value": [1.0]}))
+    shelf.write(facts())
+    assert names(tmp_path) == PLAIN | {"flow.csv"}
+    assert "flow_sst2.html" not in json.loads((tmp_path / "flow.json").read_text())["files"]
 
 
 def test_other_reports_of_a_folder_are_left_alone(tmp_path):
     write(tmp_path, facts(), 1)
     write(tmp_path, facts(model="b"), 2, name="classify")
     assert value(tmp_path / "flow.parquet") == 1
-    assert not (tmp_path / ASIDE).exists()
-    # Unless they own a file that would be replaced: then they go, whole.
+    assert folders(tmp_path) == []
+    # A report that would replace a file of another one goes elsewhere.
     shelf = Shelf(tmp_path, "table1")
     shelf.table("classify", pd.DataFrame({"value": [3.0]}))
     shelf.write(facts(model="c"))
-    (folder,) = (tmp_path / ASIDE).iterdir()
-    assert names(folder) == {f"classify{x}.{y}" for x in ("", "_summary") for y in ("parquet", "json")}
-    assert value(tmp_path / "flow.parquet") == 1
+    (folder,) = folders(tmp_path)
+    assert (value(tmp_path / "classify.parquet"), value(tmp_path / folder / "classify.parquet")) == (2, 3)
 
 
 def test_results_from_before_they_named_their_files(tmp_path):
     for name in ("flow", "flow_summary"):
         write_table(tmp_path / f"{name}.parquet", pd.DataFrame({"value": [1.0]}), facts())
-    for name in ("flow.png", "flow_sst2.html", "flow.csv"):
+    for name in ("flow.png", "flow_sst2.html", "flow.csv", "flowers.png"):
         (tmp_path / name).write_text("old")
-    (tmp_path / "flowers.png").write_text("mine")
-    (tmp_path / "flow_notes.txt").write_text("mine")
-    _, notes = write(tmp_path, facts(model="b"), 2, extra=("figure",))
-    (folder,) = (tmp_path / ASIDE).iterdir()
-    assert names(folder) == PLAIN | {"flow.png", "flow_sst2.html", "flow.csv"}
-    assert len(notes) == 1
-    assert names(tmp_path) == PLAIN | {"flow.png", "flow.pdf", "flowers.png", "flow_notes.txt"}
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for number, told in enumerate((facts(model="b"), facts(examples=9))):  # nobody knows whose the page is
+        write(tmp_path, told, number, extra=("figure",))
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+        assert len(folders(tmp_path)) == number + 1
 
 
 def test_a_file_of_unknown_origin_is_never_replaced(tmp_path):
-    for content in ("one", "two"):
-        (tmp_path / "flow.csv").write_text(content)
-        _, notes = write(tmp_path, facts(), extra=("csv",))
-        assert "1 earlier file of unknown origin set aside" in notes[0]
-        for path in tmp_path.glob("flow*"):
-            path.unlink()
-    kept = [(tmp_path / ASIDE / f"unknown-{i}" / "flow.csv").read_text() for i in (1, 2)]
-    assert kept == ["one", "two"]
+    (tmp_path / "flow.csv").write_text("one")
+    write(tmp_path, facts(), extra=("csv",))
+    (folder,) = folders(tmp_path)
+    (tmp_path / folder / "flow.csv").write_text("two")
+    for name in ("flow.json", "flow_summary.json"):
+        (tmp_path / folder / name).unlink()
+    write(tmp_path, facts(), extra=("csv",))
+    assert folders(tmp_path) == [folder, f"{folder}-2"]
+    assert [p.read_text() for p in (tmp_path / "flow.csv", tmp_path / folder / "flow.csv")] == ["one", "two"]
 
 
-def test_nothing_outside_the_folder_is_moved(tmp_path):
+def test_nothing_outside_the_folder_is_touched(tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     write(out, facts())
     elsewhere.mkdir()
-    (elsewhere / "precious.txt").write_text("mine")
+    (elsewhere / "flow_x.csv").write_text("mine")
     told = json.loads((out / "flow.json").read_text())
-    told["files"] += ["../elsewhere/precious.txt", "..", str(elsewhere / "precious.txt")]
+    told["files"] += ["../elsewhere/flow_x.csv", "..", str(elsewhere / "flow_x.csv")]
     for name in ("flow.json", "flow_summary.json"):
         (out / name).write_text(json.dumps(told))
-    write(out, facts(model="b"))
-    assert (elsewhere / "precious.txt").read_text() == "mine"
-    (out / "linked").mkdir()
-    (out / "linked" / ASIDE).symlink_to(elsewhere)
-    write(out / "linked", facts())
+    write(out, facts(examples=6))
+    assert (elsewhere / "flow_x.csv").read_text() == "mine"
+    (out / run_name(facts(model="b"))).symlink_to(elsewhere)
     with pytest.raises(AnchorsError, match="is a link"):
-        write(out / "linked", facts(model="b"))
-    assert names(elsewhere) == {"precious.txt"}
-    assert value(out / "linked" / "flow.parquet") == 0
+        write(out, facts(model="b"))
+    assert names(elsewhere) == {"flow_x.csv"}
 
 
 @pytest.mark.parametrize(
@@ -167,9 +193,9 @@ def test_nothing_outside_the_folder_is_moved(tmp_path):
 )
 def test_what_stands_beside_a_table_may_be_anything(text, tmp_path):
     (tmp_path / "flow.json").write_text(text)
-    write(tmp_path, facts(), 2)
-    assert value(tmp_path / "flow.parquet") == 2
-    assert [p.read_text() for p in tmp_path.rglob(f"{ASIDE}/*/flow.json")] == [text]
+    files, _ = write(tmp_path, facts(), 2)
+    assert (tmp_path / "flow.json").read_text() == text
+    assert value(files[0]) == 2
 
 
 def test_figures_say_what_they_are_of(tmp_path):

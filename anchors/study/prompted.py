@@ -1,8 +1,9 @@
 """Everything a verb leaves behind: rows, tables, figure, pages."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import ceil, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from anchors.check import arithmetic_error, demand
 from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
 from anchors.study.engine import Progress
+from anchors.study.registry import study
 from anchors.study.report import Found, Inquiry, Report, conclude
 from anchors.study.runner import Analysis, Measured, Sample, measure
 from anchors.study.shelf import require_unread
@@ -123,6 +125,46 @@ class Prompted(Inquiry):
             for part, own in zip(self.parts, found.kept, strict=True)
         }
         return {name: page for name, page in made.items() if page}
+
+
+def until_narrow(inquiry: Prompted, width: float, out: Path, progress: Progress) -> tuple[Prompted, str]:
+    """Ask more and more prompts per seed until the main interval of the first study is narrow enough, or there are no more.
+
+    Intervals narrow with the root of n, so that each step takes as many as that foretells, and at most four times as many as the
+    one before. Every step goes on where the last one was, and so does the same command later.
+
+    Args:
+        inquiry: whose parts say with how many examples to begin.
+        width: that no main interval (`anchors.study.registry.Study.interval`) may exceed.
+        out, progress: see `Prompted.measure`.
+
+    Returns:
+        The same inquiry of as many examples as it took, and how many these are, in words.
+    """
+    kind = inquiry.parts[0].analysis.kind
+    line = study(kind)
+    metric, column = line.interval
+    called = metric or (line.metrics[0] if column == "value" else column)
+    most = max(len(part.data.test) for part in inquiry.parts)
+    examples = min(inquiry.parts[0].how.examples, most)
+    while True:
+        parts = [replace(p, how=replace(p.how, examples=examples)) for p in inquiry.parts]
+        main = replace(inquiry, parts=[p for p in parts if p.analysis.kind == kind])
+        found = line.width(line.tabulate(main.measure(out, progress).rows[kind]))
+        told = (
+            "there is no interval" if isnan(found) else f"the widest interval of {called} is {found:.3g} wide"
+        )
+        if found <= width:
+            return replace(
+                inquiry, parts=parts
+            ), f"{examples} examples per seed were enough for --until-width {width:g}: {told}."
+        if examples >= most:
+            return replace(inquiry, parts=parts), (
+                f"--until-width {width:g} is not reached: {told} after all {examples} examples of the test set. More --seeds or "
+                "--data would go on."
+            )
+        foretold = examples * (found / width) ** 2 if found == found else 2 * examples
+        examples = min(most, ceil(min(4 * examples, max(1.25 * examples, foretold))))
 
 
 def report(

@@ -41,7 +41,12 @@ class Study:
             and how far they are from those of the condition `none`.
         figure: from tables and the model's name to a picture; by default a plain one of `summary`.
         metrics: what the console shows of `summary`, and what it holds where there are no `tables`.
+        interval: the metric and column of `summary` whose widest interval says how much is known; by default the first of
+            `metrics`, and its value.
         shown: from a report and its `view` to what the console shows instead; strings stand as they are.
+        sentences: from tables by name to what they say, in one or two sentences of each task.
+        names: from the name of a condition to what it means, in words; empty where there is nothing to say.
+        near: another study whose tables the sentences take, by `<its name>_<table>`, where it was measured of the same model.
         beside: another study that is measured on the same prompts unless it is refused, with settings that both have in common;
             the option that refuses it bears the study's name, and this is its help.
         view: a frozen class of options that change no rows, only what is shown and drawn of them.
@@ -65,6 +70,10 @@ class Study:
     figure: str | None = None
     metrics: tuple[str, ...] = ("accuracy",)
     shown: str | None = None
+    interval: tuple[str, str] = ("", "value")
+    sentences: str | None = None
+    names: str | None = None
+    near: str = ""
     beside: tuple[str, str] | None = None
     view: str | None = None
     task: str = "sst2"
@@ -122,6 +131,27 @@ class Study:
         baseline = "none" if rows["condition"].nunique() > 1 else None
         return {"summary": summarise(rows, self.metrics, baseline=baseline)}
 
+    def say(self, tables: "Tables") -> list[str]:
+        """What its tables say; nothing where it has no sentences."""
+        return self.resolve(self.sentences)(tables) if self.sentences else []
+
+    def width(self, tables: "Tables") -> float:
+        """Of the widest of its main intervals; not a number where there is none."""
+        summary = next(iter(tables.values()))
+        metric, column = self.interval
+        if "metric" in summary:
+            summary = summary[summary["metric"] == (metric or self.metrics[0])]
+        low, high = (f"{column}_low", f"{column}_high") if f"{column}_low" in summary else ("low", "high")
+        return float((summary[high] - summary[low]).max())
+
+    def legend(self, tables: "Tables") -> list[str]:
+        """The names of conditions in its main table, each with what it means."""
+        if self.names is None or "condition" not in (summary := next(iter(tables.values()))):
+            return []
+        words = self.resolve(self.names)
+        told = {name: words(name) for name in dict.fromkeys(map(str, summary["condition"])) if name != "none"}
+        return [f"{name}: {said}" for name, said in told.items() if said]
+
     def draw(self, tables: "Tables", model: str) -> "Figure | dict[str, Figure] | None":
         """The picture of its tables, or several by name; None where the plain picture finds nothing to draw."""
         return self.resolve(self.figure or "anchors.figures.generic:draw")(tables, model)
@@ -129,6 +159,8 @@ class Study:
 
 LOYALTIES = ("accuracy", "label_loyalty", "word_loyalty")
 _TABLES, _FIGURES, _CLI = "anchors.summaries", "anchors.figures", "anchors.cli"
+_SAID = "anchors.summaries.sentences"
+_WORDS = f"{_SAID}:explained"
 
 BUILT_IN: dict[str, Study] = {
     study.name: study
@@ -141,6 +173,8 @@ BUILT_IN: dict[str, Study] = {
             figure=f"{_FIGURES}.flow:draw",
             shown=f"{_CLI}.flow:shown",
             view=f"{_CLI}.flow:View",
+            sentences=f"{_SAID}:flow",
+            interval=("s_pq", "share"),
         ),
         Study(
             "map",
@@ -158,6 +192,8 @@ BUILT_IN: dict[str, Study] = {
             figure=f"{_FIGURES}.classify:draw",
             shown=f"{_CLI}.classify:shown",
             examples=100,
+            sentences=f"{_SAID}:classify",
+            names=_WORDS,
         ),
         Study(
             "isolate",
@@ -166,6 +202,9 @@ BUILT_IN: dict[str, Study] = {
             "Isolation",
             figure=f"{_FIGURES}.isolate:draw",
             metrics=LOYALTIES,
+            sentences=f"{_SAID}:isolate",
+            interval=("label_loyalty", "value"),
+            names=_WORDS,
         ),
         Study(
             "words",
@@ -183,6 +222,8 @@ BUILT_IN: dict[str, Study] = {
             figure=f"{_FIGURES}.readout:draw",
             shown=f"{_CLI}.readout:shown",
             examples=100,
+            sentences=f"{_SAID}:readout",
+            interval=("aucroc", "value"),
         ),
         Study(
             "reweight",
@@ -193,6 +234,8 @@ BUILT_IN: dict[str, Study] = {
             f"{_FIGURES}.reweight:draw",
             ("accuracy", "loss"),
             examples=100,
+            sentences=f"{_SAID}:reweight",
+            names=_WORDS,
         ),
         Study(
             "compress",
@@ -204,6 +247,9 @@ BUILT_IN: dict[str, Study] = {
             LOYALTIES,
             f"{_CLI}.compress:shown",
             beside=("speed", "Measure the speed-up, too."),
+            sentences=f"{_SAID}:compress",
+            interval=("label_loyalty", "value"),
+            names=_WORDS,
         ),
         Study(
             "speed",
@@ -222,6 +268,10 @@ BUILT_IN: dict[str, Study] = {
             shown=f"{_CLI}.diagnose:shown",
             task="trec",
             examples=100,
+            sentences=f"{_SAID}:diagnose",
+            interval=("", "correlation"),
+            names=_WORDS,
+            near="classify",
         ),
         Study(
             "causal",
@@ -232,6 +282,9 @@ BUILT_IN: dict[str, Study] = {
             shown=f"{_CLI}.causal:shown",
             beside=("flow", "Measure the saliency's S_pq on as many prompts, to compare."),
             examples=40,
+            sentences=f"{_SAID}:causal",
+            interval=("follow", "value"),
+            names=_WORDS,
         ),
         Study(
             "nsa_probe",
@@ -245,6 +298,8 @@ BUILT_IN: dict[str, Study] = {
             more=("identity",),
             columns=("seed", "number", "condition", "layer", "group", "head", "place", "metric", "value"),
             group="nsa",
+            sentences="anchors.nsa.probing.sentences:said",
+            names="anchors.nsa.probing.sentences:explained",
         ),
         Study(
             "inject-sweep",
@@ -276,6 +331,7 @@ BUILT_IN: dict[str, Study] = {
             tables="anchors.injection.image_flow.choice:all_tables",
             figure=f"{_FIGURES}.inject_flow:draw_all",
             shown=f"{_CLI}.inject_flow:shown",
+            sentences="anchors.injection.image_flow.sentences:said",
             asked="suites",
             units="settings",
             more=("ratios", "guessing"),

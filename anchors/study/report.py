@@ -1,15 +1,15 @@
 """What every study leaves behind, written once: rows, tables, figures and pages with their provenance. Nothing here imports torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
 from anchors.study.registry import study
-from anchors.study.results import plain, provenance
-from anchors.study.shelf import Shelf
+from anchors.study.results import key_of, plain, provenance, read_table
+from anchors.study.shelf import Shelf, facts_beside
 from anchors.summaries import Rows, Tables, marked, tables_of
 
 if TYPE_CHECKING:
@@ -26,17 +26,20 @@ class Report:
         files: what was written.
         notes: what a reader must know before believing the numbers.
         facts: the provenance.
+        sentences: what the tables say, see `anchors.summaries.sentences`.
     """
 
     tables: dict[str, pd.DataFrame]
     files: list[Path]
     notes: list[str]
     facts: dict[str, Any]
+    sentences: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """The tables as plain data; missing values are null."""
         tables = {name: plain(table) for name, table in self.tables.items()}
-        return tables | {"files": [str(f) for f in self.files], "notes": self.notes} | self.facts
+        said = {"sentences": self.sentences, "files": [str(f) for f in self.files], "notes": self.notes}
+        return tables | said | self.facts
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def finish(
     figure: str | None = None,
     files: Mapping[str, str] | None = None,
     csv: bool = False,
+    said: Sequence[str] = (),
     **view: Any,
 ) -> Report:
     """Write what was found: rows, tables, figures and pages.
@@ -117,16 +121,41 @@ def finish(
         figure: the study whose picture is drawn; by default the main one.
         files: names of the rows' files by kind; by default as the main study says.
         csv: write the rows as CSV, too.
+        said: notes to keep before those on the results.
         view: what the inquiry's pages show.
     """
     main = next(iter(found.rows))
     named = study(main).stems if files is None else files
     name = name or named[main]
     made = tabulated(found.rows, found.facts, tables)
-    facts = provenance(**found.facts, notes=[*found.notes, *inquiry.notes_on(found, made)])
+    facts = provenance(**found.facts, notes=[*said, *found.notes, *inquiry.notes_on(found, made)])
     rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
     pages = inquiry.pages(found, facts, **view)
-    return leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
+    done = leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
+    return done if tables else replace(done, sentences=study(main).say(made | near(out, main, facts)))
+
+
+def near(out: Path, name: str, facts: Mapping[str, Any]) -> Tables:
+    """The tables of the study that another one's sentences look at, by `<its name>_<table>`: those beside its results, of the
+    same model, tasks and data; none where there are none."""
+    if not study(name).near:
+        return {}
+    other = study(study(name).near)
+
+    def asked(told: Mapping[str, Any]) -> set[str]:
+        same = ("task", "data", "shots", "control", "model", "precision")
+        return {key_of({k: part.get(k) for k in same}) for part in told.get("parts") or ()}
+
+    stem, place = other.stems[other.name], out.parent / other.folder
+    for folder in sorted({place, *(path.parent for path in place.glob(f"*/{stem}.json"))}):
+        told = facts_beside(folder / f"{stem}.json")
+        if told and asked(facts) and asked(facts) <= asked(told):
+            files = folder.glob(f"{stem}_*.parquet")
+            return {
+                f"{other.name}_{path.stem.removeprefix(f'{stem}_')}": read_table(path)[0]
+                for path in sorted(files)
+            }
+    return {}
 
 
 def tabulated(rows: Rows, facts: Mapping[str, Any], tables: Callable[[Rows], Tables] | None = None) -> Tables:
@@ -148,7 +177,7 @@ def leave(
 ) -> Report:
     """Write files whose names begin with `name`.
 
-    Results of something else that lie there under the same names are set aside, see `anchors.study.shelf`.
+    Where results of something else lie there under the same names, these stand beside them, see `anchors.study.shelf`.
 
     Args:
         out: folder of the results.
@@ -157,12 +186,12 @@ def leave(
         tables: by what the files' names have after `name`.
         figure: the study whose picture is drawn of them.
         rows: by name of file.
-        pages: likewise after `name`.
+        pages: likewise after `name`; None leaves those of the same results where they are.
         csv: write the rows as CSV, too.
     """
     from anchors.figures import draw
 
-    shelf, drawn = Shelf(out, name), draw(figure, tables, facts["model"])
+    shelf, drawn = Shelf(out, name, whole=pages is not None), draw(figure, tables, facts["model"])
     for key, table in (rows or {}).items():
         shelf.table(key, table, csv=csv)
     for key, table in tables.items():

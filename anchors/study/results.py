@@ -202,6 +202,23 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         ) from error
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a table alone.
+
+    Raises:
+        AnchorsError: it cannot be read, or holds none.
+    """
+    try:
+        facts = parsed((pq.read_schema(path).metadata or {})[METADATA_KEY])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise AnchorsError(
+            f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"
+        ) from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
+        raise AnchorsError(f"The facts in {str(path)!r} name no model.", code="rows")
+    return facts
+
+
 def read_rows(
     path: Path, columns: Sequence[str], numeric: Sequence[str], facts: Mapping[str, type]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:

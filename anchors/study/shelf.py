@@ -2,18 +2,17 @@
 
 Every table carries its facts, and these say of which model, task and settings it is (the report's parts), how much of it there
 is (seeds, examples), and which files were written with it. Results take the place of others only if these are contained in
-them: the same command again, more prompts, more seeds, more tasks. All others are moved, whole, into a folder of their own
-under `set-aside`, and that is said; nothing is replaced without a word.
+them: the same command again, more prompts, more seeds, more tasks. All others stand beside them, in a folder of their own that is
+named by model and run, and that is said; nothing is replaced or moved.
 """
 
 import itertools
 import json
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -23,7 +22,6 @@ from anchors.study.results import key_of, write_atomic, write_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ASIDE = "set-aside"
 AMOUNTS = ("seeds", "examples", "grid")
 """Of a part: how much was measured. Everything else says what."""
 PASSING = (
@@ -40,10 +38,12 @@ class Shelf:
     Attributes:
         out: the folder.
         name: what their names begin with.
+        whole: whether all that the study writes is written now, so that a page that is not is out of date.
     """
 
     out: Path
     name: str
+    whole: bool = False
     _writers: dict[str, Callable[[Path, dict[str, Any]], object]] = field(default_factory=dict)
 
     def table(self, name: str, rows: pd.DataFrame, *, csv: bool = False) -> None:
@@ -69,24 +69,40 @@ class Shelf:
         )
 
     def write(self, facts: dict[str, Any]) -> tuple[list[Path], list[str]]:
-        """Set aside what must not be replaced, and write.
+        """Write where nothing else is lost by it.
 
         Args:
             facts: of the report, with its parts.
 
         Returns:
-            The files (without the facts beside them), and what was set aside, in words.
+            The files (without the facts beside them), and where they stand if not in the folder itself, in words.
 
         Raises:
-            AnchorsError: the folder for what is set aside cannot be made or is a link.
+            AnchorsError: the folder beside others cannot be made or is a link.
         """
         names = list(self._writers)
         names += [Path(name).with_suffix(".json").name for name in names if name.endswith(".parquet")]
-        kept, notes = make_room(self.out, self.name, names, facts)
-        facts = facts | {"files": sorted({*names, *kept})}
+        place, room = next(
+            (place, room)
+            for place in _places(self.out, facts)
+            if (room := room_in(place, self.name, names, facts)) is not None
+        )
+        gone = {
+            file
+            for file in room.rest
+            if (room.old or (self.whole and file.endswith(".html"))) and _ours(file, self.name)
+        }
+        facts = facts | {"files": sorted({*names, *room.rest} - gone)}
         for name, write in self._writers.items():
-            write(self.out / name, facts)
-        return [self.out / name for name in self._writers], notes
+            write(place / name, facts)
+        for file in gone:
+            (place / file).unlink(missing_ok=True)
+        said = (
+            []
+            if place == self.out
+            else [f"{str(self.out)!r} holds other results: these stand beside them in {str(place)!r}."]
+        )
+        return [place / name for name in self._writers], said
 
 
 def described(facts: dict[str, Any]) -> str:
@@ -119,8 +135,20 @@ def contained(old: dict[str, Any], new: dict[str, Any]) -> bool:
     )
 
 
-def make_room(out: Path, name: str, names: list[str], facts: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Move away whatever files of these names would replace without being the same results, or more of them.
+class Room(NamedTuple):
+    """A folder in which a report can be written.
+
+    Attributes:
+        rest: files of what it takes the place of that are not written again.
+        old: whether that is of fewer prompts, so that the rest is out of date.
+    """
+
+    rest: list[str]
+    old: bool
+
+
+def room_in(out: Path, name: str, names: list[str], facts: dict[str, Any]) -> Room | None:
+    """Whether files of these names replace nothing but the same results, or less of them.
 
     Args:
         out: the folder.
@@ -129,53 +157,75 @@ def make_room(out: Path, name: str, names: list[str], facts: dict[str, Any]) -> 
         facts: of the report that they are of.
 
     Returns:
-        Other files of earlier results that stay valid beside the new ones; and what was set aside, in words.
+        None where something else would be replaced.
     """
     there = {p.name for p in out.iterdir() if p.is_file() or p.is_symlink()} if out.is_dir() else set()
-    kept: list[str] = []
-    notes: list[str] = []
+    rest: set[str] = set()
     taken: set[str] = set()
-    for old, files in _reports(out, name, there):
-        own = [file for file in files if file in there and file not in taken]
-        taken |= set(own)
-        if not set(own) & set(names):
+    old = False
+    for told, files, sure in _reports(out, name, there):
+        own = set(files) - taken
+        taken |= own
+        if not own & set(names):
             continue
-        if not contained(old, facts):
-            notes.append(_move(out, own, old))
-        elif contained(facts, old):
-            kept += own
-        elif stale := [file for file in own if file not in names]:
-            notes.append(_move(out, stale, old))
-    if unknown := sorted((there - taken) & set(names)):
-        notes.append(_move(out, unknown, {}))
-    return kept, notes
+        fewer = not contained(facts, told)
+        if not contained(told, facts) or (fewer and not sure and own - set(names)):
+            return None
+        old |= fewer
+        rest |= own - set(names)
+    return None if (there - taken) & set(names) else Room(sorted(rest), old)
 
 
-def _reports(out: Path, name: str, there: set[str]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The reports in a folder: the facts of each, and its files.
+def _places(out: Path, facts: dict[str, Any]) -> Iterator[Path]:
+    """The folder, and in it those that bear the name of model and run."""
+    yield out
+    for count in itertools.count(1):
+        folder = out / (run_name(facts) + (f"-{count}" if count > 1 else ""))
+        if folder.is_symlink():
+            raise AnchorsError(
+                f"{str(folder)!r} is a link.", "Remove it, or choose another --out.", code="outside"
+            )
+        yield folder
+
+
+def run_name(facts: Mapping[str, Any]) -> str:
+    """Of model and run, as a folder: `gpt2-60x5-float32-1a2b3c4d`; examples × seeds and precision where they are known."""
+    part = (facts.get("parts") or [{}])[0]
+    amount = (
+        f"{part['examples']}x{len(part['seeds'])}"
+        if isinstance(part.get("seeds"), list) and "examples" in part
+        else ""
+    )
+    model = re.sub(r"[^\w.-]+", "-", Path(str(facts.get("model", ""))).name).strip("-.")[:60]
+    said = (model, amount, str(facts.get("precision") or ""), key_of(parts_of(dict(facts)))[:8])
+    return "-".join(x for x in said if x)
+
+
+def _reports(out: Path, name: str, there: set[str]) -> list[tuple[dict[str, Any], list[str], bool]]:
+    """The reports in a folder: the facts of each, its files, and whether it says itself which these are.
 
     Tables from before they named the files written with them are of one report where their parts are the same. Pictures,
     pages and CSV files say nothing of themselves: those that begin with `name` are taken to belong to such a table of this
     name.
     """
-    found: dict[str, tuple[dict[str, Any], set[str]]] = {}
+    found: dict[str, tuple[dict[str, Any], set[str], bool]] = {}
     nameless: list[str] = []
     for file in sorted(there):
-        if file.endswith(".json") and (facts := _facts(out / file)):
+        if file.endswith(".json") and (facts := facts_beside(out / file)):
             files = facts.get("files")
             whole = isinstance(files, list) and all(isinstance(f, str) for f in files)
             key = key_of({"parts": parts_of(facts), "whole": whole})
             own = files if whole else [file, f"{Path(file).stem}.parquet", f"{Path(file).stem}.csv"]
-            found.setdefault(key, (facts, set()))[1].update(own)
+            found.setdefault(key, (facts, set(), whole))[1].update(own)
             nameless += [key] if not whole and _begins(file, name) else []
     if nameless:
-        known = {file for _, files in found.values() for file in files}
-        found[nameless[0]][1].update(f for f in there - known if _begins(f, name) and Path(f).suffix in _OURS)
-    return [(facts, sorted(files & there)) for facts, files in found.values()]
+        known = {file for _, files, _ in found.values() for file in files}
+        found[nameless[0]][1].update(f for f in there - known if _ours(f, name))
+    return [(facts, sorted(files & there), whole) for facts, files, whole in found.values()]
 
 
 def require_unread(out: Path, names: Iterable[str], sources: Iterable[str]) -> None:
-    """Refuse results among whose files one that is read lies: it would be moved away with earlier results.
+    """Refuse results among whose files one that is read lies: it could be taken for one of them.
 
     Args:
         out: the folder.
@@ -187,7 +237,7 @@ def require_unread(out: Path, names: Iterable[str], sources: Iterable[str]) -> N
     """
     for source in sources:
         path = Path(source).expanduser()
-        ours = path.suffix in _OURS and any(_begins(path.name, name) for name in names)
+        ours = any(_ours(path.name, name) for name in names)
         if ours and path.is_file() and path.resolve().parent == out.expanduser().resolve():
             raise AnchorsError(
                 f"{source!r}, which is read, lies among the results and has the name of one of them.",
@@ -196,45 +246,18 @@ def require_unread(out: Path, names: Iterable[str], sources: Iterable[str]) -> N
             )
 
 
+def _ours(file: str, name: str) -> bool:
+    return _begins(file, name) and Path(file).suffix in _OURS
+
+
 def _begins(file: str, name: str) -> bool:
     return re.fullmatch(rf"{re.escape(name)}([_-].*)?", Path(file).stem) is not None
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
+def facts_beside(path: Path) -> dict[str, Any] | None:
     """What stands beside a table; None for any other file."""
     try:
         found = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"versions", "command", "written"} <= set(found) else None
-
-
-def _move(out: Path, files: list[str], facts: dict[str, Any]) -> str:
-    """Into a folder named after the model and what was measured; into one of their own where nobody knows."""
-    model = re.sub(r"[^\w.-]+", "-", Path(str(facts.get("model", ""))).name).strip("-.")[:60]
-    folder = out / ASIDE / "-".join(x for x in (model, key_of(parts_of(facts)) if facts else "unknown") if x)
-    if not facts:
-        folder = next(
-            f for i in itertools.count(1) if not os.path.lexists(f := folder.with_name(f"unknown-{i}"))
-        )
-    for place in (folder.parent, folder):
-        if place.is_symlink():
-            raise AnchorsError(
-                f"{str(place)!r} is a link.", "Remove it, or choose another --out.", code="outside"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            (out / file).replace(folder / file)
-    except OSError as error:
-        raise AnchorsError(
-            f"Earlier results cannot be set aside in {str(folder)!r}: {error.strerror or error}.",
-            "Choose another --out.",
-            code="file-unwritable",
-        ) from error
-    whose = (
-        f"of {facts['model']} that are no part of these results"
-        if facts.get("model")
-        else "of unknown origin"
-    )
-    return f"{len(files)} earlier file{'s' * (len(files) != 1)} {whose} set aside in {folder}."

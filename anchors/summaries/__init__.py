@@ -8,7 +8,7 @@ import pandas as pd
 from anchors.stats import flow_summary
 from anchors.study.registry import Summaries, study
 from anchors.summaries.causal import agreement, causal_summary
-from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, sentence
+from anchors.summaries.diagnosis import actual_confusion, diagnosis_summary, label_counts, sentence
 from anchors.summaries.readout import aucroc, readout_summary, weighted_auc
 from anchors.summaries.tables import (
     LOYALTIES,
@@ -41,6 +41,7 @@ __all__ = [
     "diagnosis_tables",
     "flow_pattern",
     "flow_tables",
+    "label_counts",
     "map_tables",
     "marked",
     "readout_summary",
@@ -83,9 +84,10 @@ def readout_tables(rows: pd.DataFrame) -> Tables:
 
 
 def diagnosis_tables(rows: pd.DataFrame) -> Tables:
-    """How well the foretold confusion agrees with the actual one, and both of every pair of labels."""
+    """How well the foretold confusion agrees with the actual one, both of every pair of labels, and how often each label is
+    true and said."""
     pairs, agreement = diagnosis_summary(rows)
-    return {"summary": agreement, "pairs": pairs}
+    return {"summary": agreement, "pairs": pairs, "labels": label_counts(rows)}
 
 
 def causal_tables(rows: pd.DataFrame) -> Tables:

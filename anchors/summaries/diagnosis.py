@@ -102,6 +102,20 @@ def diagnosis_summary(
     return pd.DataFrame(pairs), pd.DataFrame(agreement)
 
 
+def label_counts(rows: pd.DataFrame) -> pd.DataFrame:
+    """How often each label is true, said and both: task, shots, control, label, texts, said, right, in prompts."""
+    found = []
+    for key, group in parts_by(rows[(rows["number"] >= 0) & (rows["condition"] == "none")], GROUP):
+        labels = [m.split("/", 1)[1] for m in dict.fromkeys(group["metric"]) if m.startswith("probability/")]
+        wide = group.pivot_table(index=["seed", "number"], columns="metric", values="value")
+        gold, said = (wide[name].to_numpy().astype(int) for name in ("gold", "predicted"))
+        for number, label in enumerate(labels):
+            true, told = gold == number, said == number
+            counts = {"texts": int(true.sum()), "said": int(told.sum()), "right": int((true & told).sum())}
+            found.append(dict(zip(GROUP, key, strict=True)) | {"label": label} | counts)
+    return pd.DataFrame(found)
+
+
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
     both = ~np.isnan(other)
     if both.sum() < 2 or np.ptp(one[both]) == 0 or np.ptp(other[both]) == 0:

@@ -40,7 +40,7 @@ def readout_summary(
     curves: dict[tuple, list[np.ndarray]] = {}
     refuse_doubles(rows)
     for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
-        scores, predicted, units = _scores(group)
+        scores, predicted, units = scores_of(group)
         weights = resampling(units, resamples)
         if len(units) == 1:
             weights = weights[:1]
@@ -68,7 +68,7 @@ def readout_summary(
     ]
 
 
-def _scores(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+def scores_of(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
     """Attention by prompt, layer and class; the predicted class; the prompts."""
     attention = group[group["metric"].str.startswith("attention/")]
     labels = list(dict.fromkeys(attention["metric"]))

@@ -87,20 +87,22 @@ def compression_sizes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compression_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Loyalties and accuracy by method, see `reduced`, and the sizes."""
-    return {
-        "summary": summarise(reduced(rows), LOYALTIES, baseline="none"),
-        "sizes": compression_sizes(rows),
-    }
+    """Loyalties and accuracy by method, see `reduced`; the label loyalty `against` that of the anchors; and the sizes."""
+    every = reduced(rows)
+    tables = {"summary": summarise(every, LOYALTIES, baseline="none"), "sizes": compression_sizes(rows)}
+    if "hidden_anchor" in set(every["condition"]):
+        tables["against"] = summarise(every, ("label_loyalty",), baseline="hidden_anchor")
+    return tables
 
 
 def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Speed-up of compressed over vanilla in-context learning, beside the numbers of tokens.
+    """Speed-up of compressed and of cached demonstrations over vanilla in-context learning, beside the numbers of tokens.
 
         tokens = (L_demo + L_x) / (L_x + anchors)
 
     Anchors are not run again but only attended to, so this ratio is no bound; (L_demo + L_x) / L_x is one, as far as
-    time goes with the tokens that are run. Intervals draw batches, each of which was timed as a whole.
+    time goes with the tokens that are run. `whole_cached` are whole demonstrations, run once and kept in a cache. Intervals draw
+    batches, each of which was timed as a whole.
     """
     refuse_doubles(rows)
     found = []
@@ -116,14 +118,15 @@ def speed_summary(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         tokens = group[group["number"] < 0].groupby("metric")["value"].mean()
         demo, own, kept = (tokens[n] for n in ("demonstration_tokens", "input_tokens", "kept_tokens"))
         for condition in wide.columns.drop("none"):
+            attended = demo if condition == "whole_cached" else kept
             samples = vanilla / total[:, list(wide.columns).index(condition)]
             value, low, high = interval(samples[:, None])
             found.append(
                 dict(zip(GROUP, key, strict=True))
                 | {"condition": condition, "metric": "speed_up", "layer": None}
                 | {"value": value[0], "low": low[0], "high": high[0]}
-                | {"limit": (demo + own) / (own + kept), "bound": (demo + own) / own}
-                | {"demonstration_tokens": demo, "input_tokens": own, "kept_tokens": kept}
+                | {"limit": (demo + own) / (own + attended), "bound": (demo + own) / own}
+                | {"demonstration_tokens": demo, "input_tokens": own, "kept_tokens": attended}
                 | {"seconds": wide[condition].mean(), "vanilla_seconds": wide["none"].mean()}
                 | {"examples": len(wide), "seeds": wide.index.get_level_values("seed").nunique()}
             )

@@ -1,0 +1,252 @@
+"""Models or runs side by side: the numbers of a study that prompts have, with paired intervals where the prompts are the same.
+
+Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from anchors.collection import Results
+from anchors.errors import AnchorsError
+from anchors.figures.generic import LOOKS
+from anchors.figures.pieces import legend
+from anchors.figures.style import plain
+from anchors.intervals import interval
+from anchors.stats import GROUP, PROPORTIONS, SUMS, parts_by, resampling, shares, within_seeds
+from anchors.summaries.readout import aucroc, scores_of
+from anchors.summaries.tables import reduced
+
+KINDS = ("flow", "classify", "isolate", "readout", "reweight", "compress", "causal", "diagnose", "nsa_probe")
+"""Studies whose numbers can be compared."""
+MEANS = ("accuracy", "label_loyalty", "word_loyalty", "loss")
+PROMPT = ["seed", "number", "example"]
+
+
+def labels_of(found: Sequence[Results]) -> list[str]:
+    """What tells the runs apart: the model, and what differs of precision, amount and folder where models are the same."""
+    told = [
+        [str(own.facts["model"]), str(own.facts.get("precision") or ""), own.folder.name] for own in found
+    ]
+    labels = [parts[0] for parts in told]
+    for column in (1, 2):
+        labels = [
+            f"{label}, {parts[column]}" if labels.count(label) > 1 and parts[column] else label
+            for label, parts in zip(labels, told, strict=True)
+        ]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: i + 1].count(label)})"
+        for i, label in enumerate(labels)
+    ]
+
+
+def compared(found: Sequence[Results]) -> pd.DataFrame:
+    """The numbers of every run, and how far they are from the first run's.
+
+    Numbers of prompts are means over prompts. Of the flow they are the mean shares of the three sums in the first and the last
+    third of the layers, of `readout` the mean AUCROC there, of `causal` the mean of how far the answer follows there. Two runs
+    are compared in pairs on the prompts that both have: the same text, drawn by the same seed after the same demonstrations
+    (same template, labels, data, shots and control).
+
+    Args:
+        found: results of one kind, two or more.
+
+    Returns:
+        One row per task, shots, control, run and number (condition, metric): value, low, high, examples (of the run); difference
+        to the first run with its interval, and `shared`, the prompts that it rests on; missing where there are none.
+
+    Raises:
+        AnchorsError: fewer than two runs, or of several kinds; rows without such numbers.
+    """
+    kinds = {own.kind for own in found}
+    if len(found) < 2 or len(kinds) > 1 or not kinds <= {*KINDS}:
+        raise AnchorsError(
+            f"{len(found)} results of {', '.join(sorted(kinds))} cannot be compared.",
+            f"Name at least two runs of one of {', '.join(KINDS)}.",
+            code="rows",
+        )
+    kind, labels = kinds.pop(), labels_of(found)
+    parts = [_parts(own, kind) for own in found]
+    tables = []
+    for key in dict.fromkeys(key for own in parts for key in own):
+        first = parts[0].get(key)
+        for number, (label, own) in enumerate(zip(labels, parts, strict=True)):
+            if key not in own:
+                continue
+            rows, asked = own[key]
+            table = _estimates(_samples(kind, rows))
+            if number and first is not None and asked is not None and asked == first[1]:
+                table = table.join(_differences(kind, rows, first[0]), on=["condition", "metric"])
+            tables.append(table.assign(**dict(zip(GROUP, key, strict=True)), run=label))
+    if not tables:
+        raise AnchorsError("These rows hold no numbers of prompts.", "Measure again.", code="rows")
+    table = pd.concat(tables, ignore_index=True)
+    columns = [*GROUP, "condition", "metric", "run", "value", "low", "high", "examples"]
+    return table.reindex(columns=[*columns, "difference", "difference_low", "difference_high", "shared"])
+
+
+def _parts(own: Results, kind: str) -> dict[tuple, tuple[pd.DataFrame, Any]]:
+    """By task, shots and control: rows, and all that the prompts depend on beside seed and number; None where nobody knows it."""
+    rows = own.rows[kind]
+    rows = reduced(rows) if kind == "compress" else rows
+    rows = rows if set(GROUP) <= set(rows) else rows.assign(task="episodes", shots=0, control="none")
+    asked: dict[tuple, list[Any]] = {}
+    parts = [p for p in own.facts.get("parts") or () if isinstance(p, dict) and p.get("kind", kind) == kind]
+    names = list(dict.fromkeys(rows["task"]))
+    each = len(parts) // len(names) if len(names) and len(parts) % len(names) == 0 else 0
+    for number, part in enumerate(parts):
+        # Parts come in the order of the tasks, one for each: their names are not kept with them.
+        if each == 1 and "data" in part:
+            same = {k: part.get(k) for k in ("task", "data", "shots", "control", "fresh")}
+            asked.setdefault((names[number], part["shots"], part["control"]), []).append(same)
+    found = {}
+    for key, group in parts_by(rows[rows["number"] >= 0], GROUP):
+        known = asked.get((key[0], int(key[1]), key[2]), [])
+        found[key] = group, known[0] if len(known) == 1 else None
+    return found
+
+
+def _samples(kind: str, rows: pd.DataFrame) -> tuple[pd.MultiIndex, np.ndarray, pd.DataFrame]:
+    """Numbers by condition and metric, [1 + resamples, numbers], and the prompts. The same prompts are resampled alike."""
+    units = rows[PROMPT[:2]].drop_duplicates().sort_values(PROMPT[:2], ignore_index=True)
+    weights = resampling(units)[: 1 if len(units) == 1 else None]
+    make = {"flow": _flow, "readout": _readout, "causal": _causal}.get(kind, _means)
+    found = {name: np.asarray(own, float) for name, own in make(rows, units, weights).items()}
+    index = pd.MultiIndex.from_tuples(list(found), names=["condition", "metric"])
+    return index, np.stack(list(found.values()), 1) if found else np.zeros((len(weights), 0)), units
+
+
+def _estimates(made: tuple[pd.MultiIndex, np.ndarray, pd.DataFrame]) -> pd.DataFrame:
+    index, samples, units = made
+    binary = np.array([metric in PROPORTIONS for _, metric in index], bool)
+    value, low, high = interval(samples, count=np.where(binary, len(units), np.nan))
+    return index.to_frame(index=False).assign(value=value, low=low, high=high, examples=len(units))
+
+
+def _differences(kind: str, rows: pd.DataFrame, first: pd.DataFrame) -> pd.DataFrame:
+    """How far a run's numbers are from the first one's, on the prompts that both have."""
+    shared = rows[PROMPT].drop_duplicates().merge(first[PROMPT].drop_duplicates())
+    columns = ["difference", "difference_low", "difference_high", "shared"]
+    if not len(shared):
+        return pd.DataFrame(
+            columns=columns, index=pd.MultiIndex.from_arrays([[], []], names=["condition", "metric"])
+        )
+    (index, own, _), (other_index, other, _) = (
+        _samples(kind, table.merge(shared)) for table in (rows, first)
+    )
+    both = index.intersection(other_index, sort=False)
+    gap = own[:, index.get_indexer(both)] - other[:, other_index.get_indexer(both)]
+    values = dict(zip(columns, (*interval(gap), np.full(len(both), len(shared))), strict=True))
+    return pd.DataFrame(values, index=both)
+
+
+def _means(rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    own = rows[rows["metric"].isin(MEANS)]
+    if not (own["metric"] == "accuracy").any() and {"gold", "predicted"} <= set(rows["metric"]):
+        wide = rows[rows["metric"].isin(["gold", "predicted"])].pivot_table(
+            index=[*PROMPT[:2], "condition"], columns="metric", values="value"
+        )
+        own = (
+            (wide["gold"] == wide["predicted"])
+            .astype(float)
+            .rename("value")
+            .reset_index()
+            .assign(metric="accuracy")
+        )
+    wide = own.pivot_table(index=PROMPT[:2], columns=["condition", "metric"], values="value").reindex(
+        pd.MultiIndex.from_frame(units)
+    )
+    data = wide.to_numpy(float)
+    known = ~np.isnan(data)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (weights @ np.where(known, data, 0)) / (weights @ known)
+    return {(str(c), str(m)): means[:, i] for i, (c, m) in enumerate(wide.columns)}
+
+
+def _thirds(layers: int) -> dict[str, slice]:
+    third = max(1, layers // 3)
+    return {"first third": slice(None, third), "last third": slice(-third, None)}
+
+
+def _flow(rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    wide = rows[rows["metric"].isin(SUMS)].pivot_table(
+        index=PROMPT[:2], columns=["metric", "layer"], values="value"
+    )
+    wide = wide.reindex(pd.MultiIndex.from_frame(units))
+    layers = sorted(set(wide.columns.get_level_values("layer")))
+    data = np.stack([wide[name][layers].to_numpy(float) for name in SUMS], 1)  # prompts, sums, layers
+    share = shares(np.einsum("re,esl->srl", weights / weights.sum(1, keepdims=True), data))
+    return {
+        (end, f"share of {name.capitalize()}"): share[i][:, part].mean(1)
+        for end, part in _thirds(len(layers)).items()
+        for i, name in enumerate(SUMS)
+    }
+
+
+def _readout(
+    rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray
+) -> dict[tuple[str, str], np.ndarray]:
+    scores, predicted, own = scores_of(rows)
+    order = pd.MultiIndex.from_frame(own[PROMPT[:2]]).get_indexer(pd.MultiIndex.from_frame(units))
+    scores, predicted = scores[order], predicted[order]
+    auc = within_seeds(units, weights, lambda at, w: aucroc(scores[at], predicted[at], w))
+    return {(end, "AUCROC"): auc[:, part].mean(1) for end, part in _thirds(auc.shape[1]).items()}
+
+
+def _causal(
+    rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray
+) -> dict[tuple[str, str], np.ndarray]:
+    size = rows[rows["metric"] == "follow_denominator"].set_index(PROMPT[:2])["value"]
+    size = size.reindex(pd.MultiIndex.from_frame(units)).to_numpy(float)
+    found = {}
+    for condition, own in rows[rows["metric"] == "follow_numerator"].groupby("condition", sort=False):
+        wide = own.pivot_table(index=PROMPT[:2], columns="layer", values="value").reindex(
+            pd.MultiIndex.from_frame(units)
+        )
+        total = weights @ size[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            follow = np.where(total > 0, weights @ wide.to_numpy(float) / total, np.nan)
+        for end, part in _thirds(wide.shape[1]).items():
+            found[f"{condition}, {end}", "follow"] = follow[:, part].mean(1)
+    return found
+
+
+def draw(table: pd.DataFrame, title: str) -> Figure:
+    """One panel per task and metric: every condition with its interval, the runs beside each other."""
+    runs = {run: LOOKS[i % len(LOOKS)] for i, run in enumerate(dict.fromkeys(table["run"]))}
+    cells = [
+        (
+            f"{task}"
+            + (f", {shots} shots" if table["shots"].nunique() > 1 else "")
+            + ("" if control == "none" else f", {control}"),
+            metric,
+            part,
+        )
+        for (task, shots, control, metric), part in parts_by(table, [*GROUP, "metric"])
+    ]
+    across = min(3, len(cells))
+    down = -(-len(cells) // across)
+    tall = 1.1 + 0.3 * max(part["condition"].nunique() for *_, part in cells) * max(1.0, len(runs) / 3)
+    figure = Figure(figsize=(1.2 + 3.3 * across, 0.8 + tall * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
+    for panel in panels.flat[len(cells) :]:
+        panel.set_visible(False)
+    for panel, (name, metric, part) in zip(panels.flat, cells, strict=False):
+        conditions = list(dict.fromkeys(part["condition"]))
+        for number, (run, (colour, marker)) in enumerate(runs.items()):
+            own = part[part["run"] == run].set_index("condition").reindex(conditions)
+            place = np.arange(len(conditions)) + 0.7 * ((number + 0.5) / len(runs) - 0.5)
+            panel.hlines(place, own["low"].astype(float), own["high"].astype(float), color=colour)
+            panel.plot(own["value"].astype(float), place, marker, color=colour, label=plain(run))
+        panel.set_yticks(
+            range(len(conditions)), [plain("untouched" if c == "none" else c) for c in conditions]
+        )
+        panel.set_ylim(len(conditions) - 0.5, -0.5)
+        panel.set_xlabel(plain(metric))
+        panel.set_title(plain(name))
+    figure.suptitle(plain(title), fontsize=10)
+    legend(figure, columns=min(3, len(runs)))
+    return figure
