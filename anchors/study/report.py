@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
+from anchors.places import titled
 from anchors.study.registry import study
 from anchors.study.results import plain, provenance
 from anchors.study.shelf import Shelf
@@ -32,6 +33,11 @@ class Report:
     files: list[Path]
     notes: list[str]
     facts: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The model's name as titles have it."""
+        return titled(str(self.facts["model"]))
 
     def as_json(self) -> dict[str, Any]:
         """The tables as plain data; missing values are null."""

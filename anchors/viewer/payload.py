@@ -9,6 +9,7 @@ import pandas as pd
 
 from anchors.flow.saliency import flow
 from anchors.model.language import LanguageModel
+from anchors.places import titled
 from anchors.stats import REST, SUMS, flow_summary
 from anchors.tasks.prompts import Prompt
 from anchors.viewer.page import KEEP, edges, flows
@@ -126,7 +127,7 @@ def payload(
     flat |= {f"version of {k}": v for k, v in facts.get("versions", {}).items()}
     return {
         "title": title,
-        "model": model.name,
+        "model": titled(model.name),
         "task": task.name,
         "command": facts.get("command"),
         "provenance": flat,
