@@ -10,7 +10,7 @@ PLACES_OF_STEPS = ("checkpoint", "step", "epoch", "final", "best", "last", "late
 """What the last part of a path begins with where the part before it is the model's name."""
 
 
-def titled(name: str, most: int = 48) -> str:
+def titled(name: str, most: int = 40) -> str:
     """A model's name as it stands in titles: of a path or a hub id the last part that tells something, not too long.
 
     `/data/models/SmolLM2` is `SmolLM2`, `org/SmolLM2` too; `runs/mine/checkpoint-100` is `mine/checkpoint-100`; a snapshot

@@ -306,10 +306,26 @@ def print_notes(notes: list[str]) -> None:
         err.print(f"[yellow]note:[/] {escape(note)}")
 
 
+OPENED = (".html", ".png", ".csv", ".parquet")
+"""What is opened first: a page, else a picture, else a table."""
+
+
+def first_of(files: Sequence[Path]) -> Path | None:
+    """The file to open first; of several of a kind the one with the shortest name, which stands for the whole."""
+    for suffix in OPENED:
+        if own := [path for path in files if path.suffix == suffix]:
+            return min(own, key=lambda path: len(path.name))
+    return None
+
+
 def print_files(files: list[Path]) -> None:
-    """What was written, on standard error."""
+    """What was written, on standard error; the file to open first comes last, and is said."""
+    first = first_of(files)
     for path in files:
-        err.print(shown(path))
+        if path != first:
+            err.print(shown(path), soft_wrap=True)
+    if first is not None:
+        err.print(f"{'[bold]open first:[/] ' if len(files) > 1 else ''}{shown(first)}", soft_wrap=True)
 
 
 def estimate(

@@ -23,6 +23,7 @@ from made_rows import (
 from matplotlib.figure import Figure
 
 from anchors.figures import draw, generic, nsa_bench, nsa_train
+from anchors.places import titled
 from anchors.study.registry import study
 from anchors.study.report import Report
 from anchors.study.results import read_table
@@ -234,13 +235,14 @@ def figures() -> dict[str, Figure]:
     }
     made |= {f"{kind}, small": draw(kind, SUMMARIES[kind](rows(own)), MODEL) for kind, own in one.items()}
     made["map, long"] = made.pop("map, small")
-    made["plain"] = generic.draw({"summary": tables("compress")["summary"]}, MODEL)
-    made["plain, layers"] = generic.draw({"summary": _causal()["summary"]}, MODEL)
+    made["plain"] = generic.draw({"summary": tables("compress")["summary"]}, titled(MODEL))
+    made["plain, layers"] = generic.draw({"summary": _causal()["summary"]}, titled(MODEL))
     made["nsa probe"] = draw("nsa_probe", tables("nsa_probe"), MODEL)
     made["nsa bench"] = nsa_bench.draw(_timings(), "64/4 D128")
     made["nsa train"] = nsa_train.draw({"log": _log()}, "")
     for name in ("inject-sweep", "inject-flow"):
-        made |= {f"{name}, {key}": figure for key, figure in draw(name, tables(name), MODEL).items()}
+        own = draw(name, tables(name), MODEL).items()
+        made |= {f"{name}, {key}": figure for key, figure in own if not key.endswith("_odds")}
     return made
 
 

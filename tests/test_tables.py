@@ -1,14 +1,20 @@
 """Tables at the console: nothing is cut, however narrow the terminal is."""
 
 import re
+import sys
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import made_tables
 import pytest
 from rich.console import Console
 from rich.text import Text
+from typer import rich_utils
+from typer.testing import CliRunner
 
+from anchors.cli import app, common
 from anchors.cli.tables import PROSE, Grid
 from anchors.places import titled
 
@@ -92,6 +98,53 @@ def test_a_table_that_does_not_fit_is_set_in_parts_with_its_keys():
     assert sum(line.split()[:1] == ["row"] for line in wide) == 2
 
 
+HELPED = (
+    "view",
+    "check",
+    "run",
+    "ls",
+    "figures",
+    "flow",
+    "reweight",
+    "nsa train",
+    "nsa bench",
+    "nsa curves",
+    "inject",
+    "inject demo",
+)
+
+
+@pytest.mark.parametrize("verb", HELPED)
+def test_help_is_broken_by_the_terminal_and_not_by_its_source(verb, monkeypatch):
+    """Of a paragraph every line but the last is filled: the next line's first word would not have fitted."""
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 80)
+    done = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert done.exit_code == 0, done.output
+    before = done.output.split("╭")[0].split("Usage:")[1].split("\n", 1)[1]
+    for paragraph in re.split(r"\n\s*\n", before):
+        lines = [line.strip() for line in paragraph.split("\n") if line.strip()]
+        for line, after in pairwise(lines):
+            assert after.startswith("- ") or len(line) + 1 + len(after.split()[0]) > 76, (line, after)
+
+
+def test_the_file_to_open_first_is_said(capsys):
+    files = [
+        Path("out") / n
+        for n in ("flow.parquet", "flow_summary.parquet", "flow.png", "flow.pdf", "flow_sst2.html")
+    ]
+    assert common.first_of(files) == Path("out/flow_sst2.html")
+    assert common.first_of(files[:4]) == Path("out/flow.png")
+    assert common.first_of([Path("out/model")]) is None
+    common.err.file, held = sys.stderr, common.err.file
+    try:
+        common.print_files(files)
+    finally:
+        common.err.file = held
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[-1] == "open first: out/flow_sst2.html"
+
+
 @pytest.mark.parametrize(
     ("name", "title"),
     [
@@ -103,7 +156,7 @@ def test_a_table_that_does_not_fit_is_set_in_parts_with_its_keys():
         ("/models/small.Q4_1.gguf", "small.Q4_1"),
         ("SmolLM2-135M-Instruct (Q4_1)", "SmolLM2-135M-Instruct (Q4_1)"),
         ("nsa/run-0 at step 40", "run-0 at step 40"),
-        ("x" * 30 + "y" * 30, "x" * 23 + "…" + "y" * 23),
+        ("x" * 30 + "y" * 30, "x" * 19 + "…" + "y" * 19),
         ("/", "/"),
     ],
 )

@@ -123,7 +123,7 @@ def test_edges_keeps_the_strongest_of_every_flow_and_the_first_tokens_apart():
             assert flows(classes, 7)[i, j] == kind + 3 * (j == 0)
             if matrix[i, j] > 0:
                 by_group.setdefault((kind, j == 0), []).append([i, j, float(f"{matrix[i, j]:.4g}")])
-    kept = sorted(sum((sorted(own, key=lambda e: -e[2])[:2] for own in by_group.values()), []))
+    kept = sorted(e for own in by_group.values() for e in sorted(own, key=lambda e: -e[2])[:2])
     assert edges(matrix, 2, flows(classes, 7)) == sorted(kept, key=lambda e: -e[2])
     assert flows([0, None], 1).tolist() == [[1, 1], [2, 0]]  # a first token that is counted is no sink
 

@@ -491,7 +491,7 @@ def test_what_is_seen_is_saved_as_svg_and_as_png(viewer, tmp_path):
             if made.exists() and picture.exists():
                 break
             time.sleep(0.05)
-        root = ElementTree.parse(made).getroot()
+        root = ElementTree.parse(made).getroot()  # noqa: S314 - written here
         space = "{http://www.w3.org/2000/svg}"
         assert len(root.findall(f".//{space}path")) == len(LAYER_0) + len(LAYER_1)
         words = " ".join(text.text for text in root.iter(f"{space}text"))
