@@ -6,6 +6,26 @@ from pathlib import Path
 
 from anchors.errors import AnchorsError
 
+PLACES_OF_STEPS = ("checkpoint", "step", "epoch", "final", "best", "last", "latest", "main", "model")
+"""What the last part of a path begins with where the part before it is the model's name."""
+
+
+def titled(name: str, most: int = 40) -> str:
+    """A model's name as it stands in titles: of a path or a hub id the last part that tells something, not too long.
+
+    `/data/models/SmolLM2` is `SmolLM2`, `org/SmolLM2` too; `runs/mine/checkpoint-100` is `mine/checkpoint-100`; a snapshot
+    in the hub's cache has the name of its repository.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    if "snapshots" in parts[1:]:
+        parts = [parts[parts.index("snapshots", 1) - 1].rsplit("--", 1)[-1]]
+    last = parts[-1] if parts else name
+    if len(parts) > 1 and last.lower().split("-")[0].split("_")[0] in PLACES_OF_STEPS:
+        last = f"{parts[-2]}/{last}"
+    last = last.removesuffix(".gguf")
+    half = (most - 1) // 2
+    return last if len(last) <= most else f"{last[:half]}…{last[-half:]}"
+
 
 def require_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse files of a model's folder that are links to somewhere else.

@@ -18,6 +18,7 @@ from anchors.cli import (
     view,
 )
 from anchors.cli.verb import Verbs
+from anchors.study.docstring import prose
 
 # Before torch is loaded: on busy cores, threads that spin at every barrier make short operations ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,6 +55,9 @@ def version(
 for group in (app, nsa.app, inject.app):
     for command in group.registered_commands:
         if command.callback is not None:
+            command.help = command.help or prose(
+                command.callback
+            )  # paragraphs as lines, which the terminal breaks
             command.callback = common.bounded(command.callback)
 
 

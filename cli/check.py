@@ -1,13 +1,17 @@
 """`anchors check`: certify that the analyses are exact on a model."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import out
+from anchors.cli.tables import Grid
+
+if TYPE_CHECKING:
+    from anchors.certificate.agreement import Finding
 
 
 def check(
@@ -34,6 +38,7 @@ def check(
     A dot marks what could not be asked, and says why. Exit code 1 if one fails.
     """
     with common.reporting():
+        from anchors.places import titled
         from anchors.tasks.task import TASKS
 
         own = template is not None or labels is not None
@@ -51,10 +56,17 @@ def check(
         if as_json:
             common.print_json([vars(f) for f in findings])
         else:
-            table = Table(title=f"{escape(lm.name)}, {lm.precision} on {lm.device}", show_header=False)
-            for finding in findings:
-                mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "·"}[finding.ok]
-                table.add_row(mark, escape(finding.name), escape(finding.detail))
-            out.print(table)
+            out.print(table(findings, f"{titled(lm.name)}, {lm.precision} on {lm.device}"))
     if failed(findings):
         raise typer.Exit(1)
+
+
+def table(findings: "Sequence[Finding]", title: str) -> Grid:
+    """What was asked, whether it holds, and the number that this rests on."""
+    made = Grid(title, show_header=False)
+    for overflow in ("ellipsis", "fold", "fold"):
+        made.add_column(overflow=overflow)
+    for finding in findings:
+        mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "·"}[finding.ok]
+        made.add_row(mark, escape(finding.name), escape(finding.detail))
+    return made

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import estimate_of, summary_table
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
     from anchors.study.prompted import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table]:
+def shown(result: "Report", view: Any) -> Iterator[Grid]:
     """Accuracy and loss, and a confusion matrix per condition, of every task."""
     tables = result.tables
     for task, part in tables["summary"].groupby("task", sort=False):
-        title = f"{task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
+        title = f"{task}, {result.title}, {part['examples'].iloc[0]} examples"
         yield summary_table(part, ["accuracy", "loss"], title)
         for condition in sorted(dict.fromkeys(part["condition"]), key=lambda c: c != "none"):
             picked = [
@@ -30,18 +29,16 @@ def shown(result: "Report", view: Any) -> Iterator[Table]:
             yield _confusion(*picked, condition)
 
 
-def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) -> Table:
+def _confusion(counts: "pd.DataFrame", classes: "pd.DataFrame", condition: str) -> Grid:
     labels = list(dict.fromkeys(counts["gold"]))
-    table = Table(
-        title="confusion" if condition == "none" else f"confusion, {escape(condition)}",
-        caption=escape(
-            f"rows: the true label; columns: the predicted one; {common.caption_of(classes[classes['metric'] != 'f1'])}"
-        ),
-        box=SIMPLE_HEAD,
+    table = Grid(
+        "confusion" if condition == "none" else f"confusion, {condition}",
+        caption="rows: the true label; columns: the predicted one; "
+        f"{common.caption_of(classes[classes['metric'] != 'f1'])}",
     )
     table.add_column("")
     for label in labels:
-        table.add_column(escape(label), justify="right")
+        table.add_column(label, justify="right")
     for name in ("precision", "recall"):
         table.add_column(name)
     for label in labels:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -27,8 +26,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from anchors.cli.tables import Grid
 from anchors.errors import AnchorsError, CertificateError, brief, demand_seed, of_the_machine, whole_number
 
 if TYPE_CHECKING:
@@ -272,9 +271,14 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
     """What is left to do of each experiment or study, as a table or as JSON."""
     if as_json:
         print_json({name: [part.as_json() for part in parts] for name, parts in plans.items()})
-        return
+    else:
+        out.print(outlook_table(plans))
+
+
+def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
+    """What is left to do, a row each, and what it costs in all."""
     counts = ("prompts", "left", "tokens", "TFLOP", "about")
-    table = Table(title="What is left to do", box=SIMPLE_HEAD)
+    table = Grid("What is left to do", keys=3)
     for name in ("experiment", "analysis", "task", "shots", "control", *counts):
         table.add_column(name, justify="right" if name in counts else "left")
     every = [(name, part) for name, parts in plans.items() for part in parts]
@@ -284,12 +288,12 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
         table.add_row(name, *map(str, cells), work, "" if part.seconds is None else _clock(part.seconds))
     known = [part.seconds for _, part in every if part.seconds is not None]
     time = f"about {_clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
-    table.caption = f"{time}, without loading and certifying the model"
+    table.below = f"{time}, without loading and certifying the model"
     if len(plans) > 1:
-        table.caption += "; cells that experiments share count more than once"
+        table.below += "; cells that experiments share count more than once"
     if memory := max((part.memory for _, part in every), default=0):
-        table.caption += f"; at least {memory / 1e9:.3g} GB of memory"
-    out.print(table)
+        table.below += f"; at least {memory / 1e9:.3g} GB of memory"
+    return table
 
 
 def _clock(seconds: float) -> str:
@@ -302,10 +306,26 @@ def print_notes(notes: list[str]) -> None:
         err.print(f"[yellow]note:[/] {escape(note)}")
 
 
+OPENED = (".html", ".png", ".csv", ".parquet")
+"""What is opened first: a page, else a picture, else a table."""
+
+
+def first_of(files: Sequence[Path]) -> Path | None:
+    """The file to open first; of several of a kind the one with the shortest name, which stands for the whole."""
+    for suffix in OPENED:
+        if own := [path for path in files if path.suffix == suffix]:
+            return min(own, key=lambda path: len(path.name))
+    return None
+
+
 def print_files(files: list[Path]) -> None:
-    """What was written, on standard error."""
+    """What was written, on standard error; the file to open first comes last, and is said."""
+    first = first_of(files)
     for path in files:
-        err.print(shown(path))
+        if path != first:
+            err.print(shown(path), soft_wrap=True)
+    if first is not None:
+        err.print(f"{'[bold]open first:[/] ' if len(files) > 1 else ''}{shown(first)}", soft_wrap=True)
 
 
 def estimate(
@@ -362,11 +382,13 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-def new_table(title: str, *columns: str, caption: str = "[95 % bootstrap interval]", **how: Any) -> Table:
-    """An empty table; `how` is of every column."""
-    made = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def new_table(
+    title: str, *columns: str, caption: str = "[95 % bootstrap interval]", keys: int = 1, **how: Any
+) -> Grid:
+    """An empty table whose first `keys` columns tell rows apart; `how` is of every column."""
+    made = Grid(title, caption=caption, keys=keys)
     for name in columns:
-        made.add_column(escape(name), **how)
+        made.add_column(name, **how)
     return made
 
 
@@ -416,10 +438,10 @@ def once(found: tuple, option: str) -> tuple:
     return found
 
 
-def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Table:
+def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -> Grid:
     """One row per condition, one column per metric, and the difference of the first metric to the baseline."""
     table = new_table(title, caption=caption_of(summary[summary["metric"].isin(metrics)]))
-    table.add_column("condition", overflow="fold")
+    table.add_column("condition")
     for metric in metrics:
         table.add_column(metric.replace("_", " "))
     compared = "difference" in summary and summary["difference"].notna().any()
@@ -439,7 +461,7 @@ def summary_table(summary: "pd.DataFrame", metrics: Sequence[str], title: str) -
     return table
 
 
-def layer_table(summary: "pd.DataFrame", title: str) -> Table:
+def layer_table(summary: "pd.DataFrame", title: str) -> Grid:
     """One row per task, condition and metric; columns for five layers from the first to the last."""
     layers = sorted(summary["layer"].dropna().unique())
     shown = [layers[round(i * (len(layers) - 1) / 4)] for i in range(5)] if len(layers) > 5 else layers
@@ -447,7 +469,9 @@ def layer_table(summary: "pd.DataFrame", title: str) -> Table:
     from anchors.stats import parts_by
 
     prefix = "" if "value" in summary else "share"
-    table = new_table(title, *keys, *(f"layer {layer}" for layer in shown), caption=caption_of(summary))
+    table = new_table(
+        title, *keys, *(f"layer {layer}" for layer in shown), caption=caption_of(summary), keys=len(keys)
+    )
     for key, part in parts_by(summary, keys) if keys else [((), summary)]:
         own = part.dropna(subset=["layer"]).set_index("layer")
         cells = [layer_cell(own.loc[x], prefix) if x in own.index else "" for x in shown]

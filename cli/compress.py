@@ -3,18 +3,17 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from anchors.cli.common import estimate, summary_table
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     from anchors.study.prompted import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table | str]:
+def shown(result: "Report", view: Any) -> Iterator[Grid | str]:
     """Loyalties by method, saved memory, and the speed-up beside what bounds it, of every task."""
     for task, part in result.tables["summary"].groupby("task", sort=False):
-        title = f"Compression: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
+        title = f"Compression: {task}, {result.title}, {part['examples'].iloc[0]} examples"
         yield summary_table(part, ["accuracy", "label_loyalty", "word_loyalty"], title)
         sizes = result.tables["sizes"]
         memory = sizes[(sizes["task"] == task) & (sizes["metric"] == "cache_bytes")].set_index("condition")[

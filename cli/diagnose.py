@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import estimate
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     from anchors.study.prompted import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table | str]:
+def shown(result: "Report", view: Any) -> Iterator[Grid | str]:
     """Foretold and actual confusion of every pair of labels, and how well they agree."""
     for task, pairs in result.tables["pairs"].groupby("task", sort=False):
         agreement = result.tables["summary"]

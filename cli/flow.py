@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from anchors.cli import common
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,14 +33,14 @@ class View:
         return {"layers": common.layers_from(self.layers, model.n_layers), "pages": self.pages}
 
 
-def shown(result: "Report", view: View) -> Iterator[Table]:
+def shown(result: "Report", view: View) -> Iterator[Grid]:
     """The three sums of the shown layers, a table per task."""
     for task, part in result.tables["summary"].groupby("task", sort=False):
         layers = common.layers_from(view.layers, int(part["layer"].max()) + 1)
-        yield _table(part, layers, f"{task}, {result.facts['model']}")
+        yield _table(part, layers, f"{task}, {result.title}")
 
 
-def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
+def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Grid:
     examples = summary["examples"].iloc[0]
     from anchors.stats import REST
 
@@ -55,18 +52,13 @@ def _table(summary: "pd.DataFrame", layers: list[int], title: str) -> Table:
             "; left out: how much of the flow from label words to the target comes from tokens of theirs that are not "
             "counted in S_pq, in %"
         )
-    table = Table(
-        title=f"Information flow: {escape(title)}, {examples} examples",
-        caption=escape(caption),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("layer", justify="right", no_wrap=True)
+    table = Grid(f"Information flow: {title}, {examples} examples", caption=caption)
+    table.add_column("layer", justify="right")
     for name, colour in COLOURS.items():
-        table.add_column(name.capitalize(), style=colour, no_wrap=True)
-    table.add_column("shares", no_wrap=True)
+        table.add_column(name.capitalize(), style=colour)
+    table.add_column("shares")
     if several:
-        table.add_column("left\nout", justify="right", no_wrap=True)
+        table.add_column("left\nout", justify="right")
     for layer in layers:
         part = summary[summary["layer"] == layer].set_index("metric")
         cells = [

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -16,10 +15,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import err, out
+from anchors.cli.tables import Grid
 from anchors.errors import AnchorsError, nearest
 from anchors.injection.demo.scales import SCALES
 
@@ -115,13 +114,11 @@ def _bar() -> Generator[Any]:
         yield lambda name, done, total: bar.update(row, description=escape(name), completed=done, total=total)
 
 
-def _table(built: "dict[str, Built]", title: str) -> Table:
+def _table(built: "dict[str, Built]", title: str) -> Grid:
     """One row per model, one column per scenario."""
     columns = {"vision": "vision", "instruction": "instr.", "crosslingual": "lang.", "mathematics": "maths"}
-    table = Table(
-        title=escape(title), caption="exact match on held-out examples", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("model", no_wrap=True)
+    table = Grid(title, caption="exact match on held-out examples", keys=2)
+    table.add_column("model")
     for name in ("asked about", *columns.values(), "seconds"):
         table.add_column(name)
     for name, part in built.items():

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli.common import estimate, new_table
 from anchors.cli.inject_sweep import INTERVALS, guessed
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from anchors.study.report import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table]:
+def shown(result: "Report", view: Any) -> Iterator[Grid]:
     """Flow over λ, whether damage goes with it, and rules for λ."""
     facts = result.facts
     method = next(part["recipe"]["method"] for part in facts["parts"] if "recipe" in part)
     for show in (_strengths, _damage, _regret):
-        if (table := show(result.tables, f"{facts['model']}, {method}")) is not None:
+        if (table := show(result.tables, f"{result.title}, {method}")) is not None:
             yield table
 
 
-def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     from anchors.figures.inject_flow import PATHS
 
     found, right = tables["strengths"], tables["accuracy"].set_index(["scenario", "expert", "strength"])
@@ -34,6 +34,7 @@ def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     table = new_table(
         f"Share of the flow that comes from images and text: {title}",
         *("scenario", "expert", "λ", "accuracy", *paths),
+        keys=3,
         caption="into label words and into the target; mean over layers of the shallow and of the deep half "
         f"{INTERVALS}; {guessed(tables['guessing'])}",
     )
@@ -50,12 +51,13 @@ def _strengths(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     return table
 
 
-def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _damage(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     if "damage" not in tables:
         return None
     table = new_table(
         f"Does vision damage go with lost image flow? {title}",
         *("measure", "flow", "layers", "ρ", "p", "q", "ρ beyond λ", "p", "q", "settings"),
+        keys=3,
         caption="Spearman's ρ of the drop of vision accuracy and the relative loss of flow; permutation p"
         f"{_least(tables['damage'])}; q: p corrected for the number of these tests",
     )
@@ -74,7 +76,7 @@ def _least(damage: "pd.DataFrame") -> str:
     return f", beyond λ no smaller than {least.max():.2g}" if len(least) else ""
 
 
-def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     if "regret" not in tables:
         return None
     table = new_table(
@@ -83,6 +85,7 @@ def _regret(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         caption="regret: best utility over the grid minus the chosen λ's; utility: mean of skill accuracy and vision retention; "
         "ε, c and the best fixed λ are fitted with labels of the other experts",
     )
+    table.columns[2].no_wrap = False
     for row in tables["regret"].to_dict("records"):
         own = tables["choices"][tables["choices"]["rule"] == row["rule"]]
         chosen = [

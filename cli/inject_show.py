@@ -5,9 +5,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     from anchors.injection.merging.inspection import Inspection
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anchors.injection.merging.sources import Sources
 
 
-def methods(known: "Mapping[str, Method]") -> Table:
+def methods(known: "Mapping[str, Method]") -> Grid:
     """Every method, its parameters and where it is from."""
     table = _table(
         "Methods",
@@ -30,7 +30,7 @@ def methods(known: "Mapping[str, Method]") -> Table:
     for name, own in known.items():
         defaults = ", ".join(f"{key}={value}" for key, value in own.defaults.items())
         table.add_row(name, f"{own.strength:g}", escape(defaults), escape(own.source))
-    table.columns[0].no_wrap = True
+    _words(table, 2, 3)
     return table
 
 
@@ -57,13 +57,12 @@ def plan(sources: "Sources", recipe: "Recipe") -> list[dict[str, Any]]:
     return rows
 
 
-def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Table:
+def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Grid:
     """The same, a tensor of all layers in one row."""
     table = _table(
         f"What would change: {recipe.label()}",
         "{…}: one in each of these layers, as the base counts",
-        "tensor of the base",
-        "tensor of the VLM",
+        "tensor of the base, and below it of the VLM",
         "its shape",
         "change",
     )
@@ -76,11 +75,11 @@ def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Table:
         if layers != [None]:
             own = own.replace("{}", f"{{{_ranges(layers)}}}")
             theirs = theirs.replace("{}", "{…}")
-        table.add_row(escape(own), escape(theirs), shape, change if change != "no" else "[dim]no[/]")
+        table.add_row(escape(f"{own}\n  {theirs}"), shape, change if change != "no" else "[dim]no[/]")
     return table
 
 
-def inspection(found: "Inspection", title: str) -> Table:
+def inspection(found: "Inspection", title: str) -> Grid:
     """Both task vectors by layer."""
     table = _table(
         f"Task vectors: {title}",
@@ -104,7 +103,7 @@ def inspection(found: "Inspection", title: str) -> Table:
     return table
 
 
-def changes(report: "MergeReport") -> Table:
+def changes(report: "MergeReport") -> Grid:
     """Tensors changed and kept, by module; the tower first."""
     memory = "" if report.memory is None else f", {report.memory / 1e6:.0f} MB of memory at most"
     table = _table(
@@ -140,5 +139,11 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
 
 
-def _table(title: str, caption: str, *columns: str) -> Table:
-    return common.new_table(title, *columns, caption=caption, overflow="fold")
+def _table(title: str, caption: str, *columns: str) -> Grid:
+    return common.new_table(title, *columns, caption=caption)
+
+
+def _words(table: Grid, *columns: int) -> None:
+    """These hold words, between which they may be broken."""
+    for at in columns:
+        table.columns[at].no_wrap = False

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import estimate
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anchors.study.report import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table]:
+def shown(result: "Report", view: Any) -> Iterator[Grid]:
     """Of every scenario references, what is best, comparisons and sensitivity; all scenarios beside each other."""
     # That of vision; none where vision has an expert itself.
     beside = set(result.tables["guessing"]["scenario"]) - set(result.tables["summary"]["scenario"])
@@ -32,10 +32,8 @@ def shown(result: "Report", view: Any) -> Iterator[Table]:
 INTERVALS = "[95 % bootstrap interval; Wilson's where all answers are right, or all wrong]"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = common.new_table(title, *columns, overflow="fold")
-    table.columns[0].no_wrap = True
-    return table
+def _table(title: str, *columns: str, keys: int = 1) -> Grid:
+    return common.new_table(title, *columns, keys=keys)
 
 
 def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
@@ -45,10 +43,10 @@ def _cells(row: dict, *names: str, signed: bool = False) -> list[str]:
     ]
 
 
-def _references(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
+def _references(tables: "dict[str, pd.DataFrame]", scenario: str) -> Grid:
     names = ("skill", "blank", "shuffled", "vision")
     table = _table(f"{scenario} without injection", "", "skill", "image blank", "shuffled", "vision")
-    table.caption = escape(f"{INTERVALS}; {guessed(tables['guessing'])}")
+    table.below = f"{INTERVALS}; {guessed(tables['guessing'])}"
     found = tables["summary"]
     for row in found[found["family"] == "reference"].to_dict(orient="records"):
         table.add_row(row["setting"], *_cells(row, *names))
@@ -64,7 +62,7 @@ def guessed(found: "pd.DataFrame") -> str:
     return f"right by chance and by always giving the kind's most frequent answer: {', '.join(told)}"
 
 
-def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
+def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Grid:
     found = tables["best"]
     share, chosen_on, split = found[["retention", "chosen_on", "split"]].iloc[0]
     title = (
@@ -74,8 +72,10 @@ def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     lost = not found["kept"].all()
     caption = f"{INTERVALS}; vision kept: of the VLM's own on {split}"
     caption += f"; ✗: kept on {chosen_on}, but not on {split}" if lost else ""
-    table = _table(title, "family", "setting", "skill", "vision", "vision kept", "net of blank", "Δ skill")
-    table.caption = escape(caption)
+    table = _table(
+        title, "family", "setting", "skill", "vision", "vision kept", "net of blank", "Δ skill", keys=2
+    )
+    table.below = caption
     for row in found.to_dict(orient="records"):
         family, setting = row["family"], row["setting"].removeprefix(f"{row['family']} ")
         skill, vision, kept, net = _cells(row, "skill", "vision", "vision_kept", "net")
@@ -86,7 +86,7 @@ def _best(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     return table
 
 
-def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table | None:
+def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Grid | None:
     """At the strength nearest to 1 alone; the file has all."""
     found = tables["matched"]
     if not len(found):  # without task arithmetic there is nothing to compare with, and no column
@@ -96,7 +96,7 @@ def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table | None:
         return None
     at = min(found["at"], key=lambda x: abs(x - 1))
     title = f"{scenario}: difference to task arithmetic at λ = {at:g}, at equal λ and at equal norm added"
-    table = _table(title, "family", "d", "skill, λ", "vision, λ", "skill, norm", "vision, norm")
+    table = _table(title, "family", "d", "skill, λ", "vision, λ", "skill, norm", "vision, norm", keys=2)
     own = found[found["at"] == at]
     for (family, density), part in own.groupby(["family", "density"], sort=False, dropna=False):
         by = {row["by"]: row for row in part.to_dict(orient="records")}
@@ -108,7 +108,7 @@ def _matched(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table | None:
     return table
 
 
-def _sensitivity(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
+def _sensitivity(tables: "dict[str, pd.DataFrame]", scenario: str) -> Grid:
     columns = ("family", "of", "lowest", "highest", "near the best", "keep vision", "both")
     table = _table(f"{scenario}: how much hangs on the numbers (shares of settings)", *columns)
     for row in tables["sensitivity"].to_dict(orient="records"):
@@ -117,10 +117,10 @@ def _sensitivity(tables: "dict[str, pd.DataFrame]", scenario: str) -> Table:
     return table
 
 
-def _scenarios(found: "pd.DataFrame") -> Table:
+def _scenarios(found: "pd.DataFrame") -> Grid:
     """All scenarios beside each other."""
     columns = ("scenario", "at", "skill", "vision", "net of blank", "of the oracle", "rank", "holds")
-    table = _table("Which scenarios can be injected", *columns)
+    table = _table("Which scenarios can be injected", *columns, keys=2)
     for row in found.to_dict(orient="records"):
         cells = [row["scenario"], "chosen" if row["how"] == "best" else row["how"]]
         cells += _cells(row, "skill", "vision", "net", "recovered")

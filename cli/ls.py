@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import out
+from anchors.cli.tables import Grid
 
 
 def ls(
@@ -20,7 +19,6 @@ def ls(
     with common.reporting():
         from anchors.collection import amount, gather
         from anchors.errors import AnchorsError
-        from anchors.experiments import CATALOGUE
 
         there: list[dict[str, Any]] = []
         for own in gather([folder]) if folder.is_dir() else []:
@@ -34,48 +32,55 @@ def ls(
                 {"name": own.name, **said, "folder": str(own.folder), "written": facts.get("written")}
             )
 
-        found: list[dict[str, Any]] = [
-            {
-                "name": e.name,
-                "title": e.title,
-                "finding": e.finding,
-                "analyses": list(e.kinds()),
-                "tasks": sorted({task for cells in e.cells for task in cells.tasks}),
-                "seeds": list(e.seeds),
-                "examples": max(min(e.examples, cells.examples or e.examples) for cells in e.cells),
-                "rows": all((folder / e.name / f"{kind}.parquet").is_file() for kind in e.kinds()),
-            }
-            for e in CATALOGUE.values()
-        ]
+        found = lines(folder)
         if as_json:
             common.print_json({"experiments": found, "results": there})
             return
         if there:
             out.print(_lying(there, folder))
-        table = Table(
-            box=SIMPLE_HEAD, caption=f"✓ rows in {escape(str(folder))}; run one with `anchors run NAME`"
-        )
-        for name in ("", "experiment", "what it shows", "seeds × examples"):
-            table.add_column(name)
-        for line in found:
-            mark = "[green]✓[/]" if line["rows"] else ""
-            table.add_row(
-                mark, line["name"], escape(line["title"]), f"{len(line['seeds'])} × {line['examples']}"
-            )
-        out.print(table)
+        out.print(table(found, folder))
 
 
-def _lying(there: list[dict[str, Any]], folder: Path) -> Table:
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Of every experiment what it is, and whether its rows are in the folder."""
+    from anchors.experiments import CATALOGUE
+
+    return [
+        {
+            "name": e.name,
+            "title": e.title,
+            "finding": e.finding,
+            "analyses": list(e.kinds()),
+            "tasks": sorted({task for cells in e.cells for task in cells.tasks}),
+            "seeds": list(e.seeds),
+            "examples": max(min(e.examples, cells.examples or e.examples) for cells in e.cells),
+            "rows": all((folder / e.name / f"{kind}.parquet").is_file() for kind in e.kinds()),
+        }
+        for e in CATALOGUE.values()
+    ]
+
+
+def table(found: list[dict[str, Any]], folder: Path) -> Grid:
+    """The same for the console."""
+    made = Grid(caption=f"✓ rows in {folder}; run one with `anchors run NAME`", keys=2)
+    for name in ("", "experiment", "what it shows", "seeds × examples"):
+        made.add_column(name, overflow="fold" if name == "what it shows" else "ellipsis")
+    for line in found:
+        mark = "[green]✓[/]" if line["rows"] else ""
+        made.add_row(mark, line["name"], escape(line["title"]), f"{len(line['seeds'])} × {line['examples']}")
+    return made
+
+
+def _lying(there: list[dict[str, Any]], folder: Path) -> Grid:
     """What lies under a folder."""
-    names = ("measured", "model", "precision", "examples × seeds", "in")
-    table = Table(
-        box=SIMPLE_HEAD,
+    made = Grid(
         caption="put them side by side with `anchors compare DIR…`, on one page with `anchors report DIR`",
+        keys=1,
     )
-    for name in names:
-        table.add_column(name, overflow="fold")
+    for name in ("measured", "model", "precision", "examples × seeds", "in"):
+        made.add_column(name, overflow="fold")
     for own in there:
         place = Path(own["folder"]).relative_to(folder)
         cells = (own["name"], own["model"], own["precision"] or "", own["size"], str(place))
-        table.add_row(*map(escape, cells))
-    return table
+        made.add_row(*map(escape, cells))
+    return made

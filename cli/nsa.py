@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from anchors.cli import common, nsa_bench
 from anchors.cli.common import out as console
+from anchors.cli.tables import Grid
 from anchors.cli.verb import add_verbs
 from anchors.errors import AnchorsError
 
@@ -308,16 +306,14 @@ def _leave(result: "Trained", o: dict[str, Any]) -> None:
     common.print_files(files)
 
 
-def _table(result: "Trained", name: str) -> Table:
+def _table(result: "Trained", name: str) -> Grid:
     last = result.log["step"].max()
     own = result.log[(result.log["step"] == last) & (result.log["split"] == "held_out")]
     cells = own.pivot_table(index="bucket", columns="metric", values="value", sort=False)
     metrics = [m for m in ("label_loss", "accuracy", "knowable", "text_loss") if m in cells]
-    table = Table(
-        title=f"{escape(name)}, {last} steps, held-out sequences",
+    table = Grid(
+        f"{name}, {last} steps, held-out sequences",
         caption="by number of the demonstration; knowable: share of label words that what stands before tells",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
     table.add_column("demonstration")
     for metric in metrics:

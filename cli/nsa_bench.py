@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common, setting
 from anchors.cli.common import out
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,12 +98,14 @@ def bench(
 
 COLUMNS = (
     "implementation", "part", "direction", "tokens", "batch", "pattern", "ms", "us", "iqr", "tflops", "gigabytes",
-    "error", "deterministic", "note",
+    "error", "deterministic",
 )  # fmt: skip
 
 
-def _shown(name: str, table: "pd.DataFrame") -> Table:
-    shown = Table(title=escape(name), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _shown(name: str, table: "pd.DataFrame") -> Grid:
+    noted = table.to_dict("records") if "note" in table else []
+    notes = [f"{row['implementation']}, {row['part']}: {row['note']}" for row in noted if row["note"]]
+    shown = Grid(name, caption="\n".join(dict.fromkeys(notes)), keys=4)
     columns = [column for column in COLUMNS if column in table]
     for column in columns:
         shown.add_column(column)

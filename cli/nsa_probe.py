@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from anchors.cli.common import estimate, new_table
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,15 +28,15 @@ class View:
         return {"pages": self.pages}
 
 
-def shown(result: "Report", view: View) -> Iterator[Table]:
+def shown(result: "Report", view: View) -> Iterator[Grid]:
     """Selection, branches and interventions."""
-    title = f"{result.facts['model']}, {result.facts['parts'][0]['examples']} prompts"
+    title = f"{result.title}, {result.facts['parts'][0]['examples']} prompts"
     for show in (_selection, _branches, _summary):
         if (table := show(result.tables, title)) is not None:
             yield table
 
 
-def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     if (found := tables.get("selection")) is None:
         return None
     table = new_table(
@@ -50,6 +49,7 @@ def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         "control",
         "AUC",
         "q",
+        keys=3,
     )
     for row in found.to_dict(orient="records"):
         spans = [
@@ -60,7 +60,7 @@ def _selection(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     return table
 
 
-def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     found = tables["branches"]
     if "share" not in found:
         return None
@@ -80,7 +80,7 @@ def _branches(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
     return table
 
 
-def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
+def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Grid | None:
     if (found := tables.get("summary")) is None:
         return None
     untouched = found.loc[(found["condition"] == "none") & (found["metric"] == "accuracy")]
@@ -93,7 +93,6 @@ def _summary(tables: "dict[str, pd.DataFrame]", title: str) -> Table | None:
         "beyond control",
         "Δ label logit",
     )
-    table.columns[0].no_wrap = True
     indexed = found.set_index(["condition", "metric"])
 
     def cell(condition: str, metric: str, name: str) -> str:

@@ -3,19 +3,18 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from anchors.cli import common
+from anchors.cli.tables import Grid
 
 if TYPE_CHECKING:
     from anchors.study.prompted import Report
 
 
-def shown(result: "Report", view: Any) -> Iterator[Table]:
+def shown(result: "Report", view: Any) -> Iterator[Grid]:
     """AUCROC_l and R_l of every layer, a table per task; and why there are none where there are none."""
     for task, part in result.tables["summary"].groupby("task", sort=False):
-        title = f"Reading out: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
-        table = common.new_table(title, "layer", "AUCROC", "R", caption=common.caption_of(part), no_wrap=True)
+        title = f"Reading out: {task}, {result.title}, {part['examples'].iloc[0]} examples"
+        table = common.new_table(title, "layer", "AUCROC", "R", caption=common.caption_of(part))
         for layer, own in part.groupby("layer"):
             cells = own.set_index("metric")
             table.add_row(str(layer), *(common.layer_cell(cells.loc[m]) for m in ("aucroc", "r")))

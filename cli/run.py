@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from anchors.cli import common
 from anchors.cli.common import err, estimate, out
 from anchors.cli.setting import BatchSize, DataSource, TooLong, batch, check_protocol, numbers
+from anchors.cli.tables import Grid
 from anchors.errors import AnchorsError, nearest
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:
         else escape(experiment.finding)
     )
     table = next(iter(result.tables.values()))
-    model = result.facts["model"]
+    model = result.title
     if "layer" in table and table["layer"].notna().any():
         out.print(common.layer_table(table[table["layer"].notna()], f"{experiment.name}, {model}"))
     elif {"condition", "metric"} <= set(table.columns):
@@ -252,9 +251,9 @@ def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:
     common.print_files(result.files)
 
 
-def _compared(experiment: "Experiment", both: "pd.DataFrame") -> Table:
+def _compared(experiment: "Experiment", both: "pd.DataFrame") -> Grid:
     models = [c for c in both.columns if c not in ("task", "condition", "metric", "value", "low", "high")]
-    table = Table(title=f"{experiment.name}: ours beside the paper's", box=SIMPLE_HEAD)
+    table = Grid(f"{experiment.name}: ours beside the paper's", keys=3)
     for name in ("task", "condition", "metric", *models, "ours"):
         table.add_column(name)
     for row in both.to_dict(orient="records"):

@@ -205,9 +205,7 @@ def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> 
 def plainly_shown(line: Study, result: "Report") -> "Iterator[RenderableType]":
     """Of every task, the metrics that the study's line names: by condition, and by layer where they have layers."""
     for task, part in result.tables["summary"].groupby("task", sort=False):
-        title = (
-            f"{line.title or line.name}: {task}, {result.facts['model']}, {part['examples'].iloc[0]} examples"
-        )
+        title = f"{line.title or line.name}: {task}, {result.title}, {part['examples'].iloc[0]} examples"
         part = part[part["metric"].isin(line.metrics)]
         layered = part["layer"].notna()
         if not layered.all():

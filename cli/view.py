@@ -115,7 +115,8 @@ def view(
             model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
         )
         wanted = common.layers_from(layers, lm.n_layers)
-        shown_prompt = prompt_payload(lm, chosen, built, prompt, wanted)
+        name = "standard input" if prompt == "-" else Path(prompt).name
+        shown_prompt = prompt_payload(lm, chosen, built, name, wanted)
         page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))
         write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
         err.print(shown(to))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from anchors.places import titled
 from anchors.study.registry import BUILT_IN, STUDIES
 
 if TYPE_CHECKING:
@@ -18,6 +19,6 @@ def draw(kind: str, tables: "dict[str, pd.DataFrame]", model: str) -> "Figure | 
     Args:
         kind: of the study, see `anchors.study.registry`.
         tables: its tables by name.
-        model: its name, for the title.
+        model: its name; the title has its last part.
     """
-    return STUDIES[kind].draw(tables, model) if kind in STUDIES else None
+    return STUDIES[kind].draw(tables, titled(model)) if kind in STUDIES else None

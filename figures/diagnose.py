@@ -67,7 +67,8 @@ def _map(panel: Axes, pairs: pd.DataFrame, labels: list[str], column: str, title
     )  # fmt: skip
     panel.set_title(title, fontsize=9)
     panel.set_aspect("equal")
-    panel.figure.colorbar(image, ax=panel, aspect=25, pad=0.02)
+    name = "AUC (small: confused)" if column == "actual" else "distance (small: confused)"
+    panel.figure.colorbar(image, ax=panel, aspect=25, pad=0.02, label=name)
 
 
 def _over_components(panel: Axes, summary: pd.DataFrame) -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from anchors.figures.pieces import bars, curve, grid, is_left, is_right, legend
 from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
@@ -98,6 +98,9 @@ def _scaled(axes: Axes, measure: str) -> None:
         axes.set_ylim(0, 1)
     else:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _over_strengths(
@@ -117,11 +120,9 @@ def _over_strengths(
             continue
         axes.plot(own["strength"], middle, color=colour, marker=marker, markersize=3, label=name)
         axes.fill_between(own["strength"], low, high, color=colour, alpha=0.12, linewidth=0)
-    if measure == "share":
-        axes.set_ylim(0, 1)
-    else:
+    if measure != "share":
         axes.axhline(1, color=GREY, linewidth=0.7)
-        axes.set_yscale("log")
+    _scaled(axes, measure)
     axes.set(xlabel="λ")
     right = tables["accuracy"]
     right = right[(right["scenario"] == scenario) & right["expert"].isin(["none", expert])]
@@ -211,8 +212,6 @@ def draw_regret(choices: pd.DataFrame, regret: pd.DataFrame, model: str) -> Figu
         own = choices.loc[choices["rule"] == row["rule"], "regret"].to_numpy()
         axes.scatter(x + np.linspace(-0.2, 0.2, len(own)), own, s=8, color="black", alpha=0.5, zorder=3)
     axes.set_xticks(range(len(regret)), [plain(rule) for rule in regret["rule"]], rotation=30, ha="right")
-    axes.set(
-        ylabel="regret (utility below the best λ)",
-        title=f"Choosing λ, ε and c fitted to the other experts, {plain(model)}",
-    )
+    axes.set(ylabel="regret (utility below the best λ)", title="ε and c fitted to the other experts")
+    figure.suptitle(f"Choosing λ in {plain(model)}", fontsize=10)
     return figure

@@ -32,8 +32,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
             panel.set_title(plain(label, 14), fontsize=9)
             panel.tick_params(labelleft=panel is row[1])
             used.append(panel)
-            if row is panels[-1]:
-                panel.set_xlabel("head", fontsize=8)
+            panel.set_xlabel("head", fontsize=8)
         if names:
             row[1].set_ylabel("layer", fontsize=8)
     if image is not None:

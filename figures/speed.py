@@ -25,15 +25,17 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
         x, entries["limit"].astype(float), "D", color=VERMILION, markersize=6, markeredgecolor="white",
         label="tokens: $(L_{demo} + L_x)/(L_x + anchors)$",
     )  # fmt: skip
+    names: list[str] = []
     highest = float(np.nanmax(entries[["value", "high", "limit"]].astype(float)))
     for place, (value, low, high, limit) in enumerate(
         entries[["value", "low", "high", "limit"]].astype(float).itertuples(index=False)
     ):
-        inside = f"{value:.2f}×" + ("" if np.isnan(low) else f"\n{low:.2f}–{high:.2f}")
-        panel.text(place, 0.03 * highest, inside, ha="center", va="bottom", fontsize=7.5, color="white")
+        names.append(f"{value:.2f}×" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"))
         panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=ORANGE)
     panel.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
-    panel.set_xticks(x, entries["name"], fontsize=8)
+    panel.set_xticks(
+        x, [f"{own}\n{how}" for own, how in zip(names, entries["name"], strict=True)], fontsize=7
+    )
     panel.set(ylabel="times faster than whole prompts", ylim=(0, 1.08 * highest), xlim=(-0.6, len(x) - 0.4))
     figure.suptitle(f"Speed-up by compressed demonstrations in {plain(model)}", fontsize=10)
     legend(figure)

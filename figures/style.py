@@ -1,10 +1,16 @@
 """One look for all figures."""
 
+import logging
 import warnings
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 
 from anchors.study.results import write_atomic
 
@@ -57,6 +63,60 @@ def token(text: object, most: int = 24) -> str:
     return plain("␣" * before + bare + "␣" * after, most)
 
 
+@cache
+def _covered(path: str) -> frozenset[int]:
+    """The characters that a font file has."""
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def fonts_for(characters: Iterable[str], own: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Fonts of this machine for characters that those named `own` lack, and the characters that none has."""
+    left, found = set(characters), []
+    for names, every in ((set(own), True), ({font.name for font in fontManager.ttflist} - set(own), False)):
+        for font in sorted(
+            (f for f in fontManager.ttflist if f.name in names), key=lambda f: (f.name, f.fname)
+        ):
+            if not left:
+                return found, left
+            if font.style == "normal" and (has := {c for c in left if ord(c) in _covered(font.fname)}):
+                left -= has
+                if not every and font.name not in found:
+                    found.append(font.name)
+    return found, left
+
+
+_SAID: set[str] = set()
+
+
+def scripts(figure: Figure) -> None:
+    """Give texts of other scripts a font of this machine that has them; say which characters none has, once."""
+    for text in figure.findobj(Text):
+        if (shown := text.get_text()).isascii():
+            continue
+        more, lacking = fonts_for({c for c in shown if c > "\x7f"}, _families(text))
+        if more:
+            text.set_fontfamily([*_families(text), *more])
+        if lacking - _SAID:
+            _SAID.update(lacking)
+            logging.getLogger(__name__).warning(
+                "No font on this machine has %s: a figure shows boxes for them. Install one of their script (Noto has most).",
+                " ".join(sorted(lacking)),
+            )
+
+
+def _families(text: Text) -> list[str]:
+    """The names of a text's fonts; of a class of fonts the first that is there."""
+    there = {font.name for font in fontManager.ttflist}
+    found: list[str] = []
+    for name in text.get_fontfamily():
+        classed = mpl.rcParams.get(f"font.{name}")
+        found += [own for own in classed if own in there][:1] if classed else [name]
+    return found
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and PDF; returns the two paths."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
@@ -68,8 +128,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def write_figure(figure: Figure, path: Path, about: str = "") -> None:
     """Write a figure in the format that the path ends in; what it is about is kept in the file."""
     key = {".png": "Description", ".pdf": "Subject"}[path.suffix]
+    scripts(figure)
     with warnings.catch_warnings():
-        # A character that no font has is drawn as a box; that is all there is to say.
+        # A character that no font has is drawn as a box; `scripts` has said so.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         write_atomic(
             path, lambda draft: figure.savefig(draft, format=draft.suffix[1:], metadata={key: about or None})

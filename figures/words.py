@@ -8,7 +8,7 @@ from anchors.figures.style import BLUE, GREY, ORANGE, plain, token
 
 
 def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
-    """The first prompt: one column per condition, words by rank, bars as long as their probabilities."""
+    """The first prompt: one column per condition, words by rank, beside them bars as long as their probabilities."""
     words = tables["words"]
     for column in ("task", "seed", "example"):
         if column in words:
@@ -21,11 +21,11 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
     for panel, condition in zip(panels, conditions, strict=True):
         own = words[words["condition"] == condition].sort_values("rank")
         colour = GREY if condition == "none" else ORANGE if condition.endswith("/random") else BLUE
-        panel.barh(own["rank"], own["probability"] / longest, 0.82, color=colour, alpha=0.3)
+        panel.barh(own["rank"], own["probability"] / longest, 0.7, color=colour, alpha=0.6)
         for rank, word, probability in zip(own["rank"], own["word"], own["probability"], strict=True):
-            panel.text(0.02, rank, token(word), va="center")
-            panel.text(1, rank, f"{probability:.3f}", ha="right", va="center", fontsize=8)
-        panel.set(xlim=(0, 1), ylim=(ranks + 0.6, 0.4))
+            panel.text(-0.06, rank, token(word, 18), ha="right", va="center", fontsize=8)
+            panel.text(1.06, rank, f"{probability:.3f}", va="center", fontsize=8)
+        panel.set(xlim=(-1.3, 1.6), ylim=(ranks + 0.6, 0.4))
         panel.set_title(named(condition).replace(": ", ":\n"), fontsize=8.5)
         panel.axis("off")
     which = f"{plain(words['task'].iloc[0])}, " if "task" in words else ""

@@ -8,8 +8,13 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
+from anchors.flow import flow
+from anchors.tasks.data import read
+from anchors.tasks.drawing import Draw, draw
+from anchors.tasks.task import TASKS
 from anchors.viewer import render_page
-from anchors.viewer.page import edges
+from anchors.viewer.page import KEEP, edges, flows
+from anchors.viewer.payload import prompt_payload
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -55,6 +60,8 @@ def payload() -> dict:
             [],
             [[22, 7, 0.4]],
         ],
+        "keep": 100,
+        "first": [0.0, 0.0, 0.0, 0.0],
         "s_wp": [0.6, 0.2, 0.0, 0.1, 0.1],
         "s_pq": [0.1, 0.6, 0.0, 0.7, 0.8],
         "s_ww": [0.3, 0.2, 0.0, 0.2, 0.1],
@@ -103,6 +110,22 @@ def test_edges_agrees_with_a_plain_sort():
     expected = [[i, j, float(f"{w:.4g}")] for i, j, w in sorted(every, key=lambda flow: -flow[2])[:50]]
     assert edges(matrix, keep=50) == expected
     assert json.loads(json.dumps(expected)) == expected
+
+
+def test_edges_keeps_the_strongest_of_every_flow_and_the_first_tokens_apart():
+    """Against plain loops over the pairs."""
+    classes = [None, None, 1, None, 0, None, None, None]
+    matrix = np.random.default_rng(5).integers(0, 6, (8, 8)) / 7
+    by_group: dict = {}
+    for i in range(8):
+        for j in range(i):
+            kind = 2 if i == 7 and j in (2, 4) else 1 if i in (2, 4) else 0
+            assert flows(classes, 7)[i, j] == kind + 3 * (j == 0)
+            if matrix[i, j] > 0:
+                by_group.setdefault((kind, j == 0), []).append([i, j, float(f"{matrix[i, j]:.4g}")])
+    kept = sorted(e for own in by_group.values() for e in sorted(own, key=lambda e: -e[2])[:2])
+    assert edges(matrix, 2, flows(classes, 7)) == sorted(kept, key=lambda e: -e[2])
+    assert flows([0, None], 1).tolist() == [[1, 1], [2, 0]]  # a first token that is counted is no sink
 
 
 def test_edges_of_one_token_or_of_nothing_is_empty():
@@ -166,6 +189,7 @@ def test_page_rejects_what_is_not_plain_data_and_says_where():
         ("roles", ["text"], r"\['roles'\] has 1 entries for 23 tokens"),
         ("classes", [7] + [None] * 22, r"\['classes'\] holds 7"),
         ("edges", [], "has 0 entries for 4 layers"),
+        ("first", [0.5], r"\['first'\] has 1 entries for 4 layers"),
         ("edges", [[], [[2, 5, 0.1]], [], []], r"layer 1 holds \[2, 5, 0.1\]"),
         ("edges", [[], [], [], [[2, 1, 0]]], "w > 0"),
         ("layers", [0, 1, 2, 5], "holds 5; its sums have 5 layers"),
@@ -195,6 +219,46 @@ def test_page_rejects_an_unknown_role_short_curves_and_no_prompts():
         render_page(data)
     with pytest.raises(ValueError, match="at least one prompt"):
         render_page(payload() | {"prompts": []})
+
+
+def test_a_page_of_two_thousand_tokens_stays_below_two_megabytes():
+    length, layers = 2000, 30
+    classes = [1 if i % 40 == 39 else None for i in range(length - 1)] + [None]
+    matrix = np.random.default_rng(0).random((length, length), dtype=np.float32)
+    found = edges(matrix, groups=flows(classes, length - 1))
+    # A label word takes one arc from the first token, and gives one.
+    assert len(found) == 3 * KEEP + 2 * (length // 40 - 1)
+    data = payload()
+    first = data["prompts"][0] | {
+        "tokens": [f" token{i}" for i in range(length)],
+        "roles": ["format"] * (length - 1) + ["target"],
+        "classes": classes,
+        "layers": list(range(layers)),
+        "edges": [found] * layers,
+        "first": [1 / 3] * layers,
+    }
+    first |= dict.fromkeys(("s_wp", "s_pq", "s_ww", "s_pq_rest"), [1 / 3] * layers)
+    assert len(render_page(data | {"prompts": [first]}).encode()) < 2e6
+
+
+def test_a_prompts_flow_adds_up_from_its_averages(gpt2):
+    """What the page multiplies back, averages times pairs, and what it says of the first token, against the whole map."""
+    task = TASKS["sst2"]
+    (drawn,) = draw(task, read(task), gpt2.tokenizer, Draw(), 1)
+    made = prompt_payload(gpt2, task, drawn.prompt, "a", range(gpt2.n_layers))
+    maps = flow(gpt2, [drawn.prompt], maps=range(gpt2.n_layers)).maps
+    counted = [i for i, c in enumerate(made["classes"]) if c is not None]
+    last = made["roles"].index("target")
+    wp, pq = sum(counted), len(counted)
+    ww = last * (last + 1) // 2 - wp - pq
+    for layer in range(gpt2.n_layers):
+        whole = maps[layer][0].double().numpy()
+        total = sum(made[name][layer] * n for name, n in (("s_wp", wp), ("s_pq", pq), ("s_ww", ww)))
+        assert total == pytest.approx(np.tril(whole, -1).sum(), rel=1e-4)
+        assert made["first"][layer] == pytest.approx(whole[1:, 0].sum())
+        assert {tuple(e[:2]) for e in made["edges"][layer]} >= {
+            (last, p) for p in counted if whole[last, p] > 0
+        }
 
 
 def test_template_asks_for_nothing_outside_itself():

@@ -1,11 +1,16 @@
 """The viewer's page in a real headless Chromium."""
 
+import csv
+import io
 import json
 import shutil
+import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_viewer import HOSTILE, payload
 
 from anchors.viewer import render_page
@@ -273,8 +278,10 @@ def test_threshold_keeps_the_strongest_and_scale_spans_layers(viewer):
 
     viewer.open(payload(), "#prompt=1&layer=0")
     keep = viewer.driver.find_element("id", "keep")
-    keep.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
-    assert (viewer.arcs, viewer.text("#kept")) == ({(7, 2, "wp"), (7, 3, "wp")}, "2")
+    keep.send_keys(Keys.HOME)  # one of each flow
+    assert (viewer.arcs, viewer.text("#kept")) == ({(7, 2, "wp"), (11, 9, "ww")}, "1")
+    keep.send_keys(Keys.ARROW_RIGHT)
+    assert viewer.arcs == LAYER_0 - {(15, 11, "wp")}
     assert viewer.layer == "0"  # the keys belonged to the slider
     keep.send_keys(Keys.END)
     viewer.keys(Keys.TAB)
@@ -282,10 +289,262 @@ def test_threshold_keeps_the_strongest_and_scale_spans_layers(viewer):
     viewer.until("document.getElementById('at').textContent.startsWith('4')")
     width = "+document.querySelector('#arcs path').getAttribute('stroke-width')"
     alone = viewer.js(width)
-    viewer.click("#scale")
+    viewer.click("#scale option[value='prompt']")
     assert viewer.js(width) < alone  # 0.4 against the prompt's 0.9
-    viewer.keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)  # a check box holds no arrow keys back
+    viewer.js("document.activeElement.blur()")
+    viewer.keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert viewer.layer == "1"
+
+
+def test_each_flow_has_a_scale_of_its_own(viewer):
+    viewer.open(payload(), "#prompt=1&layer=0")
+    widest = """Object.fromEntries(['wp', 'ww'].map(kind => [kind,
+      Math.max(...[...document.querySelectorAll(`#arcs path.${kind}`)].map(e => +e.getAttribute('stroke-width')))]))"""
+    assert viewer.js(widest) == {"wp": 5.3, "ww": 5.3}
+    viewer.click("#scale option[value='layer']")
+    assert viewer.js(widest) == {"wp": 5.3, "ww": round(0.7 + 4.6 * 0.2 / 0.9, 2)}
+
+
+def with_sink(data: dict) -> dict:
+    """Arcs from the first token that drown all others in the layer 0; half of its flow."""
+    prompt = data["prompts"][0]
+    prompt["edges"][0] = [[5, 0, 9.0], [7, 0, 2e-5], *prompt["edges"][0]]
+    wp, pq = 7 + 15, 2
+    prompt["first"][0] = (0.6 * wp + 0.1 * pq + 0.3 * (22 * 23 // 2 - wp - pq)) / 2
+    return data
+
+
+def test_the_first_token_is_hidden_or_damped_and_the_page_says_so(viewer):
+    viewer.open(with_sink(payload()), "#prompt=1&layer=0")
+    assert viewer.arcs == LAYER_0
+    said = "2 arcs from the first token, up to 9; all that leaves it is 50.0 % of the flow in this layer"
+    assert f"Hidden: {said}" in viewer.text("#status")
+    width = "+document.querySelector('#arcs path[data-i=\"11\"]').getAttribute('stroke-width')"
+    faint = "+document.querySelector('#arcs path[data-j=\"0\"]').getAttribute('stroke-opacity')"
+    free = viewer.js(width)
+    viewer.keys("f")
+    assert viewer.arcs == LAYER_0 | {(5, 0, "ww"), (7, 0, "wp")}
+    assert f"Damped, and outside of the scale: {said}" in viewer.text("#status")
+    assert (viewer.js(width), viewer.js(faint) < 0.25) == (free, True)
+    viewer.keys("f")
+    assert (viewer.js(width) < free / 2, "first token" in viewer.text("#status")) == (True, False)
+    viewer.keys("f")
+    assert viewer.arcs == LAYER_0
+    viewer.click("[data-i='0']")  # asked for by name it is shown
+    assert viewer.arcs == {(5, 0, "ww"), (7, 0, "wp")}
+    assert "2×10⁻⁵" in viewer.text("#picked")  # no exponent that a line could break
+    assert set(viewer.each("td:not(.wrap)", "getComputedStyle(e).whiteSpace")) == {"nowrap"}
+
+
+def test_single_arcs_stand_beside_the_average_of_their_flow(viewer):
+    viewer.open(payload(), "#prompt=1&layer=1")
+    assert viewer.each("#list .mean[data-kind='pq'] td") == ["0.6", "1×"]
+    pairs = viewer.each("#list .wrap")
+    total = 0.2 * 22 + 0.6 * 2 + 0.2 * 229
+    assert pairs == [
+        f"average of {n} pairs, {100 * n * mean / total:.1f} % of all flow" for n, mean in ((22, 0.2), (2, 0.6), (229, 0.2))
+    ]  # fmt: skip
+    rows = viewer.each(
+        "#list tr[data-i]", "[+e.dataset.i, +e.dataset.j, e.cells[1].textContent, e.cells[2].textContent]"
+    )
+    assert rows == [
+        [7, 2, "0.2", "1×"],
+        [22, 7, "0.8", "1.3×"],
+        [22, 15, "0.6", "1×"],
+        [19, 17, "0.1", "0.5×"],
+    ]
+    viewer.click("#list tr[data-i='22'] button")
+    assert viewer.each(".token.picked", "+e.dataset.i") == [7]
+    assert "22, 2, 229 pairs" in viewer.text("#pairs")
+
+
+def test_values_appear_under_the_pointer(viewer):
+    viewer.open(payload(), "#prompt=1&layer=1")
+    free = """(selector => { const path = document.querySelector(selector), end = path.getTotalLength();
+      const home = path.ownerSVGElement.getBoundingClientRect();
+      return Array.from({length: 99}, (_, n) => path.getPointAtLength(end * n / 99)).map(p => [p.x + home.left, p.y + home.top])
+        .find(([x, y]) => !document.elementFromPoint(x, y).closest('.token')); })(arguments[0])"""
+    for aim, said in (
+        ("#arcs path[data-i='19']", "·warm"),
+        ("#arcs path[data-i='22'][data-j='15']", "label words → target: 0.6, 1× the average pair"),
+    ):
+        x, y = viewer.js(free, aim)
+        viewer.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
+        viewer.until("!document.getElementById('tip').hidden")
+        assert said in viewer.text("#tip")
+    viewer.js("document.querySelector('#curves svg').scrollIntoView({block: 'center'})")
+    x, y = viewer.js(
+        "(r => [r.left + 40, r.top + 40])(document.querySelector('#curves svg').getBoundingClientRect())"
+    )
+    viewer.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
+    viewer.until("document.getElementById('tip').textContent.startsWith('Layer 0')")
+    assert "label words → target 50.0 % [40.0 %, 60.0 %]" in viewer.text("#tip")
+
+
+def right_arcs(viewer) -> set[tuple[int, int, str]]:
+    found = viewer.each("#arcs2 path", "[+e.dataset.i, +e.dataset.j, e.getAttribute('class')]")
+    return {(i, j, kind) for i, j, kind in found}
+
+
+def test_two_layers_or_two_prompts_stand_side_by_side(viewer):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    viewer.open(payload(), "#prompt=1&layer=0")
+    viewer.keys("b")
+    assert (viewer.arcs, right_arcs(viewer)) == (
+        LAYER_0,
+        {(22, 7, "pq")},
+    )  # the deepest layer beside a shallow one
+    tops = viewer.each(".prompttext", "e.getBoundingClientRect().top")
+    assert tops[0] == pytest.approx(tops[1], abs=1)
+    for _ in range(2):
+        ActionChains(viewer.driver).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).key_up(
+            Keys.SHIFT
+        ).perform()
+    viewer.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert (viewer.layer, viewer.text("#at2")) == ("2", "1 / 4")
+    assert (viewer.arcs, right_arcs(viewer)) == (set(), LAYER_1)
+    assert "Layer 1: 4 of 4" in viewer.text("#status2")
+    viewer.click("#text2 [data-i='17']")  # one prompt, one token in both
+    assert viewer.each(".token.picked", "+e.dataset.i") == [17, 17]
+    assert right_arcs(viewer) == {(19, 17, "ww")}
+    viewer.click("#prompt2 option[value='1']")
+    assert viewer.each(".token.picked", "+e.dataset.i") == [17]
+    viewer.click("#text2 [data-i='15']")
+    assert viewer.each(".token.picked", "[e.closest('.prompttext').id, +e.dataset.i]") == [["text2", 15]]
+    viewer.until("location.hash === '#prompt=1&layer=2&beside=2:1:15'")
+    viewer.js("document.activeElement.blur()")
+    viewer.keys("b")
+    assert viewer.js("document.getElementById('pane2').hidden")
+
+
+def copied(viewer) -> str:
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    viewer.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    return viewer.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+
+
+def test_the_link_holds_all_that_is_set(viewer):
+    viewer.open(with_sink(payload()), "#prompt=1&layer=0")
+    viewer.click(".flow.pq")
+    viewer.click("#scale option[value='layer']")
+    viewer.click("#first option[value='shown']")
+    viewer.js("(k => { k.value = 3; k.dispatchEvent(new Event('input')); })(document.getElementById('keep'))")
+    viewer.click(".token[data-i='7']")
+    viewer.click("#beside")
+    viewer.click("#link")
+    viewer.until("document.getElementById('done').textContent === 'Copied: the link.'")
+    link, kept = copied(viewer), (viewer.arcs, right_arcs(viewer))
+    parts = "prompt=1&layer=0&token=7&flows=wp,ww&arcs=3&scale=layer&first=shown&beside=1:4"
+    assert link == f"{viewer.opened[-1]}#{parts}"
+    assert kept == ({(7, 0, "wp"), (7, 2, "wp"), (7, 3, "wp")}, set())
+    viewer.driver.get("data:,")
+    viewer.driver.get(link)
+    assert (viewer.arcs, right_arcs(viewer)) == kept
+    assert viewer.each(".token.picked", "+e.dataset.i") == [7, 7]
+    assert [viewer.js(f"document.getElementById('{name}').value") for name in ("scale", "first", "keep")] == [
+        "layer", "shown", "3",
+    ]  # fmt: skip
+    viewer.until(f"location.hash === '#{parts}'")
+    for wrong in (
+        "token=99&arcs=x&scale=no&first=&beside=9:9",
+        "flows=no&arcs=0&beside=",
+        "prompt=-1&layer=1e9",
+    ):
+        viewer.driver.get("data:,")
+        viewer.driver.get(f"{viewer.opened[-1]}#{wrong}")
+        assert viewer.text("#status")
+
+
+def test_arcs_are_copied_as_csv_with_every_digit(viewer):
+    data = payload()
+    prompt = data["prompts"][0]
+    prompt["tokens"][7], prompt["tokens"][2], prompt["name"] = ' Posi",tive', "\n", "a, b"
+    viewer.open(data, "#prompt=1&layer=1&beside=2:0")
+    viewer.keys("c")
+    viewer.until("document.getElementById('done').textContent === 'Copied: 9 arcs.'")
+    rows = list(csv.DictReader(io.StringIO(copied(viewer), newline="")))
+    assert {
+        (int(r["receiver"]), int(r["source"]), r["flow"][2:]) for r in rows if r["prompt"] == "a, b"
+    } == LAYER_1
+    assert rows[0] == {
+        "prompt": "a, b", "layer": "1", "flow": "s_pq", "source": "7", "source_token": ' Posi",tive', "receiver": "22",
+        "receiver_token": ":", "value": "0.8", "average_of_flow": "0.6", "pairs_of_flow": "2",
+    }  # fmt: skip
+    assert {r["source_token"] for r in rows if r["source"] == "2"} == {"\n", " good"}
+
+
+def test_what_is_seen_is_saved_as_svg_and_as_png(viewer, tmp_path):
+    data = payload()
+    data["prompts"][0]["tokens"][: len(HOSTILE)] = HOSTILE
+    data["title"] = "\ud800 <Flow> & more"
+    for way, size in (("light", 900), ("dark", 380)):
+        viewer.open(data, "#prompt=1&layer=1&beside=2:0", size=(size, 800))
+        viewer.js(f"document.documentElement.dataset.theme = '{way}'")
+        viewer.driver.execute_cdp_cmd(
+            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path / way)}
+        )
+        viewer.keys("s", "n")
+        made, picture = ((tmp_path / way / f"flow-prompt1-layer1.{end}") for end in ("svg", "png"))
+        for _ in range(100):
+            if made.exists() and picture.exists():
+                break
+            time.sleep(0.05)
+        root = ElementTree.parse(made).getroot()  # noqa: S314 - written here
+        space = "{http://www.w3.org/2000/svg}"
+        assert len(root.findall(f".//{space}path")) == len(LAYER_0) + len(LAYER_1)
+        words = " ".join(text.text for text in root.iter(f"{space}text"))
+        assert all(
+            word in words
+            for word in ("<Flow>", "</script><script>window.pwned=1</script>", "warm", "layer 0", "U+202E")
+        )
+        assert "Thickness: of each flow, this layer." in words
+        width, height = (float(root.get(side)) for side in ("width", "height"))
+        with Image.open(picture) as drawn:
+            assert drawn.size == (round(2 * width), round(2 * height))
+            assert (np.asarray(drawn.convert("L"))[0, 0] > 128) == (way == "light")
+            assert len(drawn.convert("RGB").getcolors(1 << 24)) > 50
+    assert viewer.js("window.pwned === undefined")
+
+
+NEAR = """(() => { const spots = [...document.querySelectorAll(arguments[0])].map(path => { const end = path.getTotalLength();
+    return Array.from({length: 40}, (_, n) => path.getPointAtLength(end * (n + 10) / 60)); });
+  let least = Infinity;
+  spots.forEach((a, n) => spots.slice(0, n).forEach(b => {
+    const apart = a.map(p => Math.min(...b.map(q => Math.hypot(p.x - q.x, p.y - q.y))));
+    least = Math.min(least, apart.sort((x, y) => x - y)[20]); }));
+  return [spots.length, least]; })()"""
+"""Of all pairs of arcs the smallest median distance, away from their ends."""
+
+
+@pytest.mark.parametrize("between", [" ", "\n"])
+def test_arcs_of_label_words_lie_apart_on_one_line_and_below_each_other(viewer, between):
+    data = payload()
+    labels, count = range(1, 16, 2), 18
+    tokens = ["a", *(" Yes" if i in labels else between for i in range(1, count - 1)), ":"]
+    data["prompts"] = [
+        data["prompts"][0] | {
+            "tokens": tokens, "roles": ["text"] * (count - 1) + ["target"],
+            "classes": [1 if i in labels else None for i in range(count)],
+            "edges": [[[count - 1, i, 0.5] for i in labels]] * 4,
+        }
+    ]  # fmt: skip
+    viewer.open(data, "#prompt=1&layer=0")
+    found, apart = viewer.js(NEAR, "#arcs path.pq")
+    assert (found, apart > 3.5) == (8, True), apart
+
+
+def test_the_page_explains_itself_with_its_own_numbers(viewer):
+    viewer.open(with_sink(payload()), "#prompt=1&layer=0")
+    assert viewer.js("document.getElementById('reading').hidden")
+    viewer.keys("h")
+    assert viewer.js("document.activeElement.id") == "reading"
+    assert "the average of 22 pairs, Spq of 2, Sww of 229" in viewer.text("#counts")
+    assert "In layer 0 50.0 % of all flow leaves it" in viewer.text("#sink")
+    assert "·good (2) → ·Positive (7); words → label words: 0.9, 1.5× the average" in viewer.text("#example")
+    viewer.click("#how")
+    assert viewer.js("document.getElementById('reading').hidden")
 
 
 def test_arcs_meet_their_tokens_after_the_window_changes(viewer):
@@ -365,7 +624,9 @@ def test_play_steps_to_the_last_layer_and_stops(viewer):
 def test_one_prompt_without_layers_or_curves(viewer):
     data = payload() | {"curves": None, "command": None}
     del data["prompts"][1]
-    data["prompts"][0].update(layers=[], edges=[], gold=None, s_wp=[], s_pq=[], s_ww=[], s_pq_rest=[])
+    data["prompts"][0].update(
+        layers=[], edges=[], first=[], gold=None, s_wp=[], s_pq=[], s_ww=[], s_pq_rest=[]
+    )
     viewer.open(data)
     assert viewer.js("document.getElementById('picker').hidden && document.getElementById('all').hidden")
     assert "No layer" in viewer.text("#status")
@@ -381,14 +642,16 @@ def test_long_prompts_stay_quick(viewer):
     prompt["tokens"] = [f" w{i}" for i in range(length)]
     prompt["roles"] = ["text"] * (length - 1) + ["target"]
     prompt["classes"] = [None] * length
+    prompt["classes"][700] = 1
     pairs = [sorted(rng.choice(length, 2, replace=False).tolist(), reverse=True) for _ in range(500)]
-    flows = [[i, j, float(w)] for (i, j), w in zip(pairs, rng.random(500) + 0.1, strict=True)]
+    pairs += [[700, j] for j in range(1, 300)]
+    flows = [[i, j, float(w)] for (i, j), w in zip(pairs, rng.random(len(pairs)) + 0.1, strict=True)]
     prompt["edges"] = [flows] * 4
     viewer.open(data, "#prompt=1&layer=0")
     viewer.js(
         "(k => { k.value = k.max; k.dispatchEvent(new Event('input')); })(document.getElementById('keep'))"
     )
-    assert len(viewer.each("#arcs path", "0")) == 300
+    assert len(viewer.each("#arcs path", "0")) == 200
     spent = viewer.js(
         """(() => { const start = performance.now(), slider = document.getElementById('layer');
         for (const at of [1, 2, 3]) {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
+from anchors.places import titled
 from anchors.study.registry import study
 from anchors.study.results import key_of, plain, provenance, read_table
 from anchors.study.shelf import Shelf, facts_beside
@@ -34,6 +35,11 @@ class Report:
     notes: list[str]
     facts: dict[str, Any]
     sentences: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The model's name as titles have it."""
+        return titled(str(self.facts["model"]))
 
     def as_json(self) -> dict[str, Any]:
         """The tables as plain data; missing values are null."""

@@ -4,7 +4,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -17,11 +17,23 @@ _REST = "s_pq_rest"
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def edges(matrix: np.ndarray, keep: int = 300) -> list[list[int | float]]:
-    """The `keep` strongest flows of one layer, strongest first, as `[query, key, weight]`.
+KEEP = 100
+"""How many arcs of each flow and layer a page holds, and as many from the first token."""
 
-    `matrix` is I_l, [T, T]: row i receives, column j is the source. Only j < i with a weight above zero
-    counts; equal weights keep the reading order (i, then j). Weights are rounded to 4 significant digits.
+
+def edges(matrix: np.ndarray, keep: int = KEEP, groups: np.ndarray | None = None) -> list[list[int | float]]:
+    """The strongest flows of one layer, strongest first, as `[query, key, weight]`.
+
+    Only j < i with a weight above zero counts; equal weights keep the reading order (i, then j). Weights are rounded
+    to 4 significant digits.
+
+    Args:
+        matrix: I_l, [T, T]: row i receives, column j is the source.
+        keep: how many of each group.
+        groups: a whole number for every pair, [T, T]; without it all are one group.
+
+    Raises:
+        ValueError: no square matrix, a negative `keep`, or a weight that is no finite number.
     """
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -34,10 +46,35 @@ def edges(matrix: np.ndarray, keep: int = 300) -> list[list[int | float]]:
         bad = int(np.flatnonzero(~np.isfinite(weights))[0])
         raise ValueError(f"matrix[{rows[bad]}, {columns[bad]}] is {weights[bad]}, not a finite number")
     chosen = np.flatnonzero(weights > 0)
+    group = np.zeros(len(chosen), int) if groups is None else groups[rows[chosen], columns[chosen]]
+    kept = [_largest(weights, chosen[group == one], keep) for one in np.unique(group)]
+    chosen = np.sort(np.concatenate([chosen[:0], *kept]))
+    order = chosen[np.argsort(-weights[chosen], kind="stable")]
+    return [[int(rows[k]), int(columns[k]), float(f"{weights[k]:.4g}")] for k in order]
+
+
+def _largest(weights: np.ndarray, chosen: np.ndarray, keep: int) -> np.ndarray:
     if 0 < keep < len(chosen):  # drop what cannot be among the first, so that only few are sorted
         chosen = chosen[weights[chosen] >= np.partition(weights[chosen], -keep)[-keep]]
-    order = chosen[np.argsort(-weights[chosen], kind="stable")[:keep]]
-    return [[int(rows[k]), int(columns[k]), float(f"{weights[k]:.4g}")] for k in order]
+    return chosen[np.argsort(-weights[chosen], kind="stable")[:keep]]
+
+
+def flows(classes: Sequence[int | None], target: int) -> np.ndarray:
+    """Of every pair of tokens which flow it belongs to: 0 other, 1 S_wp, 2 S_pq; 3 more from the first token, [T, T].
+
+    The first token, where much attention goes that has nothing to do, is apart so that it leaves the others their room.
+
+    Args:
+        classes: a class at each counted position of a label word, else None.
+        target: q.
+    """
+    counted = np.array([own is not None for own in classes])
+    found = np.zeros((len(counted), len(counted)), np.int8)
+    found[counted] = 1
+    found[target] = 2 * counted
+    if not counted[0]:
+        found[:, 0] += 3
+    return found
 
 
 def render_page(payload: dict[str, Any]) -> str:
@@ -93,6 +130,7 @@ def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("classes", length, "tokens"),
         ("probabilities", len(labels), "labels"),
         ("edges", len(prompt["layers"]), "layers"),
+        ("first", len(prompt["layers"]), "layers"),
         ("s_pq", depth, "layers of s_wp"),
         ("s_ww", depth, "layers of s_wp"),
         (_REST, depth, "layers of s_wp"),

@@ -9,9 +9,10 @@ import pandas as pd
 
 from anchors.flow.saliency import flow
 from anchors.model.language import LanguageModel
+from anchors.places import titled
 from anchors.stats import REST, SUMS, flow_summary
 from anchors.tasks.prompts import Prompt
-from anchors.viewer.page import edges
+from anchors.viewer.page import KEEP, edges, flows
 
 
 @runtime_checkable
@@ -50,6 +51,8 @@ def prompt_payload(
 ) -> dict[str, Any]:
     """One prompt: tokens, roles, the strongest edges of I_l by layer, the three sums, the label probabilities.
 
+    `edges` are of every flow the `keep` strongest, and as many from the first token; `first` is all that leaves it.
+
     `classes` holds a class at the label-word positions p_k and nowhere else: these are what S_wp and S_pq are sums over.
     `s_pq_rest` is what S_pq leaves out, see `anchors.flow.metrics.left_out`.
 
@@ -68,6 +71,9 @@ def prompt_payload(
     classes: list[int | None] = [None] * len(prompt.ids)
     for position, label in zip(prompt.label_positions, prompt.label_classes, strict=True):
         classes[position] = label
+    target = prompt.roles.index("target")
+    groups = flows(classes, target)
+    own_maps = [result.maps[layer][0].numpy()[: target + 1, : target + 1] for layer in layers]
     return {
         "name": name,
         "tokens": shown_tokens(model, prompt),
@@ -78,7 +84,9 @@ def prompt_payload(
         "predicted": int(result.probabilities[0].argmax()),
         "probabilities": [float(p) for p in result.probabilities[0]],
         "layers": list(layers),
-        "edges": [edges(result.maps[layer][0].numpy()) for layer in layers],
+        "keep": KEEP,
+        "edges": [edges(own, groups=groups) for own in own_maps],
+        "first": [float(own[1:, 0].sum(dtype=np.float64)) for own in own_maps],
         "notes": notes,
         REST: [float(x) for x in result.rest[0]],
     } | {name: [float(x) for x in getattr(result.sums, name)[0]] for name in SUMS}
@@ -119,7 +127,7 @@ def payload(
     flat |= {f"version of {k}": v for k, v in facts.get("versions", {}).items()}
     return {
         "title": title,
-        "model": model.name,
+        "model": titled(model.name),
         "task": task.name,
         "command": facts.get("command"),
         "provenance": flat,

@@ -1,0 +1,157 @@
+"""How figures look: no texts over each other or over bars, no axis without a name, every script."""
+
+import logging
+from functools import cache
+from itertools import combinations
+
+import made_tables
+import numpy as np
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
+
+from anchors.figures import style
+
+
+@cache
+def figures() -> dict[str, Figure]:
+    return made_tables.figures()
+
+
+@cache
+def seen(name: str) -> list[tuple[Text, np.ndarray]]:
+    """The texts of a figure that are seen, each with its extent in pixels: left, bottom, right, top."""
+    figure = figures()[name]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    hidden: set[int] = set()
+    for axes in figure.findobj(Axes):
+        for axis in (axes.xaxis, axes.yaxis):
+            drawn = {id(tick) for tick in axis._update_ticks()} if axes.axison and axis.get_visible() else ()
+            ticks = [t for t in (*axis.majorTicks, *axis.minorTicks) if id(t) not in drawn]
+            hidden |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+            hidden |= set() if axes.axison else {id(axis.label), id(axis.offsetText)}
+    shown = [
+        t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in hidden
+    ]
+    return [(text, text.get_window_extent(canvas.get_renderer()).extents) for text in shown]
+
+
+def overlap(one: np.ndarray, other: np.ndarray, slack: float = 1.0) -> bool:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width > slack and height > slack
+
+
+def parallel(one: Text, other: Text) -> bool:
+    """Turned texts beside each other: their boxes overlap, they need not."""
+    angle = np.radians(one.get_rotation())
+    if one.get_rotation() % 90 == 0 or one.get_rotation() != other.get_rotation():
+        return False
+    apart = abs(
+        one.get_transform().transform(one.get_position())[0]
+        - other.get_transform().transform(other.get_position())[0]
+    )
+    return apart * np.sin(angle) > 0.9 * one.get_fontsize() * one.figure.dpi / 72
+
+
+@pytest.mark.parametrize("name", list(figures()))
+def test_no_texts_lie_over_each_other_or_over_a_bar(name):
+    found = seen(name)
+    assert len(found) > 4
+    wrong = [
+        (a.get_text(), b.get_text())
+        for (a, one), (b, other) in combinations(found, 2)
+        if overlap(one, other) and not parallel(a, b)
+    ]
+    assert wrong == []
+    for axes in figures()[name].findobj(Axes):
+        bars = [
+            p.get_window_extent().extents
+            for c in axes.containers
+            if isinstance(c, BarContainer)
+            for p in c.patches
+        ]
+        assert [
+            t.get_text() for t, box in found if t in axes.texts and any(overlap(box, bar) for bar in bars)
+        ] == []
+
+
+@pytest.mark.parametrize("name", list(figures()))
+def test_no_axis_of_numbers_is_without_a_name(name):
+    figure, found = figures()[name], seen(name)
+    for axes in figure.findobj(Axes):
+        for axis, which in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+            labels = [
+                t.get_text() for t, _ in found if any(t in (k.label1, k.label2) for k in axis.majorTicks)
+            ]
+            if not axes.axison or not any(_number(label) for label in labels):
+                continue
+            row = [
+                own
+                for own in figure.findobj(Axes)
+                if _beside(own, axes, which)
+                and own.yaxis.get_label_position() == axes.yaxis.get_label_position()
+            ]
+            assert any(getattr(own, f"get_{which}label")() for own in row), (name, which, labels)
+
+
+def _number(label: str) -> bool:
+    try:
+        float(label.replace("−", "-").replace("%", ""))
+    except ValueError:
+        return "mathdefault" in label
+    return True
+
+
+def _beside(one: Axes, other: Axes, which: str) -> bool:
+    """Panels in one row have one name of the y-axis, those in one column one of the x-axis."""
+    a, b = one.get_position().extents, other.get_position().extents
+    return (
+        (abs(a[1] - b[1]) < 0.02 if which == "y" else abs(a[0] - b[0]) < 0.02)
+        if one.figure is other.figure
+        else False
+    )
+
+
+def test_other_scripts_are_drawn_with_a_font_of_the_machine_or_it_is_said(tmp_path, caplog, monkeypatch):
+    """A font that has one character that DejaVu Sans lacks, made here."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((0, 900)), pen.lineTo((900, 900)), pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "han"])
+    font.setupCharacterMap({0x6F22: "han"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "han": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "han": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Made Han", "styleName": "Regular"})
+    font.setupOS2(), font.setupPost()
+    font.save(tmp_path / "han.ttf")
+    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if "DejaVu" in f.name])
+    monkeypatch.setattr(style, "_SAID", set())
+
+    def ink(word: str) -> bytes:
+        figure = Figure(figsize=(1, 1))
+        figure.text(0.2, 0.2, word, size=30)
+        style.save(figure, tmp_path / "drawn")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba()).tobytes()
+
+    with caplog.at_level(logging.WARNING):
+        boxed = ink("漢")
+    assert "No font on this machine has 漢" in caplog.text
+    caplog.clear()
+    fontManager.addfont(tmp_path / "han.ttf")
+    style._covered.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert ink("漢") != boxed
+        assert caplog.text == ""
+        ink("漢한हि"), ink("한")
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["No font on this machine has ह ि 한"]
