@@ -142,7 +142,7 @@ def known() -> Mapping[str, Callable[[Path], Results]]:
         def at(folder: Path) -> Results:
             files = {kind: folder / f"{stem}.parquet" for kind, stem in line.stems.items()}
             files = {kind: file for kind, file in files.items() if kind == name or file.is_file()}
-            title, stem = line.title or line.name, line.stems[name]
+            title, stem = line.help.rstrip("."), line.stems[name]
             return Results(
                 line.folder, title, folder, stem, files, None, name, f"anchors {line.command}", line.columns
             )

@@ -78,7 +78,7 @@ def test_bias_is_counted():
     )
     said = sentences.biased(labels)
     assert (
-        "14 of 30 answers are right. x is said 25 times and true 10 times, z is said 1 times and true 10"
+        "14 of 30 answers are right. x is said 25 times and true 10 times, z is said 1 time and true 10"
         in said
     )
     assert "16 of 16 mistakes name x" in said
@@ -167,3 +167,48 @@ def test_studies_with_sentences():
         "nsa_probe",
         "inject-flow",
     }
+
+
+def test_interventions_and_merges_answer():
+    effects = pd.DataFrame(
+        [
+            ("none", 0.8, 0.0, 0.0),
+            ("isolate-label", 0.4, -0.4, -0.3),
+            ("isolate-control", 0.7, -0.1, 0.0),
+            ("cut-slc-last", 0.2, -0.6, 0.0),
+        ],
+        columns=["condition", "value", "difference", "beyond"],
+    )
+    for name in ("difference", "beyond"):
+        effects[f"{name}_low"], effects[f"{name}_high"] = effects[name] - 0.1, effects[name] + 0.1
+    table = effects.assign(metric="accuracy", prompts=60)
+    hiding, worst = STUDIES["nsa_probe"].say({"summary": table})
+    assert (
+        "changes accuracy by -.40 [-.50, -.30], beyond hiding as many other words by -.30 [-.40, -.20]"
+        in hiding
+    )
+    assert "Shown here: the model is anchored" in hiding
+    assert "Of 3 interventions cut-slc-last costs most (no selected blocks at the last position" in worst
+    assert "Undecided" in STUDIES["nsa_probe"].say({"summary": table.assign(beyond_high=0.01)})[0]
+
+    tests = pd.DataFrame({"within": [0.6, 0.1], "within_q": [0.02, 0.9]}).assign(
+        metric="s_ip", part="shallow", measure="share", settings=40, curves=8
+    )
+    rules = pd.DataFrame(
+        {
+            "rule": ["flow", "fixed 1"],
+            "regret": [0.01, 0.2],
+            "low": [0, 0.15],
+            "high": [0.02, 0.25],
+            "units": 12,
+        }
+    )
+    damage, regret = STUDIES["inject-flow"].say({"damage": tests, "regret": rules})
+    assert damage.startswith("Vision damage goes with lost image flow, beyond what λ tells (1 of 2 tests")
+    assert "'flow' has the least mean regret, .010 [.000, .020], before 'fixed 1'" in regret
+    assert "it is ahead" in regret
+    weak = STUDIES["inject-flow"].say(
+        {"damage": tests.assign(within_q=0.2), "regret": rules.assign(low=0.0, high=0.3)}
+    )
+    assert weak[0].startswith("Undecided")
+    assert "undecided which is better" in weak[1]

@@ -306,10 +306,16 @@ def biased(labels: pd.DataFrame) -> str:
         return told + " Every label is said as often as it is true."
     wrong = n - right
     named = int(most["said"] - most["right"])
+
+    def counted(row: pd.Series) -> str:
+        said, true = int(row["said"]), int(row["texts"])
+        return (
+            f"{row['label']} is said {said} time{'s' * (said != 1)} and true {true} time{'s' * (true != 1)}"
+        )
+
     return (
-        f"{told} {most['label']} is said {int(most['said'])} times and true {int(most['texts'])} times, {least['label']} is said "
-        f"{int(least['said'])} times and true {int(least['texts'])} times: {named} of {wrong} mistakes name "
-        f"{most['label']}. An AUC, which compares texts with texts, does not see such a bias."
+        f"{told} {counted(most)}, {counted(least)}: {named} of {wrong} mistakes name {most['label']}. An AUC, which compares texts "
+        "with texts, does not see such a bias."
     )
 
 
