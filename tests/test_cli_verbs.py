@@ -254,7 +254,7 @@ def test_classify_prints_the_confusion_matrix(ran):
     )
     printed = ran("classify").stdout.split(" confusion ")[1].splitlines()
     for gold, label in enumerate(("Negative", "Positive")):
-        line = next(own for own in printed if own.strip().startswith(label) and own.split()[1].isdigit())
+        line = next(own for own in printed if own.split()[:1] == [label] and " ".join(own.split()[1:2]).isdigit())
         counts = [((each["gold"] == gold) & (each["predicted"] == other)).sum() for other in (0, 1)]
         assert [int(word) for word in line.split()[1:3]] == counts
 
