@@ -10,7 +10,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
@@ -19,17 +18,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from anchors.cli.progress import err as err
+from anchors.cli.progress import progress_bar as progress_bar
 from anchors.errors import AnchorsError, CertificateError, brief, demand_seed, of_the_machine, whole_number
+from anchors.pace import Interrupted, clock, interruptible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +33,6 @@ if TYPE_CHECKING:
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
-err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 Model = Annotated[
@@ -167,19 +160,21 @@ def load_model(
 
 @contextmanager
 def reporting() -> Generator[None]:
-    """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130."""
+    """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130, SIGTERM in 143."""
     logging.basicConfig(
         format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
     )
     logging.getLogger("anchors").setLevel(logging.INFO)
     try:
-        yield
+        with interruptible():
+            yield
     except AnchorsError as error:
         print_error(error)
         raise typer.Exit(1 if isinstance(error, CertificateError) else 2) from error
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        ended = Interrupted.of(error, "nothing but finished files is kept.")
+        err.print(f"[yellow]interrupted:[/] {escape(ended.kept)}")
+        raise typer.Exit(128 + ended.number) from None
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
@@ -252,22 +247,6 @@ def print_error(error: AnchorsError, where: str = "") -> None:
         err.print(f"       {escape(error.remedy)}")
 
 
-@contextmanager
-def progress_bar(name: str) -> Generator[Any]:
-    """A bar with the time left, as a callback of (done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=False) as bar:
-        row = bar.add_task(escape(name), total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
-
-
 def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
     """What is left to do of each experiment or study, as a table or as JSON."""
     if as_json:
@@ -281,19 +260,15 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
     for name, part in every:
         cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
-        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else _clock(part.seconds))
+        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else clock(part.seconds))
     known = [part.seconds for _, part in every if part.seconds is not None]
-    time = f"about {_clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
+    time = f"about {clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
     table.caption = f"{time}, without loading and certifying the model"
     if len(plans) > 1:
         table.caption += "; cells that experiments share count more than once"
     if memory := max((part.memory for _, part in every), default=0):
         table.caption += f"; at least {memory / 1e9:.3g} GB of memory"
     out.print(table)
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def print_notes(notes: list[str]) -> None:
