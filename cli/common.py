@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
@@ -142,19 +142,26 @@ def load_model(
     device_map: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    tasks: "Sequence[Task]" = (),
 ) -> "LanguageModel":
-    """Load a model, saying so."""
+    """Load a model, saying so; whether its tokenizer does for the label words of tasks is asked before its weights are read."""
     load_libraries()
-    from anchors.model.language import load
+    from anchors.model.language import load, origin_of
+    from anchors.model.loading import tokenizer_of
+    from anchors.tasks.prompts import label_tokens
 
     with err.status(f"loading {escape(model or 'the default model')}"):
+        source, words = origin_of(model, revision, trust_remote_code), None
+        with suppress(AnchorsError):  # what is wrong with the model is said by who loads it
+            words = tokenizer_of(source)
+        for task in tasks if words is not None and words.is_fast else ():
+            label_tokens(task, words)
         return load(
-            model,
+            source,
+            tokenizer=words,
             device=device,
             precision=precision,
             device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
         )
 
 

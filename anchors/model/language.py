@@ -216,8 +216,8 @@ def load(
 
     Args:
         source: hub id, local directory (also of an adapter of peft), `.gguf` file, a transformers model, a `PeftModel`,
-            a compiled or data-parallel one (give its `tokenizer`), a transformer-lens `TransformerBridge`, or None for
-            the default model.
+            a compiled or data-parallel one (give its `tokenizer`), a transformer-lens `TransformerBridge`, what `origin_of`
+            gave, or None for the default model.
         tokenizer: to use instead of the source's own.
         device: auto, cpu, cuda, cuda:1, mps. `auto` takes CUDA, then MPS, then the CPU.
         precision: one of `DTYPES`, or `auto`, which is float32 on the CPU and MPS, tf32 on CUDA.
@@ -236,14 +236,14 @@ def load(
     """
     where, precision = placed(device, precision)
     dtype = DTYPES[precision]
-    if source is not None and not isinstance(source, (str, Path)):
+    if source is not None and not isinstance(source, (str, Path, Origin)):
         model = unwrapped(source)
         if is_bridge(source):
             name, tokenizer = source.cfg.model_name, tokenizer or tokenizer_of_bridge(source)
         else:
             name = model.config.name_or_path or type(model).__name__
     else:
-        origin = origin_of(source, revision, trust_remote_code)
+        origin = source if isinstance(source, Origin) else origin_of(source, revision, trust_remote_code)
         name = origin.name
         options = {"dtype": dtype} | ({} if device_map is None else {"device_map": device_map})
         model = language_model(origin, **options)

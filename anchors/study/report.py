@@ -1,7 +1,7 @@
 """What every study leaves behind, written once: rows, tables, figures and pages with their provenance. Nothing here imports torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -99,6 +99,10 @@ class Inquiry(Protocol):
         """What a reader must know before believing the tables."""
         return []
 
+    def kept(self, found: Found) -> list[Path]:
+        """Files that measuring left beside the rows, and that are of use by themselves."""
+        return []
+
     def pages(
         self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
     ) -> dict[str, str]:
@@ -168,7 +172,8 @@ def finish(
     facts = provenance(**found.facts, notes=[*found.notes, *inquiry.notes_on(found, made)])
     rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
     pages = inquiry.pages(found, facts, **view)
-    return leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
+    report = leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
+    return replace(report, files=[*report.files, *inquiry.kept(found)])
 
 
 def tabulated(rows: Rows, facts: Mapping[str, Any], tables: Callable[[Rows], Tables] | None = None) -> Tables:
