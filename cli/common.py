@@ -147,15 +147,17 @@ def load_model(
     """Load a model, saying so; whether its tokenizer does for the label words of tasks is asked before its weights are read."""
     load_libraries()
     from anchors.model.language import load, origin_of
-    from anchors.model.loading import tokenizer_of
+    from anchors.model.loading import demand_decoder, tokenizer_of
     from anchors.tasks.prompts import label_tokens
 
     with err.status(f"loading {escape(model or 'the default model')}"):
         source, words = origin_of(model, revision, trust_remote_code), None
         with suppress(AnchorsError):  # what is wrong with the model is said by who loads it
+            demand_decoder(source)
             words = tokenizer_of(source)
-        for task in tasks if words is not None and words.is_fast else ():
-            label_tokens(task, words)
+        if words is not None and words.is_fast:
+            for task in tasks:
+                label_tokens(task, words)
         return load(
             source,
             tokenizer=words,

@@ -359,6 +359,7 @@ def test_what_cannot_be_meant_is_refused_by_name_and_nothing_is_written(case, ti
 def test_beta_is_kept_with_its_provenance_and_used_again(ran, tiny, tmp_path):
     folder = copytree(ran("reweight").folder, tmp_path / "out")
     (path,) = (folder / "runs").glob("reweight-*/beta-42.safetensors")
+    assert str(path.relative_to(folder)) in "".join(ran("reweight").stderr.split())
     with safe_open(path, "pt") as file:
         header, beta = file.metadata(), file.get_tensor("beta")
     assert beta.shape == (3, 4, 2)

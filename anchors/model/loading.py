@@ -117,6 +117,15 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
     Raises:
         AnchorsError: files, configuration or weights that make no whole language model.
     """
+    return _whole(AutoModelForCausalLM, origin, demand_decoder(origin), options)
+
+
+def demand_decoder(origin: Origin) -> str | None:
+    """Refuse what is no causal language model by its configuration; returns how it is quantised, see `_quantised`.
+
+    Raises:
+        AnchorsError: it is of another kind, or its configuration cannot be read.
+    """
     config = configuration(_base(origin))
     kind, method = config.model_type, _quantised(config, origin)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -134,7 +143,7 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
             "Give a decoder with a head over the vocabulary.",
             code="model-kind",
         )
-    return _whole(AutoModelForCausalLM, origin, method, options)
+    return method
 
 
 def vision_language_model(origin: Origin, **options: Any) -> PreTrainedModel:
