@@ -20,3 +20,4 @@ from .tasks.drawing import draw as draw
 from .tasks.prompts import Prompt as Prompt
 from .tasks.task import Task as Task
 from .tasks.task import task as task
+from .viewer.payload import page as page

@@ -108,6 +108,17 @@ class AnchorCache(DynamicCache):
         self.changes = changes
         self.first_position = first_position
 
+    def __repr__(self) -> str:
+        """What it is, in five lines."""
+        kept, whole, held = len(self.context.ids), self.context.length, self.context.bytes
+        return (
+            "AnchorCache: the anchors of demonstrations, to go on from\n"
+            f"  {kept} of {whole} tokens, in {len(self.context.keys)} layers\n"
+            f"  {held / 1e6:,.3f} of {self.full_bytes / 1e6:,.3f} MB; cache.saved_bytes: {self.saved_bytes:,}\n"
+            f"  a query stands from position {self.context.next} on\n"
+            "  go on: model.model.generate(**cache.inputs(query_ids), max_new_tokens=5)"
+        )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

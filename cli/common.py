@@ -9,8 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
@@ -18,17 +17,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from anchors.cli.progress import err as err
+from anchors.cli.progress import progress_bar as progress_bar
 from anchors.cli.tables import Grid
 from anchors.errors import AnchorsError, CertificateError, brief, demand_seed, of_the_machine, whole_number
+from anchors.pace import Interrupted, clock, interruptible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
     from anchors.tasks.data import Data
     from anchors.tasks.task import Task
 
-err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 Model = Annotated[
@@ -148,37 +141,48 @@ def load_model(
     device_map: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    tasks: "Sequence[Task]" = (),
 ) -> "LanguageModel":
-    """Load a model, saying so."""
+    """Load a model, saying so; whether its tokenizer does for the label words of tasks is asked before its weights are read."""
     load_libraries()
-    from anchors.model.language import load
+    from anchors.model.language import load, origin_of
+    from anchors.model.loading import demand_decoder, tokenizer_of
+    from anchors.tasks.prompts import label_tokens
 
     with err.status(f"loading {escape(model or 'the default model')}"):
+        source, words = origin_of(model, revision, trust_remote_code), None
+        with suppress(AnchorsError):  # what is wrong with the model is said by who loads it
+            demand_decoder(source)
+            words = tokenizer_of(source)
+        if words is not None and words.is_fast:
+            for task in tasks:
+                label_tokens(task, words)
         return load(
-            model,
+            source,
+            tokenizer=words,
             device=device,
             precision=precision,
             device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
         )
 
 
 @contextmanager
 def reporting() -> Generator[None]:
-    """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130."""
+    """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130, SIGTERM in 143."""
     logging.basicConfig(
         format="%(message)s", handlers=[RichHandler(console=err, show_path=False, show_time=False)]
     )
     logging.getLogger("anchors").setLevel(logging.INFO)
     try:
-        yield
+        with interruptible():
+            yield
     except AnchorsError as error:
         print_error(error)
         raise typer.Exit(1 if isinstance(error, CertificateError) else 2) from error
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted;[/] finished batches are kept: run the same command to go on.")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        ended = Interrupted.of(error, "nothing but finished files is kept.")
+        err.print(f"[yellow]interrupted:[/] {escape(ended.kept)}")
+        raise typer.Exit(128 + ended.number) from None
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
@@ -251,22 +255,6 @@ def print_error(error: AnchorsError, where: str = "") -> None:
         err.print(f"       {escape(error.remedy)}")
 
 
-@contextmanager
-def progress_bar(name: str) -> Generator[Any]:
-    """A bar with the time left, as a callback of (done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=False) as bar:
-        row = bar.add_task(escape(name), total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
-
-
 def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
     """What is left to do of each experiment or study, as a table or as JSON."""
     if as_json:
@@ -285,19 +273,15 @@ def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
     for name, part in every:
         cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
-        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else _clock(part.seconds))
+        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else clock(part.seconds))
     known = [part.seconds for _, part in every if part.seconds is not None]
-    time = f"about {_clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
+    time = f"about {clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
     table.below = f"{time}, without loading and certifying the model"
     if len(plans) > 1:
         table.below += "; cells that experiments share count more than once"
     if memory := max((part.memory for _, part in every), default=0):
         table.below += f"; at least {memory / 1e9:.3g} GB of memory"
     return table
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def print_notes(notes: list[str]) -> None:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from anchors.cli import common, inject_demo, inject_show
 from anchors.cli.common import err, out
+from anchors.cli.progress import GOES_ON
 from anchors.cli.verb import add_verbs
 from anchors.errors import AnchorsError, parsed
 
@@ -256,7 +257,7 @@ def _merge(
 ) -> None:
     from anchors.injection.merging.merge import merge as stream
 
-    with common.progress_bar("tensors") as progress:
+    with common.progress_bar("tensors", "finished files of weights are kept; " + GOES_ON + ".") as progress:
         report = stream(
             *models,
             recipe,
@@ -297,7 +298,7 @@ def _dry_run(sources: "Sources", recipe: "Recipe", as_json: bool) -> None:
 def _inspect(models: "tuple[Checkpoint, ...]", recipe: "Recipe", as_json: bool) -> None:
     from anchors.injection.merging.inspection import inspect as compare
 
-    with common.progress_bar("tensors") as progress:
+    with common.progress_bar("tensors", "nothing is kept; --inspect begins anew.") as progress:
         found = compare(
             *models, embeddings=recipe.embeddings, report=lambda done, total, _: progress(done, total)
         )

@@ -1,23 +1,14 @@
 """`anchors inject demo`: build a vision-language model, its experts and a suite to try injection on."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from anchors.cli import common
 from anchors.cli.common import err, out
+from anchors.cli.progress import GOES_ON
 from anchors.cli.tables import Grid
 from anchors.errors import AnchorsError, nearest
 from anchors.injection.demo.scales import SCALES
@@ -88,30 +79,14 @@ def demo(
         transformers_logging.set_verbosity_error()
         size = SCALES[scale].with_steps(steps_factor)
         builder = Builder(to, size, seed, Team.made(device).device, base, upper, questions)
-        with _bar() as report:
-            built = builder.build(report)
+        with common.progress_bar("steps", "finished stages are kept; " + GOES_ON + ".") as told:
+            built = builder.build(lambda name, done, total: told(done, total, name))
         if as_json:
             common.print_json({name: part.facts for name, part in built.items()})
             return
         out.print(_table(built, f"{scale}, seed {seed}"))
         common.print_files([to])
         err.print(f"next: anchors inject sweep {escape(str(to / 'suite'))}")
-
-
-@contextmanager
-def _bar() -> Generator[Any]:
-    """One bar for all stages, in steps, named by the stage it is in."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=err, speed_estimate_period=120) as bar:
-        row = bar.add_task("data", total=None)
-        yield lambda name, done, total: bar.update(row, description=escape(name), completed=done, total=total)
 
 
 def _table(built: "dict[str, Built]", title: str) -> Grid:

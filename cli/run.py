@@ -105,7 +105,8 @@ def run(
         plan = {e.name: _grid(e, data, only) for e in chosen}
         sets = {task.name: (task, own) for grid in plan.values() for _, task, own in grid}
         common.print_data(*zip(*sets.values(), strict=True))
-        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
+        asked = [task for task, _ in sets.values()]
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code, asked)
         from anchors.study.plan import Outlook, outlook
         from anchors.study.results import plain
 

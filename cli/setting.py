@@ -25,7 +25,7 @@ TaskNames = Annotated[
     typer.Option(
         "--task",
         "-t",
-        help="sst2, trec, agnews, emo, a .toml file, or a name for your own; several with commas. "
+        help="sst2, trec, agnews, emo, a .toml file (keys template, labels), or a name for your own; several with commas. "
         "Default: @task.",
         rich_help_panel="Task",
     ),
@@ -36,7 +36,8 @@ DataSource = Annotated[
         "--data",
         "-d",
         help="builtin, hub, a directory (train and test files, by task) or a file: JSON lines, CSV, TSV, "
-        "parquet with columns text and label. Labels are label words or their numbers from 0 on.",
+        "parquet with columns text and label. Labels are label words or their numbers from 0 on. Of one file about 70 % of "
+        "the texts are shown (train) and 30 % asked about (test): a hash of each says which.",
         rich_help_panel="Task",
     ),
 ]
@@ -148,8 +149,18 @@ class Setting(Always):
         tasks = self.tasks(line.task)
         sets = self.sets(tasks)
         common.print_data(tasks, sets)
+        from anchors.tasks.drawing import Draw, demonstrations
+
+        for task, data in zip(tasks, sets, strict=True):
+            demonstrations(task, data, Draw(self.shots, fresh=all(study.fresh for study in studies)))
         model = common.load_model(
-            self.model, self.device, self.precision, self.device_map, self.revision, self.trust_remote_code
+            self.model,
+            self.device,
+            self.precision,
+            self.device_map,
+            self.revision,
+            self.trust_remote_code,
+            tasks,
         )
         from anchors.study.prompted import Part, Prompted
 

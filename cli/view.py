@@ -39,9 +39,15 @@ def view(
     layers: Annotated[
         str | None, typer.Option(help="Layers on the page, e.g. 0,5,10-12.", rich_help_panel="Output")
     ] = None,
-    to: Annotated[Path, typer.Option("--out", "-o", help="The page.", rich_help_panel="Output")] = Path(
-        "results/view.html"
-    ),
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the page view.html, or a name for it in .html.",
+            rich_help_panel="Output",
+        ),
+    ] = Path("results"),
     maps: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +86,11 @@ def view(
                     "Name one.",
                     code="options-together",
                 )
+        from anchors.tasks.prompts import found_in
+
+        found_in(text, chosen, truth)
+        if to.suffix != ".html" or to.is_dir():
+            to = to / "view.html"
         from anchors.places import require_another
         from anchors.study.results import provenance, require_writable, write_atomic
 
@@ -95,7 +106,7 @@ def view(
                 )
             require_writable(maps.parent)
         require_writable(to.parent)
-        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
+        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code, [chosen])
         from anchors.tasks.drawing import Drawn, within_context
         from anchors.tasks.prompts import from_text
         from anchors.viewer import render_page

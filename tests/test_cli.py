@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from anchors.cli import app
 from anchors.study.registry import BUILT_IN
+from anchors.study.results import Run
 
 runner = CliRunner()
 ANCHORS = [sys.executable, "-c", "from anchors.cli import main; main()"]
@@ -272,6 +274,63 @@ def test_view_refuses_a_prompt_without_demonstrations(tiny, tmp_path):
     result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html")
     assert result.exit_code == 2
     assert not (tmp_path / "x.html").exists()
+
+
+def test_view_takes_a_folder_as_other_verbs_do(tiny, tmp_path):
+    (tmp_path / "p.txt").write_text("Review: fun\nSentiment: Positive\nReview: dull\nSentiment:")
+    result = invoke(
+        "view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "there", "--layers", "0"
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "there" / "view.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["view", "-"], "[prompt] The prompt must end with the template's"),
+        (["flow", "--shots", "5000"], "[too-few] Fewer than 5000 training examples"),
+        (["isolate", "--shots", "5000"], "[too-few] Fewer than 5000 training examples"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_one_is_looked_for(command, said):
+    result = runner.invoke(app, [*command, "-m", "./no-such-model"], input="No label here.")
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+
+
+def test_label_words_are_refused_before_weights_are_read(model_directory, tmp_path):
+    folder = shutil.copytree(model_directory, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    options = ["-m", folder, "--template", "Review: {text}\\nSentiment:{label}", "--data", tmp_path / "d.csv"]
+    rows = "".join(f"good film {n},{n % 2}\n" for n in range(40))
+    (tmp_path / "d.csv").write_text("text,label\n" + rows)
+    for labels, code in (("very good,very bad", "[label-words]"), ("good,bad", "[model-broken]")):
+        result = invoke("flow", *options, "--labels", labels, "-o", tmp_path / "out")
+        assert result.exit_code == 2
+        assert code in result.stderr
+
+
+def test_what_was_asked_to_end_says_what_is_kept_and_goes_on(tiny, tmp_path, monkeypatch, caplog):
+    """SIGTERM to this process in its third batch; then the rest, then nothing."""
+    command = ["classify", *tiny, "-n", "6", "--batch-size", "1", "-o", tmp_path]
+    append = Run.append
+
+    def ending(self, rows, units):
+        if len(self.done()) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        append(self, rows, units)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "append", ending)
+        result = invoke(*command)
+    assert result.exit_code == 143
+    said = " ".join(result.stderr.split())
+    assert "interrupted: 2 of 6 are kept; the same command goes on from there." in said
+    assert invoke(*command).exit_code == 0
+    assert "nothing left" not in caplog.text
+    assert invoke(*command).exit_code == 0
+    assert "classify: nothing left to compute, all 6 are kept" in caplog.text
 
 
 def test_a_killed_run_goes_on_where_it_was(tiny, tmp_path):

@@ -254,7 +254,9 @@ def test_classify_prints_the_confusion_matrix(ran):
     )
     printed = ran("classify").stdout.split(" confusion ")[1].splitlines()
     for gold, label in enumerate(("Negative", "Positive")):
-        line = next(own for own in printed if own.split()[:1] == [label] and " ".join(own.split()[1:2]).isdigit())
+        line = next(
+            own for own in printed if own.split()[:1] == [label] and " ".join(own.split()[1:2]).isdigit()
+        )
         counts = [((each["gold"] == gold) & (each["predicted"] == other)).sum() for other in (0, 1)]
         assert [int(word) for word in line.split()[1:3]] == counts
 
@@ -361,6 +363,7 @@ def test_what_cannot_be_meant_is_refused_by_name_and_nothing_is_written(case, ti
 def test_beta_is_kept_with_its_provenance_and_used_again(ran, tiny, tmp_path):
     folder = copytree(ran("reweight").folder, tmp_path / "out")
     (path,) = (folder / "runs").glob("reweight-*/beta-42.safetensors")
+    assert str(path.relative_to(folder)) in "".join(ran("reweight").stderr.split())
     with safe_open(path, "pt") as file:
         header, beta = file.metadata(), file.get_tensor("beta")
     assert beta.shape == (3, 4, 2)

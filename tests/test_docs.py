@@ -52,6 +52,13 @@ def test_python_runs_as_written(
         exec(compile(body, f"{named(page)}, block {number}", "exec"), names)  # noqa: S102
 
 
+def test_the_example_of_a_task_file_is_a_task(tmp_path: Path) -> None:
+    (example,) = blocks(DOCS / "models-tasks-data.md", "toml")
+    (tmp_path / "mood.toml").write_text(example, encoding="utf-8")
+    task = anchors.task(str(tmp_path / "mood.toml"))
+    assert (task.name, task.labels, task.separator) == ("mood", ("sad", "glad"), "\n")
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of each `anchors …` of a page's shell blocks."""
     found = []

@@ -1,7 +1,9 @@
 """The demonstration: its data and its stages; what it is for is in test_injection_experiment.py."""
 
+import itertools
 import json
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +19,17 @@ from anchors.cli import inject_demo
 from anchors.errors import AnchorsError
 from anchors.injection.asking.suite import Suite
 from anchors.injection.asking.vlm import load_vlm
+from anchors.injection.demo import build
 from anchors.injection.demo.build import Builder
 from anchors.injection.demo.models import new_language_model, tiny_tokenizer
 from anchors.injection.demo.pictures import HELD_OUT, drawn, pictures
 from anchors.injection.demo.prompts import IGNORED, Encoder, drawn_rows
 from anchors.injection.demo.scales import LARGE, SCALES, TINY, Scale, Stage, TowerSize
 from anchors.injection.demo.suite_files import SCENARIOS, examples
-from anchors.injection.demo.training import all_patches, answer_logits, pixel_values
+from anchors.injection.demo.training import all_patches, answer_logits, answer_loss, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
 from anchors.injection.demo.world import SKILLS, Scene, world
+from anchors.pace import Interrupted
 
 CPU = torch.device("cpu")
 SHORT = Stage(steps=2, lr=1e-3, items=10, lm_lr=1e-4)
@@ -247,18 +251,24 @@ class TestBuild:
         whole, broken = tmp_path / "whole", tmp_path / "broken"
         Builder(whole, scale, 5, CPU).build()
 
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
+        losses = itertools.count(1)
+
+        def ended(*given: object) -> torch.Tensor:
+            if next(losses) == 5:  # two steps each of base and projector, and the first one of the VLM
+                signal.raise_signal(signal.SIGTERM)
+            return answer_loss(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Builder, "_vlm", stop)
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(build, "answer_loss", ended)
+            with pytest.raises(Interrupted, match="step 1 of 2 of this stage is kept"):
                 Builder(broken, scale, 5, CPU).build()
+        assert (broken / "unfinished-vlm.safetensors").is_file()
         assert (broken / "stages" / "projector" / "stage.json").is_file()
         assert not (broken / "vlm").exists()
         assert not list(broken.rglob(".draft-*"))
         before = (broken / "base" / "model.safetensors").stat().st_mtime_ns
         Builder(broken, scale, 5, CPU).build()
+        assert not list(broken.glob("unfinished-*"))
         assert (broken / "base" / "model.safetensors").stat().st_mtime_ns == before
         files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
         assert len(files) == 10  # base, vision tower, projector, VLM, three experts, three upper bounds

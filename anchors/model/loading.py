@@ -11,10 +11,14 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -72,20 +76,35 @@ class Origin:
         name: what the user called it.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with it.
+        instead: how else to have it where the hub is not reached.
     """
 
     source: str
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    instead: str = "Check the network and HF_HUB_OFFLINE; or give a local directory or a .gguf file."
 
     @property
     def remedy(self) -> str:
         return PLAIN if Path(self.source).is_dir() else REMOTE
 
+    @cached_property
+    def offline(self) -> bool:
+        """Whether it is of a hub that does not answer: asked once, where transformers asks for a minute, file by file."""
+        if Path(self.source).is_dir():
+            return False
+        try:
+            get_session().head(ENDPOINT, timeout=10)
+        except Exception:  # noqa: BLE001 - of whatever library speaks to the hub, or the hub's own in offline mode
+            return True
+        return False
+
     @property
     def options(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        """For `from_pretrained`; without a hub only what its cache holds is looked for."""
+        found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return found | ({"local_files_only": True} if self.offline else {})
 
 
 def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
@@ -97,6 +116,15 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
 
     Raises:
         AnchorsError: files, configuration or weights that make no whole language model.
+    """
+    return _whole(AutoModelForCausalLM, origin, demand_decoder(origin), options)
+
+
+def demand_decoder(origin: Origin) -> str | None:
+    """Refuse what is no causal language model by its configuration; returns how it is quantised, see `_quantised`.
+
+    Raises:
+        AnchorsError: it is of another kind, or its configuration cannot be read.
     """
     config = configuration(_base(origin))
     kind, method = config.model_type, _quantised(config, origin)
@@ -115,7 +143,7 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
             "Give a decoder with a head over the vocabulary.",
             code="model-kind",
         )
-    return _whole(AutoModelForCausalLM, origin, method, options)
+    return method
 
 
 def vision_language_model(origin: Origin, **options: Any) -> PreTrainedModel:
@@ -235,7 +263,9 @@ def _base(origin: Origin) -> Origin:
 def _adapter(origin: Origin) -> Path | None:
     """The file that describes an adapter of peft, where there is one."""
     try:
-        path = find_adapter_config_file(origin.source, revision=origin.revision)
+        path = find_adapter_config_file(
+            origin.source, revision=origin.revision, local_files_only=origin.offline
+        )
     except Exception:  # noqa: BLE001 - what cannot be found or read is said by who needs it
         return None
     return None if path is None else Path(path)
@@ -268,11 +298,12 @@ def _whole(kind: Any, origin: Origin, method: str | None, options: dict[str, Any
 def _folder(origin: Origin) -> Path:
     """Where the files of a model are on this machine."""
     path = Path(origin.source)
-    return (
-        path
-        if path.is_dir()
-        else Path(cast(str, cached_file(origin.source, "config.json", revision=origin.revision))).parent
-    )
+    return path if path.is_dir() else Path(cast(str, _cached(origin, "config.json"))).parent
+
+
+def _cached(origin: Origin, name: str) -> str | None:
+    """The place of a file of a model of the hub."""
+    return cached_file(origin.source, name, revision=origin.revision, local_files_only=origin.offline)
 
 
 def _without_adapter(origin: Origin, scratch: Path) -> Origin:
@@ -291,7 +322,7 @@ def _with_adapter(model: PreTrainedModel, origin: Origin) -> PreTrainedModel:
         config = PeftConfig.from_pretrained(origin.source, revision=origin.revision)
         refuse_adapters({"default": config}, origin.name)
         # Without this file peft would open a pickle.
-        path = cached_file(origin.source, "adapter_model.safetensors", revision=origin.revision)
+        path = _cached(origin, "adapter_model.safetensors")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(
@@ -423,6 +454,13 @@ def _unreadable(origin: Origin, what: str, error: Exception, quantised: bool = F
             f"The model {origin.name!r} does not fit into memory.",
             "Use --precision bfloat16 or --device-map auto.",
             code="memory",
+        )
+    if origin.offline and isinstance(error.__cause__, LocalEntryNotFoundError):
+        return AnchorsError(
+            f"The model {origin.name!r} could not be loaded: it is not on this machine, and the hub ({ENDPOINT}) was not "
+            "reached.",
+            origin.instead,
+            code="model-not-found",
         )
     remedy = (
         "Install the reader that it names, or use the model before quantisation."

@@ -1,13 +1,16 @@
 """The one loop of all that is measured: units of work on what they share, kept as they are finished, fewer at once where memory ends."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from anchors.errors import AnchorsError
 from anchors.study.results import Run
@@ -23,6 +26,24 @@ State = TypeVar("State")
 
 def silent(done: int, total: int) -> None:
     """No progress is shown."""
+
+
+@contextmanager
+def watched(name: str, progress: Progress | None) -> Generator[Progress]:
+    """The progress that was asked for; by default a bar where somebody looks: on a terminal, in a notebook."""
+    if progress is not None:
+        yield progress
+        return
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    seen = sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+    with tqdm(desc=name, disable=not seen) as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield told
 
 
 def part_of(progress: Progress, before: int, total: int) -> Progress:
@@ -133,7 +154,7 @@ def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataF
     """
     done = run.done().difference(*(lot.again for lot in lots))
     total = sum(len(lot.units) for lot in lots)
-    finished = sum(unit in done for lot in lots for unit in lot.units)
+    before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
     for lot in lots:
         left = [unit for unit in lot.units if unit not in done]
@@ -148,6 +169,8 @@ def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataF
                 progress(finished, total)
         if whole is not None:
             run.append(whole[1](state), [whole[0]])
+    if before == total:
+        log.info("%s: nothing left to compute, all %d are kept", run.config["kind"], total)
     rows = run.rows()
     wanted = [unit for lot in lots for unit in (*lot.units, *([lot.whole[0]] if lot.whole else []))]
     assert rows is not None  # noqa: S101 - no caller comes without units

@@ -113,6 +113,14 @@ class Prompted(Inquiry):
 
         return outlook(self.model, self.parts, self.runs or out)
 
+    def kept(self, found: Found) -> list[Path]:
+        """What an analysis says that it keeps: fitted β."""
+        return [
+            file
+            for part, own in zip(self.parts, found.kept, strict=True)
+            for file in getattr(part.analysis, "kept", lambda *_: [])(own.folder, part.how.seeds)
+        ]
+
     def pages(
         self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
     ) -> dict[str, str]:

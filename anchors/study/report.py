@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
+from anchors.errors import AnchorsError
 from anchors.places import titled
 from anchors.study.registry import study
 from anchors.study.results import key_of, plain, provenance, read_table
@@ -14,6 +15,8 @@ from anchors.study.shelf import Shelf, facts_beside
 from anchors.summaries import Rows, Tables, marked, tables_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from anchors.study.engine import Progress
     from anchors.study.plan import Outlook
 
@@ -64,6 +67,32 @@ class Found:
     notes: list[str] = field(default_factory=list)
     kept: Any = None
 
+    def __repr__(self) -> str:
+        """What it is, in at most five lines."""
+        main, counts = (
+            next(iter(self.rows)),
+            (f"{kind}: {len(own):,} rows" for kind, own in self.rows.items()),
+        )
+        return (
+            f"Found: {main} by {self.facts.get('model', 'several models')}\n"
+            f"  found.rows: {', '.join(counts)}\n"
+            f"  found.facts: {', '.join(self.facts)}\n"
+            f"  found.notes: {len(self.notes)}\n"
+            "  found.tables(): with intervals; found.plot(): the picture"
+        )
+
+    def tables(self) -> Tables:
+        """What the rows come to, with differences marked that are none."""
+        return tabulated(self.rows, self.facts)
+
+    def plot(self) -> "Figure | dict[str, Figure]":
+        """The main study's picture, or several by name.
+
+        Raises:
+            AnchorsError: it has none.
+        """
+        return pictured(next(iter(self.rows)), self.tables(), str(self.facts.get("model", "")))
+
 
 @runtime_checkable
 class Inquiry(Protocol):
@@ -79,11 +108,28 @@ class Inquiry(Protocol):
         """What a reader must know before believing the tables."""
         return []
 
+    def kept(self, found: Found) -> list[Path]:
+        """Files that measuring left beside the rows, and that are of use by themselves."""
+        return []
+
     def pages(
         self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
     ) -> dict[str, str]:
         """The pages by what their names have after the study's."""
         return {}
+
+
+def pictured(kind: str, tables: Tables, model: str) -> "Figure | dict[str, Figure]":
+    """The picture of a study's tables, or several by name.
+
+    Raises:
+        AnchorsError: it has none.
+    """
+    from anchors.figures import draw
+
+    if (drawn := draw(kind, tables, model)) is None:
+        raise AnchorsError(f"Rows of {kind!r} have no picture.", "Look at their tables.", code="rows")
+    return drawn
 
 
 def conclude(
@@ -138,7 +184,8 @@ def finish(
     rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
     pages = inquiry.pages(found, facts, **view)
     done = leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
-    return done if tables else replace(done, sentences=study(main).say(made | near(out, main, facts)))
+    said = [] if tables else study(main).say(made | near(out, main, facts))
+    return replace(done, sentences=said, files=[*done.files, *inquiry.kept(found)])
 
 
 def near(out: Path, name: str, facts: Mapping[str, Any]) -> Tables:

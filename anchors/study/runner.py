@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -15,12 +15,16 @@ from anchors.model.identity import Identity, held, software
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import alike
 from anchors.study.analysis import Analysis, Cell, Record
-from anchors.study.engine import Lot, Progress, Stretch, carry_out, silent
+from anchors.study.engine import Lot, Progress, Stretch, carry_out, watched
+from anchors.study.report import pictured
 from anchors.study.results import Run
 from anchors.summaries import SUMMARIES
 from anchors.tasks.data import Data
 from anchors.tasks.drawing import Draw, Drawn, draw, within_context
 from anchors.tasks.task import Control, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CPU_TOKENS = 512
 """Tokens per batch on the CPU: longer batches gain nothing there and hold more memory."""
@@ -49,9 +53,30 @@ class Measured:
     first: tuple[Drawn, ...]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """What it is, in five lines."""
+        first, seeds = self.rows.iloc[0], sorted(self.rows["seed"].unique().tolist())
+        conditions = self.rows["condition"].nunique()
+        return (
+            f"Measured: {self.config['kind']} on {first['task']} by {first['model']}\n"
+            f"  {self.prompts} prompts, {first['shots']} per class shown, seeds {seeds}, control {first['control']}; "
+            f"{self.skipped} left out\n"
+            f"  found.rows: {len(self.rows):,} rows of {conditions} condition{'s' * (conditions > 1)}\n"
+            f'  found.tables()["summary"]: with intervals; found.plot(): the picture\n'
+            f"  kept in {self.folder}"
+        )
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """What the rows come to, with intervals; the main table is `summary`. See `anchors.summaries`."""
         return SUMMARIES[self.config["kind"]](self.rows)
+
+    def plot(self) -> "Figure | dict[str, Figure]":
+        """The picture that the study's verb draws, or several by name; a notebook shows a figure that a cell ends in.
+
+        Raises:
+            AnchorsError: rows of this kind have no picture.
+        """
+        return pictured(self.config["kind"], self.tables(), str(self.rows["model"].iloc[0]))
 
     @property
     def prompts(self) -> int:
@@ -155,23 +180,34 @@ def measure(
     how: Sample,
     *,
     out: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     certify: Callable[[], object] = lambda: None,
 ) -> Measured:
     """Run an analysis on every prompt that the protocol draws, computing only what `out` does not hold.
 
     Args:
-        model, analysis, task, data, how: what is measured.
+        model: of `anchors.load`.
+        analysis: what is measured, such as `anchors.InformationFlow()`; `dir(anchors)` lists those that come along.
+        task: label words and template, of `anchors.task`.
+        data: of `anchors.read`.
+        how: shots, seeds, examples, see `Sample`.
         out: results folder; finished batches are kept under its `runs`. None takes a new temporary folder.
-        progress: called with (prompts done, prompts in all).
+        progress: called with (prompts done, prompts in all); None shows a bar on a terminal or in a notebook.
         certify: asked before the first prompt, see `anchors.study.engine.Stretch`.
 
     Raises:
         AnchorsError: see `draw`, `within_context` and the analysis.
+
+    Example:
+        >>> model, task = anchors.load(), anchors.task("sst2")
+        >>> found = anchors.measure(model, anchors.Readout(), task, anchors.read(task), anchors.Sample(examples=20))
+        >>> print(found)               # what was measured, and what to do with it
+        >>> found.tables()["summary"]  # with intervals
+        >>> found.plot()               # the study's picture
     """
     out = out or Path(tempfile.mkdtemp(prefix="anchors-"))
-    with held(model.model, found := model.identity):
-        return _measured(model, analysis, task, data, how, out, progress, certify, unknown_code(found))
+    with held(model.model, found := model.identity), watched(analysis.kind, progress) as told:
+        return _measured(model, analysis, task, data, how, out, told, certify, unknown_code(found))
 
 
 def unknown_code(found: Identity) -> tuple[str, ...]:

@@ -320,7 +320,18 @@ def build(
 def from_text(
     text: str, task: Task, tokenizer: PreTrainedTokenizerBase, *, truth: str | None = None
 ) -> Prompt:
-    """A prompt that somebody wrote as a whole: label words are found where the template puts them.
+    """A prompt that somebody wrote as a whole, in tokens; see `found_in` for what is found in it and refused.
+
+    Raises:
+        AnchorsError: see `found_in`, `label_tokens` and `tokenise`.
+    """
+    parts, words = found_in(text, task, truth), label_tokens(task, tokenizer)
+    gold = None if truth is None else task.labels.index(truth)
+    return tokenise(parts, task, tokenizer, words, gold, typed=True)
+
+
+def found_in(text: str, task: Task, truth: str | None = None) -> list[Piece]:
+    """The pieces of a prompt that somebody wrote as a whole: label words are found where the template puts them.
 
     Args:
         text: demonstrations and query; it must end where the label is to be predicted (white space there is ignored).
@@ -329,7 +340,7 @@ def from_text(
         truth: the right label of the query, if known.
 
     Raises:
-        AnchorsError: no label word found, or the text does not end with the prefix; see also `tokenise`.
+        AnchorsError: no label word found, or the text does not end with the prefix.
     """
     prefix, body = task.prefix, text.rstrip()
     closing = prefix.rstrip()
@@ -370,9 +381,7 @@ def from_text(
             f"Write each demonstration as {task.template!r}.",
             code="prompt",
         )
-    words = label_tokens(task, tokenizer)
-    gold = None if truth is None else task.labels.index(truth)
-    return tokenise([part for part in parts if part.text], task, tokenizer, words, gold, typed=True)
+    return [part for part in parts if part.text]
 
 
 _LINE_END = re.compile(r"[ \t]*(\n|\Z)")

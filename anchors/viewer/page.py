@@ -77,7 +77,20 @@ def flows(classes: Sequence[int | None], target: int) -> np.ndarray:
     return found
 
 
-def render_page(payload: dict[str, Any]) -> str:
+class Page(str):
+    """A page as its HTML, which a notebook shows inline, in a frame of its own."""
+
+    __slots__ = ()
+    HEIGHT = 720
+    """Of the frame, in pixels."""
+
+    def _repr_html_(self) -> str:
+        # A frame without an origin: the page's script runs, and reaches nothing of the notebook.
+        frame = 'style="width: 100%; border: 0" sandbox="allow-scripts allow-downloads"'
+        return f'<iframe height="{self.HEIGHT}" {frame} srcdoc="{html.escape(self)}"></iframe>'
+
+
+def render_page(payload: dict[str, Any]) -> Page:
     """The whole page as one string: no file beside it, no network, no library.
 
     Raises ValueError, naming the field, where a number is NaN or infinite or the lists do not fit together.
@@ -95,7 +108,7 @@ def render_page(payload: dict[str, Any]) -> str:
     title = str(payload["title"]).encode("utf-8", "replace").decode("utf-8")
     parts = {"title": html.escape(title), "payload": data}
     template = files("anchors.viewer").joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(title|payload)\}\}", lambda found: parts[found[1]], template)
+    return Page(re.sub(r"\{\{(title|payload)\}\}", lambda found: parts[found[1]], template))
 
 
 def _leaves(value: Any, field: str) -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,9 @@ from anchors.flow.saliency import flow
 from anchors.model.language import LanguageModel
 from anchors.places import titled
 from anchors.stats import REST, SUMS, flow_summary
+from anchors.study.results import provenance
 from anchors.tasks.prompts import Prompt
-from anchors.viewer.page import KEEP, edges, flows
+from anchors.viewer.page import KEEP, Page, edges, flows, render_page
 
 
 @runtime_checkable
@@ -134,3 +135,29 @@ def payload(
         "curves": curves,
         "prompts": prompts,
     }
+
+
+def page(
+    model: LanguageModel, task: Named, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
+) -> Page:
+    """The page of some prompts: tokens by role, flow by layer, label probabilities. A notebook shows it where a cell ends in it.
+
+    Args:
+        model: of `anchors.load`.
+        task: whose prompts they are.
+        prompts: of `anchors.draw`, or of `anchors.tasks.prompts.from_text` for a text of your own.
+        layers: that are shown; all by default.
+
+    Returns:
+        The HTML, as a string: `Path("page.html").write_text(page, encoding="utf-8")`.
+
+    Example:
+        >>> drawn = anchors.draw(task, data, model.tokenizer, anchors.Draw(seed=42), 2)
+        >>> anchors.page(model, task, [one.prompt for one in drawn])
+    """
+    every = range(model.n_layers) if layers is None else layers
+    shown = [prompt_payload(model, task, one, f"prompt {n}", every) for n, one in enumerate(prompts, 1)]
+    facts = provenance(
+        model=model.name, fingerprint=model.fingerprint, precision=model.precision, device=str(model.device)
+    )
+    return render_page(payload("Information flow", model, task, shown, facts))

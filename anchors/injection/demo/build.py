@@ -46,6 +46,7 @@ from anchors.injection.demo.training import (
     right,
 )
 from anchors.injection.demo.world import SKILLS, QuestionKind, World, world
+from anchors.pace import Interrupted
 from anchors.study.results import provenance, require_writable, write_atomic, writing
 
 Report = Callable[[str, int, int], None]
@@ -180,9 +181,19 @@ class Builder:
                         shutil.rmtree(target)
                     draft.chmod(0o755)  # mkdtemp makes private folders
                     draft.rename(target)
+                    # Of this stage, or of one that was made from another one of these.
+                    for path in self.folder.glob(self._unfinished("*").name):
+                        path.unlink()
+            except Interrupted:
+                self._claim()
+                raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return Built(target, facts)
+
+    def _unfinished(self, name: str) -> Path:
+        """What is kept of a stage that a signal ended."""
+        return self.folder / f"unfinished-{name}.safetensors"
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -246,7 +257,8 @@ class Builder:
             parameter.requires_grad_(id(parameter) in chosen)
         draw = batches(pools, stage, self._seed(name, "batches"))
         model.train()
-        fit(groups, lambda step: answer_loss(model, draw(step), features), stage, self.scale, told)
+        losses = lambda step: answer_loss(model, draw(step), features)  # noqa: E731
+        fit(groups, losses, stage, self.scale, told, self._unfinished(name))
         model.eval()
 
     def _accuracy(self, model: PreTrainedModel, encoder: Encoder, *scenarios: str) -> dict[str, float]:
@@ -321,7 +333,8 @@ class Builder:
                 torch.add, [F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read)]
             )
 
-        fit([([*tower.parameters(), *reader.parameters()], stage.lr)], loss, stage, self.scale, told)
+        groups = [([*tower.parameters(), *reader.parameters()], stage.lr)]
+        fit(groups, loss, stage, self.scale, told, self._unfinished("vision"))
         tower.eval().save_pretrained(draft)
         test = torch.tensor(self.pictures.of("test"), device=self.device)
         with torch.no_grad():

@@ -1,6 +1,5 @@
 """The models of the demonstration: a small language model, and a LLaVA whose language tower it is."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -9,8 +8,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AddedToken,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -24,10 +21,10 @@ from transformers import (
 )
 
 from anchors.errors import AnchorsError
-from anchors.gguf import converted
 from anchors.injection.demo.scales import Scale, TowerSize
 from anchors.injection.demo.world import World
-from anchors.model.language import default_source
+from anchors.model.language import origin_of
+from anchors.model.loading import language_model, tokenizer_of
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - no password
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -81,22 +78,15 @@ def given_language_model(source: str | None) -> tuple[PreTrainedModel, PreTraine
     """A language model from a directory, a GGUF file or the hub; SmolLM2-135M-Instruct by default. In float32.
 
     Raises:
-        AnchorsError: it cannot be read, or is no Llama.
+        AnchorsError: it cannot be read, is not whole, or has no end-of-text token.
     """
-    name = default_source()[0] if source is None else str(source)
-    place = str(converted(Path(name).expanduser())) if name.endswith(".gguf") else name
-    try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place))
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise AnchorsError(
-            f"The base model {name!r} could not be loaded: {error}",
-            "Give --base a directory or a .gguf file.",
-            code="model-broken",
-        ) from error
+    origin = origin_of(source)
+    tokenizer, model = tokenizer_of(origin), language_model(origin, dtype=torch.float32)
     if tokenizer.eos_token_id is None:
         raise AnchorsError(
-            f"The tokenizer of {name!r} has no end-of-text token.", "Give another --base.", code="tokenizer"
+            f"The tokenizer of {origin.name!r} has no end-of-text token.",
+            "Give another --base.",
+            code="tokenizer",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

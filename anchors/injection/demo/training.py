@@ -3,17 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchors.errors import AnchorsError
+from anchors.errors import AnchorsError, brief
 from anchors.injection.demo.pictures import Pictures
 from anchors.injection.demo.prompts import IGNORED, Prompts
 from anchors.injection.demo.scales import Scale, Stage
+from anchors.pace import Interrupted, between_steps
+from anchors.study.results import write_atomic
 
 Told = Callable[[int], None]
 """Told how many steps of a stage are done."""
@@ -30,8 +35,9 @@ def fit(
     stage: Stage,
     scale: Scale,
     told: Told,
+    unfinished: Path,
 ) -> None:
-    """AdamW with a short warm-up and a cosine down to zero.
+    """AdamW with a short warm-up and a cosine down to zero; goes on where SIGINT or SIGTERM ended it.
 
     Args:
         groups: parameters with their highest learning rates.
@@ -39,9 +45,11 @@ def fit(
         stage: how many steps.
         scale: warm-up and longest gradient.
         told: hears of the steps that are done.
+        unfinished: the file in which weights and moments are kept when a signal asks for the end.
 
     Raises:
-        AnchorsError: the loss is not finite.
+        AnchorsError: the loss is not finite; the file cannot be read.
+        Interrupted: a signal asked for the end; says which step is kept.
     """
     groups = [(parameters, lr) for parameters, lr in groups if lr > 0]
     parameters = [p for own, _ in groups for p in own]
@@ -50,25 +58,60 @@ def fit(
         [{"params": own, "lr": lr} for own, lr in groups], betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     warmup = max(1, round(scale.warmup * stage.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / stage.steps)) / 2),
-    )
-    for step in range(stage.steps):
-        with arithmetic(device):
-            value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, scale.clip)
-        optimizer.step()
-        schedule.step()
-        # Every look at a number makes a GPU wait.
-        if step % 50 == 49 or step + 1 == stage.steps:
-            if not math.isfinite(value.item()):
-                raise AnchorsError(
-                    f"The loss at step {step + 1} is not finite.", "Take another --seed.", code="diverged"
-                )
-            told(step + 1)
+    with between_steps() as asked:
+        for step in range(_restored(unfinished, optimizer, parameters), stage.steps):
+            share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / stage.steps)) / 2)
+            for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = lr * share
+            with arithmetic(device):
+                value = loss(step)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, scale.clip)
+            optimizer.step()
+            number = asked()
+            # Every look at a number makes a GPU wait.
+            if step % 50 == 49 or step + 1 == stage.steps or number:
+                if not math.isfinite(value.item()):
+                    raise AnchorsError(
+                        f"The loss at step {step + 1} is not finite.", "Take another --seed.", code="diverged"
+                    )
+                told(step + 1)
+            if number:
+                _keep(unfinished, optimizer, parameters, step + 1)
+                said = f"step {step + 1} of {stage.steps} of this stage is kept, and all stages before"
+                raise Interrupted(number, f"{said}; the same command goes on from there.")
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _keep(path: Path, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> None:
+    tensors = {f"weight/{i}": p.detach() for i, p in enumerate(parameters)}
+    tensors |= {f"{m}/{i}": optimizer.state[p][m] for m in MOMENTS for i, p in enumerate(parameters)}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write_atomic(path, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
+
+
+def _restored(path: Path, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> int:
+    """Put weights and moments back; returns the steps done."""
+    if not path.is_file():
+        return 0
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
+            step = int(file.metadata()["step"])
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(file.get_tensor(f"weight/{i}"))
+                moments = {m: file.get_tensor(f"{m}/{i}").to(parameter.device) for m in MOMENTS}
+                steps = torch.tensor(float(step), device=parameter.device)  # a fused optimizer counts there
+                optimizer.state[parameter] = {"step": steps, **moments}
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise AnchorsError(
+            f"{str(path)!r} cannot be used: {brief(error)}.",
+            "Delete it: the stage that it is of begins anew.",
+            code="file-unreadable",
+        ) from error
+    return step
 
 
 def batches(pools: Sequence[Prompts], stage: Stage, seed: int) -> Callable[[int], Prompts]:

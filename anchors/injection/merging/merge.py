@@ -135,7 +135,7 @@ def merge(
         "version": version("label-anchors"),
     }
     if (before := finished(out, identity, sources.vlm.entries)) is not None:
-        notes += ("It was there already, from the same models and recipe.",)
+        notes += ("Nothing left to compute: it was there already, from the same models and recipe.",)
         return MergeReport(
             out, recipe, pd.DataFrame(before["tensors"]), before["seconds"], before["memory"], notes
         )

@@ -30,7 +30,7 @@ from anchors.nsa.probing.interventions import effects
 from anchors.nsa.probing.taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.training.episodes import Episodes
 from anchors.nsa.training.vocabulary import SPECIALS, Vocabulary
-from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent
+from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, watched
 from anchors.study.results import Run, set_aside, write_atomic
 from anchors.study.runner import unknown_code
 from anchors.tasks.prompts import Prompt
@@ -312,7 +312,7 @@ def measure(
     probe: EpisodeProbe,
     *,
     out: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     certify: Callable[[], object] = lambda: None,
 ) -> Probed:
     """Probe a model, computing only the prompts that `out` does not hold.
@@ -321,7 +321,7 @@ def measure(
         model: NSA, or its twin with full attention.
         probe: what is probed.
         out: results folder; finished prompts are kept under its `runs`. None takes a new temporary folder.
-        progress: called with (prompts done, prompts in all).
+        progress: called with (prompts done, prompts in all); None shows a bar on a terminal or in a notebook.
         certify: asked before the first prompt, see `anchors.study.engine.Stretch`.
 
     Raises:
@@ -334,7 +334,8 @@ def measure(
     """
     told: list[str] = []
     work = stretch(model, probe, told, certify)
-    rows, (run,) = carry_out([work], out or Path(tempfile.mkdtemp(prefix="anchors-")), progress)
+    with watched("nsa-probe", progress) as shown:
+        rows, (run,) = carry_out([work], out or Path(tempfile.mkdtemp(prefix="anchors-")), shown)
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
     notes = [*unknown_code(model.identity), *run.notes, *told, *notes_on(rows, geometry_of(model))]
     return Probed(rows, _read_vectors(run.folder, work.units), work.config, notes)

@@ -11,15 +11,17 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,14 +86,16 @@ class TrainingFolder:
             text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
             write_atomic(self.identity, lambda draft: draft.write_text(text, encoding="utf-8"))
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> int:
-        """Put weights and moments back; returns the steps done, 0 where there is no checkpoint.
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, Float[Tensor, "unlogged 6"]]:
+        """Put weights and moments back; returns the steps done, and of the last of them what no row of the log holds yet.
+
+        Without a checkpoint these are 0 and none.
 
         Raises:
             AnchorsError: the file cannot be read, or does not fit the model.
         """
         if not self.state.is_file():
-            return 0
+            return 0, torch.zeros(0, 6)
         parameters = dict(model.named_parameters())
         try:
             with safe_open(self.state, framework="pt", device="cpu") as file:
@@ -116,7 +120,7 @@ class TrainingFolder:
                 "Delete its folder to begin again.",
                 code="file-unreadable",
             ) from error
-        return step
+        return step, found.get("unlogged", torch.zeros(0, 6))
 
     def save(
         self,
@@ -125,6 +129,7 @@ class TrainingFolder:
         step: int,
         log: pd.DataFrame,
         facts: dict[str, Any],
+        unlogged: Sequence[Tensor] = (),
         *,
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
@@ -137,6 +142,8 @@ class TrainingFolder:
             tensors[f"weight/{name}"] = parameter.detach()
             tensors[f"first/{name}"] = moments["exp_avg"]
             tensors[f"second/{name}"] = moments["exp_avg_sq"]
+        if unlogged:
+            tensors["unlogged"] = torch.stack([*unlogged])
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         write_atomic(self.state, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
         self._publish(model, tokenizer, dtype)

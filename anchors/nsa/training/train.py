@@ -6,7 +6,9 @@ nothing had happened; on a CPU to the bit. Under `accelerate launch` the rows of
 and the gradients are those of the whole batch.
 """
 
+import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +29,13 @@ from anchors.errors import AnchorsError, demand_seed
 from anchors.nsa.training.checkpoint import TrainingFolder, begin, digest
 from anchors.nsa.training.data import Corpus, Sequences
 from anchors.nsa.training.team import Team
+from anchors.pace import Interrupted, between_steps
 from anchors.study.results import provenance, require_writable
 
 Factory = Callable[[PreTrainedConfig], PreTrainedModel]
 Progress = Callable[[int, int], None]
+
+log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 LARGEST = torch.finfo(torch.float32).max
@@ -171,6 +176,9 @@ def train(
 ) -> Trained:
     """Train a model, or go on where the training in `out` was broken off.
 
+    SIGINT and SIGTERM end it after the step that it is in, with a checkpoint of that step; of several processes after the
+    next row of the log.
+
     Args:
         config: of the model; its vocabulary must have the size of the data's tokenizer.
         data: episodes or windows of a text.
@@ -184,6 +192,7 @@ def train(
 
     Raises:
         AnchorsError: sizes that do not fit, a folder of another training, or a training that diverges.
+        Interrupted: a signal asked for the end; says which step is kept.
     """
     recipe, watch, out = recipe or Training(), watch or Watch(), Path(out)
     if not config.initializer_range > 0:  # NaN and what is above 1 is refused by the configuration itself
@@ -233,44 +242,66 @@ def train(
         begin(model, Path(init))
     model = model.float().to(team.device).train()
     optimizer = _optimizer(model, recipe)
-    done = checkpoint.restore(model, optimizer)
+    done, unlogged = checkpoint.restore(model, optimizer)
     team.wait()
-    log = Log(checkpoint.rows(done))
+    kept = Log(checkpoint.rows(done))
     prepared = team.wrap(model)
-    began = time.perf_counter()
-    since = done
-    pending: list[Tensor] = []
-    if progress is not None:
-        progress(done, recipe.steps)
-    for step, rows in _batches(data, recipe, done, team):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        with _diverging(step + 1, checkpoint) if step > done else nullcontext():
-            pending.append(_step(prepared, optimizer, rows, recipe, team))
-        now, last = step + 1, step + 1 == recipe.steps
-        if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
-            seconds = time.perf_counter() - began
-            values = torch.stack(pending).cpu().double().numpy()
-            _demand_finite(values, since, checkpoint)
-            speed = (now - since) * recipe.batch * data.tokens / max(seconds, 1e-9)
-            log.training(now, values, recipe.rate(step), speed)
-            pending, since, began = [], now, time.perf_counter()
-        if now % watch.evaluate == 0 or last:
-            with _diverging(now, checkpoint):
-                log.held_out(now, evaluate(model, data, recipe, watch.held_out))
-            began = time.perf_counter()
-        if now % watch.save == 0 or last:
-            _demand_sound(model, now, checkpoint)
-        if (now % watch.save == 0 or last) and team.main:
+    pending: list[Tensor] = [*unlogged.to(team.device)]
+    since = done - len(pending)
+
+    def keep(now: int) -> None:
+        _demand_sound(model, now, checkpoint)
+        if team.main:
             checkpoint.claim(identity)
             checkpoint.save(
-                model, optimizer, now, log.table(), facts, tokenizer=tokenizer, dtype=watch.dtype
-            )  # fmt: skip
-            began = time.perf_counter()
-        if progress is not None and team.main:
-            progress(now, recipe.steps)
+                model, optimizer, now, kept.table(), facts, pending, tokenizer=tokenizer, dtype=watch.dtype
+            )
+
+    if done == recipe.steps:
+        log.info("nothing left to compute: all %d steps are kept in %s", done, out)
+    if progress is not None:
+        progress(done, recipe.steps)
+    began, ran = time.perf_counter(), 0
+    with between_steps() as asked:
+        for step, rows in _batches(data, recipe, done, team):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+            with _diverging(step + 1, checkpoint) if step > done else nullcontext():
+                pending.append(_step(prepared, optimizer, rows, recipe, team))
+            now, last, ran = step + 1, step + 1 == recipe.steps, ran + 1
+            if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
+                seconds = time.perf_counter() - began
+                values = torch.stack(pending).cpu().double().numpy()
+                _demand_finite(values, since, checkpoint)
+                speed = ran * recipe.batch * data.tokens / max(seconds, 1e-9)
+                kept.training(now, values, recipe.rate(step), speed)
+                pending.clear()
+                since, ran, began = now, 0, time.perf_counter()
+            if now % watch.evaluate == 0 or last:
+                with _diverging(now, checkpoint):
+                    kept.held_out(now, evaluate(model, data, recipe, watch.held_out))
+                began = time.perf_counter()
+            ended = 0 if last else _ended(asked(), now, watch, team)
+            if now % watch.save == 0 or last or ended:
+                keep(now)
+                began = time.perf_counter()
+            if progress is not None and team.main:
+                progress(now, recipe.steps)
+            if ended:
+                team.wait()
+                raise Interrupted(
+                    ended, f"step {now} of {recipe.steps} is kept; the same command goes on from there."
+                )
     team.wait()
-    return Trained(out, log.table(), facts)
+    return Trained(out, kept.table(), facts)
+
+
+def _ended(number: int, now: int, watch: Watch, team: Team) -> int:
+    """The signal that ends a training after this step, 0 for none; several processes agree where they wait anyway."""
+    if team.size == 1:
+        return number
+    asked = now % watch.every == 0 and team.total(torch.tensor(float(number), device=team.device)) > 0
+    return (number or signal.SIGTERM) if asked else 0
 
 
 def _batches(data: Corpus, recipe: Training, first: int, team: Team) -> Iterator[tuple[int, Sequences]]:
