@@ -36,9 +36,8 @@ class Grid(Table):
 
     def add_column(self, header: Any = "", *args: Any, **how: Any) -> None:
         """A column, with a heading that is text and not markup."""
-        super().add_column(
-            escape(header), *args, **({"no_wrap": how.get("overflow") != "fold", "overflow": "fold"} | how)
-        )
+        look: dict[str, Any] = {"no_wrap": how.get("overflow") != "fold", "overflow": "fold"}
+        super().add_column(escape(header), *args, **(look | how))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Title, parts and caption."""
