@@ -46,7 +46,7 @@ def table_sheet(shown: dict[str, list]) -> str:
         "# Every table of every verb",
         "",
         "From made rows, by `uv run python docs/contact_sheet.py`; the figures are in",
-        "[one picture](images/contact-sheet.png).",
+        "[one picture](contact-sheet.png).",
         "",
     ]
     for verb, printed in shown.items():
@@ -73,8 +73,8 @@ MOST = 90
 
 
 def main(folder: Path) -> None:
-    folder.joinpath("images").mkdir(parents=True, exist_ok=True)
-    figure_sheet(made_tables.figures()).save(folder / "images" / "contact-sheet.png", optimize=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure_sheet(made_tables.figures()).save(folder / "contact-sheet.png", optimize=True)
     (folder / "contact-sheet.md").write_text(table_sheet(made_tables.shown()), encoding="utf-8")
 
 
