@@ -189,7 +189,11 @@ def test_speed_stands_beside_its_limit():
     axes = figure.axes[0]
     assert heights(axes) == pytest.approx(list(table["value"]))
     assert list(axes.lines[0].get_ydata()) == pytest.approx([4, 4])
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a\n6 examples", "b\\$\n6 examples"]
+    spans = [
+        f"{v:.2f}× [{low:.2f}, {high:.2f}]" for v, low, high in table[["value", "low", "high"]].to_numpy()
+    ]
+    names = [f"{own}\n{task}\n6 examples" for own, task in zip(spans, ("a", "b\\$"), strict=True)]
+    assert [t.get_text() for t in axes.get_xticklabels()] == names
     whiskers = next(c for c in axes.collections if isinstance(c, LineCollection))
     assert [list(s[:, 1]) for s in whiskers.get_segments()] == table[["low", "high"]].to_numpy().tolist()
 
