@@ -89,13 +89,14 @@ def view(
         from anchors.tasks.prompts import found_in
 
         found_in(text, chosen, truth)
-        if to.suffix != ".html" or to.is_dir():
-            to = to / "view.html"
         from anchors.places import require_another
         from anchors.study.results import provenance, require_writable, write_atomic
 
         read = [None if prompt == "-" else prompt, task, model]
         require_another(to, read)
+        if to.suffix != ".html" or to.is_dir():
+            to = to / "view.html"
+            require_another(to, read)
         if maps is not None:
             require_another(maps, [*read, to], "--maps")
             if maps.resolve() == to.resolve():

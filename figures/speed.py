@@ -17,12 +17,14 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
         group.part.assign(name=group.title.replace(", ", "\n", 1) + "\n" + group.part["condition"].map(SIDES))
         for group in shown
     ).reset_index(drop=True)
+    # In a cache no token is saved: the ratio is 1, which the line shows.
+    entries["limit"] = entries["limit"].astype(float).where(entries["condition"] != "whole_cached")
     figure = Figure(figsize=(max(4.2, 1.2 + 1.25 * len(entries)), 3.2), layout="constrained")
     panel = figure.subplots()
     x = np.arange(len(entries))
     bars(panel, x, entries, BLUE, "measured", width=0.6)
     panel.plot(
-        x, entries["limit"].astype(float), "D", color=VERMILION, markersize=6, markeredgecolor="white",
+        x, entries["limit"], "D", color=VERMILION, markersize=6, markeredgecolor="white",
         label="tokens: $(L_{demo} + L_x)/(L_x + anchors)$",
     )  # fmt: skip
     names: list[str] = []
@@ -31,7 +33,8 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
         entries[["value", "low", "high", "limit"]].astype(float).itertuples(index=False)
     ):
         names.append(f"{value:.2f}×" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"))
-        panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=ORANGE)
+        if not np.isnan(limit):
+            panel.text(place + 0.1, limit, f"{limit:.2f}×", ha="left", va="center", fontsize=8, color=ORANGE)
     panel.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
     panel.set_xticks(
         x, [f"{own}\n{how}" for own, how in zip(names, entries["name"], strict=True)], fontsize=7

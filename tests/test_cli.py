@@ -35,6 +35,8 @@ def invoke(*arguments: object):
 VERBS = {name for name, study in BUILT_IN.items() if study.verb and not study.group} | {
     "run",
     "ls",
+    "compare",
+    "report",
     "figures",
     "view",
     "check",

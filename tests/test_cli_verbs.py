@@ -252,7 +252,7 @@ def test_classify_prints_the_confusion_matrix(ran):
     each = rows[(rows["condition"] == "none") & (rows["number"] >= 0)].pivot_table(
         index="number", columns="metric", values="value"
     )
-    printed = ran("classify").stdout.split(" confusion ")[1].splitlines()
+    printed = ran("classify").stdout.split("\nconfusion")[1].splitlines()
     for gold, label in enumerate(("Negative", "Positive")):
         line = next(
             own for own in printed if own.split()[:1] == [label] and " ".join(own.split()[1:2]).isdigit()

@@ -235,7 +235,7 @@ OPTIONS = [
     ("classify", "--control", "permuted-label", "Did you mean 'permuted-labels'"),
     ("classify", "--policy", "frist", "Did you mean 'first'"), ("classify", "--task", "sst3", "Did you mean 'sst2'"),
     ("classify", "--precision", "float31", "Did you mean 'float32'"),
-    ("classify", "--task", "sst2,sst2", "twice"), ("classify", "--shots", "100000", "do not fit into the model's context"),
+    ("classify", "--task", "sst2,sst2", "twice"), ("classify", "--shots", "100000", "Fewer than 100000 training examples"),
     ("flow", "--layers", "²"), ("flow", "--layers", "0-99999999999", "has layers 0 to 2"),
     ("classify", "--revision", "other", "has no revision 'other'"), ("classify", "-m", "", "is empty"),
     ("classify", "--shots", LONG, "go up to"), ("isolate", "--sides", "", "names nothing"),

@@ -274,7 +274,7 @@ def test_many_tests_are_corrected():
     # All alike: Benjamini and Yekutieli's factor 1 + 1/2 + … + 1/18 stays.
     lowest = found["within_p"].max() * sum(1 / k for k in range(1, 19))
     assert found["within_q"].max() == pytest.approx(min(1, lowest))
-    assert "no smaller than 0.028" in cli._damage({"damage": found}, "tiny").caption
+    assert "no smaller than 0.028" in cli._damage({"damage": found}, "tiny").below
 
 
 def test_vision_alone_judges_no_rule(suite, measured, tmp_path, monkeypatch):

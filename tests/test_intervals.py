@@ -156,7 +156,7 @@ def test_a_condition_that_changes_nothing_is_marked():
     cells = {row[0]: row[-1] for row in zip(*(column._cells for column in shown.columns), strict=True)}
     assert cells["near"].startswith("≈ ")
     assert not cells["far"].startswith("≈")
-    assert "≈: the loss differs" in str(shown.caption)
+    assert "≈: the loss differs" in shown.below
     assert marked(tables, {"classify": table}, None) is tables
 
 
