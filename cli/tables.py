@@ -36,9 +36,9 @@ class Grid(Table):
 
     def add_column(self, header: Any = "", *args: Any, **how: Any) -> None:
         """A column, with a heading that is text and not markup."""
-        super().add_column(
-            escape(header), *args, **({"no_wrap": how.get("overflow") != "fold", "overflow": "fold"} | how)
-        )
+        words = how.get("overflow") == "fold"
+        how = {"no_wrap": not words, **how, "overflow": "fold"}
+        super().add_column(escape(header), *args, **how)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Title, parts and caption."""
