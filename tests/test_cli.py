@@ -64,7 +64,7 @@ for verb in [[], *([name] for name in get_command(app).list_commands(None))]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == VERBS
-    assert len(VERBS) == 15
+    assert len(VERBS) == 17
 
 
 def test_help_names_the_papers_models_and_their_memory():

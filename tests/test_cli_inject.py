@@ -168,8 +168,8 @@ def test_a_dry_run_shows_what_belongs_together_and_writes_nothing(tmp_path):
     result = invoke(*three("qwen2_5_vl"), "--dry-run", "--layers", "0-1", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     text = flat(result.stdout)
-    assert "model.layers.{0-1}.mlp.up_proj.weight model.layers.{…}.mlp.up_proj.weight 24×16 yes" in text
-    assert "model.layers.{2}.mlp.up_proj.weight model.layers.{…}.mlp.up_proj.weight 24×16 no" in text
+    assert "model.layers.{0-1}.mlp.up_proj.weight 24×16 yes model.layers.{…}.mlp.up_proj.weight" in text
+    assert "model.layers.{2}.mlp.up_proj.weight 24×16 no model.layers.{…}.mlp.up_proj.weight" in text
     assert "24 of the 39 tensors of the tower would change; 30 outside it stay" in flat(result.output)
     assert not list(tmp_path.iterdir())
 
