@@ -143,7 +143,7 @@ def test_prompts_that_lack_a_condition_are_an_error():
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     hits, widths = [], []
-    for _ in range(200):
+    for _ in range(100):
         base = rng.binomial(1, 0.7, 60).astype(float)
         other = np.where(rng.random(60) < 0.3, rng.binomial(1, 0.2, 60), base)
         rows = pd.concat([rows_of({1: base}), rows_of({1: other}, "c")])
