@@ -21,7 +21,7 @@ from anchors.figures.causal import draw as draw_figure
 from anchors.model.language import load
 from anchors.patching import block, patch, streams
 from anchors.study.runner import Cell, Sample, measure
-from anchors.summaries import causal_summary
+from anchors.summaries import agreement, causal_summary
 from anchors.tasks.data import read
 from anchors.tasks.drawing import Draw, demonstrations, draw
 from anchors.tasks.prompts import build
@@ -323,3 +323,21 @@ def test_the_figure_draws_every_curve_with_its_values():
 def test_drawing_loads_no_torch():
     code = "import sys, anchors.figures.causal; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_agreement_is_the_correlation_over_the_layers_that_both_have() -> None:
+    released, flow = [0.1, 0.4, 0.2, 0.9], [1.0, 3.0, 2.5, 2.0]
+    named = {"task": "a", "shots": 1, "control": "none"}
+    patched = pd.DataFrame(
+        [named | {"metric": "released", "layer": i, "value": x} for i, x in enumerate(released)]
+    )
+    patched = pd.concat([patched, patched.assign(metric="follow", value=0.0)])
+    flows = pd.DataFrame([named | {"metric": "s_pq", "layer": i, "mean": x} for i, x in enumerate(flow)])
+    flows = pd.concat([flows, flows.assign(metric="s_wp", mean=1.0), flows.assign(task="b")])
+    (row,) = agreement(patched, flows).to_dict("records")
+    order = [np.argsort(np.argsort(x)) for x in (released, flow)]
+    assert row == named | {
+        "pearson": pytest.approx(np.corrcoef(released, flow)[0, 1]),
+        "spearman": pytest.approx(np.corrcoef(*order)[0, 1]),
+        "layers": 4,
+    }

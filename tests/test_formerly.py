@@ -22,6 +22,21 @@ MOVED = [
     ("anchors.summaries.nsa_probe", "probe_tables", "anchors.nsa.probing.tables"),
     ("anchors.injection.merge", "merge", "anchors.injection.merging.merge"),
 ]
+SPEED = pd.DataFrame(
+    [
+        {
+            "task": "a",
+            "shots": 1,
+            "control": "none",
+            "condition": "hidden_anchor",
+            "value": 2.0,
+            "low": 1.5,
+            "high": 2.5,
+            "limit": 3.0,
+            "examples": 9,
+        }
+    ]
+)
 RENAMED = [
     ("anchors.nsa", "Recipe", "anchors.nsa.training.train.Training"),
     ("anchors.nsa.probe", "Probe", "anchors.nsa.probing.probe.EpisodeProbe"),
@@ -61,7 +76,7 @@ def test_every_module_of_0_4_0_still_has_its_names():
 @pytest.mark.filterwarnings("ignore:.*forwards it")
 def test_what_moved_works(tmp_path):
     from anchors.models import fuse_gelu
-    from anchors.report import write_rows, write_tables
+    from anchors.report import write_figure, write_rows, write_tables
     from anchors.tasks.data import SUFFIXES
 
     model, ids = make("gpt2", 20), torch.arange(6)[None]
@@ -76,3 +91,6 @@ def test_what_moved_works(tmp_path):
     assert [f.name for f in files] == ["flow.parquet", "flow.csv", "flow_summary.parquet"]
     assert all(f.is_file() for f in files)
     pd.testing.assert_frame_equal(read_table(files[2])[0], rows)
+    pictures = write_figure(tmp_path, "speed", "speed", {"summary": SPEED}, "a model")
+    assert [f.name for f in pictures] == ["speed.png", "speed.pdf"]
+    assert all(f.stat().st_size for f in pictures)

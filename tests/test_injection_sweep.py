@@ -22,7 +22,7 @@ from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.recipe import Recipe
 from anchors.injection.sweeping import sweep as module
 from anchors.injection.sweeping.grid import Grid, facts_of, family_of, setting_of
-from anchors.injection.sweeping.report import _edges
+from anchors.injection.sweeping.report import _edges, report
 from anchors.injection.sweeping.sweep import IDENTITY, REFERENCES, Bench, Sweep, Swept, sweep
 from anchors.injection.sweeping.tables import Samples, tables
 from anchors.model.language import load
@@ -266,6 +266,16 @@ def test_command(suites: list[Suite], swept: tuple, tmp_path: Path, monkeypatch:
         "Which scenarios",
     ):
         assert text in " ".join(shown.stdout.split())
+
+
+def test_a_report_from_python_is_that_of_the_command(
+    suites: list[Suite], swept: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inject_sweep, "draw", lambda *_: {})
+    found = report(suites, Sweep(GRID), out=swept[1], device="cpu")
+    assert found.title
+    assert set(found.tables) >= {"summary", "best", "guessing"}
+    assert set(found.tables["summary"]["setting"]) == set(swept[0].settings["setting"])
 
 
 def test_command_without_task_arithmetic(

@@ -47,6 +47,18 @@ def test_a_probe_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     assert sorted(more.vectors["number"].unique()) == [0, 1]
 
 
+def test_a_report_from_python_certifies_measures_and_writes(folder, tmp_path):
+    from anchors.nsa.probing.report import Probing, report
+
+    model, small = load(folder, device="cpu"), EpisodeProbe(EPISODES, prompts=1, interventions=False)
+    done = report(model, small, out=tmp_path)
+    assert {"nsa_probe.parquet", "nsa_probe.png"} <= {f.name for f in done.files}
+    found = Probing(model, small).measure(tmp_path, lambda *_: None)
+    assert "nsa_probe by" in repr(found)
+    for name, table in found.tables().items():
+        pd.testing.assert_frame_equal(table, done.tables[name])
+
+
 def test_what_cannot_be_probed_is_refused(lm, gpt2, tmp_path):
     with pytest.raises(AnchorsError, match="everything is, whatever is in it"):
         measure(lm, EpisodeProbe(replace(EPISODES, tokens=64)), out=tmp_path)
