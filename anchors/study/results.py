@@ -146,6 +146,13 @@ def _lock(handle: int) -> bool | None:
 
 def require_writable(folder: Path) -> None:
     """Find out before any work whether results can be written here."""
+    above = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
+    if os.path.exists(above) and not above.is_dir():
+        raise AnchorsError(
+            f"{str(folder)!r} cannot be written: {str(above)!r} is no folder.",
+            "Choose another --out.",
+            code="file-unwritable",
+        )
     probe = folder / f".writable-{os.getpid()}"
     write_atomic(probe, lambda draft: draft.write_text("ok"))
     probe.unlink(missing_ok=True)
