@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -176,7 +177,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     return facts | {
         "versions": {name: installed(name) for name in PACKAGES} | {"python": platform.python_version()},
         "platform": platform.platform(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
