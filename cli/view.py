@@ -67,7 +67,9 @@ def view(
             content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
         except OSError as error:
             raise AnchorsError(
-                f"The prompt {prompt!r} cannot be read: {error}", code="file-unreadable"
+                f"The prompt {prompt!r} cannot be read: {error.strerror}.",
+                "Name a text file, or give - and the prompt on standard input.",
+                code="file-unreadable",
             ) from error
         from anchors.tasks.files import decode
 

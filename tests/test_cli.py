@@ -176,7 +176,8 @@ def test_an_out_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path):
     (tmp_path / "file").touch()
     result = invoke("flow", *tiny, "-o", tmp_path / "file" / "out")
     assert result.exit_code == 2
-    assert "cannot be written" in result.stderr
+    assert "is no folder" in " ".join(result.stderr.split())
+    assert ".writable" not in result.stderr
 
 
 def test_check_is_green(model_directory):
@@ -276,6 +277,25 @@ def test_view_refuses_a_prompt_without_demonstrations(tiny, tmp_path):
     result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "x.html")
     assert result.exit_code == 2
     assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"good: Positive, fine:", "The prompt is one line, 'good: Positive, fine:'"),
+        (b"\xff", "Line 1 of the prompt"),
+        (None, "No such file or directory. Name a text file"),
+    ],
+    ids=["one line", "no text", "missing"],
+)
+def test_view_says_what_a_prompt_lacks(tiny, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    result = invoke(
+        "view", tmp_path / "p.txt", *tiny, "--labels", "Negative,Positive", "-o", tmp_path / "x.html"
+    )
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
 
 
 def test_view_takes_a_folder_as_other_verbs_do(tiny, tmp_path):

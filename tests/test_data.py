@@ -107,8 +107,11 @@ def test_a_task_from_toml(tmp_path):
     path.write_text('template = "Text: {text}\\nMood:{label}"\nwords = 3\n')
     with pytest.raises(AnchorsError, match=r"unknown keys \['words'\] and lacks \['labels'\]"):
         task(str(path))
+    path.write_text('template = "{text}\\nMood:{label}"\nlabels = ["Sad", "Happy"]\nwords = 3\n')
+    with pytest.raises(AnchorsError, match=r"mood.toml' has unknown keys \['words'\]\."):
+        task(str(path))
     path.write_text("not toml")
-    with pytest.raises(AnchorsError, match="is not TOML"):
+    with pytest.raises(AnchorsError, match=r"is not TOML.*\n.*It holds lines such as"):
         task(str(path))
 
 

@@ -1,6 +1,7 @@
 """Nothing computed is lost, nothing is counted twice, nothing is half-written."""
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -394,3 +395,9 @@ def test_one_example_has_no_interval():
 
 def test_shares_of_nothing_are_even():
     assert (shares(np.zeros((3, 2))) == 1 / 3).all()
+
+
+def test_the_command_in_provenance_can_be_pasted_into_a_shell(monkeypatch):
+    words = ["classify", "--template", r"Text: {text}\nTopic:{label}", "--labels", "it's,a b"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/anchors", *words])
+    assert shlex.split(provenance()["command"]) == ["anchors", *words]

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -146,6 +147,13 @@ def _lock(handle: int) -> bool | None:
 
 def require_writable(folder: Path) -> None:
     """Find out before any work whether results can be written here."""
+    above = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
+    if os.path.exists(above) and not above.is_dir():
+        raise AnchorsError(
+            f"{str(folder)!r} cannot be written: {str(above)!r} is no folder.",
+            "Choose another --out.",
+            code="file-unwritable",
+        )
     probe = folder / f".writable-{os.getpid()}"
     write_atomic(probe, lambda draft: draft.write_text("ok"))
     probe.unlink(missing_ok=True)
@@ -169,7 +177,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     return facts | {
         "versions": {name: installed(name) for name in PACKAGES} | {"python": platform.python_version()},
         "platform": platform.platform(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -80,7 +80,7 @@ def decode(content: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise AnchorsError(
-            f"Line {line} of {name} is not UTF-8: it holds the byte 0x{content[error.start]:02x}.",
+            f"Line {line} of {name.replace('The ', 'the ', 1) if name.startswith('The ') else name} is not UTF-8: it holds the byte 0x{content[error.start]:02x}.",
             "Save it as UTF-8.",
             code="data-file",
         ) from error

@@ -407,8 +407,17 @@ def task_of(text: str, labels: Sequence[str], policy: str | None = None) -> Task
     """The task of a prompt that somebody wrote, from its label words: its last line is what stands before them.
 
     What is written between that line and a label word, and after it, is read from the demonstrations.
+
+    Raises:
+        AnchorsError: the prompt is a single line.
     """
-    last = text.rstrip().split("\n")[-1]
+    *before, last = text.rstrip().split("\n")
+    if not before:
+        raise AnchorsError(
+            f"The prompt is one line, {last[-40:]!r}; no demonstration stands before it.",
+            "Put each demonstration on lines of its own, or say with --template how they are written.",
+            code="prompt",
+        )
     words = "|".join(re.escape(word) for word in sorted(labels, key=len, reverse=True))
     found = re.findall(rf"^{re.escape(last)}([ \t]*\n?)(?:{words})(?!\w)(.*)$", text, re.MULTILINE)
     gaps, afters = ({pair[side].rstrip(" \t") if side else pair[side] for pair in found} for side in (0, 1))

@@ -281,16 +281,21 @@ def _from_toml(path: Path) -> Task:
     except AnchorsError:
         raise
     except ValueError as error:
-        raise AnchorsError(f"The task file {str(path)!r} is not TOML: {error}", code="task") from error
+        raise AnchorsError(
+            f"The task file {str(path)!r} is not TOML: {error}.",
+            'It holds lines such as labels = ["sad", "glad"].',
+            code="task",
+        ) from error
     except RecursionError as error:
         raise AnchorsError(
             f"The task file {str(path)!r} is nested too deep.", "A task is a flat table.", code="task"
         ) from error
     allowed = {"name", "template", "labels", "policy", "separator", "colon_space"}
     unknown, missing = table.keys() - allowed, {"template", "labels"} - table.keys()
-    if unknown or missing:
+    found = (("has unknown keys", unknown), ("lacks", missing))
+    if wrong := [f"{what} {sorted(keys)}" for what, keys in found if keys]:
         raise AnchorsError(
-            f"The task file {str(path)!r} has unknown keys {sorted(unknown)} and lacks {sorted(missing)}.",
+            f"The task file {str(path)!r} {' and '.join(wrong)}.",
             f"Keys: {json.dumps(sorted(allowed))}; template and labels are needed.",
             code="task",
         )
