@@ -48,8 +48,17 @@ LONGEST = ("test_injection_demo.py", "test_injection_experiment.py", "test_inter
 """They wait for a world to be trained or are minutes long: begun first, one worker waits while the other goes on."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run what takes minutes a test, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    if not config.getoption("--whole"):
+        later = pytest.mark.skip(reason="takes minutes: uv run pytest --whole")
+        for item in items:
+            if item.get_closest_marker("whole"):
+                item.add_marker(later)
     if INTERPRETED or not torch.cuda.is_available():
         without = pytest.mark.skip(reason="needs a CUDA device and compiled kernels")
         for item in items:

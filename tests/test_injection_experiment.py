@@ -32,6 +32,7 @@ def vectors(tiny: Path, vlm: VisionLanguageModel) -> dict[str, TaskVectors]:
     return {s: TaskVectors.of(vlm.model, base, expert) for s, expert in experts.items()}
 
 
+@pytest.mark.whole
 class TestExperiment:
     """What the demonstration is for: a skill from text, on pictures."""
 
