@@ -8,10 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 
 from anchors.collection import Results, amount, tasks_of
 from anchors.errors import AnchorsError
@@ -55,6 +57,16 @@ class Section:
     @property
     def model(self) -> str:
         return self.results.facts["model"]
+
+    def where(self, folder: Path) -> str:
+        """Its folder, as seen from one."""
+        return os.path.relpath(self.results.folder, folder)
+
+    def counted(self, name: str) -> str:
+        """How many rows of a table are shown."""
+        _, rows, total = self.tables[name]
+        some = f"the first {len(rows)} of {total} rows; all of them are in {self.results.stem}_{name}.parquet"
+        return f"{total} row{'s' * (total != 1)}" if len(rows) == total else some
 
     def about(self) -> list[tuple[str, str]]:
         """What it is of, and how it came to be, as names and values."""
@@ -165,13 +177,13 @@ def write_booklet(folder: Path, found: Sequence[Results], to: Path) -> tuple[lis
             "Measure something first, for example with `anchors flow`.",
             code="rows",
         )
-    files = [to / "report.html", to / "report.md"]
+    written = [to / "report.html", to / "report.md"]
     texts = [as_html(folder, sections, left), as_markdown(folder, sections, left, to)]
-    for path in files:
+    for path in written:
         _require_ours(path)
-    for path, text in zip(files, texts, strict=True):
+    for path, text in zip(written, texts, strict=True):
         write_atomic(path, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
-    return files, left
+    return written, left
 
 
 def _require_ours(path: Path) -> None:
@@ -194,73 +206,18 @@ def _models(sections: Iterable[Section]) -> list[str]:
     return list(dict.fromkeys(s.model for s in sections))
 
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-h2{margin-top:2.2em;border-top:1px solid #ccc;padding-top:.7em;overflow-wrap:anywhere}
-h1,h3,dd,li,p{overflow-wrap:anywhere}
-img{max-width:100%;height:auto}
-.table{overflow-x:auto}
-table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:.15em .7em .15em 0;text-align:left;border-bottom:1px solid #eee;white-space:pre-wrap}
-pre{background:#f4f4f4;padding:.7em;white-space:pre-wrap;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1em 1em;font-size:13px}dd{margin:0}
-.said{border-left:3px solid #0072B2;padding-left:.8em}
-@media print{details{display:block}h2{break-before:page}}
-"""
-
-
 def as_html(folder: Path, sections: Sequence[Section], left: Sequence[str] = ()) -> str:
     """One page that needs no other file, no script and no network."""
-    e = html.escape
-    title = f"What was measured in {folder.resolve().name}"
-    out = [
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{MARK}">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{e(title)}</title><style>{STYLE}</style></head><body>\n<h1>{e(title)}</h1>",
-        f'<p>Models: {e(", ".join(_models(sections)))}.</p>\n<ol class="contents">',
-        *(f'<li><a href="#s{i}">{e(s.title)}</a>, {e(s.model)}</li>' for i, s in enumerate(sections)),
-        "</ol>",
-        *(f'<p class="left">{e(told)}</p>' for told in left),
-        "<h3>To repeat it</h3><pre>" + e("\n".join(_commands(sections))) + "</pre>",
-    ]
-    for i, s in enumerate(sections):
-        out.append(
-            f'<section id="s{i}"><h2>{e(s.title)}</h2><p>{e(s.model)}, in <code>{e(_where(s, folder))}</code></p>'
-        )
-        out += [f'<p class="said">{e(told)}</p>' for told in s.sentences]
-        for name, png in s.figures.items():
-            out.append(
-                f'<img alt="{e(s.title)}: {e(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-            )
-        for name, (columns, rows, total) in s.tables.items():
-            head = "".join(f"<th>{e(c)}</th>" for c in columns)
-            body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in rows)
-            out.append(
-                f"<details{' open' if name == 'summary' and total <= 12 else ''}><summary>{e(name)}: {e(_counted(s, name, rows, total))}</summary>"
-                f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
-            )
-        if s.legend:
-            out.append(
-                "<details><summary>names of conditions</summary><ul>"
-                + "".join(f"<li>{e(x)}</li>" for x in s.legend)
-                + "</ul></details>"
-            )
-        about = "".join(f"<dt>{e(name)}</dt><dd>{e(value)}</dd>" for name, value in s.about())
-        out.append(f"<details><summary>provenance</summary><dl>{about}</dl></details></section>")
-    return "\n".join([*out, "</body></html>\n"])
+    page = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    page.filters["data_url"] = _data_url
+    return page.from_string(files("anchors.viewer").joinpath("report.html").read_text(encoding="utf-8")).render(
+        mark=MARK, title=f"What was measured in {folder.resolve().name}", folder=folder, sections=sections, left=left,
+        models=_models(sections), commands=_commands(sections),
+    )  # fmt: skip
 
 
-def _counted(s: Section, name: str, rows: Sequence[Any], total: int) -> str:
-    return (
-        f"{total} rows"
-        if len(rows) == total
-        else f"the first {len(rows)} of {total} rows; all of them are in {s.results.stem}_{name}.parquet"
-    )
-
-
-def _where(s: Section, folder: Path) -> str:
-    return os.path.relpath(s.results.folder, folder)
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def as_markdown(folder: Path, sections: Sequence[Section], left: Sequence[str], to: Path) -> str:
@@ -275,19 +232,15 @@ def as_markdown(folder: Path, sections: Sequence[Section], left: Sequence[str], 
     ]
     out += [*_fenced("\n".join(_commands(sections))), ""]
     for s in sections:
-        out += [f"## {_plain(s.title)}", "", f"{_plain(s.model)}, in {_plain(_where(s, folder))}", ""]
+        out += [f"## {_plain(s.title)}", "", f"{_plain(s.model)}, in {_plain(s.where(folder))}", ""]
         out += [f"> {_plain(told)}\n" for told in s.sentences]
         for name, png in s.figures.items():
             file = s.results.folder / name
-            source = (
-                f"<{Path(os.path.relpath(file, to)).as_posix()}>"
-                if file.is_file()
-                else f"data:image/png;base64,{base64.b64encode(png).decode()}"
-            )
+            source = f"<{Path(os.path.relpath(file, to)).as_posix()}>" if file.is_file() else _data_url(png)
             out += [f"![{_plain(s.title)}]({source})", ""]
-        for name, (columns, rows, total) in s.tables.items():
+        for name, (columns, rows, _) in s.tables.items():
             out += [
-                f"**{_plain(name)}**: {_counted(s, name, rows, total)}",
+                f"**{_plain(name)}**: {s.counted(name)}",
                 "",
                 _row(columns),
                 _row(["---"] * len(columns)),

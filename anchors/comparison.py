@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from anchors.collection import Results
 from anchors.errors import AnchorsError
-from anchors.figures.generic import LOOKS
-from anchors.figures.pieces import legend
-from anchors.figures.style import plain
 from anchors.intervals import interval
 from anchors.stats import GROUP, PROPORTIONS, SUMS, parts_by, resampling, shares, within_seeds
+from anchors.summaries.causal import ratio
 from anchors.summaries.readout import aucroc, scores_of
 from anchors.summaries.tables import reduced
 
@@ -143,6 +140,12 @@ def _differences(kind: str, rows: pd.DataFrame, first: pd.DataFrame) -> pd.DataF
     return pd.DataFrame(values, index=both)
 
 
+def _wide(rows: pd.DataFrame, units: pd.DataFrame, columns: str | list[str]) -> pd.DataFrame:
+    """Values of the prompts, in their order, by some columns."""
+    wide = rows.pivot_table(index=PROMPT[:2], columns=columns, values="value")
+    return wide.reindex(pd.MultiIndex.from_frame(units))
+
+
 def _means(rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
     own = rows[rows["metric"].isin(MEANS)]
     if not (own["metric"] == "accuracy").any() and {"gold", "predicted"} <= set(rows["metric"]):
@@ -156,9 +159,7 @@ def _means(rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray) -> dict
             .reset_index()
             .assign(metric="accuracy")
         )
-    wide = own.pivot_table(index=PROMPT[:2], columns=["condition", "metric"], values="value").reindex(
-        pd.MultiIndex.from_frame(units)
-    )
+    wide = _wide(own, units, ["condition", "metric"])
     data = wide.to_numpy(float)
     known = ~np.isnan(data)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -172,10 +173,7 @@ def _thirds(layers: int) -> dict[str, slice]:
 
 
 def _flow(rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    wide = rows[rows["metric"].isin(SUMS)].pivot_table(
-        index=PROMPT[:2], columns=["metric", "layer"], values="value"
-    )
-    wide = wide.reindex(pd.MultiIndex.from_frame(units))
+    wide = _wide(rows[rows["metric"].isin(SUMS)], units, ["metric", "layer"])
     layers = sorted(set(wide.columns.get_level_values("layer")))
     data = np.stack([wide[name][layers].to_numpy(float) for name in SUMS], 1)  # prompts, sums, layers
     share = shares(np.einsum("re,esl->srl", weights / weights.sum(1, keepdims=True), data))
@@ -199,54 +197,10 @@ def _readout(
 def _causal(
     rows: pd.DataFrame, units: pd.DataFrame, weights: np.ndarray
 ) -> dict[tuple[str, str], np.ndarray]:
-    size = rows[rows["metric"] == "follow_denominator"].set_index(PROMPT[:2])["value"]
-    size = size.reindex(pd.MultiIndex.from_frame(units)).to_numpy(float)
+    size = _wide(rows[rows["metric"] == "follow_denominator"], units, "metric")["follow_denominator"]
     found = {}
     for condition, own in rows[rows["metric"] == "follow_numerator"].groupby("condition", sort=False):
-        wide = own.pivot_table(index=PROMPT[:2], columns="layer", values="value").reindex(
-            pd.MultiIndex.from_frame(units)
-        )
-        total = weights @ size[:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            follow = np.where(total > 0, weights @ wide.to_numpy(float) / total, np.nan)
-        for end, part in _thirds(wide.shape[1]).items():
+        follow = ratio(weights, _wide(own, units, "layer").to_numpy(float), size.to_numpy(float))
+        for end, part in _thirds(follow.shape[1]).items():
             found[f"{condition}, {end}", "follow"] = follow[:, part].mean(1)
     return found
-
-
-def draw(table: pd.DataFrame, title: str) -> Figure:
-    """One panel per task and metric: every condition with its interval, the runs beside each other."""
-    runs = {run: LOOKS[i % len(LOOKS)] for i, run in enumerate(dict.fromkeys(table["run"]))}
-    cells = [
-        (
-            f"{task}"
-            + (f", {shots} shots" if table["shots"].nunique() > 1 else "")
-            + ("" if control == "none" else f", {control}"),
-            metric,
-            part,
-        )
-        for (task, shots, control, metric), part in parts_by(table, [*GROUP, "metric"])
-    ]
-    across = min(3, len(cells))
-    down = -(-len(cells) // across)
-    tall = 1.1 + 0.3 * max(part["condition"].nunique() for *_, part in cells) * max(1.0, len(runs) / 3)
-    figure = Figure(figsize=(1.2 + 3.3 * across, 0.8 + tall * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False)
-    for panel in panels.flat[len(cells) :]:
-        panel.set_visible(False)
-    for panel, (name, metric, part) in zip(panels.flat, cells, strict=False):
-        conditions = list(dict.fromkeys(part["condition"]))
-        for number, (run, (colour, marker)) in enumerate(runs.items()):
-            own = part[part["run"] == run].set_index("condition").reindex(conditions)
-            place = np.arange(len(conditions)) + 0.7 * ((number + 0.5) / len(runs) - 0.5)
-            panel.hlines(place, own["low"].astype(float), own["high"].astype(float), color=colour)
-            panel.plot(own["value"].astype(float), place, marker, color=colour, label=plain(run))
-        panel.set_yticks(
-            range(len(conditions)), [plain("untouched" if c == "none" else c) for c in conditions]
-        )
-        panel.set_ylim(len(conditions) - 0.5, -0.5)
-        panel.set_xlabel(plain(metric))
-        panel.set_title(plain(name))
-    figure.suptitle(plain(title), fontsize=10)
-    legend(figure, columns=min(3, len(runs)))
-    return figure

@@ -37,7 +37,8 @@ def compare(
     """
     with common.reporting():
         from anchors.collection import Results, gather
-        from anchors.comparison import KINDS, compared, draw
+        from anchors.comparison import KINDS, compared
+        from anchors.figures.compare import draw
         from anchors.study.results import plain, provenance
         from anchors.study.shelf import Shelf
 
@@ -85,7 +86,7 @@ def _shown(kind: str, table: "pd.DataFrame") -> "Iterator[Table]":
         shown = common.new_table(
             f"{kind}: {name}",
             *("number", "run", "value", "Δ to the first", "n"),
-            caption="[95 % bootstrap interval]; Δ: paired, on so many prompts that both have",
+            caption="[95 % bootstrap interval]; Δ: paired, on so many prompts that both have; each interval by itself, none corrected for the others",
             overflow="fold",
         )
         before = None

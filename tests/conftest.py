@@ -44,8 +44,8 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("whole")
 
 
-LONGEST = ("test_injection_demo.py", "test_injection_experiment.py", "test_interpreted.py")
-"""They wait for a world to be trained or are minutes long: begun first, one worker waits while the other goes on."""
+LONGEST = ("test_injection_experiment.py", "test_interpreted.py", "test_nsa_train.py")
+"""Begun first: they take minutes, and one worker would be left with them at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from anchors.cli import app
 from anchors.collection import gather, lying_in
-from anchors.comparison import compared, draw, labels_of
+from anchors.comparison import compared, labels_of
 from anchors.errors import AnchorsError
+from anchors.figures.compare import draw
 from anchors.study.registry import STUDIES
 from anchors.study.report import leave
 from anchors.study.results import provenance

@@ -5,14 +5,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from injection_world import tiny  # noqa: F401 - a fixture
+import torch
 from transformers import AutoModelForCausalLM
 
 from anchors.injection.asking.evaluate import evaluate
 from anchors.injection.asking.suite import Suite
 from anchors.injection.asking.vlm import VisionLanguageModel, load_vlm
+from anchors.injection.demo.build import Builder
+from anchors.injection.demo.scales import TINY
 from anchors.injection.demo.world import SKILLS
 from anchors.injection.merging.memory import TaskVectors, inject
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny world: base, vlm, experts and suite."""
+    folder = tmp_path_factory.mktemp("world")
+    Builder(folder, TINY, seed=0, device=torch.device("cpu"), upper=False).build()
+    return folder
 
 
 @pytest.fixture(scope="module")

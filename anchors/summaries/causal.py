@@ -42,8 +42,8 @@ def causal_summary(
             wide = own.pivot(index=["seed", "number"], columns=["metric", "layer"], values="value")
             wide = wide.loc[whole.index].sort_index(axis=1)
             layers = wide["follow_numerator"].columns.tolist()
-            follow = _ratio(weights, wide["follow_numerator"].to_numpy(), size)
-            flipped = _ratio(weights, wide["flipped"].to_numpy() * differs[:, None], differs)
+            follow = ratio(weights, wide["follow_numerator"].to_numpy(), size)
+            flipped = ratio(weights, wide["flipped"].to_numpy() * differs[:, None], differs)
             found += [(condition, "follow", layers, follow), (condition, "flipped", layers, flipped)]
             if condition == "label":
                 found.append((condition, "released", layers[:-1], -np.diff(follow, axis=1)))
@@ -73,7 +73,7 @@ def causal_summary(
     return pd.concat([t.astype({"layer": "Int32"}) for t in tables], ignore_index=True)[columns]
 
 
-def _ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Ratio of weighted sums over prompts, by resample and layer; missing where there is nothing below."""
     total = weights @ below[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
