@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from anchors._names import forwarding
 from anchors.attention.edits import isolate
 from anchors.attention.seam import seam
-from anchors.certificate.agreement import Finding, agreement, last_rows
+from anchors.certificate.agreement import Asked, Finding, agreement, ask, last_rows
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, collate, flow, literal_flow
@@ -25,7 +26,12 @@ def failed(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def check(
-    model: LanguageModel, prompts: list[Prompt], tasks: Iterable[Task], *, quick: bool = False
+    model: LanguageModel,
+    prompts: list[Prompt],
+    tasks: Iterable[Task],
+    *,
+    quick: bool = False,
+    asked: Asked | None = None,
 ) -> list[Finding]:
     """Certify the seam and the saliency on a model, against the model as it came (`anchors.model.witness`).
 
@@ -35,6 +41,7 @@ def check(
         tasks: whose label words must be tokens of their own.
         quick: only what a run needs each time: the witness on its prompts (`anchors.certificate.agreement`), edits fire in every
             layer, and the identity on one prompt.
+        asked: what the witness said on the prompts, where that is known.
 
     Raises:
         AnchorsError: in the quick form, what the full form reports as a finding.
@@ -51,7 +58,7 @@ def check(
             ok, detail = False, str(error)
         findings.append(Finding(name, ok, detail))
 
-    findings += agreement(model, prompts, quick=quick)
+    findings += agreement(model, prompts, quick=quick, asked=asked)
     certify("Σ_j A_ij ∂L/∂A_ij = ⟨z_i, ∂L/∂z_i⟩", lambda: _identity(model, prompts[:1] if quick else prompts))
     certify("edits fire in every layer", lambda: _edits_fire(model, prompts[0]))
     if quick:
@@ -64,16 +71,22 @@ def check(
     return findings
 
 
-def demand(model: LanguageModel, prompts: list[Prompt]) -> None:
+def demand(model: LanguageModel, prompts: list[Prompt]) -> float | None:
     """The quick form of `check` on the prompts of a run, before anything is measured.
+
+    Returns:
+        The arithmetic error of the shortest one, see `arithmetic_error`.
 
     Raises:
         CertificateError: it failed.
     """
-    if wrong := failed(check(model, prompts, [], quick=True)):
+    asked = ask(model, prompts)
+    if wrong := failed(check(model, prompts, [], quick=True, asked=asked)):
         raise CertificateError(
             f"{model.name} failed: {wrong[0].name}: {wrong[0].detail}", "See `anchors check`."
         )
+    shortest = min(prompts, key=lambda prompt: len(prompt.ids))
+    return arithmetic_error(model, shortest, asked.few if shortest.ids == asked.short else None)
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
@@ -95,20 +108,27 @@ def _shared(model: LanguageModel, prompt: Prompt) -> tuple[bool | None, str]:
     return error <= WITNESS_TOLERANCE[model.precision], f"relative difference {error:.1e}"
 
 
-def arithmetic_error(model: LanguageModel, prompt: Prompt) -> float | None:
+def arithmetic_error(
+    model: LanguageModel, prompt: Prompt, own: Float[Tensor, "rows vocabulary"] | None = None
+) -> float | None:
     """How far the label words' logits are from the witness's: what rounding does, in nats; None where the prompt is too
     long for the witness.
 
     Two losses of a prompt that differ by no more than twice as much may be the same.
+
+    Args:
+        model: on the seam.
+        prompt: asked.
+        own: the witness's logits of its last tokens, where they are known.
     """
-    own = last_rows(model, prompt.ids)
-    if isinstance(own, str):
+    said = last_rows(model, prompt.ids) if own is None else own
+    if isinstance(said, str):
         return None
     batch = collate([prompt], model.device)
     with torch.no_grad():
         ours = model.logits_at(batch.ids, batch.target)[0]
     labels = list(prompt.label_ids)
-    return float((ours[labels].double() - own[-1].to(ours.device)[labels].double()).abs().max())
+    return float((ours[labels].double() - said[-1].to(ours.device)[labels].double()).abs().max())
 
 
 def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:

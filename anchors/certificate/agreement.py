@@ -32,7 +32,42 @@ class Finding:
     detail: str
 
 
-def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class Asked:
+    """What the witness says on two prompts of a run, each asked alone.
+
+    Attributes:
+        long: the longest prompt, or as much of its beginning as is affordable.
+        short: the shortest one that may share a batch with it.
+        own, few: the witness's logits on these.
+        seconds: that `own` took.
+    """
+
+    long: tuple[int, ...]
+    short: tuple[int, ...]
+    own: Float[Tensor, "long vocabulary"]
+    few: Float[Tensor, "short vocabulary"]
+    seconds: float
+
+
+def ask(model: LanguageModel, prompts: Sequence[Prompt]) -> Asked:
+    """Ask the witness on the longest and on the shortest prompt.
+
+    Raises:
+        AnchorsError: the model by itself does not run.
+    """
+    rows = [prompt.ids for prompt in prompts]
+    long = affordable(model.witness, max(rows, key=len))
+    short = _shorter(rows, long, changes(model.model.config))
+    start = time.perf_counter()
+    own = model.witness.logits(_padded([long], model))[0]
+    seconds = time.perf_counter() - start
+    return Asked(long, short, own, model.witness.logits(_padded([short], model))[0], seconds)
+
+
+def agreement(
+    model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool, asked: Asked | None = None
+) -> Iterator[Finding]:
     """The findings of a model against its witness.
 
     The witness is asked on the longest prompt and on the shortest one, each alone, and on one of them with other tokens at
@@ -43,19 +78,16 @@ def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -
         model: on the seam.
         prompts: those of the run.
         quick: of the lengths at which attention changes, only those that the prompts reach.
+        asked: what the witness said on them, where that is known (`ask`).
 
     Raises:
         AnchorsError: the model by itself does not run.
     """
-    witness, allowed = model.witness, TOLERANCE[model.precision]
+    allowed = TOLERANCE[model.precision]
     yield _came_back(model)
+    asked = ask(model, prompts) if asked is None else asked
     row = max((prompt.ids for prompt in prompts), key=len)
-    long = affordable(witness, row)
-    short = _shorter([prompt.ids for prompt in prompts], long, changes(model.model.config))
-    start = time.perf_counter()
-    own = witness.logits(_padded([long], model))[0]
-    seconds = time.perf_counter() - start
-    few = witness.logits(_padded([short], model))[0]
+    long, short, own, few = asked.long, asked.short, asked.own, asked.few
     ours = _routed(model, _padded([short, long], model))
     yield _causal(model, *((short, few) if quick else (long, own)), quick=quick)
     error = apart(ours[1], own)
@@ -68,7 +100,7 @@ def agreement(model: LanguageModel, prompts: Sequence[Prompt], *, quick: bool) -
     lengths = f"{len(short)} beside {len(long)} tokens, padded"
     yield Finding("… in one batch", error <= allowed, f"{lengths}: relative difference {error:.1e}")
     yield positions(model)
-    pace = seconds / _work(model, len(long))
+    pace = asked.seconds / _work(model, len(long))
     for change in changes(model.model.config):
         if quick and change.length < len(row):
             yield beside_witness(model, _side(change), row[: change.length])

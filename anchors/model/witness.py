@@ -205,18 +205,22 @@ def apart(ours: Float[Tensor, "*rows vocabulary"], theirs: Float[Tensor, "*rows 
     """
     off = size = 0.0
     flat = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]).to(ours.device)
-    home = "cpu" if ours.device.type == "mps" else ours.device  # MPS has no float64
     for one, other in zip(*(side.split(ROWS) for side in flat), strict=True):
-        one, other = one.to(home).double(), other.to(home).double()
-        finite = torch.isfinite(other)
-        if not torch.equal(torch.isfinite(one), finite):
-            return float("inf")
-        count = finite.sum(-1, keepdim=True).clamp(min=1)
-        one, other = (x.masked_fill(~finite, 0) for x in (one, other))
-        one, other = ((x - x.sum(-1, keepdim=True) / count).masked_fill(~finite, 0) for x in (one, other))
-        off += float((one - other).square().sum())
-        size += float(other.square().sum())
+        if not bool((one.float().sum() + other.float().sum()).isfinite()):
+            finite = torch.isfinite(other)
+            if not torch.equal(torch.isfinite(one), finite):
+                return float("inf")
+            one, other = (_filled(x, finite) for x in (one, other))
+        one, other = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (one, other))
+        off += float((one - other).var(-1, correction=0).sum())
+        size += float(other.var(-1, correction=0).sum())
     return (off / size) ** 0.5 if size else float(off > 0)
+
+
+def _filled(logits: Float[Tensor, "rows vocabulary"], finite: Tensor) -> Float[Tensor, "rows vocabulary"]:
+    """A row's mean where an entry is not finite: there it adds nothing to the row's variance."""
+    kept = logits.masked_fill(~finite, 0)
+    return kept + (kept.sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)).masked_fill(finite, 0)
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from anchors.certificate.sight import hidden_labels
-from anchors.check import arithmetic_error, demand
+from anchors.check import demand
 from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
 from anchors.study.engine import Progress
@@ -220,8 +220,7 @@ def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:
             prompts += [d.prompt for d in within_context(drawn, model.context, skip=True)[0]]
     if not prompts:
         return None
-    demand(model, prompts)
-    return arithmetic_error(model, min(prompts, key=lambda p: len(p.ids)))
+    return demand(model, prompts)
 
 
 def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
