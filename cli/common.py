@@ -265,22 +265,25 @@ def print_outlook(plans: "dict[str, list[Outlook]]", *, as_json: bool) -> None:
 
 def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
     """What is left to do, a row each, and what it costs in all."""
-    counts = ("prompts", "left", "tokens", "TFLOP", "about")
+    counts = ("prompts", "left", "batches", "TFLOP", "GB", "about")
     table = Grid("What is left to do", keys=3)
     for name in ("experiment", "analysis", "task", "shots", "control", *counts):
         table.add_column(name, justify="right" if name in counts else "left")
     every = [(name, part) for name, parts in plans.items() for part in parts]
     for name, part in every:
-        cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.tokens)
+        cells = (part.analysis, part.task, part.shots, part.control, part.prompts, part.left, part.batches)
         work = "" if part.flop is None else f"{part.flop / 1e12:.3g}"
-        table.add_row(name, *map(str, cells), work, "" if part.seconds is None else clock(part.seconds))
+        peak = f"{part.memory / 1e9:.3g}" if part.memory else ""
+        table.add_row(name, *map(str, cells), work, peak, "" if part.seconds is None else clock(part.seconds))
     known = [part.seconds for _, part in every if part.seconds is not None]
     time = f"about {clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
     table.below = f"{time}, without loading and certifying the model"
     if len(plans) > 1:
         table.below += "; cells that experiments share count more than once"
-    if memory := max((part.memory for _, part in every), default=0):
-        table.below += f"; at least {memory / 1e9:.3g} GB of memory"
+    if most := max((part for _, part in every if part.peak), key=lambda part: part.memory, default=None):
+        terms = {term: size for term, size in most.peak._asdict().items() if size > 0.01 * most.memory}
+        said = ", ".join(f"{size / 1e9:.3g} {term}" for term, size in terms.items())
+        table.below += f"; at the peak about {most.memory / 1e9:.3g} GB ({said})"
     return table
 
 

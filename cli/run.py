@@ -107,11 +107,13 @@ def run(
         common.print_data(*zip(*sets.values(), strict=True))
         asked = [task for task, _ in sets.values()]
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code, asked)
+        from anchors.study.cost import Cost
         from anchors.study.plan import Outlook, outlook
         from anchors.study.results import plain
 
         printed: dict[str, Any] = {}
         plans: dict[str, list[Outlook]] = {}
+        cost = Cost(lm)
         failed = []
         for experiment in chosen:
             try:
@@ -124,7 +126,7 @@ def run(
                     skip_too_long,
                 )
                 if dry_run:
-                    plans[experiment.name] = outlook(lm, parts, to)
+                    plans[experiment.name] = outlook(lm, parts, to, cost)
                     continue
                 result = _measure(lm, experiment, parts, to)
             except AnchorsError as error:

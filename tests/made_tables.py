@@ -305,6 +305,7 @@ def _plain() -> dict[str, list[Any]]:
     from anchors.injection.merging.methods import METHODS
     from anchors.injection.merging.recipe import Recipe
     from anchors.nsa.training.train import Trained
+    from anchors.study.cost import Peak
     from anchors.study.plan import Outlook
 
     findings = [Finding("logits", True, "largest difference 3.1e-06 of 12.3, on prompts of 33 to 412 tokens"),
@@ -339,8 +340,9 @@ def _plain() -> dict[str, list[Any]]:
             "high": 0.69,
         }
     )
+    peak = Peak(*(int(n * 1e9) for n in (1.6, 0.2, 0.1, 0, 0.08, 0.02, 0)))
     outlook = [
-        Outlook("isolate", task, 1, "none", 1000, 640, 123456, 3723.0, 12.3e12, 2 * 10**9)
+        Outlook("isolate", task, 1, "none", 1000, 640, 123456, 3723.0, 12.3e12, peak, "11 × 46 after 398")
         for task in ("sst2", "my-reviews-of-films")
     ]
     return {

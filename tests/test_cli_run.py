@@ -124,7 +124,7 @@ def test_a_second_run_computes_nothing_and_json_holds_every_experiment(results, 
 
 
 def test_dry_run_tells_what_is_left_and_writes_nothing(results, wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("anchors.study.plan.seconds_per_token", lambda _: 1.0)
+    monkeypatch.setattr("anchors.study.cost.Cost.seconds", lambda _, p: float(p.rows * p.tokens))
     result = invoke("run", *GRID, *wide, "-o", tmp_path, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
@@ -133,9 +133,9 @@ def test_dry_run_tells_what_is_left_and_writes_nothing(results, wide, tmp_path, 
     seconds = {(c["analysis"], c["task"], c["shots"]): c["seconds"] for own in plan.values() for c in own}
     assert seconds["classify", "trec", 1] > 12  # a token at least of every prompt
     assert (
-        seconds["classify", "trec", 5] == seconds["classify", "trec", 1]
-    )  # which share their demonstrations
-    assert seconds["reweight", "trec", 1] == pytest.approx(3 * seconds["classify", "trec", 1], rel=0.5)
+        seconds["classify", "trec", 5] > seconds["classify", "trec", 1]
+    )  # by the demonstrations, run once a seed
+    assert seconds["reweight", "trec", 1] > 2 * seconds["classify", "trec", 1]
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
     before = contents(results[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from anchors.errors import AnchorsError
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.causal import Contexts
@@ -69,9 +69,13 @@ class Causal:
                 code="option-value",
             )
 
-    @property
-    def passes(self) -> float:
-        return 2.0 + 20 / self.stride * len(self.positions)
+    def costs(self, sizes: Sizes) -> Costs:
+        chosen = sorted(set(self.layers or range(0, sizes.layers, self.stride)))
+        times = 2 + len(self.positions) * len(chosen)
+        # Below the patched layer a context is prompt A's own.
+        own = sum(sizes.layers - layer for layer in chosen) / sizes.layers
+        held = (2 + len(self.positions) * own) * sizes.shared
+        return Costs((sizes.asked(times=times),), (sizes.encoded(times),), held)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "Contexts":
         from anchors.causal import Contexts, demand_equal, exchange, places

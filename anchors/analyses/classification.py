@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Record, Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,9 @@ class Classification:
 
     calibrate: bool = False
 
-    @property
-    def passes(self) -> float:
-        return 1.0
+    def costs(self, sizes: Sizes) -> Costs:
+        empty = (sizes._replace(rows=len(CONTENT_FREE)).asked(),) if self.calibrate else ()
+        return Costs((sizes.asked(),), (sizes.encoded(), *empty), sizes.shared)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[Context, Tensor | None]":
         from anchors.context import answer, encode, queries, shared_demonstrations

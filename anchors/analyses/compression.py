@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from anchors.errors import AnchorsError
 from anchors.rules import RULES, Rule
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Pass, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.context import Context
@@ -66,9 +66,14 @@ class Compression:
                 code="option-value",
             )
 
-    @property
-    def passes(self) -> float:
-        return 1.0 + len(self.methods) + ("hidden_random" in self.methods) * (self.draws - 1)
+    def costs(self, sizes: Sizes) -> Costs:
+        compressed = len(self.methods) + ("hidden_random" in self.methods) * (self.draws - 1)
+        text = (Pass(sizes.anchors, kept=True),) if "text_anchor" in self.methods else ()
+        return Costs(
+            (sizes.asked(), sizes.asked(sizes.anchors, times=compressed)),
+            (sizes.encoded(), *text),
+            sizes.shared + compressed * sizes.anchors,
+        )
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "dict[str, Context]":
         from anchors.compression import anchor_tokens, compress, random_tokens, resolve, text_anchor
@@ -133,9 +138,10 @@ class Speed:
     repeats: int = 3
     rule: Rule | Literal["reference"] = "after-last-anchor"
 
-    @property
-    def passes(self) -> float:
-        return 6.0 * self.repeats
+    def costs(self, sizes: Sizes) -> Costs:
+        whole = Pass(sizes.shared + sizes.tokens, 0, sizes.rows, self.repeats, columns=sizes.columns)
+        asked = (sizes.asked(past, times=self.repeats) for past in (sizes.anchors, sizes.shared))
+        return Costs((whole, *asked), (sizes.encoded(), whole._replace(rows=2)), sizes.shared + sizes.anchors)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[Context, Context]":
         from anchors.compression import anchor_tokens, compress, resolve

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from anchors.errors import AnchorsError
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.model.language import LanguageModel
@@ -46,9 +46,8 @@ class Diagnosis:
                 f"components = {self.components}: each must be at least 1.", code="option-value"
             )
 
-    @property
-    def passes(self) -> float:
-        return 1.0
+    def costs(self, sizes: Sizes) -> Costs:
+        return Costs((sizes.asked(),), (sizes.encoded(),), sizes.shared)
 
     def depth(self, model: "LanguageModel") -> int:
         layer = round(model.n_layers * 2 / 3) if self.layer is None else self.layer

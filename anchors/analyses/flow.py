@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Pass, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.model.language import LanguageModel
@@ -29,9 +29,8 @@ class InformationFlow:
     version: ClassVar[int] = 3
     fresh: ClassVar[bool] = True
 
-    @property
-    def passes(self) -> float:
-        return 3.0
+    def costs(self, sizes: Sizes) -> Costs:
+        return Costs((sizes.asked(backward=True),))
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> None:
         return None
@@ -81,9 +80,8 @@ class FlowMap:
 
     layers: tuple[int, ...] | None = None
 
-    @property
-    def passes(self) -> float:
-        return 4.0
+    def costs(self, sizes: Sizes) -> Costs:
+        return Costs((Pass(sizes.mean, times=sizes.rows, backward=True),))
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> Any:
         return model.tokenizer

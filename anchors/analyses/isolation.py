@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from anchors.errors import AnchorsError
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.context import Context
@@ -66,9 +66,11 @@ class Isolation:
                 f"layers = {self.layers}, top = {self.top}: each must be at least 1.", code="option-value"
             )
 
-    @property
-    def passes(self) -> float:
-        return 1.0 + len(self.layers) * len(self.sides) * len(self.positions)
+    def costs(self, sizes: Sizes) -> Costs:
+        each = len(self.sides) * len(self.positions)
+        contexts = 1 + each * len(self.layers)
+        edited = (sizes.encoded(each, edited=k) for k in self.layers)
+        return Costs((sizes.asked(times=contexts),), (sizes.encoded(), *edited), contexts * sizes.shared)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "dict[str, Context]":
         return isolated_contexts(model, cell, self)
@@ -132,9 +134,8 @@ class TopWords:
     isolation: Isolation = Isolation(sides=("first",))
     top: int = 5
 
-    @property
-    def passes(self) -> float:
-        return self.isolation.passes
+    def costs(self, sizes: Sizes) -> Costs:
+        return self.isolation.costs(sizes)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "tuple[dict[str, Context], Any]":
         return isolated_contexts(model, cell, self.isolation), model.tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.context import Context
@@ -28,9 +28,8 @@ class Readout:
     version: ClassVar[int] = 1
     fresh: ClassVar[bool] = False
 
-    @property
-    def passes(self) -> float:
-        return 1.1
+    def costs(self, sizes: Sizes) -> Costs:
+        return Costs((sizes.asked(),), (sizes.encoded(),), sizes.shared)
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> "Context":
         from anchors.context import encode, shared_demonstrations

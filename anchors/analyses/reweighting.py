@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anchors.errors import AnchorsError
-from anchors.study.analysis import Cell, Record
+from anchors.study.analysis import Cell, Costs, Pass, Record, Sizes
 
 if TYPE_CHECKING:
     from anchors.context import Context
@@ -50,9 +50,18 @@ class Reweighting:
         if self.epochs < 1 or self.per_class < 1 or self.batch < 1 or not self.learning_rate > 0:
             raise AnchorsError(f"{self}: every setting must be positive.", code="option-value")
 
-    @property
-    def passes(self) -> float:
-        return 2 + 0.1 * self.epochs
+    def costs(self, sizes: Sizes) -> Costs:
+        examples = 0 if self.beta is not None else self.per_class * sizes.classes
+        before = sizes.shared + sizes.mean - 1
+        fitted = (
+            Pass(sizes.mean - 1, sizes.shared, times=examples, kept=True),
+            Pass(1, before, times=examples * self.epochs, backward=True, edited=sizes.layers, columns=0),
+        )
+        return Costs(
+            (sizes.asked(), sizes.asked(edited=sizes.layers)),
+            (sizes.encoded(), *(fitted if examples else ())),
+            sizes.shared + examples * before,
+        )
 
     def settings(self) -> dict[str, Any]:
         """The fields, with what is in the file of β in place of its name.

@@ -1,25 +1,20 @@
-"""What is left to do, and about how long it takes: told before anything is measured."""
+"""What is left to do, and what it costs: told before anything is measured."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from anchors.context import encode
 from anchors.model.identity import held
 from anchors.model.language import LanguageModel
+from anchors.study.analysis import Costs, Pass, Sizes, costs_of
+from anchors.study.cost import Cost, Peak, near
 from anchors.study.engine import Stretch, Unit
 from anchors.study.results import Run
-from anchors.study.runner import outstanding
-from anchors.tasks.drawing import Draw, draw, within_context
+from anchors.study.runner import batches, pending, width
 
 if TYPE_CHECKING:
     from anchors.study.prompted import Part
-
-PROMPTS, TOKENS = 8, 48
-"""What is timed: a batch of so many prompts of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +26,11 @@ class Outlook:
         prompts: in all.
         left: of them, those that are not measured yet.
         tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
-        seconds: about how long that takes: tokens · passes, times the time of one token here; loading and certifying the model
-            come on top. None where nobody can tell.
-        flop: about how many floating-point operations: 2 · parameters · tokens · passes, of the parameters that every token is
-            multiplied with (not of embeddings, and of the head only the last token needs any); without the products of
-            attention itself. None where a router chooses among experts.
-        memory: bytes that are held at least: weights and buffers, keys and values of the longest prompt.
+        seconds: about how long that takes here; loading and certifying the model come on top. None where nobody can tell.
+        flop: about how many floating-point operations, those of products (see `anchors.study.cost`). None where nobody can tell.
+        peak: about how many bytes are held at the most, by what they are; None where nobody can tell.
+        batches: the largest batch, as prompts × tokens, and the shared demonstrations before it; empty where nothing is left.
+        attention: what runs it: `kernel` (torch's), `tiles`, or `triton`.
     """
 
     analysis: str
@@ -46,45 +40,64 @@ class Outlook:
     prompts: int
     left: int
     tokens: int
-    seconds: float | None
-    flop: float | None
-    memory: int
+    seconds: float | None = None
+    flop: float | None = None
+    peak: Peak | None = None
+    batches: str = ""
+    attention: str = ""
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes are held at the most; 0 where nobody can tell."""
+        return 0 if self.peak is None else self.peak.total
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self) | {"seconds": None if self.seconds is None else round(self.seconds, 1)}
+        seconds = None if self.seconds is None else round(self.seconds, 1)
+        peak = None if self.peak is None else self.peak._asdict()
+        return asdict(self) | {"seconds": seconds, "memory": self.memory, "peak": peak}
 
 
-def outlook(model: LanguageModel, parts: "Sequence[Part]", out: Path) -> list[Outlook]:
+def outlook(
+    model: LanguageModel, parts: "Sequence[Part]", out: Path, cost: Cost | None = None
+) -> list[Outlook]:
     """What is left of each part; nothing is written.
 
     Args:
         model, parts: what is to be measured.
         out: folder whose `runs` holds the finished batches.
+        cost: of the model, so that several outlooks time its passes once.
 
     Raises:
-        AnchorsError: see `anchors.study.runner.outstanding`.
+        AnchorsError: see `anchors.study.runner.pending`.
     """
-    identity, rate, found = model.identity, None, []
-    weights, each, cached = held_bytes(model), multiplied(model), cached_bytes(model)
+    identity, cost, found = model.identity, cost or Cost(model), []
     for part in parts:
+        analysis, task, how = part.analysis, part.task, part.how
         with held(model.model, identity):
-            left, total, tokens = outstanding(model, part.analysis, part.task, part.data, part.how, out=out)
-        if left and rate is None:
-            rate = seconds_per_token(model)
-        passes = tokens * part.analysis.passes
+            cells = pending(model, analysis, task, part.data, how, out=out)
+        whole, largest, spent = [], None, []
+        for units, left in cells:
+            own = []
+            for batch in batches(model, analysis, units, left, how.batch_size):
+                sizes = _sizes(model, part, [units[unit] for unit in batch])
+                largest = max(largest or sizes, sizes, key=lambda s: s.rows * s.tokens)
+                own.append(costs_of(analysis, sizes))
+            if own:
+                spent += [p for costs in own for p in costs.batch]
+                spent += own[0].once
+                whole += own
         found.append(
             Outlook(
-                analysis=part.analysis.kind,
-                task=part.task.name,
-                shots=part.how.shots,
-                control=part.how.control,
-                prompts=total,
-                left=left,
-                tokens=tokens,
-                seconds=passes * (rate or 0),
-                flop=None if each is None else 2.0 * each * passes,
-                memory=weights + cached * longest(model, part),
+                analysis.kind,
+                task.name,
+                how.shots,
+                how.control,
+                prompts=sum(len(units) for units, _ in cells),
+                left=sum(len(left) for _, left in cells),
+                tokens=sum(width(analysis, units[unit]) for units, left in cells for unit in left),
+                batches=_said(largest),
+                **_priced(cost, spent, whole),
             )
         )
     return found
@@ -94,83 +107,79 @@ def foretold(
     stretches: Iterable[Stretch],
     out: Path,
     model: LanguageModel | None = None,
-    tokens: Callable[[Sequence[Unit]], int] | None = None,
-    passes: float = 1.0,
+    passes: Callable[[Unit], Sequence[Pass]] | None = None,
 ) -> list[Outlook]:
     """What is left of each stretch of work; nothing is written.
 
     Args:
         stretches: the work.
         out: folder whose `runs` holds what is finished.
-        model, tokens: by which time, operations and memory are foretold; without them nobody knows these before.
-        passes: about how many forward passes a unit costs.
+        model, passes: by which time, operations and memory are foretold, and what it runs for a unit, the longest prompt first;
+            without them nobody knows these before.
     """
     found = []
     for own in stretches:
         left = own.left(Run.at(out, own.config["kind"], own.config, own.identity))
-        size, each = (tokens(left) if tokens else 0), None if model is None else multiplied(model)
+        spent = [tuple(passes(unit)) for unit in left] if passes else []
+        every = [p for unit in spent for p in unit]
+        priced = {} if model is None else _priced(Cost(model), every, [Costs(unit) for unit in spent])
         found.append(
             Outlook(
-                own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left), size,
-                seconds=None if model is None else (passes * size * seconds_per_token(model) if left else 0.0),
-                flop=None if each is None else 2.0 * each * passes * size,
-                memory=0 if model is None else held_bytes(model),
+                own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left),
+                sum(unit[0].tokens for unit in spent), **priced,
             )
         )  # fmt: skip
         del own
     return found
 
 
-def longest(model: LanguageModel, part: "Part") -> int:
-    """Tokens of a part's longest prompt."""
-    sizes = []
-    for seed in part.how.seeds:
-        how = Draw(part.how.shots, seed, part.analysis.fresh, part.how.control)
-        drawn = draw(part.task, part.data, model.tokenizer, how, part.how.examples, context=model.context)
-        sizes += [len(d.prompt.ids) for d in within_context(drawn, model.context, skip=True)[0]]
-    return max(sizes, default=0)
-
-
-def seconds_per_token(model: LanguageModel) -> float:
-    """Of a batch, without what other batches share; the best of three."""
-    from anchors.model.routed import seconds
-
-    ids = torch.randint(
-        model.model.config.get_text_config().vocab_size, (PROMPTS, TOKENS), device=model.device
+def _sizes(model: LanguageModel, part: "Part", drawn: Sequence[Any]) -> Sizes:
+    prompt, widths = drawn[0].prompt, [width(part.analysis, d) for d in drawn]
+    shared = 0 if part.analysis.fresh else prompt.query
+    anchors = sum(role in ("label", "format") for role in prompt.roles[:shared])
+    classes = len(part.task.labels)
+    return Sizes(
+        model.n_layers,
+        classes,
+        shared,
+        max(widths),
+        len(drawn),
+        len(set(widths)),
+        anchors,
+        round(sum(widths) / len(widths)),
     )
-    last = torch.full((PROMPTS,), TOKENS - 1, device=model.device)
-
-    def forward() -> None:
-        with torch.no_grad():
-            model.logits_at(ids, last)
-
-    forward()
-    return min(seconds(forward, model) for _ in range(3)) / ids.numel()
 
 
-def multiplied(model: LanguageModel) -> int | None:
-    """Parameters that every token is multiplied with: all but embeddings and the head; None where experts are chosen."""
-    named = dict(model.model.named_parameters())
-    if any("experts" in name for name in named):
-        return None
-    tables = {
-        id(p)
-        for m in model.model.modules()
-        if isinstance(m, torch.nn.Embedding)
-        for p in m.parameters(recurse=False)
+def _said(sizes: Sizes | None) -> str:
+    if sizes is None:
+        return ""
+    return f"{sizes.rows} × {sizes.tokens}" + (f" after {sizes.shared}" if sizes.shared else "")
+
+
+def _priced(cost: Cost, spent: Sequence[Pass], whole: Sequence[Costs]) -> dict[str, Any]:
+    """Seconds, operations and memory of passes; the memory of what is held beside them, too."""
+    work = [cost.flop(p) for p in spent]
+    peaks = [cost.peak(p, costs.held) for costs in whole for p in (*costs.once, *costs.batch)]
+    flow = any(p.backward and not p.edited for p in spent)
+    return {
+        "seconds": _seconds(cost, spent),
+        "flop": sum(p.times * w for p, w in zip(spent, work, strict=True) if w is not None)
+        if None not in work
+        else None,
+        "peak": max(peaks, key=lambda peak: peak.total, default=None),
+        "attention": ("triton" if cost.fused else "tiles") if flow else "kernel" if spent else "",
     }
-    head = model.model.get_output_embeddings()
-    tables |= set() if head is None else {id(p) for p in head.parameters()}
-    return sum(p.numel() for p in named.values() if id(p) not in tables)
 
 
-def held_bytes(model: LanguageModel) -> int:
-    """Bytes of weights and buffers."""
-    every = [*model.model.parameters(), *model.model.buffers()]
-    return sum(t.numel() * t.element_size() for t in every)
-
-
-def cached_bytes(model: LanguageModel) -> int:
-    """Bytes of keys and values per token, as a short context holds them."""
-    ids = range(1, 9)
-    return encode(model, ids).bytes // len(ids)
+def _seconds(cost: Cost, spent: Sequence[Pass]) -> float:
+    """Of each kind of passes the one of median work is timed; the others take as long as their work says."""
+    kinds: dict[tuple, list[tuple[float, Pass]]] = {}
+    for p in spent:
+        kind = (near(p.past), p.backward, p.edited, p.kept)
+        kinds.setdefault(kind, []).append((cost.flop(p) or float(p.rows * p.tokens), p))
+    total = 0.0
+    for own in kinds.values():
+        own.sort()
+        work, middle = own[len(own) // 2]
+        total += cost.seconds(middle) * sum(w * p.times for w, p in own) / work
+    return total

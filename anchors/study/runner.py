@@ -161,15 +161,26 @@ def seed_level(units: Collection[Unit]) -> int:
     return -len(units)
 
 
+def pending(
+    model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample, *, out: Path
+) -> list[tuple[dict[Unit, Drawn], list[Unit]]]:
+    """Of every seed its prompts, and which of them are left to measure; writes nothing.
+
+    Raises:
+        AnchorsError: see `draw` and `within_context`.
+    """
+    done = Run.at(out, analysis.kind, config_of(model, analysis, task, data, how)).done()
+    cells, _ = _cells(model, analysis, task, data, how, out)
+    return [(units, [unit for unit in units if unit not in done]) for _, units in cells.values()]
+
+
 def outstanding(
     model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample, *, out: Path
 ) -> tuple[int, int, int]:
     """Prompts left to measure, prompts in all, and the tokens that those left will run; writes nothing."""
-    done = Run.at(out, analysis.kind, config_of(model, analysis, task, data, how)).done()
-    cells, _ = _cells(model, analysis, task, data, how, out)
-    units = {unit: drawn for _, own in cells.values() for unit, drawn in own.items()}
-    left = [drawn for unit, drawn in units.items() if unit not in done]
-    return len(left), len(units), sum(_width(analysis, drawn) for drawn in left)
+    cells = pending(model, analysis, task, data, how, out=out)
+    left = [units[unit] for units, own in cells for unit in own]
+    return len(left), sum(len(units) for units, _ in cells), sum(width(analysis, drawn) for drawn in left)
 
 
 def measure(
@@ -305,7 +316,7 @@ def _frame(
     return pd.DataFrame(table, columns=columns).astype({"layer": "Int32"})
 
 
-def _width(analysis: Analysis, drawn: Drawn) -> int:
+def width(analysis: Analysis, drawn: Drawn) -> int:
     """Tokens that are run for a prompt: all of them, or only those after the shared demonstrations."""
     return len(drawn.prompt.ids) - (0 if analysis.fresh else drawn.prompt.query)
 
@@ -317,7 +328,7 @@ def batches(
 
     Prompts that the family would run otherwise beside each other never share one (see `anchors.model.lengths.alike`).
     """
-    length = {unit: _width(analysis, units[unit]) for unit in pending}
+    length = {unit: width(analysis, units[unit]) for unit in pending}
     longest = max(length.values(), default=1)
     context = 0 if analysis.fresh else max((units[u].prompt.query for u in pending), default=0)
     budget = size * longest if size else tokens_per_batch(model, context / longest)

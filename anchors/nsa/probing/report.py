@@ -24,6 +24,7 @@ from anchors.nsa.probing.interventions import conditions
 from anchors.nsa.probing.probe import KIND, EpisodeProbe, geometry_of, measure, stretch, vocabulary_of
 from anchors.nsa.probing.taps import Places
 from anchors.nsa.training.episodes import Episodes
+from anchors.study.analysis import Pass
 from anchors.study.engine import Progress, Unit
 from anchors.study.plan import Outlook, foretold
 from anchors.study.report import Found, Inquiry, Report, conclude
@@ -112,16 +113,17 @@ class Probing(Inquiry):
     def outlook(self, out: Path) -> list[Outlook]:
         """See `anchors.study.plan.foretold`."""
         own = stretch(self.model, self.probe, [])
-
-        def tokens(units: Sequence[Unit]) -> int:
-            return sum(len(self.probe.prompt(number).ids) for _, number in units)
-
-        first, passes = self.probe.prompt(0), 3.0  # forward and backward
+        changed = 0
         if self.probe.interventions:
-            places, geometry = Places.of(first, np.random.default_rng(0)), geometry_of(self.model)
-            layers = frozenset(range(self.model.n_layers))
-            passes += 1 + len(conditions(layers, places, len(first.ids), geometry))
-        return foretold([own], out, self.model, tokens, passes)
+            first, geometry = self.probe.prompt(0), geometry_of(self.model)
+            places, layers = Places.of(first, np.random.default_rng(0)), range(self.model.n_layers)
+            changed = 1 + len(conditions(frozenset(layers), places, len(first.ids), geometry))
+
+        def passes(unit: Unit) -> Sequence[Pass]:
+            whole = Pass(len(self.probe.prompt(unit[1]).ids))
+            return whole._replace(backward=True), whole._replace(times=changed)
+
+        return foretold([own], out, self.model, passes)
 
     def pages(
         self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
