@@ -1,7 +1,8 @@
 """What `--dry-run` foretells beside what is then measured: seconds, operations, memory at the peak.
 
 Each verb runs on prompts of random tokens laid out like a task's, in a process of its own: foretold, then measured with the
-same studies. Seconds are wall clock and, on the CPU, the processor's over its threads, too; operations are those that torch
+same studies. Seconds are wall clock, or with --busy the processor's over its threads, on both sides: on a CPU that others use,
+too, wall clock says nothing. Operations are those that torch
 counts in a second run (Triton's kernels it does not see); memory is what the process holds at the most beyond what it held
 before (VmHWM, on Linux), or `max_memory_allocated` on CUDA, the weights on both sides.
 
@@ -17,6 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anchors
 from anchors.model.language import DTYPES, LanguageModel, prepare
+from anchors.study import cost
 from anchors.study.plan import Outlook, outlook
 from anchors.study.prompted import Part
 from anchors.study.registry import STUDIES
@@ -97,6 +100,13 @@ class Watch:
         self.peak = (torch.cuda.max_memory_allocated() if self.cuda else status("VmHWM")) - self.before
 
 
+def processor(run: Callable[[], object], _: LanguageModel) -> float:
+    """The processor's seconds of a call, over its threads; what is foretold is timed so with --busy."""
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
 def status(name: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{name}:")[1].split()[0]) * 1024
@@ -105,6 +115,8 @@ def status(name: str) -> int:
 def one(arguments: argparse.Namespace, verb: str, length: int, pipe: Any) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.busy:
+        cost.seconds = processor
     lm = loaded(arguments)
     task = anchors.task(arguments.task)
     analysis = STUDIES[verb].make()
@@ -123,23 +135,24 @@ def one(arguments: argparse.Namespace, verb: str, length: int, pipe: Any) -> Non
             with FlopCounterMode(display=False) as counter:
                 measure(lm, analysis, task, data, part.how, out=out / "counted")
             counted = counter.get_total_flops()
-    pipe.send(row(verb, lm, told, asked, watch, counted))
+    taken = watch.cpu / torch.get_num_threads() if arguments.busy else watch.wall
+    pipe.send(row(verb, lm, told, asked, taken, watch.peak, counted))
 
 
 def row(
-    verb: str, lm: LanguageModel, told: Outlook, asked: float, watch: Watch, counted: int | None
+    verb: str, lm: LanguageModel, told: Outlook, asked: float, taken: float, peak: int, counted: int | None
 ) -> dict[str, Any]:
     weights = told.peak.weights if told.peak else 0
     return {
         "verb": verb, "model": lm.name, "device": str(lm.device), "precision": lm.precision,
         "batches": told.batches, "attention": told.attention, "tokens": told.tokens,
         "dry_run_s": asked,
-        "s_told": told.seconds, "s": watch.wall, "s_cpu": watch.cpu / torch.get_num_threads(),
-        "s_ratio": (told.seconds or 0) / watch.wall,
+        "s_told": told.seconds, "s": taken,
+        "s_ratio": (told.seconds or 0) / taken,
         "TFLOP_told": (told.flop or 0) / 1e12, "TFLOP": (counted or 0) / 1e12,
         "flop_ratio": (told.flop or 0) / counted if counted else None,
-        "GB_told": told.memory / 1e9, "GB": watch.peak / 1e9, "GB_ratio": told.memory / watch.peak,
-        "beyond_ratio": (told.memory - weights) / max(1, watch.peak - weights),
+        "GB_told": told.memory / 1e9, "GB": peak / 1e9, "GB_ratio": told.memory / peak,
+        "beyond_ratio": (told.memory - weights) / max(1, peak - weights),
     }  # fmt: skip
 
 
@@ -159,6 +172,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--busy", action="store_true", help="the processor's seconds, on a machine that others use"
+    )
     parser.add_argument("--flop", action="store_true", help="count operations in a second run")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()

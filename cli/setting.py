@@ -53,7 +53,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Only show what is left to do and about how long it takes.",
+        help="Only show what is left to do and about what it costs: operations, memory, time.",
         rich_help_panel="Output",
     ),
 ]

@@ -8,6 +8,7 @@ import typer
 
 from anchors.cli import common
 from anchors.cli.common import err, shown
+from anchors.cli.setting import DryRun
 
 
 def view(
@@ -54,6 +55,7 @@ def view(
             help="Write I_l of these layers, too (safetensors, T × T each).", rich_help_panel="Output"
         ),
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Write the page for one prompt: tokens by role, flow by layer, label probabilities.
 
@@ -117,6 +119,12 @@ def view(
 
         built = from_text(text, chosen, lm.tokenizer, truth=truth)
         within_context([Drawn(0, built)], lm.context)
+        if dry_run:
+            from anchors.study.plan import of_prompt
+
+            told = of_prompt(lm, chosen.name, len(built.ids), 1 + (built.gold is None) + (maps is not None))
+            common.print_outlook({"view": [told]}, as_json=False)
+            return
         from dataclasses import replace
 
         from anchors.certificate.sight import hidden_labels

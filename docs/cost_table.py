@@ -18,7 +18,7 @@ class Shape:
 
     n: int
     D: int
-    I: int  # noqa: E741 - as in the papers
+    I: int
     V: int
     H: int
     K: int
@@ -26,7 +26,7 @@ class Shape:
     gated: bool = True
 
     @property
-    def P(self) -> int:  # noqa: N802
+    def P(self) -> int:
         """Weights that every token is multiplied with."""
         return (
             self.n * self.D * (2 * self.H * self.d + 2 * self.K * self.d + (3 if self.gated else 2) * self.I)

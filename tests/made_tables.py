@@ -342,7 +342,7 @@ def _plain() -> dict[str, list[Any]]:
     )
     peak = Peak(*(int(n * 1e9) for n in (1.6, 0.2, 0.1, 0, 0.08, 0.02, 0)))
     outlook = [
-        Outlook("isolate", task, 1, "none", 1000, 640, 123456, 3723.0, 12.3e12, peak, "11 × 46 after 398")
+        Outlook("isolate", task, 1, "none", 1000, 640, 123456, 3723.0, 12.3e12, peak, "11 × 46 + 398")
         for task in ("sst2", "my-reviews-of-films")
     ]
     return {

@@ -307,6 +307,15 @@ def test_view_takes_a_folder_as_other_verbs_do(tiny, tmp_path):
     assert (tmp_path / "there" / "view.html").is_file()
 
 
+def test_view_foretells_what_a_page_costs(tiny, tmp_path):
+    (tmp_path / "p.txt").write_text("Review: fun\nSentiment: Positive\nReview: dull\nSentiment:")
+    result = invoke("view", tmp_path / "p.txt", *tiny, "-t", "sst2", "-o", tmp_path / "there", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "1 × " in result.stdout
+    assert "saved" in result.stdout
+    assert not list((tmp_path / "there").rglob("*"))
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

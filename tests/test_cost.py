@@ -20,7 +20,7 @@ from anchors.analyses.reweighting import Reweighting
 from anchors.attention import streaming
 from anchors.model.language import LanguageModel, prepare
 from anchors.study.analysis import Pass
-from anchors.study.cost import Cost, Held, _pairs
+from anchors.study.cost import Cost, Held, _pairs, rounded
 from anchors.study.plan import outlook
 from anchors.study.prompted import Part
 from anchors.study.runner import Sample, measure
@@ -185,7 +185,22 @@ def test_time_is_of_what_runs(gpt2, monkeypatch):
     ran: list[Pass] = []
     run = Cost._run
     monkeypatch.setattr(Cost, "_run", lambda self, p: (ran.append(p), run(self, p)))
-    one, other = cost.seconds(Pass(60)), cost.seconds(Pass(66))
-    assert other / one == pytest.approx(cost.flop(Pass(66)) / cost.flop(Pass(60)))
+    one, other = cost.seconds(Pass(66)), cost.seconds(Pass(70))
+    assert other / one == pytest.approx(cost.flop(Pass(70)) / cost.flop(Pass(66)))
     assert {p.tokens for p in ran} == {8, 64}
+    assert [rounded(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 47, 48)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+        6,
+        6,
+        8,
+        8,
+        12,
+        32,
+        48,
+    ]
     assert set(PLAIN) < set(CONFIGS)

@@ -206,7 +206,7 @@ def test_an_outlook_is_of_what_is_left(gpt2, tmp_path):
     (after,) = outlook(gpt2, [part], tmp_path)
     assert (after.left, after.tokens, after.seconds, after.flop) == (0, 0, 0, 0)
     assert (after.batches, after.memory) == ("", 0)
-    assert before.batches.endswith(f"× {max(asked)} after {found.first[0].prompt.query}")
+    assert before.batches.endswith(f"× {max(asked)} + {found.first[0].prompt.query}")
     more = Part(part.analysis, task, part.data, Sample(examples=5, seeds=(1, 3)))
     (fresh,) = outlook(gpt2, [more], tmp_path)
     assert fresh.left == 5

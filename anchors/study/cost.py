@@ -28,6 +28,7 @@ from anchors.attention.seam import seam
 from anchors.attention.streaming import TILE_BYTES, triton_runs
 from anchors.context import Context, encode
 from anchors.flow.saliency import FlowTap
+from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
 from anchors.model.routed import seconds
 from anchors.study.analysis import Pass
@@ -113,15 +114,18 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in _tensors((args, kwargs)):
-            self._meet(tensor, 0)
+            self._meet(tensor, there=True)
         made = func(*args, **(kwargs or {}))
         for tensor in _tensors(made):
-            self._meet(tensor, tensor.untyped_storage().nbytes())
+            self._meet(tensor)
         return made
 
-    def _meet(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+    def _meet(self, tensor: Tensor, *, there: bool = False) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # a tensor that stands for others, of quantised weights
+            return
+        key, size = storage._cdata, 0 if there else storage.nbytes()
         if key in self._known:
             return
 
@@ -147,6 +151,13 @@ class Cost:
     """
 
     model: LanguageModel
+
+    @cached_property
+    def read(self) -> tuple[Identity, float]:
+        """What the numbers depend on, and the seconds in which every weight was read for it; each run does so once."""
+        found: list[Identity] = []
+        taken = seconds(lambda: found.append(self.model.identity), self.model)
+        return found[0], taken
 
     @cached_property
     def weights(self) -> int:
@@ -184,13 +195,13 @@ class Cost:
 
     @cached_property
     def cached(self) -> int:
-        """Bytes of keys and values per token; 0 where a family's demonstrations cannot be kept."""
+        """Bytes of keys and values per token."""
         return encode(self.model, range(1, 9)).bytes // 8
 
     @cached_property
     def fused(self) -> bool:
         """Whether the flow's attention runs in kernels that write no tile."""
-        return triton_runs(self.model.device)
+        return triton_runs(self.model.device) and all(h.fusable for h in self.heads.values())
 
     @property
     def _config(self) -> Any:
@@ -298,10 +309,14 @@ class Cost:
     def seconds(self, p: Pass) -> float:
         """About how long one pass takes, from passes that are timed here."""
         most = max(1, TIMED.get(self.model.device.type, TIMED["cpu"]) // p.rows)
+        if self.model.changes:  # of a family that runs other lengths otherwise
+            return self._timed(p)
         if p.tokens <= most:
-            like = p._replace(tokens=near(p.tokens), past=near(min(p.past, most)))
-            work, own = self.flop(like), self.flop(p)
-            return self._timed(like) * (own / work if work and own else p.tokens / like.tokens)
+            tokens, past, rows, columns = map(rounded, (p.tokens, min(p.past, most), p.rows, p.columns))
+            like = p._replace(tokens=tokens, past=past, rows=rows, columns=columns)
+            # Whatever is timed has logits.
+            work, own = self.flop(like._replace(columns=max(1, p.columns))), self.flop(p)
+            return self._timed(like) * (own / work if work and own else p.rows * p.tokens / (rows * tokens))
         # a T + b T², through two lengths.
         one, two = (p._replace(tokens=n, past=min(p.past, most)) for n in (most // 2, most))
         short, long = self._timed(one), self._timed(two)
@@ -329,8 +344,7 @@ class Cost:
     def _forward(self, p: Pass) -> Any:
         """A pass of random tokens as far as its loss, and what differentiates that."""
         lm, layers = self.model, frozenset(range(self.model.n_layers))
-        size = lm.model.config.get_text_config().vocab_size
-        ids = torch.randint(size, (p.rows, p.tokens), device=lm.device)
+        ids = self._ids(p.rows, p.tokens)
         # As many different columns as rows of different lengths have.
         last = p.tokens - 1 - torch.arange(p.rows, device=lm.device) % max(1, min(p.columns, p.tokens))
         context = self._context(p.past)
@@ -358,8 +372,18 @@ class Cost:
             return None
         if tokens not in self._contexts:
             with torch.no_grad():
-                self._contexts[tokens] = encode(self.model, [1 + i % 64 for i in range(tokens)])
+                self._contexts[tokens] = encode(self.model, self._ids(1, tokens)[0].tolist())
         return self._contexts[tokens]
+
+    def _ids(self, rows: int, tokens: int) -> Tensor:
+        """Any tokens but padding, which some families do not count."""
+        ids = torch.randint(self._config.vocab_size, (rows, tokens), device=self.model.device)
+        padding = getattr(self._config, "pad_token_id", None)
+        return (
+            ids
+            if padding is None
+            else torch.where(ids == padding, (padding + 1) % self._config.vocab_size, ids)
+        )
 
     @cached_property
     def _contexts(self) -> dict[int, Context]:
@@ -373,12 +397,10 @@ def _pairs(tokens: int, keys: int, tile: int) -> float:
     return full * tile * past + tile * tile * full * (full + 1) / 2 + rest * keys
 
 
-def near(count: int) -> int:
-    """The nearest of 2ⁿ and 3 · 2ⁿ: lengths that are close share a timing."""
-    if count < 4:
-        return count
-    power = 1 << (count.bit_length() - 1)
-    return min((power, power * 3 // 2, power * 2), key=lambda near: abs(near - count))
+def rounded(count: int) -> int:
+    """The largest of 2ⁿ and 3 · 2ⁿ that is not above: lengths that are close share a timing."""
+    power = 1 << max(0, count.bit_length() - 1)
+    return min(count, power * 3 // 2 if 2 * count >= 3 * power else power)
 
 
 def _chosen(config: Any) -> float | None:

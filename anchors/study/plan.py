@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anchors.model.identity import held
 from anchors.model.language import LanguageModel
 from anchors.study.analysis import Costs, Pass, Sizes, costs_of
-from anchors.study.cost import Cost, Peak, near
+from anchors.study.cost import Cost, Peak, rounded
 from anchors.study.engine import Stretch, Unit
 from anchors.study.results import Run
 from anchors.study.runner import batches, pending, width
@@ -29,7 +29,7 @@ class Outlook:
         seconds: about how long that takes here; loading and certifying the model come on top. None where nobody can tell.
         flop: about how many floating-point operations, those of products (see `anchors.study.cost`). None where nobody can tell.
         peak: about how many bytes are held at the most, by what they are; None where nobody can tell.
-        batches: the largest batch, as prompts × tokens, and the shared demonstrations before it; empty where nothing is left.
+        batches: the largest batch, as prompts × tokens + those of the demonstrations they share; empty where nothing is left.
         attention: what runs it: `kernel` (torch's), `tiles`, or `triton`.
     """
 
@@ -71,7 +71,8 @@ def outlook(
     Raises:
         AnchorsError: see `anchors.study.runner.pending`.
     """
-    identity, cost, found = model.identity, cost or Cost(model), []
+    cost, found = cost or Cost(model), []
+    identity, _ = cost.read
     for part in parts:
         analysis, task, how = part.analysis, part.task, part.how
         with held(model.model, identity):
@@ -133,6 +134,13 @@ def foretold(
     return found
 
 
+def of_prompt(model: LanguageModel, task: str, tokens: int, times: int = 1) -> Outlook:
+    """What the flow of one prompt of so many tokens costs, measured so often."""
+    p = Pass(tokens, times=times, backward=True)
+    priced = _priced(Cost(model), [p], [Costs((p,))])
+    return Outlook("flow", task, 0, "none", 1, 1, tokens, batches=f"1 × {tokens}", **priced)
+
+
 def _sizes(model: LanguageModel, part: "Part", drawn: Sequence[Any]) -> Sizes:
     prompt, widths = drawn[0].prompt, [width(part.analysis, d) for d in drawn]
     shared = 0 if part.analysis.fresh else prompt.query
@@ -153,7 +161,7 @@ def _sizes(model: LanguageModel, part: "Part", drawn: Sequence[Any]) -> Sizes:
 def _said(sizes: Sizes | None) -> str:
     if sizes is None:
         return ""
-    return f"{sizes.rows} × {sizes.tokens}" + (f" after {sizes.shared}" if sizes.shared else "")
+    return f"{sizes.rows} × {sizes.tokens}" + (f" + {sizes.shared}" if sizes.shared else "")
 
 
 def _priced(cost: Cost, spent: Sequence[Pass], whole: Sequence[Costs]) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def _priced(cost: Cost, spent: Sequence[Pass], whole: Sequence[Costs]) -> dict[s
     peaks = [cost.peak(p, costs.held) for costs in whole for p in (*costs.once, *costs.batch)]
     flow = any(p.backward and not p.edited for p in spent)
     return {
-        "seconds": _seconds(cost, spent),
+        "seconds": _seconds(cost, spent) + cost.read[1] if spent else 0.0,
         "flop": sum(p.times * w for p, w in zip(spent, work, strict=True) if w is not None)
         if None not in work
         else None,
@@ -175,7 +183,7 @@ def _seconds(cost: Cost, spent: Sequence[Pass]) -> float:
     """Of each kind of passes the one of median work is timed; the others take as long as their work says."""
     kinds: dict[tuple, list[tuple[float, Pass]]] = {}
     for p in spent:
-        kind = (near(p.past), p.backward, p.edited, p.kept)
+        kind = (rounded(p.past), p.backward, p.edited, p.kept)
         kinds.setdefault(kind, []).append((cost.flop(p) or float(p.rows * p.tokens), p))
     total = 0.0
     for own in kinds.values():
