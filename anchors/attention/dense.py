@@ -9,6 +9,7 @@ How such a call is streamed stands in `anchors.attention.streaming`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors.attention.bands import window_of
 from anchors.attention.form import Call, boolean, grouped
 from anchors.errors import AnchorsError
 
@@ -34,6 +36,11 @@ class DenseCall(Call):
 
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
+
+    @cached_property
+    def window(self) -> int | None:
+        """The w for which a row sees its last w keys, itself included; None where its mask is no such band."""
+        return window_of(self.mask, self.k.shape[2], self.layer)
 
     def scores(
         self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]

@@ -220,7 +220,9 @@ def apart(ours: Float[Tensor, "*rows vocabulary"], theirs: Float[Tensor, "*rows 
 def _filled(logits: Float[Tensor, "rows vocabulary"], finite: Tensor) -> Float[Tensor, "rows vocabulary"]:
     """A row's mean where an entry is not finite: there it adds nothing to the row's variance."""
     kept = logits.masked_fill(~finite, 0)
-    return kept + (kept.sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)).masked_fill(finite, 0)
+    return kept + (kept.sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)).masked_fill(
+        finite, 0
+    )
 
 
 def _rows(model: PreTrainedModel) -> int:
