@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from anchors.model.language import LanguageModel
 
 SHARE = 0.25
-"""Of the memory of a device, what a pass may keep before blocks are computed twice."""
-PROBE = 64
-"""Tokens on which it is found out what a pass keeps for each."""
+"""Of a GPU's memory, what a pass may keep before blocks are computed twice."""
+CPU_BYTES = 1 << 30
+"""What a pass may keep on the CPU."""
+CPU_TOKENS = 512
+"""Tokens of a batch up to which the CPU is not asked; on a GPU these are `TOKENS`."""
+PROBES = 32, 64
+"""Tokens of two short passes: what the longer one keeps more, it keeps of each token."""
 
 
 class _Listener:
@@ -67,30 +71,37 @@ def kept(model: "LanguageModel") -> Kept:
     """What a pass keeps, found out once on a few tokens, and whether the blocks may be computed twice there."""
     if (known := _KEPT.get(model.model)) is not None:
         return known
-    tokens = min(PROBE, model.context or PROBE)
-    ids = torch.arange(tokens, device=model.device)[None]
     weights = {p.untyped_storage().data_ptr() for p in (*model.model.parameters(), *model.model.buffers())}
-    held: dict[int, int] = {}
 
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return x
+    def slopes(tokens: int, held: dict[int, int]) -> list[Tensor]:
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                held[storage.data_ptr()] = storage.nbytes()
+            return x
 
-    def slopes() -> list[Tensor]:
+        ids = torch.arange(tokens, device=model.device)[None]
         listener = _Listener(model.n_layers)
-        with torch.enable_grad(), seam(model.modules, taps=[listener]), model.arithmetic():
-            model.logits(ids, ids[0, -1:]).float().square().sum().backward()
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            seam(model.modules, taps=[listener]),
+            model.arithmetic(),
+        ):
+            loss = model.logits(ids, torch.tensor([tokens - 1], device=model.device)).float().square().sum()
+            loss.backward()
         return [listener.dz[layer] for layer in range(model.n_layers)]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        plain = slopes()
+    short, long = PROBES
+    few: dict[int, int] = {}
+    many: dict[int, int] = {}
+    slopes(short, few)
+    plain = slopes(long, many)
     blocks = blocks_of(model.model, model.modules)
     if blocks:
         try:
             with recomputing(blocks, model.arithmetic):
-                twice = slopes()
+                twice = slopes(long, {})
             same = all(
                 _distance(a, b) <= TOLERANCE[model.precision] for a, b in zip(plain, twice, strict=True)
             )
@@ -100,9 +111,9 @@ def kept(model: "LanguageModel") -> Kept:
     wide = 4 if model.device.type == "cuda" else model.model.dtype.itemsize  # see Routed.arithmetic
     width = model.model.config.get_text_config().hidden_size
     found = _KEPT[model.model] = Kept(
-        sum(held.values()) / tokens,
+        (sum(many.values()) - sum(few.values())) / (long - short),
         len(blocks) * width * max(wide, model.model.dtype.itemsize),
-        sum(dz.numel() // tokens * dz.element_size() + 4 * dz.shape[1] for dz in plain),
+        sum(dz.numel() // long * dz.element_size() + 4 * dz.shape[1] for dz in plain),
         tuple(blocks),
     )
     return found
@@ -115,13 +126,16 @@ def _distance(one: Tensor, other: Tensor) -> float:
 @contextmanager
 def recomputed(model: "LanguageModel", batch: int, tokens: int) -> Generator[None]:
     """Compute the blocks of a model twice where a pass over `batch` prompts of so many tokens would keep too much."""
-    plan = nullcontext()
-    if model.device.type == "cuda" and batch * tokens > TOKENS:
-        own, count = kept(model), batch * tokens
-        free, whole = torch.cuda.mem_get_info(model.device)
-        free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        if own.blocks and count * own.plainly > min(SHARE * whole, 0.8 * free):
+    plan, count, gpu = nullcontext(), batch * tokens, model.device.type == "cuda"
+    if model.device.type in ("cpu", "cuda") and count > (TOKENS if gpu else CPU_TOKENS):
+        own = kept(model)
+        allowed, keep = float(CPU_BYTES), True
+        if gpu:
+            free, whole = torch.cuda.mem_get_info(model.device)
+            free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            allowed = min(SHARE * whole, 0.8 * free)
             keep = count * (own.inputs + own.attention) < 0.75 * free
+        if own.blocks and count * own.plainly > allowed:
             plan = recomputing(own.blocks, model.arithmetic, keep=keep)
     with plan:
         yield

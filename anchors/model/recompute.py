@@ -80,7 +80,9 @@ class _Run:
 
     def _again(self, *tensors: Tensor) -> list[Tensor]:
         with torch.enable_grad(), self.arithmetic():
-            return self(*tensors)
+            outputs = self(*tensors)
+        self.made = []  # their graph, and all that it holds, must end with the block
+        return outputs
 
 
 def _forward(own: Callable[..., Any], arithmetic: Arithmetic, keep: bool, *args: Any, **options: Any) -> Any:
