@@ -46,7 +46,9 @@ class DenseCall(Call):
         self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]
     ) -> Float[Tensor, "batch heads rows keys"]:
         """Scaled and soft-capped scores, before the mask."""
-        scores = grouped(q, k.transpose(-1, -2), self.groups) * self.scale
+        scores = grouped(q, k.transpose(-1, -2), self.groups)
+        # A tile that no gradient passes through is written over: half its way is through memory.
+        scores = scores * self.scale if scores.requires_grad else scores.mul_(self.scale)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def softmax(
@@ -55,7 +57,9 @@ class DenseCall(Call):
         """The attention pattern A of masked scores, with the sink's share left out."""
         if visible is not None:
             if visible.dtype == torch.bool:
-                scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+                least = torch.finfo(scores.dtype).min
+                again = scores.requires_grad or self.softcap is not None  # its slope reads the scores
+                scores = (Tensor.masked_fill if again else Tensor.masked_fill_)(scores, ~visible, least)
             else:
                 scores = scores + visible.to(scores.dtype)
         if self.sinks is None:

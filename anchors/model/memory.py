@@ -26,7 +26,7 @@ CPU_BYTES = 1 << 30
 """What a pass may keep on the CPU."""
 CPU_TOKENS = 512
 """Tokens of a batch up to which the CPU is not asked; on a GPU these are `TOKENS`."""
-PROBES = 32, 64
+PROBES = 16, 32
 """Tokens of two short passes: what the longer one keeps more, it keeps of each token."""
 
 
