@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from anchors.collection import Results, amount, tasks_of
+from anchors.collection import Results, amount
 from anchors.errors import AnchorsError
 from anchors.figures import draw
 from anchors.figures.style import write_figure
-from anchors.places import require_file
+from anchors.places import require_file, told_apart
 from anchors.study.registry import STUDIES
 from anchors.study.results import write_atomic
 
@@ -51,11 +51,14 @@ class Section:
 
     @property
     def title(self) -> str:
+        """What it is, and of which tasks."""
         own = self.results
-        return f"{own.name}: {own.title}" if own.title != own.name else own.name
+        name = f"{own.name} on {', '.join(own.tasks)}" if own.tasks else own.name
+        return f"{name}: {own.title}" if own.title != own.name else name
 
     @property
     def model(self) -> str:
+        """Its name, whole."""
         return self.results.facts["model"]
 
     def where(self, folder: Path) -> str:
@@ -73,7 +76,7 @@ class Section:
         facts = self.results.facts
         known = [
             ("model", self.model), ("revision", facts.get("revision")), ("fingerprint", facts.get("fingerprint")),
-            ("precision", facts.get("precision")), ("tasks", ", ".join(tasks_of(self.results.rows))),
+            ("precision", facts.get("precision")), ("tasks", ", ".join(self.results.tasks)),
             ("examples × seeds", amount(facts)), ("asked", _asked(facts)), ("device", facts.get("device")),
             ("arithmetic error", facts.get("arithmetic_error")), ("written", facts.get("written")),
             ("platform", facts.get("platform")),
@@ -212,7 +215,7 @@ def as_html(folder: Path, sections: Sequence[Section], left: Sequence[str] = ())
     page.filters["data_url"] = _data_url
     return page.from_string(files("anchors.viewer").joinpath("report.html").read_text(encoding="utf-8")).render(
         mark=MARK, title=f"What was measured in {folder.resolve().name}", folder=folder, sections=sections, left=left,
-        models=_models(sections), commands=_commands(sections),
+        models=_models(sections), commands=_commands(sections), titles=told_apart(_models(sections)),
     )  # fmt: skip
 
 
@@ -231,8 +234,9 @@ def as_markdown(folder: Path, sections: Sequence[Section], left: Sequence[str], 
         "",
     ]
     out += [*_fenced("\n".join(_commands(sections))), ""]
+    titles = told_apart(_models(sections))
     for s in sections:
-        out += [f"## {_plain(s.title)}", "", f"{_plain(s.model)}, in {_plain(s.where(folder))}", ""]
+        out += [f"## {_plain(s.title)}", "", f"{_plain(titles[s.model])}, in {_plain(s.where(folder))}", ""]
         out += [f"> {_plain(told)}\n" for told in s.sentences]
         for name, png in s.figures.items():
             file = s.results.folder / name

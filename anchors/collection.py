@@ -13,7 +13,7 @@ from anchors.errors import AnchorsError, brief
 from anchors.experiments import CATALOGUE
 from anchors.study.registry import STUDIES
 from anchors.study.report import near, tabulated
-from anchors.study.results import read_facts, read_rows, read_table
+from anchors.study.results import read_facts, read_rows, read_table, values_in
 from anchors.study.shelf import contained
 from anchors.summaries import Rows, Tables
 
@@ -59,6 +59,15 @@ class Results:
     def facts(self) -> dict[str, Any]:
         """What is kept with the first of its rows."""
         return read_facts(self.files[self.kind])
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks, or scenarios, of the first of its rows, of which no other column is read; none where they are of neither.
+
+        Raises:
+            AnchorsError: they cannot be read.
+        """
+        return values_in(self.files[self.kind], ("task", "scenario"))
 
     @cached_property
     def rows(self) -> Rows:
@@ -199,9 +208,3 @@ def amount(facts: Mapping[str, Any]) -> str:
         if isinstance(part, dict) and "examples" in part and isinstance(part.get("seeds"), list)
     ]
     return ", ".join(dict.fromkeys(told))
-
-
-def tasks_of(rows: Rows) -> list[str]:
-    """The tasks, or scenarios, of the first rows."""
-    first = next(iter(rows.values()))
-    return next((list(map(str, dict.fromkeys(first[c]))) for c in ("task", "scenario") if c in first), [])

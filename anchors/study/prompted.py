@@ -99,7 +99,7 @@ class Prompted(Inquiry):
             "parts": [
                 m.config
                 | {"data_source": p.data.source, "read": asdict(p.data.facts(p.task))}
-                | {"seeds": list(p.how.seeds), "examples": p.how.examples}
+                | {"seeds": list(p.how.seeds), "examples": p.how.examples, "called": [p.task.name]}
                 for p, m in zip(parts, measured, strict=True)
             ],
             "arithmetic_error": self.certified,

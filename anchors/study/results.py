@@ -227,6 +227,22 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def values_in(path: Path, columns: Sequence[str]) -> list[str]:
+    """What stands in the first of these columns that a table has, each once, in order; no other column is read.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    try:
+        there = next((name for name in columns if name in pq.read_schema(path).names), None)
+        found = [] if there is None else pq.read_table(path, columns=[there])[there].unique().to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise AnchorsError(
+            f"The table {str(path)!r} cannot be read: {error}", code="file-unreadable"
+        ) from error
+    return [str(value) for value in found if value is not None]
+
+
 def read_rows(
     path: Path, columns: Sequence[str], numeric: Sequence[str], facts: Mapping[str, type]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
