@@ -119,9 +119,11 @@ def tasks_from(
 
 
 def print_data(tasks: "Sequence[Task]", sets: "Sequence[Data]") -> None:
-    """What was read, a line a task, on standard error."""
+    """What was read, a line a task, on standard error; and which labels look like slips."""
     for task, data in zip(tasks, sets, strict=True):
-        err.print(f"[dim]{escape(f'{task.name}: {data.facts(task).read()}')}[/]")
+        facts = data.facts(task)
+        err.print(f"[dim]{escape(f'{task.name}: {facts.read()}')}[/]")
+        print_notes([f"{task.name}: {said}" for said in [facts.hint()] if said])
 
 
 def load_libraries() -> None:

@@ -93,6 +93,7 @@ def test_flow_leaves_rows_figure_and_page(tiny, tmp_path):
     assert len(pd.read_csv(out / "flow.csv")) == len(rows)
     facts = json.loads((out / "flow.json").read_text())
     assert [part["task"]["labels"][0] for part in facts["parts"]] == ["Negative", "Abbreviation"]
+    assert [part["called"] for part in facts["parts"]] == [["sst2"], ["trec"]]
     for part in facts["parts"]:
         assert (part["kind"], part["shots"], part["control"]) == ("flow", 1, "none")
         assert (part["seeds"], part["examples"], part["data_source"]) == ([42], 4, "builtin")

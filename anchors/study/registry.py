@@ -135,6 +135,12 @@ class Study:
         """What its tables say; nothing where it has no sentences."""
         return self.resolve(self.sentences)(tables) if self.sentences else []
 
+    @property
+    def main(self) -> str:
+        """What its main interval is of."""
+        metric, column = self.interval
+        return metric or (self.metrics[0] if column == "value" else column)
+
     def width(self, tables: "Tables") -> float:
         """Of the widest of its main intervals; not a number where there is none."""
         summary = next(iter(tables.values()))
