@@ -1,5 +1,5 @@
-"""All that was measured under a folder as one page (HTML) and one text (Markdown): from rows alone, without a model and without
-torch."""
+"""All that was measured under a folder as one page (HTML) and one text (Markdown): from rows and tables alone, without a
+model and without torch."""
 
 import base64
 import html
@@ -17,7 +17,6 @@ from jinja2 import Environment, StrictUndefined
 
 from anchors.collection import Results, amount
 from anchors.errors import AnchorsError
-from anchors.figures import draw
 from anchors.figures.style import write_figure
 from anchors.places import require_file, told_apart
 from anchors.study.registry import STUDIES
@@ -68,7 +67,7 @@ class Section:
     def counted(self, name: str) -> str:
         """How many rows of a table are shown."""
         _, rows, total = self.tables[name]
-        some = f"the first {len(rows)} of {total} rows; all of them are in {self.results.stem}_{name}.parquet"
+        some = f"the first {len(rows)} of {total} rows; all of them are in {self.results.file_of(name)}"
         return f"{total} row{'s' * (total != 1)}" if len(rows) == total else some
 
     def about(self) -> list[tuple[str, str]]:
@@ -92,18 +91,16 @@ def section(results: Results) -> Section:
     Raises:
         AnchorsError: its rows cannot be read, or do not hold what is shown.
     """
-    tables = results.made
+    tables, drawn = results.made, results.pictures()
     with results.drawable():
-        drawn = draw(results.figure, tables, results.facts["model"])
         sentences = results.sentences()
-    named = drawn if isinstance(drawn, dict) else {"": drawn}
     pictures: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key, figure in named.items():
-            if figure is not None:
-                path = Path(folder) / f"{results.stem}_{key}".rstrip("_")
-                write_figure(figure, path := path.with_name(path.name + ".png"))
-                pictures[path.name] = path.read_bytes()
+        for name, figure in drawn.items():
+            if not isinstance(figure, bytes):
+                write_figure(figure, path := Path(folder) / name)
+                figure = path.read_bytes()
+            pictures[name] = figure
     legend = STUDIES[results.kind].legend(tables) if results.kind in STUDIES else []
     shown = {name: (*as_text(table.head(MOST)), len(table)) for name, table in tables.items()}
     return Section(results, sentences, legend, shown, pictures)
@@ -157,7 +154,7 @@ def write_booklet(folder: Path, found: Sequence[Results], to: Path) -> tuple[lis
 
     Args:
         folder: whose results these are.
-        found: see `anchors.collection.gather`.
+        found: see `anchors.leavings.everything`.
         to: the folder of both files.
 
     Returns:

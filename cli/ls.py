@@ -18,11 +18,12 @@ def ls(
 ) -> None:
     """List what was measured, by task, model and size, and the experiments of `anchors run`: what each shows, its grid, whether rows of it are there."""
     with common.reporting():
-        from anchors.collection import amount, gather
+        from anchors.collection import amount
         from anchors.errors import AnchorsError
+        from anchors.leavings import everything
 
         there: list[dict[str, Any]] = []
-        for own in gather([folder]) if folder.is_dir() else []:
+        for own in everything([folder]) if folder.is_dir() else []:
             try:
                 facts, tasks = own.facts, own.tasks
             except AnchorsError as error:

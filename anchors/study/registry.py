@@ -56,10 +56,12 @@ class Study:
             `anchors.study.report.Inquiry` of them.
         units: what its progress counts.
         more: what is kept with its rows, by name; `tables` then takes these by their names and the provenance as `facts`.
+        needed: of `more`, what no table can be made without.
         columns: of its rows, where they are not those of prompts; the last one is the value.
         group: of verbs, in which its verb is what its name has after this; by default there is none.
         verb: whether there is a verb of its name.
         home: which package brings it.
+        formerly: what names of its tables' files began with in 0.4.0, before a hyphen, where they did not as they do now.
     """
 
     name: str
@@ -81,10 +83,12 @@ class Study:
     asked: Literal["prompts", "episodes", "suites"] = "prompts"
     units: str = "prompts"
     more: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     group: str = ""
     verb: bool = True
     home: str = "label-anchors"
+    formerly: str = ""
 
     def resolve(self, reference: str) -> Any:
         """What `module:name` names.
@@ -317,6 +321,7 @@ BUILT_IN: dict[str, Study] = {
             asked="suites",
             units="settings",
             more=("settings", "guessing"),
+            needed=("settings",),
             columns=(
                 "seed",
                 "scenario",
@@ -341,6 +346,7 @@ BUILT_IN: dict[str, Study] = {
             asked="suites",
             units="settings",
             more=("ratios", "guessing"),
+            needed=("ratios",),
             columns=(
                 "seed",
                 "expert",
@@ -353,6 +359,7 @@ BUILT_IN: dict[str, Study] = {
                 "value",
             ),
             group="inject",
+            formerly="flow",
         ),
     )
 }

@@ -191,14 +191,20 @@ def write_table(path: Path, rows: pd.DataFrame, facts: dict[str, Any]) -> None:
     write_atomic(path.with_suffix(".json"), lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
-def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows and facts of a table written by `write_table`."""
+@contextmanager
+def _reading(path: Path) -> Generator[None]:
     try:
-        table = pq.read_table(path)
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise AnchorsError(
             f"The table {str(path)!r} cannot be read: {error}", code="file-unreadable"
         ) from error
+
+
+def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and facts of a table written by `write_table`."""
+    with _reading(path):
+        table = pq.read_table(path)
     try:
         facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if not isinstance(facts, dict):
@@ -233,14 +239,22 @@ def values_in(path: Path, columns: Sequence[str]) -> list[str]:
     Raises:
         AnchorsError: it cannot be read.
     """
-    try:
-        there = next((name for name in columns if name in pq.read_schema(path).names), None)
-        found = [] if there is None else pq.read_table(path, columns=[there])[there].unique().to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise AnchorsError(
-            f"The table {str(path)!r} cannot be read: {error}", code="file-unreadable"
-        ) from error
+    there = next((name for name in columns if name in columns_of(path)), None)
+    if there is None:
+        return []
+    with _reading(path):
+        found = pq.read_table(path, columns=[there])[there].unique().to_pylist()
     return [str(value) for value in found if value is not None]
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a table's columns.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    with _reading(path):
+        return pq.read_schema(path).names
 
 
 def read_rows(
