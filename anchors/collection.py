@@ -12,7 +12,7 @@ import pandas as pd
 from anchors.errors import AnchorsError, brief
 from anchors.experiments import CATALOGUE
 from anchors.study.registry import STUDIES
-from anchors.study.report import near, tabulated
+from anchors.study.report import near, spoken, tabulated
 from anchors.study.results import read_facts, read_rows, read_table, values_in
 from anchors.study.shelf import contained
 from anchors.summaries import Rows, Tables
@@ -124,16 +124,9 @@ class Results:
 
     def sentences(self) -> list[str]:
         """What its tables say, by kind of rows."""
-        if self.tables is None:
-            line = STUDIES[self.kind]
-            return line.say(self.made | near(self.folder, self.kind, self.facts))
-        lines = {kind: STUDIES[kind] for kind in self.rows if kind in STUDIES}
-        return [
-            told
-            for kind, line in lines.items()
-            if line.sentences
-            for told in line.say(line.tabulate(self.rows[kind]))
-        ]
+        alone = self.tables is None
+        beside = near(self.folder, self.kind, self.facts) if alone else {}
+        return spoken(self.rows, self.made | beside, whole=alone)
 
 
 class _Drawable:

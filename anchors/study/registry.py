@@ -192,6 +192,7 @@ BUILT_IN: dict[str, Study] = {
             "The flow between all tokens of single prompts.",
             tables=f"{_TABLES}:map_tables",
             figure=f"{_FIGURES}.map:draw",
+            sentences=f"{_SAID}:flow_map",
             verb=False,
         ),
         Study(
@@ -222,6 +223,7 @@ BUILT_IN: dict[str, Study] = {
             "The most probable next words of single prompts, with and without isolated label words.",
             tables=f"{_TABLES}:word_tables",
             figure=f"{_FIGURES}.words:draw",
+            sentences=f"{_SAID}:top_words",
             verb=False,
         ),
         Study(
@@ -318,6 +320,7 @@ BUILT_IN: dict[str, Study] = {
             tables="anchors.injection.sweeping.tables:all_tables",
             figure=f"{_FIGURES}.inject_sweep:draw",
             shown=f"{_CLI}.inject_sweep:shown",
+            sentences="anchors.injection.sweeping.sentences:said",
             asked="suites",
             units="settings",
             more=("settings", "guessing"),
