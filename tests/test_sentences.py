@@ -204,7 +204,7 @@ def test_single_prompts_say_what_is_seen():
     )
     (said,) = STUDIES["words"].say(STUDIES["words"].tabulate(table))
     assert said == (
-        "a: of the 4 most probable next words 3 are left, and the first of them in 1 of 2, where label words see nothing before them in the "
+        "a: of the 4 most probable next words on average 3 are left, and the first of them in 1 of 2, where label words see nothing before them in the "
         "first 5 layers. 2 prompts show what there is to see, and estimates nothing."
     ).replace("estimates", "estimate")
 

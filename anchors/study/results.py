@@ -146,7 +146,11 @@ def _lock(handle: int) -> bool | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out before any work whether results can be written here."""
+    """Find out before any work whether results can be written here.
+
+    Raises:
+        AnchorsError: they cannot.
+    """
     above = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
     if os.path.exists(above) and not above.is_dir():
         raise AnchorsError(
@@ -154,9 +158,11 @@ def require_writable(folder: Path) -> None:
             "Choose another --out.",
             code="file-unwritable",
         )
-    probe = folder / f".writable-{os.getpid()}"
-    write_atomic(probe, lambda draft: draft.write_text("ok"))
-    probe.unlink(missing_ok=True)
+    with writing(folder, "The folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"ok")
+            _sync(folder)
     clear_drafts(folder)
 
 

@@ -418,7 +418,7 @@ def top_words(tables: Mapping[str, pd.DataFrame]) -> list[str]:
                 f"{kept:.3g} are left, and the first of them in {first} of {len(both)}, where {explained(condition) or condition}"
             )
         found.append(
-            f"{task}: of the {int(own['rank'].max())} most probable next words {'; '.join(told)}. {_single(len(before))}"
+            f"{task}: of the {int(own['rank'].max())} most probable next words {'on average ' * (len(before) > 1)}{'; '.join(told)}. {_single(len(before))}"
         )
     return found
 
