@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -93,11 +93,16 @@ class Cost:
     flop: float | None = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Cost(*(None if None in pair else sum(pair) for pair in pairs))
+        def both(one: float | None, more: float | None) -> float | None:
+            return None if one is None or more is None else one + more
+
+        return Cost(
+            self.tokens + other.tokens, both(self.seconds, other.seconds), both(self.flop, other.flop)
+        )
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(*(None if x is None else times * x for x in astuple(self)))
+        seconds, flop = (None if x is None else times * x for x in (self.seconds, self.flop))
+        return Cost(times * self.tokens, seconds, flop)
 
 
 @dataclass(frozen=True)

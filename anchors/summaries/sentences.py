@@ -415,7 +415,7 @@ def top_words(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             kept = sum(len({*one} & {*other}) for one, other in both) / len(both)
             first = sum(one[0] == other[0] for one, other in both)
             told.append(
-                f"{kept:.3g} are left, and the first of them in {first} of {len(both)}, where {explained(condition) or condition}"
+                f"{kept:.3g} are left, and the first of them in {first} of {len(both)}, where {explained(str(condition)) or condition}"
             )
         found.append(
             f"{task}: of the {int(own['rank'].max())} most probable next words {'on average ' * (len(before) > 1)}{'; '.join(told)}. {_single(len(before))}"
