@@ -250,6 +250,7 @@ def test_a_sweep_answers():
     assert "Undecided" in say(net=0.04, net_low=-0.01)
     assert "Excluded here" in say(skill=0.0, skill_low=-0.05, skill_high=0.01)
     assert say(chosen_on="test").endswith("no verdict.")
+    assert "of its vision" not in say(vision_kept=float("nan"))
     blind = say(net=float("nan"), blank=float("nan"))
     assert "blank" not in blind
     assert "Shown here: the merge gives a skill (n" in blind

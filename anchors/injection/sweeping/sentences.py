@@ -19,20 +19,20 @@ def said(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     tests = 2 * len(best)
     for row in best:
         scenario, chosen = row["scenario"], row["setting"]
-        keeping = f"keeps {100 * row['retention']:g} % of the VLM's vision"
+        share = f"{100 * row['retention']:g} % of the VLM's vision on {row['chosen_on']}"
         if chosen == VLM:
             found.append(
-                f"{scenario}: no setting that {keeping} on {row['chosen_on']} has more of the skill than the VLM alone."
+                f"{scenario}: no setting that keeps {share} has more of the skill than the VLM alone."
             )
             continue
-        before, n = (
-            span(summary.loc[(scenario, VLM)], "skill"),
-            int(summary.loc[(scenario, chosen), "examples"]),
-        )
+        before = span(summary.loc[(scenario, VLM)], "skill")
+        n = int(summary.loc[(scenario, chosen), "examples"])
         told = (
-            f"{scenario}: of the settings that each {keeping} on {row['chosen_on']} {chosen} has most of the skill; on {row['split']} it answers "
-            f"{span(row, 'skill')} of the questions, where the VLM alone answers {before}, and keeps {span(row, 'vision_kept')} of its vision"
+            f"{scenario}: of the settings that keep {share} none has more of the skill than {chosen}; on {row['split']} it answers "
+            f"{span(row, 'skill')} of the questions, where the VLM alone answers {before}"
         )
+        if pd.notna(row["vision_kept"]):
+            told += f", and keeps {span(row, 'vision_kept')} of its vision"
         gains = [span(row, "skill") - before]
         if pd.notna(row["net"]):
             told += f"; on blank images it answers {span(row, 'blank')}"
