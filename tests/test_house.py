@@ -33,7 +33,7 @@ LAYERS = [
     "analyses nsa injection",
     "figures",
     "experiments formerly",
-    "collection",
+    "collection leavings",
     "booklet comparison",
     "cli",
 ]

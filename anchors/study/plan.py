@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from anchors.context import encode
 from anchors.model.identity import held
 from anchors.model.language import LanguageModel
-from anchors.study.engine import Stretch, Unit
+from anchors.model.routed import Routed, seconds
+from anchors.study.engine import Cost, Stretch
 from anchors.study.results import Run
 from anchors.study.runner import outstanding
 from anchors.tasks.drawing import Draw, draw, within_context
@@ -30,13 +33,17 @@ class Outlook:
         analysis, task, shots, control: which; the kind of the study.
         prompts: in all.
         left: of them, those that are not measured yet.
-        tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
-        seconds: about how long that takes: tokens · passes, times the time of one token here; loading and certifying the model
-            come on top. None where nobody can tell.
+        tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share; of
+            suites, about all that are run.
+        seconds: about how long that takes: tokens · passes, times the time of one token here; of suites prompts, times the time
+            of one of a few that are run here, without the merges themselves. Loading and certifying the model come on top. None
+            where nobody can tell.
         flop: about how many floating-point operations: 2 · parameters · tokens · passes, of the parameters that every token is
             multiplied with (not of embeddings, and of the head only the last token needs any); without the products of
-            attention itself. None where a router chooses among experts.
-        memory: bytes that are held at least: weights and buffers, keys and values of the longest prompt.
+            attention itself. None where a router chooses among experts. Of suites it is what torch counts on a few prompts, vision
+            tower, attention and backward passes among it.
+        memory: bytes that are held at least: weights and buffers (of suites of VLM, base and expert), keys and values of the
+            longest prompt.
     """
 
     analysis: str
@@ -90,35 +97,57 @@ def outlook(model: LanguageModel, parts: "Sequence[Part]", out: Path) -> list[Ou
     return found
 
 
-def foretold(
-    stretches: Iterable[Stretch],
-    out: Path,
-    model: LanguageModel | None = None,
-    tokens: Callable[[Sequence[Unit]], int] | None = None,
-    passes: float = 1.0,
-) -> list[Outlook]:
+def foretold(stretches: Iterable[Stretch], out: Path) -> list[Outlook]:
     """What is left of each stretch of work; nothing is written.
 
     Args:
         stretches: the work.
         out: folder whose `runs` holds what is finished.
-        model, tokens: by which time, operations and memory are foretold; without them nobody knows these before.
-        passes: about how many forward passes a unit costs.
     """
     found = []
     for own in stretches:
         left = own.left(Run.at(out, own.config["kind"], own.config, own.identity))
-        size, each = (tokens(left) if tokens else 0), None if model is None else multiplied(model)
+        cost = own.cost(left) if left else Cost()
         found.append(
             Outlook(
-                own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left), size,
-                seconds=None if model is None else (passes * size * seconds_per_token(model) if left else 0.0),
-                flop=None if each is None else 2.0 * each * passes * size,
-                memory=0 if model is None else held_bytes(model),
+                own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left),
+                round(cost.tokens), cost.seconds, cost.flop, own.memory(),
             )
         )  # fmt: skip
         del own
     return found
+
+
+def by_tokens(model: LanguageModel, tokens: int, passes: float) -> Cost:
+    """What so many tokens cost in so many forward passes each, see `Outlook`."""
+    each = multiplied(model)
+    flop = None if each is None else 2.0 * each * passes * tokens
+    return Cost(tokens, passes * tokens * seconds_per_token(model), flop)
+
+
+def sampled(run: Callable[[], object], tokens: int, count: int, model: Routed) -> Cost:
+    """What each of some prompts costs: they are run, their operations counted and their time taken, the better of two.
+
+    Operations are those of products and convolutions, forward and backward, as torch counts them; of kernels of our own it
+    sees none.
+
+    Args:
+        run: runs them.
+        tokens: of all of them.
+        count: how many they are.
+        model: on whose device.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    took = min(seconds(run, model) for _ in range(2))
+    return Cost(tokens, took, counter.get_total_flops()) * (1 / count)
+
+
+def spread(items: Sequence[Any], size: Callable[[Any], int], count: int = PROMPTS) -> list[Any]:
+    """Some of them, from the smallest to the largest."""
+    ordered = sorted(items, key=size)
+    places = np.linspace(0, len(ordered) - 1, min(count, len(ordered)))
+    return [ordered[place] for place in places.round().astype(int)]
 
 
 def longest(model: LanguageModel, part: "Part") -> int:
@@ -133,8 +162,6 @@ def longest(model: LanguageModel, part: "Part") -> int:
 
 def seconds_per_token(model: LanguageModel) -> float:
     """Of a batch, without what other batches share; the best of three."""
-    from anchors.model.routed import seconds
-
     ids = torch.randint(
         model.model.config.get_text_config().vocab_size, (PROMPTS, TOKENS), device=model.device
     )
@@ -164,7 +191,7 @@ def multiplied(model: LanguageModel) -> int | None:
     return sum(p.numel() for p in named.values() if id(p) not in tables)
 
 
-def held_bytes(model: LanguageModel) -> int:
+def held_bytes(model: Routed) -> int:
     """Bytes of weights and buffers."""
     every = [*model.model.parameters(), *model.model.buffers()]
     return sum(t.numel() * t.element_size() for t in every)

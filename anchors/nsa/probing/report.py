@@ -1,7 +1,7 @@
 """A probe's rows, tables, figure and page, written with their provenance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from anchors.nsa.probing.interventions import conditions
 from anchors.nsa.probing.probe import KIND, EpisodeProbe, geometry_of, measure, stretch, vocabulary_of
 from anchors.nsa.probing.taps import Places
 from anchors.nsa.training.episodes import Episodes
-from anchors.study.engine import Progress, Unit
-from anchors.study.plan import Outlook, foretold
+from anchors.study.engine import Cost, Progress, Unit
+from anchors.study.plan import Outlook, by_tokens, foretold, held_bytes
 from anchors.study.report import Found, Inquiry, Report, conclude
 from anchors.tasks.prompts import Prompt
 
@@ -111,17 +111,18 @@ class Probing(Inquiry):
 
     def outlook(self, out: Path) -> list[Outlook]:
         """See `anchors.study.plan.foretold`."""
-        own = stretch(self.model, self.probe, [])
-
-        def tokens(units: Sequence[Unit]) -> int:
-            return sum(len(self.probe.prompt(number).ids) for _, number in units)
-
         first, passes = self.probe.prompt(0), 3.0  # forward and backward
         if self.probe.interventions:
             places, geometry = Places.of(first, np.random.default_rng(0)), geometry_of(self.model)
             layers = frozenset(range(self.model.n_layers))
             passes += 1 + len(conditions(layers, places, len(first.ids), geometry))
-        return foretold([own], out, self.model, tokens, passes)
+
+        def cost(units: Sequence[Unit]) -> Cost:
+            tokens = sum(len(self.probe.prompt(number).ids) for _, number in units)
+            return by_tokens(self.model, tokens, passes)
+
+        own = stretch(self.model, self.probe, [])
+        return foretold([replace(own, cost=cost, memory=lambda: held_bytes(self.model))], out)
 
     def pages(
         self, found: Found, facts: dict[str, Any], *, layers: Sequence[int] | None = None, pages: int = 0
