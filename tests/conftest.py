@@ -1,4 +1,4 @@
-"""How all tests are run. What they share stands in `fixtures.py`, which a process without tests never imports."""
+"""How all tests are run. What they share stands in `common.py`, which a process without tests never imports."""
 
 import os
 
@@ -12,7 +12,7 @@ os.environ["COLUMNS"] = "200"  # what is printed is read whole, whatever termina
 def pytest_configure(config: pytest.Config) -> None:
     """The process that hands tests to others has no use for torch, which takes it longer to import than all it does."""
     if config.getoption("dist", "no") == "no" or config.option.collectonly:
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("common")
 
 
 LONGEST = ("test_injection_experiment.py", "test_interpreted.py", "test_nsa_train.py")

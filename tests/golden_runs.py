@@ -20,8 +20,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
     """By kind: a function that measures, and gives what the runs depend on and their rows."""
     import transformers.utils.logging
+    from common import tokenizer as trained
     from families import make
-    from fixtures import tokenizer as trained
     from injection_suites import build
     from nsa_probing import EPISODES, save
 

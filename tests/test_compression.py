@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from common import apart, plainly
 from families import DENSE, make
-from fixtures import apart, plainly
 
 from anchors.analyses.classification import Classification
 from anchors.analyses.compression import Compression, Speed

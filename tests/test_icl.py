@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import apart, plainly
 from families import make
-from fixtures import apart, plainly
 
 from anchors.analyses.classification import CONTENT_FREE, Classification
 from anchors.context import answer, encode, queries, shared_demonstrations

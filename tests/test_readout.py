@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common import plainly
 from families import DENSE
-from fixtures import plainly
 from sklearn.metrics import roc_auc_score
 
 from anchors.analyses.readout import Readout

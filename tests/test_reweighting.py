@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import apart
 from families import make
-from fixtures import apart
 
 from anchors import reweighting
 from anchors.analyses.classification import Classification

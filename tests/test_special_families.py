@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from common import apart
 from families import GROUPED, WIDE, randomised
-from fixtures import apart
 from test_lengths import BLOCKS, LATENT, SMALL
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -9,6 +9,7 @@ import checking
 checking.install()
 
 import hypothesis
+import matplotlib
 import pytest
 import torch
 from families import CONFIGS, make
@@ -28,6 +29,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 Masks = dict[int, Sequence[tuple[int, int]] | torch.Tensor]
 """By layer: pairs (query, key) that are masked out beside the model's own mask, or all that is seen, as booleans."""
 
+matplotlib.rcParams["pdf.fonttype"] = (
+    3  # a font's subset as TrueType takes a second; test_looks.py has it done once
+)
 torch.set_num_threads(1)
 # How quickly examples come says something of the machine only.
 hypothesis.settings.register_profile(
