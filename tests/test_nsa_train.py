@@ -48,9 +48,17 @@ def trained(out: Path, recipe: Training = RECIPE, **more: object):
 
 
 def apart(target: Callable, said: Path, *given: object) -> BaseProcess:
-    """A process of its own, forked from one that has imported this file, which takes longer than all that is done here."""
+    """A process of its own, forked from one that has imported what takes longer than all that is done here."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["test_nsa_train", "accelerate"])
+    forks.set_forkserver_preload(
+        [
+            "accelerate",
+            "transformers.models.llama.modeling_llama",
+            "anchors.nsa.training.train",
+            "pandas",
+            "pytest",
+        ]
+    )
     process = forks.Process(target=target, args=(said, *given))
     process.start()
     return process
