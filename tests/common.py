@@ -9,7 +9,6 @@ import checking
 checking.install()
 
 import hypothesis
-import matplotlib
 import pytest
 import torch
 from families import CONFIGS, make
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from anchors.attention.seam import own_attention
+from anchors.figures import style
 from anchors.model.language import LanguageModel, load
 from anchors.study.runner import Cell
 from anchors.tasks.data import read
@@ -29,9 +29,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 Masks = dict[int, Sequence[tuple[int, int]] | torch.Tensor]
 """By layer: pairs (query, key) that are masked out beside the model's own mask, or all that is seen, as booleans."""
 
-matplotlib.rcParams["pdf.fonttype"] = (
-    3  # a font's subset as TrueType takes a second; test_looks.py has it done once
-)
+# A font's subset as TrueType takes a second; test_looks.py has it done once.
+style.mpl.rcParams["pdf.fonttype"] = 3
 torch.set_num_threads(1)
 # How quickly examples come says something of the machine only.
 hypothesis.settings.register_profile(
