@@ -57,10 +57,13 @@ class Shelf:
     def figure(self, name: str, drawn: "Figure | None") -> None:
         """A figure as PNG and PDF; None is no figure."""
         if drawn is not None:
-            from anchors.figures.style import write_figure
+            from anchors.figures.style import settle, write_figure
 
+            box = settle(drawn)
             for suffix in (".png", ".pdf"):
-                self._writers[name + suffix] = lambda path, facts: write_figure(drawn, path, described(facts))
+                self._writers[name + suffix] = lambda path, facts: write_figure(
+                    drawn, path, described(facts), box=box
+                )
 
     def page(self, name: str, html: str) -> None:
         """A page."""
