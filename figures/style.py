@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -154,13 +154,16 @@ def write_figure(figure: Figure, path: Path, about: str = "", *, box: Bbox | Non
         box: from `settle`, for several files of one figure.
     """
     key = {".png": "Description", ".pdf": "Subject"}[path.suffix]
-    how = {"metadata": {key: about or None}, "bbox_inches": box or settle(figure)}
+    facts, cut = {key: about or None}, box or settle(figure)
     with _boxes_for_glyphs():
-        write_atomic(path, lambda draft: figure.savefig(draft, format=draft.suffix[1:], **how))
+        write_atomic(
+            path,
+            lambda draft: figure.savefig(draft, format=draft.suffix[1:], metadata=facts, bbox_inches=cut),
+        )
 
 
 @contextmanager
-def _boxes_for_glyphs() -> Iterator[None]:
+def _boxes_for_glyphs() -> Generator[None]:
     """A character that no font has is drawn as a box; `scripts` has said so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)

@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import apart
+from common import apart
 from families import DENSE, make
 from gpu import needs_cuda
 

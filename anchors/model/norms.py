@@ -11,7 +11,7 @@ where anything else reads it, in float32. The literal twin is the forward of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, cast, no_type_check
 
 import torch
 import triton
@@ -136,11 +136,12 @@ class OneKernel:
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         module, device = self.module, x.device.type
-        if args or options or x.dtype != torch.float32 or not x.is_cuda or module.weight.requires_grad:
+        weight = cast(Tensor, module.weight)
+        if args or options or x.dtype != torch.float32 or not x.is_cuda or weight.requires_grad:
             return self.own(x, *args, **options)
         wide = self.rounds and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if wide else torch.float32
-        return norm(x, module.weight, getattr(module, "bias", None), self.form, dtype)
+        return norm(x, weight, getattr(module, "bias", None), self.form, dtype)
 
 
 def one_kernel_norms(model: nn.Module) -> list[Alteration]:
@@ -172,7 +173,7 @@ def _eps(module: nn.Module) -> float | None:
 @torch.no_grad()
 def _form(module: nn.Module, eps: float) -> Form | None:
     """Which formula the module follows, on random numbers with a large mean; None of none."""
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight, bias = cast(Tensor, module.weight), getattr(module, "bias", None)
     seeded = torch.Generator(weight.device).manual_seed(0)
     x = 3 + torch.randn(4, len(weight), generator=seeded, device=weight.device)
     try:

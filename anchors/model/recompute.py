@@ -39,7 +39,7 @@ class _Twice(torch.autograd.Function):
         wanted = [
             (y, dy) for y, dy in zip(outputs, slopes, strict=True) if dy is not None and y.requires_grad
         ]
-        torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
+        torch.autograd.backward([y for y, _ in wanted], [dy for _, dy in wanted])
         return None, *(x.grad for x in held)
 
 
