@@ -16,6 +16,7 @@ from anchors.flow.saliency import Flow, flow, literal_flow
 from anchors.model.language import LanguageModel, load
 from anchors.model.memory import kept
 from anchors.model.recompute import blocks_of, recomputing
+from anchors.model.replay import State
 from anchors.tasks.prompts import Prompt
 
 TILED = {"gemma2_softcap_window", "gpt_oss_sinks"}
@@ -81,6 +82,44 @@ def test_a_long_prompt_is_computed_twice_by_itself(gpt2, prompts, monkeypatch) -
     # The first block is differentiated as it is: below it nothing needs a gradient.
     assert len(alive) == 2 * gpt2.n_layers - 1
     assert max(alive[gpt2.n_layers :]) <= 2
+
+
+def test_any_change_of_a_model_is_noticed(tokenizer) -> None:
+    """A record is of the model as it was: weights moved, hooks, attributes and submodules make another of it."""
+    model = make("gpt2", len(tokenizer))
+    block = model.transformer.h[0]
+    weight = block.mlp.c_fc.weight
+    old = weight.data
+    changes = {
+        "weights elsewhere": (
+            lambda: setattr(weight, "data", old.clone()),
+            lambda: setattr(weight, "data", old),
+        ),
+        "an attribute": (
+            lambda: setattr(block.attn, "layer_idx", 7),
+            lambda: setattr(block.attn, "layer_idx", 0),
+        ),
+        "a forward": (
+            lambda: setattr(block, "forward", block.mlp.forward),
+            lambda: delattr(block, "forward"),
+        ),
+        "a mode": (model.train, model.eval),
+    }
+    state = State(model)
+    assert state.same()
+    assert not state.one_device  # it lies on the CPU
+    for name, (change, back) in changes.items():
+        change()
+        assert not state.same(), name
+        back()
+        assert state.same(), name
+    handle = block.register_forward_hook(lambda *_: None)
+    assert not state.same()
+    handle.remove()
+    weight.data.mul_(2)  # in place: the same memory is read
+    assert state.same()
+    block.mlp.c_fc.weight = torch.nn.Parameter(old.clone())
+    assert not state.same()
 
 
 def on_cuda(family: str, tokenizer, precision: str) -> LanguageModel:

@@ -275,7 +275,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     whole = tuple(maps)
     step = partial(_step, model, whole)
     if batch.ids.numel() <= TOKENS and triton_runs(model.device):
-        found = replayed(model.model, ("flow", whole), step, inputs)
+        found = replayed(model.model, ("flow", model.precision, whole), step, inputs)
     else:
         with recomputed(model, *batch.ids.shape):
             found = step(*inputs)

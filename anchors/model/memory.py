@@ -14,7 +14,7 @@ from anchors.attention.seam import seam
 from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError
 from anchors.model.recompute import blocks_of, recomputing
-from anchors.model.replay import TOKENS
+from anchors.model.replay import TOKENS, replays_of
 from anchors.model.witness import TOLERANCE
 
 if TYPE_CHECKING:
@@ -131,6 +131,9 @@ def recomputed(model: "LanguageModel", batch: int, tokens: int) -> Generator[Non
         own = kept(model)
         allowed, keep = float(CPU_BYTES), True
         if gpu:
+            if (records := replays_of(model.model)).recorded:
+                records.forget()
+                torch.cuda.empty_cache()
             free, whole = torch.cuda.mem_get_info(model.device)
             free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
             allowed = min(SHARE * whole, 0.8 * free)

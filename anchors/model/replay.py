@@ -61,7 +61,7 @@ class Replays:
         self._runs: dict[Hashable, int] = {}
         self._widths: dict[Hashable, dict[int, int | None]] = {}
         self.refused: dict[Hashable, str] = {}
-        self._state: _State | None = None
+        self._state: State | None = None
         self._pool: Any = None
 
     def __call__(
@@ -75,7 +75,9 @@ class Replays:
             step: waits for the GPU nowhere; returns tensors without a gradient.
             inputs: on the GPU.
         """
-        self._forget_changed(model)
+        state = self._state_of(model)
+        if not state.one_device:  # what another device does is in no record
+            return step(*inputs)
         key = (key, *((x.shape, x.dtype, x.device) for x in inputs))
         with widths(self._widths.setdefault(key, {})):
             return self._run(key, step, inputs)
@@ -121,14 +123,19 @@ class Replays:
         for told in (self._records, self._runs, self._widths, self.refused):
             told.clear()
 
-    def _forget_changed(self, model: nn.Module) -> None:
+    def _state_of(self, model: nn.Module) -> "State":
         if self._state is None or not self._state.same():
             self.forget()
-            self._state = _State(model)
+            self._state = State(model)
+        return self._state
 
 
-class _State:
-    """What the modules of a model hold, to be told from what they hold later."""
+class State:
+    """What the modules of a model hold, to be told from what they hold later.
+
+    Attributes:
+        one_device: whether all weights lie on one GPU.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         own = [vars(module) for module in model.modules()]
@@ -138,6 +145,9 @@ class _State:
         self.copies = [*map(dict, self.filled)]
         self.weights = [*model.parameters(), *model.buffers()]
         self.places = self._places()
+        self.one_device = {weight.device.type for weight in self.weights} == {"cuda"} and (
+            len({weight.device for weight in self.weights}) == 1
+        )
 
     def _places(self) -> list[int]:
         return [*map(Tensor.data_ptr, self.weights)]
@@ -162,5 +172,5 @@ def replayed(model: nn.Module, key: Hashable, step: Step, inputs: Sequence[Tenso
 
 
 def replays_of(model: nn.Module) -> Replays:
-    """The records of a model, to be looked at."""
+    """The records of a model, to be looked at, or thrown away where their memory is needed."""
     return _REPLAYS.setdefault(model, Replays())
