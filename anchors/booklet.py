@@ -1,5 +1,5 @@
-"""All that was measured under a folder as one page (HTML) and one text (Markdown): from rows alone, without a model and without
-torch."""
+"""All that was measured under a folder as one page (HTML) and one text (Markdown): from rows and tables alone, without a
+model and without torch."""
 
 import base64
 import html
@@ -15,11 +15,10 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from anchors.collection import Results, amount, tasks_of
+from anchors.collection import Results, amount
 from anchors.errors import AnchorsError
-from anchors.figures import draw
 from anchors.figures.style import write_figure
-from anchors.places import require_file
+from anchors.places import require_file, told_apart
 from anchors.study.registry import STUDIES
 from anchors.study.results import write_atomic
 
@@ -51,11 +50,14 @@ class Section:
 
     @property
     def title(self) -> str:
+        """What it is, and of which tasks."""
         own = self.results
-        return f"{own.name}: {own.title}" if own.title != own.name else own.name
+        name = f"{own.name} on {', '.join(own.tasks)}" if own.tasks else own.name
+        return f"{name}: {own.title}" if own.title != own.name else name
 
     @property
     def model(self) -> str:
+        """Its name, whole."""
         return self.results.facts["model"]
 
     def where(self, folder: Path) -> str:
@@ -65,7 +67,7 @@ class Section:
     def counted(self, name: str) -> str:
         """How many rows of a table are shown."""
         _, rows, total = self.tables[name]
-        some = f"the first {len(rows)} of {total} rows; all of them are in {self.results.stem}_{name}.parquet"
+        some = f"the first {len(rows)} of {total} rows; all of them are in {self.results.file_of(name)}"
         return f"{total} row{'s' * (total != 1)}" if len(rows) == total else some
 
     def about(self) -> list[tuple[str, str]]:
@@ -73,7 +75,7 @@ class Section:
         facts = self.results.facts
         known = [
             ("model", self.model), ("revision", facts.get("revision")), ("fingerprint", facts.get("fingerprint")),
-            ("precision", facts.get("precision")), ("tasks", ", ".join(tasks_of(self.results.rows))),
+            ("precision", facts.get("precision")), ("tasks", ", ".join(self.results.tasks)),
             ("examples × seeds", amount(facts)), ("asked", _asked(facts)), ("device", facts.get("device")),
             ("arithmetic error", facts.get("arithmetic_error")), ("written", facts.get("written")),
             ("platform", facts.get("platform")),
@@ -89,18 +91,16 @@ def section(results: Results) -> Section:
     Raises:
         AnchorsError: its rows cannot be read, or do not hold what is shown.
     """
-    tables = results.made
+    tables, drawn = results.made, results.pictures()
     with results.drawable():
-        drawn = draw(results.figure, tables, results.facts["model"])
         sentences = results.sentences()
-    named = drawn if isinstance(drawn, dict) else {"": drawn}
     pictures: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key, figure in named.items():
-            if figure is not None:
-                path = Path(folder) / f"{results.stem}_{key}".rstrip("_")
-                write_figure(figure, path := path.with_name(path.name + ".png"))
-                pictures[path.name] = path.read_bytes()
+        for name, figure in drawn.items():
+            if not isinstance(figure, bytes):
+                write_figure(figure, path := Path(folder) / name)
+                figure = path.read_bytes()
+            pictures[name] = figure
     legend = STUDIES[results.kind].legend(tables) if results.kind in STUDIES else []
     shown = {name: (*as_text(table.head(MOST)), len(table)) for name, table in tables.items()}
     return Section(results, sentences, legend, shown, pictures)
@@ -154,7 +154,7 @@ def write_booklet(folder: Path, found: Sequence[Results], to: Path) -> tuple[lis
 
     Args:
         folder: whose results these are.
-        found: see `anchors.collection.gather`.
+        found: see `anchors.leavings.everything`.
         to: the folder of both files.
 
     Returns:
@@ -212,7 +212,7 @@ def as_html(folder: Path, sections: Sequence[Section], left: Sequence[str] = ())
     page.filters["data_url"] = _data_url
     return page.from_string(files("anchors.viewer").joinpath("report.html").read_text(encoding="utf-8")).render(
         mark=MARK, title=f"What was measured in {folder.resolve().name}", folder=folder, sections=sections, left=left,
-        models=_models(sections), commands=_commands(sections),
+        models=_models(sections), commands=_commands(sections), titles=told_apart(_models(sections)),
     )  # fmt: skip
 
 
@@ -231,8 +231,9 @@ def as_markdown(folder: Path, sections: Sequence[Section], left: Sequence[str], 
         "",
     ]
     out += [*_fenced("\n".join(_commands(sections))), ""]
+    titles = told_apart(_models(sections))
     for s in sections:
-        out += [f"## {_plain(s.title)}", "", f"{_plain(s.model)}, in {_plain(s.where(folder))}", ""]
+        out += [f"## {_plain(s.title)}", "", f"{_plain(titles[s.model])}, in {_plain(s.where(folder))}", ""]
         out += [f"> {_plain(told)}\n" for told in s.sentences]
         for name, png in s.figures.items():
             file = s.results.folder / name

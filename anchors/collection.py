@@ -1,21 +1,24 @@
 """What was measured under a folder: found by the names of files, read from rows, without a model and without torch."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from anchors.errors import AnchorsError, brief
 from anchors.experiments import CATALOGUE
 from anchors.study.registry import STUDIES
-from anchors.study.report import near, tabulated
-from anchors.study.results import read_facts, read_rows, read_table
+from anchors.study.report import near, spoken, tabulated
+from anchors.study.results import read_facts, read_rows, read_table, values_in
 from anchors.study.shelf import contained
 from anchors.summaries import Rows, Tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUMERIC = ("seed", "number", "layer", "value")
 OTHERS = ("group", "head", "place", "mask", "strength", "correct")
@@ -61,6 +64,15 @@ class Results:
         return read_facts(self.files[self.kind])
 
     @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks, or scenarios, of the first of its rows, of which no other column is read; none where they are of neither.
+
+        Raises:
+            AnchorsError: they cannot be read.
+        """
+        return values_in(self.files[self.kind], ("task", "scenario"))
+
+    @cached_property
     def rows(self) -> Rows:
         """Its rows by kind.
 
@@ -91,22 +103,30 @@ class Results:
         with self.drawable():
             return tabulated(self.rows, self.facts, self.tables)
 
+    def pictures(self) -> "dict[str, Figure | bytes]":
+        """By the name of the file that each has beside the rows."""
+        from anchors.figures import draw
+
+        with self.drawable():
+            drawn = draw(self.figure, self.made, self.facts["model"])
+        named = drawn if isinstance(drawn, dict) else {"": drawn}
+        return {
+            f"{self.stem}_{key}".rstrip("_") + ".png": own for key, own in named.items() if own is not None
+        }
+
+    def file_of(self, table: str) -> str:
+        """The name of the file in which all of a table stands."""
+        return f"{self.stem}_{table}.parquet"
+
     def drawable(self) -> "_Drawable":
         """While tables and pictures are made of its rows: what is lacking in them becomes an error that names it."""
         return _Drawable(self)
 
     def sentences(self) -> list[str]:
         """What its tables say, by kind of rows."""
-        if self.tables is None:
-            line = STUDIES[self.kind]
-            return line.say(self.made | near(self.folder, self.kind, self.facts))
-        lines = {kind: STUDIES[kind] for kind in self.rows if kind in STUDIES}
-        return [
-            told
-            for kind, line in lines.items()
-            if line.sentences
-            for told in line.say(line.tabulate(self.rows[kind]))
-        ]
+        alone = self.tables is None
+        beside = near(self.folder, self.kind, self.facts) if alone else {}
+        return spoken(self.rows, self.made | beside, whole=alone)
 
 
 class _Drawable:
@@ -117,12 +137,12 @@ class _Drawable:
         self.results.rows  # noqa: B018 - read before: its own errors say more
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (LookupError, ValueError)):
+        if isinstance(error, (LookupError, ValueError)) and not isinstance(error, AnchorsError):
             own = self.results
             held = [set(t["metric"].astype(str)) for t in own.rows.values() if "metric" in t]
+            said = f", whose metrics are {brief(', '.join(sorted(set().union(*held))), 200)}" if held else ""
             raise AnchorsError(
-                f"{own.name} cannot be drawn from the rows in {str(own.folder)!r}, whose metrics are "
-                f"{brief(', '.join(sorted(set().union(*held))), 200)}: {brief(error)}.",
+                f"{own.name} cannot be drawn from the rows in {str(own.folder)!r}{said}: {brief(error)}.",
                 f"Run `{own.mend}` again.",
                 code="rows",
             ) from error
@@ -169,8 +189,14 @@ def lying_in(folder: Path) -> list[Results]:
     return found
 
 
-def gather(folders: Iterable[Path]) -> list[Results]:
+def gather(
+    folders: Iterable[Path], ways: Sequence[Callable[[Path], Iterable[Results]]] = (lying_in,)
+) -> list[Results]:
     """All that was measured under some folders, in the order of the folders; runs in progress and hidden folders are passed over.
+
+    Args:
+        folders: with all below them.
+        ways: how what lies in one folder is found.
 
     Raises:
         AnchorsError: one is no folder.
@@ -181,8 +207,8 @@ def gather(folders: Iterable[Path]) -> list[Results]:
             raise AnchorsError(
                 f"{str(folder)!r} is not a directory.", "Name a folder of results.", code="file-unreadable"
             )
-        found += [own for place in _walk(folder) for own in lying_in(place)]
-    return list({(own.folder.resolve(), own.name): own for own in found}.values())
+        found += [own for place in _walk(folder) for way in ways for own in way(place)]
+    return list({(own.folder.resolve(), own.name, own.stem): own for own in found}.values())
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -199,9 +225,3 @@ def amount(facts: Mapping[str, Any]) -> str:
         if isinstance(part, dict) and "examples" in part and isinstance(part.get("seeds"), list)
     ]
     return ", ".join(dict.fromkeys(told))
-
-
-def tasks_of(rows: Rows) -> list[str]:
-    """The tasks, or scenarios, of the first rows."""
-    first = next(iter(rows.values()))
-    return next((list(map(str, dict.fromkeys(first[c]))) for c in ("task", "scenario") if c in first), [])

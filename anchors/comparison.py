@@ -12,6 +12,7 @@ import pandas as pd
 from anchors.collection import Results
 from anchors.errors import AnchorsError
 from anchors.intervals import interval
+from anchors.places import told_apart
 from anchors.stats import GROUP, PROPORTIONS, SUMS, parts_by, resampling, shares, within_seeds
 from anchors.summaries.causal import ratio
 from anchors.summaries.readout import aucroc, scores_of
@@ -24,9 +25,11 @@ PROMPT = ["seed", "number", "example"]
 
 
 def labels_of(found: Sequence[Results]) -> list[str]:
-    """What tells the runs apart: the model, and what differs of precision, amount and folder where models are the same."""
+    """What tells the runs apart: the model, by its title, and what differs of precision and folder where models are the same."""
+    titles = told_apart(str(own.facts["model"]) for own in found)
     told = [
-        [str(own.facts["model"]), str(own.facts.get("precision") or ""), own.folder.name] for own in found
+        [titles[str(own.facts["model"])], str(own.facts.get("precision") or ""), own.folder.name]
+        for own in found
     ]
     labels = [parts[0] for parts in told]
     for column in (1, 2):
@@ -95,10 +98,11 @@ def _parts(own: Results, kind: str) -> dict[tuple, tuple[pd.DataFrame, Any]]:
     names = list(dict.fromkeys(rows["task"]))
     each = len(parts) // len(names) if len(names) and len(parts) % len(names) == 0 else 0
     for number, part in enumerate(parts):
-        # Parts come in the order of the tasks, one for each: their names are not kept with them.
-        if each == 1 and "data" in part:
+        if "data" in part and (each == 1 or "called" in part):
+            # Parts that do not say their task's name come in the order of the tasks, one for each.
+            (name,) = part.get("called") or (names[number],)
             same = {k: part.get(k) for k in ("task", "data", "shots", "control", "fresh")}
-            asked.setdefault((names[number], part["shots"], part["control"]), []).append(same)
+            asked.setdefault((name, part["shots"], part["control"]), []).append(same)
     found = {}
     for key, group in parts_by(rows[rows["number"] >= 0], GROUP):
         known = asked.get((key[0], int(key[1]), key[2]), [])

@@ -27,6 +27,12 @@ def titled(name: str, most: int = 40) -> str:
     return last if len(last) <= most else f"{last[:half]}…{last[-half:]}"
 
 
+def told_apart(names: Iterable[str], most: int = 40) -> dict[str, str]:
+    """By name of a model its title, see `titled`; the whole name where two models would have the same one."""
+    titles = {name: titled(name, most) for name in names}
+    return {name: title if [*titles.values()].count(title) == 1 else name for name, title in titles.items()}
+
+
 def require_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse files of a model's folder that are links to somewhere else.
 

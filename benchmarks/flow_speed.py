@@ -21,7 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from anchors.flow.metrics import Sums, flow_sums
 from anchors.flow.saliency import collate, flow, label_loss
@@ -107,7 +110,11 @@ def first(sums: Sums, count: int) -> Sums:
 
 
 def ours(model, precision: str) -> LanguageModel:
-    return prepare(model, tokenizer=None, name="random", precision=precision)
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    spelled = Tokenizer(BPE(vocab=letters, merges=[]))
+    spelled.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelled)
+    return prepare(model, tokenizer, "random", precision)
 
 
 def timed(function, device: str) -> tuple[float, object]:

@@ -119,9 +119,11 @@ def tasks_from(
 
 
 def print_data(tasks: "Sequence[Task]", sets: "Sequence[Data]") -> None:
-    """What was read, a line a task, on standard error."""
+    """What was read, a line a task, on standard error; and which labels look like slips."""
     for task, data in zip(tasks, sets, strict=True):
-        err.print(f"[dim]{escape(f'{task.name}: {data.facts(task).read()}')}[/]")
+        facts = data.facts(task)
+        err.print(f"[dim]{escape(f'{task.name}: {facts.read()}')}[/]")
+        print_notes([f"{task.name}: {said}" for said in [facts.hint()] if said])
 
 
 def load_libraries() -> None:
@@ -277,7 +279,10 @@ def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
         table.add_row(name, *map(str, cells), work, peak, "" if part.seconds is None else clock(part.seconds))
     known = [part.seconds for _, part in every if part.seconds is not None]
     time = f"about {clock(sum(known))} in all" if known or not every else "how long it takes nobody can tell"
-    table.below = f"{time}, without loading and certifying the model"
+    merged = any(part.analysis.startswith("inject") for _, part in every)
+    table.below = (
+        f"{time}, without loading and certifying the model{'s and without merging them' if merged else ''}"
+    )
     if len(plans) > 1:
         table.below += "; cells that experiments share count more than once"
     if most := max((part for _, part in every if part.peak), key=lambda part: part.memory, default=None):

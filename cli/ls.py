@@ -1,4 +1,4 @@
-"""`anchors ls`: the experiments, which of them have results, and all that lies there by model and size."""
+"""`anchors ls`: the experiments, which of them have results, and all that lies there by task, model and size."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,27 +9,35 @@ from rich.markup import escape
 from anchors.cli import common
 from anchors.cli.common import out
 from anchors.cli.tables import Grid
+from anchors.places import told_apart
 
 
 def ls(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
-    """List what was measured, by model and size, and the experiments of `anchors run`: what each shows, its grid, whether rows of it are there."""
+    """List what was measured, by task, model and size, and the experiments of `anchors run`: what each shows, its grid, whether rows of it are there."""
     with common.reporting():
-        from anchors.collection import amount, gather
+        from anchors.collection import amount
         from anchors.errors import AnchorsError
+        from anchors.leavings import everything
 
         there: list[dict[str, Any]] = []
-        for own in gather([folder]) if folder.is_dir() else []:
+        for own in everything([folder]) if folder.is_dir() else []:
             try:
-                facts = own.facts
+                facts, tasks = own.facts, own.tasks
             except AnchorsError as error:
                 common.print_notes([error.message])
                 continue
-            said = {"model": facts["model"], "precision": facts.get("precision"), "size": amount(facts)}
+            said = {"tasks": tasks, "precision": facts.get("precision"), "size": amount(facts)}
             there.append(
-                {"name": own.name, **said, "folder": str(own.folder), "written": facts.get("written")}
+                {
+                    "name": own.name,
+                    "model": facts["model"],
+                    **said,
+                    "folder": str(own.folder),
+                    "written": facts.get("written"),
+                }
             )
 
         found = lines(folder)
@@ -77,10 +85,11 @@ def _lying(there: list[dict[str, Any]], folder: Path) -> Grid:
         caption="put them side by side with `anchors compare DIR…`, on one page with `anchors report DIR`",
         keys=1,
     )
-    for name in ("measured", "model", "precision", "examples × seeds", "in"):
+    for name in ("measured", "tasks", "model", "precision", "examples × seeds", "in"):
         made.add_column(name, overflow="fold")
+    titles = told_apart(own["model"] for own in there)
     for own in there:
-        place = Path(own["folder"]).relative_to(folder)
-        cells = (own["name"], own["model"], own["precision"] or "", own["size"], str(place))
+        place, tasks = str(Path(own["folder"]).relative_to(folder)), ", ".join(own["tasks"])
+        cells = (own["name"], tasks, titles[own["model"]], own["precision"] or "", own["size"], place)
         made.add_row(*map(escape, cells))
     return made

@@ -307,17 +307,19 @@ def _leave(result: "Trained", o: dict[str, Any]) -> None:
 
 
 def _table(result: "Trained", name: str) -> Grid:
-    last = result.log["step"].max()
-    own = result.log[(result.log["step"] == last) & (result.log["split"] == "held_out")]
-    cells = own.pivot_table(index="bucket", columns="metric", values="value", sort=False)
-    metrics = [m for m in ("label_loss", "accuracy", "knowable", "text_loss") if m in cells]
+    from anchors.summaries.training import held_out
+
+    found = held_out(result.log)
     table = Grid(
-        f"{name}, {last} steps, held-out sequences",
+        f"{name}, {found['step'].max()} steps, held-out sequences",
         caption="by number of the demonstration; knowable: share of label words that what stands before tells",
     )
     table.add_column("demonstration")
+    metrics = [name for name in found if name not in ("step", "demonstration")]
     for metric in metrics:
         table.add_column(metric.replace("_", " "), justify="right")
-    for bucket, row in cells.iterrows():
-        table.add_row(str(bucket), *("" if row[m] != row[m] else f"{row[m]:.3f}" for m in metrics))
+    for row in found.to_dict("records"):
+        table.add_row(
+            str(row["demonstration"]), *("" if row[m] != row[m] else f"{row[m]:.3f}" for m in metrics)
+        )
     return table

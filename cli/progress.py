@@ -21,6 +21,7 @@ err = Console(stderr=True, highlight=False)
 
 GOES_ON = "the same command goes on from there"
 UNITS_KEPT = "{done} of {total} are kept; " + GOES_ON + "."
+ALL_KEPT = "all {total} are kept, tables and pictures may be of before; the same command writes them."
 
 
 @contextmanager
@@ -57,7 +58,8 @@ def progress_bar(name: str, kept: str = UNITS_KEPT) -> Generator[Callable[..., N
             yield told
         except KeyboardInterrupt as error:
             done, total = last
-            left = kept.format(done=done, total=total) if done else "nothing is finished yet."
+            said = ALL_KEPT if done == total and kept == UNITS_KEPT else kept
+            left = said.format(done=done, total=total) if done else "nothing is finished yet."
             raise Interrupted.of(error, left) from None
     if not err.is_terminal and pace.first is not None and last[0] > pace.first:
         err.print(escape(f"{name}: {last[0]} of {last[1]}"))

@@ -18,13 +18,13 @@ def report(
 ) -> None:
     """Write all that was measured under a folder into one HTML page and one Markdown text.
 
-    Models, tasks, what the tables say in sentences, figures, tables, provenance and the commands to repeat it: from rows alone,
-    without a model.
+    Models, tasks, what the tables say in sentences, figures, tables, provenance and the commands to repeat it: from rows and tables
+    alone, without a model.
     """
     with common.reporting():
         from anchors.booklet import write_booklet
-        from anchors.collection import gather
+        from anchors.leavings import everything
 
-        files, left = write_booklet(folder, gather([folder]), to or folder)
+        files, left = write_booklet(folder, everything([folder]), to or folder)
         common.print_notes(left)
         common.print_files(files)

@@ -247,6 +247,8 @@ def _show(experiment: "Experiment", result: "Report", *, compare: bool) -> None:
             rho = estimate(row["correlation"], row["low"], row["high"])
             said = f"{row['condition']}: rank correlation {rho}, permutation p = {row['p']:.3f}"
             out.print(said, markup=False)
+    for told in result.sentences:
+        out.print(told, markup=False)
     if compare and experiment.paper:
         out.print(_compared(experiment, experiment.compare(result.tables)))
     elif compare:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from anchors.study.analysis import Analysis
-    from anchors.study.prompted import Report
+    from anchors.study.prompted import Prompted
+    from anchors.study.report import Report
 
 
 class Verb(TyperCommand):
@@ -176,19 +177,21 @@ def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> 
     folder = setting.out or Path("results") / line.folder
     require_writable(folder)
     inquiry = setting.inquiry(line, studies)
+    from anchors.study.prompted import steps_ahead, until_narrow
+
+    width = getattr(setting, "until_width", None)  # only settings of prompts have this option
     if setting.dry_run:
         common.print_outlook({line.name: inquiry.outlook(folder)}, as_json=setting.as_json)
+        if width:
+            common.print_notes([steps_ahead(cast("Prompted", inquiry), width)])
         return
     from anchors.study.report import conclude
 
     look = {} if view is None else view.of(inquiry.model)
     with common.progress_bar(line.units) as progress:
         enough = []
-        if width := getattr(setting, "until_width", None):
-            from anchors.study.prompted import Prompted, until_narrow
-
-            assert isinstance(inquiry, Prompted)  # noqa: S101 - only settings of prompts have this option
-            inquiry, told = until_narrow(inquiry, width, folder, progress)
+        if width:
+            inquiry, told = until_narrow(cast("Prompted", inquiry), width, folder, progress)
             enough = [told]
         result = conclude(inquiry, out=folder, csv=setting.csv, progress=progress, said=enough, **look)
     common.print_notes(result.notes)

@@ -33,7 +33,7 @@ def raised() -> Iterator[tuple[str, int, str | None]]:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if (
                     isinstance(node, ast.Call)
-                    and (name := ast.unparse(node.func).rpartition(".")[2]) in CLASSES
+                    and (name := getattr(node.func, "attr", getattr(node.func, "id", ""))) in CLASSES
                 ):
                     given = [word.value for word in node.keywords if word.arg in ("code", None)]
                     code = getattr(given[0], "value", None) if given else getattr(errors, name).code or None

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def runs(out: Path) -> dict[str, Callable[[], tuple[list[dict], pd.DataFrame]]]:
     """By kind: a function that measures, and gives what the runs depend on and their rows."""
     import transformers.utils.logging
-    from conftest import tokenizer as trained
+    from common import tokenizer as trained
     from families import make
     from injection_suites import build
     from nsa_probing import EPISODES, save

@@ -16,8 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from anchors.cli import app
+from anchors.errors import AnchorsError
+from anchors.study import shelf
 from anchors.study.registry import BUILT_IN
-from anchors.study.results import Run
+from anchors.study.results import Run, require_writable
 
 runner = CliRunner()
 ANCHORS = [sys.executable, "-c", "from anchors.cli import main; main()"]
@@ -93,6 +95,7 @@ def test_flow_leaves_rows_figure_and_page(tiny, tmp_path):
     assert len(pd.read_csv(out / "flow.csv")) == len(rows)
     facts = json.loads((out / "flow.json").read_text())
     assert [part["task"]["labels"][0] for part in facts["parts"]] == ["Negative", "Abbreviation"]
+    assert [part["called"] for part in facts["parts"]] == [["sst2"], ["trec"]]
     for part in facts["parts"]:
         assert (part["kind"], part["shots"], part["control"]) == ("flow", 1, "none")
         assert (part["seeds"], part["examples"], part["data_source"]) == ([42], 4, "builtin")
@@ -178,6 +181,19 @@ def test_an_out_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path):
     assert result.exit_code == 2
     assert "is no folder" in " ".join(result.stderr.split())
     assert ".writable" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_is_named_itself():
+    with pytest.raises(AnchorsError, match="cannot be written") as refused:
+        require_writable(Path("/proc/x"))
+    assert refused.value.message == "The folder '/proc/x' cannot be written: No such file or directory."
+    assert refused.value.remedy == "Choose another --out."
+
+
+def test_the_probe_of_a_folder_leaves_nothing(tmp_path):
+    require_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_check_is_green(model_directory):
@@ -358,7 +374,13 @@ def test_what_was_asked_to_end_says_what_is_kept_and_goes_on(tiny, tmp_path, mon
     assert result.exit_code == 143
     said = " ".join(result.stderr.split())
     assert "interrupted: 2 of 6 are kept; the same command goes on from there." in said
-    assert invoke(*command).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "write_table", lambda *_: signal.raise_signal(signal.SIGTERM))
+        result = invoke(*command)
+    assert result.exit_code == 143
+    assert "interrupted: all 6 are kept, tables and pictures may be of before" in " ".join(
+        result.stderr.split()
+    )
     assert "nothing left" not in caplog.text
     assert invoke(*command).exit_code == 0
     assert "classify: nothing left to compute, all 6 are kept" in caplog.text

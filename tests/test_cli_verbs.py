@@ -430,6 +430,11 @@ def test_until_width_ends_with_the_test_set(tiny, tmp_path):
         texts = [{"text": f"{part} word{i} again", "label": i % 2} for i in range(12)]
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
     own = ["--data", tmp_path, "-o", tmp_path / "out", "-n", 3]
+    plan = invoke("classify", *tiny, *own, "--until-width", 0.001, "--dry-run", "--json")
+    assert json.loads(plan.stdout)["classify"][0]["prompts"] == 3
+    said = " ".join(plan.stderr.split())
+    assert "--until-width 0.001 begins with 3 examples per seed" in said
+    assert "no interval of accuracy is wider, with 12, the whole test set, at the latest: 4 times" in said
     result = invoke("classify", *tiny, *own, "--until-width", 0.001)
     assert result.exit_code == 0, result.output
     assert "--until-width 0.001 is not reached" in " ".join(result.stderr.split())

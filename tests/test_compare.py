@@ -68,11 +68,32 @@ def test_both_lie_there_by_model_and_size(two):
     assert other.folder.name == run_name(other.facts)
     ran = CliRunner().invoke(app, ["ls", "-o", str(out)], env={"COLUMNS": "120"})
     lines = [line.split() for line in ran.stdout.splitlines() if line.strip().startswith("classify")]
-    assert [line[:6] for line in lines] == [
-        ["classify", "m1", "float32", "40", "×", "1"], ["classify", "m2", "float32", "30", "×", "1"],
+    assert [line[:7] for line in lines] == [
+        ["classify", "a", "m1", "float32", "40", "×", "1"], ["classify", "a", "m2", "float32", "30", "×", "1"],
     ]  # fmt: skip
     listed = json.loads(CliRunner().invoke(app, ["ls", "-o", str(out), "--json"]).stdout)["results"]
-    assert [(own["model"], own["size"]) for own in listed] == [("m1", "40 × 1"), ("m2", "30 × 1")]
+    assert [(own["model"], own["tasks"], own["size"]) for own in listed] == [
+        ("m1", ["a"], "40 × 1"), ("m2", ["a"], "30 × 1"),
+    ]  # fmt: skip
+
+
+def test_a_path_is_no_name(tmp_path):
+    """One model's title is its file's; two of the same title keep their paths."""
+    paths = "/data/tiny-Q8_0.gguf", "/data/other/small.gguf"
+    own = answered(dict.fromkeys(range(4), 1))
+    for path in paths:
+        lay(tmp_path / "classify", "classify", own, path, examples=4)
+    found = gather([tmp_path])
+    assert labels_of(found) == ["tiny-Q8_0", "small"]
+    ran = CliRunner().invoke(app, ["ls", "-o", str(tmp_path)], env={"COLUMNS": "120"})
+    assert "tiny-Q8_0" in ran.stdout
+    assert "/data" not in ran.stdout
+    lay(tmp_path / "classify", "classify", own, "/elsewhere/small.gguf", examples=4)
+    assert sorted(labels_of(gather([tmp_path]))) == [
+        "/data/other/small.gguf",
+        "/elsewhere/small.gguf",
+        "tiny-Q8_0",
+    ]
 
 
 def test_differences_are_paired_on_what_both_have(two):

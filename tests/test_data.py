@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from anchors.errors import AnchorsError
-from anchors.tasks.data import read
+from anchors.tasks.data import alike, read
 from anchors.tasks.task import TASKS, task
 
 SST2 = TASKS["sst2"]
@@ -250,6 +250,26 @@ def test_what_was_read_is_counted(tmp_path):
     builtin = read(SST2).facts(SST2)
     assert builtin.caution() is None
     assert [name for name, _ in builtin.files] == ["sst2.train.jsonl", "sst2.test.jsonl"]
+
+
+def test_labels_that_look_like_slips_are_told(tmp_path):
+    own = task("own", template="{text}\nMood:{label}", labels=["Good", "good", "Bad"])
+    path = tmp_path / "own.jsonl"
+    pairs = [(f"{label} {n}", label) for n in range(8) for label in ("Good", "good", "Bad", " Bad")]
+    path.write_text("\n".join(json.dumps({"text": t, "label": label}) for t, label in pairs))
+    assert read(own, str(path)).facts(own).hint() == (
+        "the labels ' Bad' and 'Bad' differ only in white space: they are one class; "
+        "the labels 'Good' and 'good' differ only in case: they are 2 classes."
+    )
+    assert sum(read(own, str(path)).facts(own).train.values()) > 8
+    # Padding that all labels share is a habit, and numbers say nothing of the words.
+    assert alike([" Bad", " Good"], ["Bad", "Good"]) == ()
+    assert alike(["0", "1"], ["Bad", "bad"]) == (("Bad", "bad"),)
+    assert read(SST2).facts(SST2).hint() is None
+    written(tmp_path / "slip.csv", [("a", "positive"), ("b", "Negative")])
+    with pytest.raises(AnchorsError, match="not one of") as refused:
+        read(SST2, str(tmp_path / "slip.csv"))
+    assert refused.value.remedy.startswith("It differs from 'Positive' only in case")
 
 
 def test_unknown_task():

@@ -14,12 +14,17 @@ from anchors.kinds import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = runpy.run_path(str(DOCS / "error_page.py"))
-RAISED = list(PAGE["raised"]())
+Raised = list[tuple[str, int, str | None]]
 
 
-def test_every_raise_names_a_kind_that_there_is() -> None:
-    assert len(RAISED) > 450
-    assert [(module, line) for module, line, code in RAISED if code not in KINDS] == []
+@pytest.fixture(scope="module")
+def raised() -> Raised:
+    return list(PAGE["raised"]())
+
+
+def test_every_raise_names_a_kind_that_there_is(raised: Raised) -> None:
+    assert len(raised) > 450
+    assert [(module, line) for module, line, code in raised if code not in KINDS] == []
 
 
 @pytest.mark.parametrize(
@@ -42,8 +47,8 @@ def test_a_raise_without_a_kind_is_found(
     assert list(PAGE["raised"]()) == [("anchors.cli.new", 2, code)]
 
 
-def test_every_kind_is_raised_and_says_what_to_do() -> None:
-    assert set(KINDS) == {code for _, _, code in RAISED}
+def test_every_kind_is_raised_and_says_what_to_do(raised: Raised) -> None:
+    assert set(KINDS) == {code for _, _, code in raised}
     for code, kind in KINDS.items():
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
         assert kind.code == code
@@ -51,11 +56,11 @@ def test_every_kind_is_raised_and_says_what_to_do() -> None:
             assert re.fullmatch(r"[A-Z].{10,}\.", text), (code, text)
 
 
-def test_the_page_is_the_one_that_is_written() -> None:
+def test_the_page_is_the_one_that_is_written(raised: Raised) -> None:
     text = (DOCS / "errors.md").read_text(encoding="utf-8")
     assert text == PAGE["page"](), "uv run python docs/error_page.py"
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == list(KINDS)
-    for module, _, code in RAISED:
+    for module, _, code in raised:
         assert f"`{module}`" in text.split(f"\n## {code}\n")[1].split("\n## ")[0]
 
 

@@ -1,6 +1,7 @@
 """Converted GGUF files in the cache: never half a one, never two writers, and whatever hinders is said before computing."""
 
 import shutil
+import signal
 import threading
 
 import gguf_files as made
@@ -9,6 +10,7 @@ from filelock import FileLock
 
 from anchors.errors import AnchorsError
 from anchors.gguf import cache, converted, intact
+from anchors.pace import Interrupted
 
 WORDS = made.sentencepiece_keys(["the cat sat on the mat"] * 3)
 
@@ -101,6 +103,22 @@ def test_nothing_is_left_of_a_conversion_that_failed(broken, tmp_path):
     assert not [
         entry for entry in (tmp_path / "cache" / "gguf").iterdir() if not entry.name.startswith(".lock-")
     ]
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_begins_anew(path, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "gguf"
+
+    def ending(weights, target, **more):
+        target.write_bytes(b"half")
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "save_file", ending)
+        with pytest.raises(Interrupted, match="of the conversion nothing is kept") as ended:
+            converted(path)
+    assert ended.value.number == signal.SIGTERM
+    assert not [entry for entry in folder.iterdir() if not entry.name.startswith(".lock-")]
+    assert intact(converted(path))
 
 
 def test_leftovers_of_killed_conversions_go_and_those_of_running_ones_stay(path, tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ LAYERS = [
     "analyses nsa injection",
     "figures",
     "experiments formerly",
-    "collection",
+    "collection leavings",
     "booklet comparison",
     "cli",
 ]
@@ -67,7 +68,10 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {name: imported(path) for name, path in FILES.items()}
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {name: imported(path) for name, path in FILES.items()}
 
 
 def among(name: str, rooms: tuple[str, ...]) -> bool:
@@ -82,18 +86,20 @@ def test_every_room_is_read() -> None:
         "figures",
         "tasks",
     }
-    assert sum(map(len, IMPORTS.values())) > 500
+    assert sum(map(len, imports().values())) > 500
 
 
 def test_nobody_imports_the_command_line() -> None:
-    found = {(name, own) for name, every in IMPORTS.items() for own in every if among(own, ("anchors.cli",))}
+    found = {
+        (name, own) for name, every in imports().items() for own in every if among(own, ("anchors.cli",))
+    }
     assert {name for name, _ in found if not among(name, ("anchors.cli",))} == set()
 
 
 def test_nobody_below_knows_nsa_or_injection() -> None:
     below = [name for name in FILES if not among(name, ABOVE)]
     assert len(below) > 60
-    assert {(name, own) for name in below for own in IMPORTS[name] if among(own, UPPER)} == set()
+    assert {(name, own) for name in below for own in imports()[name] if among(own, UPPER)} == set()
 
 
 def layer(name: str) -> int:
@@ -109,23 +115,25 @@ def layer(name: str) -> int:
 
 
 def test_every_room_knows_only_those_below() -> None:
-    steps = {(name, own) for name, every in IMPORTS.items() for own in every if "anchors" not in (name, own)}
+    steps = {
+        (name, own) for name, every in imports().items() for own in every if "anchors" not in (name, own)
+    }
     assert {(name, own) for name, own in steps if layer(own) > layer(name)} == UPWARD
 
 
 def test_nsa_and_injection_do_not_know_each_other() -> None:
     for one, other in (UPPER, UPPER[::-1]):
         assert {
-            (n, own) for n in FILES if among(n, (one,)) for own in IMPORTS[n] if among(own, (other,))
+            (n, own) for n in FILES if among(n, (one,)) for own in imports()[n] if among(own, (other,))
         } == set()
 
 
 def test_errors_and_tasks_stand_at_the_bottom() -> None:
-    assert IMPORTS["anchors.errors"] == {"anchors.kinds"}
-    assert IMPORTS["anchors.kinds"] == set()
+    assert imports()["anchors.errors"] == {"anchors.kinds"}
+    assert imports()["anchors.kinds"] == set()
     for name in FILES:
         if among(name, ("anchors.tasks",)):
-            own = IMPORTS[name] - BOTTOM
+            own = imports()[name] - BOTTOM
             assert all(among(other, ("anchors.tasks",)) for other in own), (name, own)
 
 
@@ -135,7 +143,7 @@ def test_no_module_waits_for_itself() -> None:
     def reached(start: str) -> set[str]:
         seen, ahead = set(), [start]
         while ahead:
-            for other in IMPORTS.get(ahead.pop(), ()):
+            for other in imports().get(ahead.pop(), ()):
                 if other not in seen:
                     seen.add(other)
                     ahead.append(other)

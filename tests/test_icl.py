@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import apart, plainly
+from common import apart, plainly
 from families import make
 
 from anchors.analyses.classification import CONTENT_FREE, Classification

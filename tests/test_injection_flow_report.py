@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from injection_suites import build
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from anchors.cli import inject_flow as cli
@@ -42,6 +43,21 @@ def measured(suite, tmp_path_factory) -> tuple[MeasuredFlow, list]:
         [suite], WANTED, out=out, device="cpu", progress=lambda done, total: seen.append((done, total))
     )
     return found, out, seen
+
+
+def test_a_plan_counts_what_measuring_does(suite):
+    wanted = flow_report.replace(WANTED, strengths=(1.0,), prompts=2, examples=2)
+    (alone, expert) = flow_report.stretches([suite], wanted, [], device="cpu", precision="float32")
+    for own in (alone, expert):
+        (lot,) = own.lots(None)
+        state = lot.prepare()
+        cost = own.cost(own.units)
+        with FlopCounterMode(display=False) as counted:
+            for unit in own.units:
+                lot.measure(state, [unit])
+        assert cost.flop == pytest.approx(counted.get_total_flops(), rel=0.15)
+        assert cost.tokens > 0 < cost.seconds
+    assert expert.memory() > alone.memory() > 0
 
 
 def test_rows_are_tidy_and_kept(suite, measured, monkeypatch):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from injection_suites import build
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from anchors.cli.inject import app
@@ -42,6 +43,21 @@ def swept(
     out, ticks = tmp_path_factory.mktemp("out"), []
     found = sweep(suites, Sweep(GRID), out=out, device="cpu", progress=lambda *t: ticks.append(t))
     return found, out, ticks
+
+
+def test_a_plan_counts_what_measuring_does(suites: list[Suite]) -> None:
+    """All prompts are among the few that are run for it; merges by elements have no products."""
+    wanted = Sweep(Grid("small", ("task-arithmetic",), (0.5, 1.0)), ("instruction",), limit=2)
+    for part in (slice(None), slice(-2, None)):  # with references, and settings alone
+        (own,) = module.stretches(suites[:1], wanted, [], device="cpu", precision="float32")
+        (lot,), units = own.lots(None), own.units[part]
+        cost = own.cost(units)
+        with FlopCounterMode(display=False) as counted:
+            for unit in units:
+                lot.measure(None, [unit])
+        assert cost.flop == pytest.approx(counted.get_total_flops(), rel=0.05)
+        assert cost.seconds > 0
+        assert own.memory() > 3 * 4 * 32 * 48 * 9  # three models' MLPs
 
 
 def test_grid_repeats_no_setting_over_what_it_ignores() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import apart, plainly
+from common import apart, plainly
 from families import DENSE
 
 from anchors.analyses.classification import Classification

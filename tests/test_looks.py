@@ -3,8 +3,10 @@
 import logging
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import made_tables
+import matplotlib as mpl
 import numpy as np
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
@@ -14,6 +16,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
+from PIL import Image
 
 from anchors.figures import style
 
@@ -168,3 +171,26 @@ def test_other_scripts_are_drawn_with_a_font_of_the_machine_or_it_is_said(tmp_pa
         assert caplog.text == ""
         ink("漢한हि"), ink("한")
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["No font on this machine has ह ि 한"]
+
+
+def test_letters_of_a_pdf_stay_letters(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.text(0.2, 0.2, "flow")
+    with mpl.rc_context({"pdf.fonttype": 42}):
+        _, pdf = style.save(figure, tmp_path / "drawn")
+    assert b"CIDFontType2" in pdf.read_bytes()
+    # Elsewhere the tests take what is quicker, but it is what is set.
+    assert '"pdf.fonttype": 42' in Path(style.__file__).read_text()
+
+
+def test_a_figure_is_laid_out_once_and_as_matplotlib_does_it(tmp_path):
+    def made() -> Figure:
+        figure = Figure(figsize=(2, 1), layout="constrained")
+        figure.subplots().set(title="a title that is wider than the figure is", ylabel="y")
+        return figure
+
+    made().savefig(tmp_path / "own.png")
+    style.save(made(), tmp_path / "drawn")
+    own, drawn = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("own", "drawn"))
+    assert own.shape[1] > 500  # of the figure it would be 400
+    assert np.array_equal(own, drawn)

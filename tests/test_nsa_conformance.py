@@ -7,8 +7,13 @@ from test_nsa_reference import drawn
 from anchors.nsa import reference
 from anchors.nsa.geometry import Geometry
 
-naive = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed (development group)")
 ONE = Geometry(l=16, d=16, lp=16, n=5, w=24)
+
+
+@pytest.fixture(scope="module")
+def naive():
+    """Imported by who runs it: it takes seconds."""
+    return pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed (development group)")
 
 
 @pytest.fixture(
@@ -19,7 +24,7 @@ def inputs(request):
     return drawn(tokens=176, heads=heads, groups=groups, dim=8, dim_v=12, geometry=ONE, dtype=torch.float32)
 
 
-def test_compressed_attention(inputs):
+def test_compressed_attention(inputs, naive):
     q, kv, _ = inputs
     o, lse = reference.compressed_attention(q, kv.kc, kv.vc, l=16, d=16, scale=0.3)
     theirs, their_lse = naive.naive_nsa_compression(q, kv.kc, kv.vc, 16, 0.3)
@@ -27,7 +32,7 @@ def test_compressed_attention(inputs):
     torch.testing.assert_close(lse, their_lse)
 
 
-def test_chosen_blocks(inputs):
+def test_chosen_blocks(inputs, naive):
     q, kv, _ = inputs
     _, lse = reference.compressed_attention(q, kv.kc, kv.vc, l=16, d=16, scale=0.3)
     idx = reference.select_blocks(q, kv.kc, lse, geometry=ONE, tokens=176, scale=0.3)
@@ -37,7 +42,7 @@ def test_chosen_blocks(inputs):
     assert (idx[:, -1] >= 0).all()
 
 
-def test_selected_attention(inputs):
+def test_selected_attention(inputs, naive):
     q, kv, _ = inputs
     _, lse = reference.compressed_attention(q, kv.kc, kv.vc, l=16, d=16, scale=0.3)
     idx = reference.select_blocks(q, kv.kc, lse, geometry=ONE, tokens=176, scale=0.3)

@@ -1,5 +1,6 @@
 """A training that is broken off goes on as if nothing had happened, to the bit."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,35 @@ def small(**more: object) -> LlamaConfig:
 def trained(out: Path, recipe: Training = RECIPE, **more: object):
     options = {"watch": OFTEN, "factory": LlamaForCausalLM, "device": "cpu"} | more
     return train(small(), SMALL, recipe, out=out, **options)
+
+
+def apart(target: Callable, said: Path, *given: object) -> BaseProcess:
+    """A process of its own, forked from one that has imported what takes longer than all that is done here."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(
+        [
+            "accelerate",
+            "transformers.models.llama.modeling_llama",
+            "anchors.nsa.training.train",
+            "pandas",
+            "pytest",
+        ]
+    )
+    process = forks.Process(target=target, args=(said, *given))
+    process.start()
+    return process
+
+
+def quietly(said: Path) -> None:
+    """What this process says on standard error is in a file, and it is one thread."""
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -80,20 +112,17 @@ def test_broken_off_and_started_again_is_the_same_to_the_bit(tmp_path, stop):
     assert not list((tmp_path / "broken").glob(".*"))
 
 
+def killing(said: Path, out: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    quietly(said)
+    trained(out, progress=progress)
+
+
 def test_killed_at_any_moment(tmp_path):
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-torch.set_num_threads(1)
-from test_nsa_train import Path, trained
-def progress(done, total):
-    if done == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-trained(Path({str(tmp_path / "killed")!r}), progress=progress)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert ended(apart(killing, tmp_path / "said", tmp_path / "killed")) == -signal.SIGKILL
     trained(tmp_path / "killed")
     trained(tmp_path / "whole")
     same(tmp_path / "whole", tmp_path / "killed")
@@ -147,22 +176,27 @@ def step_of(folder: Path) -> int:
         return int(file.metadata()["step"])
 
 
+def commanded(said: Path, *arguments: str) -> None:
+    """The command line, heeding SIGINT, which a shell's background job would not."""
+    from anchors.cli import main
+
+    quietly(said)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["anchors", *arguments]
+    main()
+
+
 def test_signals_leave_a_checkpoint_of_the_step_they_come_in(tmp_path, caplog):
     """SIGINT to a process, SIGTERM to this one; the same command ends as if there had been none, and then has nothing to do."""
     broken, state = tmp_path / "broken", tmp_path / "broken/training/state.safetensors"
-    # Of a shell's background job SIGINT would be ignored, and stay so.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from anchors.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, "nsa", *TRAIN, str(broken)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    while not state.is_file() and process.poll() is None:
+    process = apart(commanded, tmp_path / "said", "nsa", *TRAIN, str(broken))
+    while not state.is_file() and process.is_alive():
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    os.kill(process.pid, signal.SIGINT)
+    said = " ".join((tmp_path / "said").read_text().split()) if ended(process) is not None else ""
+    assert process.exitcode == 130, said
     first = step_of(broken)
-    assert f"interrupted: step {first} of 120 is kept" in " ".join(said.split())
+    assert f"interrupted: step {first} of 120 is kept" in said
 
     def invoked(folder: Path):
         return CliRunner().invoke(app, [*TRAIN, str(folder)])
@@ -288,36 +322,30 @@ def test_what_is_logged_is_what_the_model_does():
     assert found["accuracy", "all"] == pytest.approx(np.mean(hits))
 
 
+def sharing(said: Path, out: Path, shared: dict[str, str]) -> None:
+    quietly(said)
+    os.environ.update(shared)
+    trained(out)
+
+
 def test_several_processes_train_as_one(tmp_path):
     pytest.importorskip("accelerate")
-    script = tmp_path / "go.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from test_nsa_train import Path, RECIPE, trained\n"
-        f"trained(Path({str(tmp_path / 'two')!r}))\n"
-    )
-    # What a launcher sets; starting one takes longer than the training.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # What a launcher sets; starting one takes longer than the training.
     shared = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "1",
     }
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+    said = [tmp_path / f"said-{rank}" for rank in "01"]
+    ranks = [
+        apart(sharing, file, tmp_path / "two", shared | {"RANK": rank, "LOCAL_RANK": rank})
+        for file, rank in zip(said, "01", strict=True)
     ]
-    said = [child.communicate(timeout=550)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], said[0][-3000:]
+    assert [ended(rank) for rank in ranks] == [0, 0], said[0].read_text()[-3000:]
     trained(tmp_path / "one")
     one, two = (load_file(tmp_path / name / "training/state.safetensors") for name in ("one", "two"))
     for key, tensor in one.items():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import plainly
+from common import plainly
 from families import DENSE
 from sklearn.metrics import roc_auc_score
 

@@ -21,7 +21,7 @@ from anchors.study.registry import STUDIES
 from anchors.study.report import leave
 from anchors.study.results import provenance, write_table
 
-MODEL = "a <b>model</b> | `x`"
+MODEL = "a <b>model<b> | `x`"
 
 
 def facts(kind, model=MODEL, **more):
@@ -136,6 +136,15 @@ def test_hostile_text_is_shown_and_never_run(results, viewer):
     viewer.click("a[href='#s1']")
     assert viewer.js("location.hash") == "#s1"
     assert viewer.js("document.documentElement.scrollWidth <= innerWidth")  # no sideways scrolling
+
+
+def test_headings_name_the_task(results):
+    text = (results / "report.md").read_text()
+    assert {line[:15] for line in text.splitlines() if line.startswith("## ") and "repeat" not in line} == {
+        "## classify on ", "## isolate on a",
+    }  # fmt: skip
+    for own in gather([results]):
+        assert own.tasks == list(own.rows[own.kind]["task"].unique())
 
 
 def test_numbers_are_those_of_the_rows(results):

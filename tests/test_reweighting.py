@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import apart
+from common import apart
 from families import make
 
 from anchors import reweighting

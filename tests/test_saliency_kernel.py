@@ -116,7 +116,7 @@ def test_memory_is_linear(monkeypatch):
     """Nothing that is allocated has as many numbers as there are pairs of blocks; half precision, log 2, dead rows."""
     from anchors.attention import saliency_kernel as kernel
 
-    monkeypatch.setattr(kernel, "TILINGS", {(2, False): ((16, 16, 4, 1),)})
+    monkeypatch.setattr(kernel, "TILINGS", {(2, 64): ((16, 16, 4, 1),)})
     monkeypatch.setattr(kernel, "SPLITS", 2)
     c = case("causal", (1, 96, 1, 1, 16, 16), 1, False, 0, torch.float16, "cpu")
     c.dz[:, 32:64] = 0
@@ -176,7 +176,7 @@ def test_tilings_fit():
     for dtype in kernel.DTYPES:
         for dim in (16, 64, 100, 128, 192, 256):
             plan = kernel.tiling(kernel.Band(), dim, dim, dtype)
-            first = kernel.TILINGS[dtype.itemsize, dim > 128][0]
+            first = kernel.TILINGS[dtype.itemsize, max(64, plan["WIDTH"])][0]
             assert (plan["ROWS"], plan["KEYS"], plan["num_warps"], plan["num_stages"]) == first
     blocks = kernel.Selected(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16)
     assert kernel.tiling(blocks, 64, 64, torch.float32)["KEYS"] == 16

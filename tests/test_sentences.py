@@ -3,7 +3,19 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_rows import attended, classified, compressed, diagnosed, isolated, reweighted, rows, summary, timed
+from made_rows import (
+    attended,
+    classified,
+    compressed,
+    diagnosed,
+    isolated,
+    mapped,
+    reweighted,
+    rows,
+    summary,
+    timed,
+    worded,
+)  # fmt: skip
 
 from anchors.intervals import estimate, widened
 from anchors.nsa.probing import sentences as of_nsa
@@ -164,7 +176,88 @@ def test_studies_with_sentences():
         "causal",
         "nsa_probe",
         "inject-flow",
+        "inject-sweep",
+        "map",
+        "words",
     }
+
+
+def test_single_prompts_say_what_is_seen():
+    """Flows of five tokens are all 1: what goes into the label word at 2 are 2 of 10 pairs, what goes from it to the target 1."""
+    roles = ["text", "format", "label", "format", "target"]
+    made = [
+        (0, "none", layer, metric, 1.0 if "flow" in metric else value)
+        for _, _, layer, metric, value in mapped("abcde", roles, (0, 3))
+    ]
+    one, other = STUDIES["map"].say(STUDIES["map"].tabulate(pd.concat([rows(made, "a"), rows(made, "b")])))
+    layer = "{} .200 of the flow goes into label words, to which .200 of the pairs of tokens belong, and .100 from them to the target (.100 of the pairs)"
+    assert (
+        one
+        == f"a: in layer 0 {layer.format('').strip()}; in layer 3 {layer.format('').strip()}. One prompt shows what there is to see, and estimates nothing."
+    )
+    assert other.startswith("b: ")
+
+    table = rows(worded(["x", "y", "z", "w"]))
+    after = (table["condition"] == "first-5/label") & (table["number"] == 0)
+    table.loc[after, "metric"] = table.loc[after, "metric"].replace(
+        {"word/1/x": "word/1/q", "word/2/y": "word/2/r"}
+    )
+    (said,) = STUDIES["words"].say(STUDIES["words"].tabulate(table))
+    assert said == (
+        "a: of the 4 most probable next words on average 3 are left, and the first of them in 1 of 2, where label words see nothing before them in the "
+        "first 5 layers. 2 prompts show what there is to see, and estimates nothing."
+    ).replace("estimates", "estimate")
+
+
+def test_a_sweep_answers():
+    def spread(**means):
+        return {
+            f"{n}{end}": v + by
+            for n, v in means.items()
+            for end, by in (("", 0), ("_low", -0.05), ("_high", 0.05))
+        }
+
+    summary = pd.DataFrame(
+        [
+            {"scenario": "s", "setting": name, "examples": 80} | spread(skill=skill)
+            for name, skill in (("VLM alone", 0.1), ("ties λ=1 d=0.5", 0.6))
+        ]
+    )
+    chosen = {
+        "scenario": "s",
+        "family": "any",
+        "setting": "ties λ=1 d=0.5",
+        "retention": 0.95,
+        "chosen_on": "tune",
+        "split": "test",
+    }
+    chosen |= spread(skill=0.6, vision_kept=0.97, blank=0.2, net=0.4, difference=0.1)
+
+    def say(**changed):
+        (told,) = STUDIES["inject-sweep"].say({"summary": summary, "best": pd.DataFrame([chosen | changed])})
+        return told
+
+    assert (
+        "answers .60 [.55, .65] of the questions, where the VLM alone answers .10 [.05, .15], and keeps .97"
+        in say()
+    )
+    assert (
+        "on blank images it answers .20 [.15, .25]; it is +.10 [+.05, +.15] ahead of task arithmetic" in say()
+    )
+    assert say().endswith(
+        "Shown here: the merge gives a skill, and it needs the picture (n = 80; corrected for 2 comparisons)."
+    )
+    assert "Undecided" in say(net=0.04, net_low=-0.01)
+    assert "Excluded here" in say(skill=0.0, skill_low=-0.05, skill_high=0.01)
+    assert say(chosen_on="test").endswith("no verdict.")
+    assert "of its vision" not in say(vision_kept=float("nan"))
+    blind = say(net=float("nan"), blank=float("nan"))
+    assert "blank" not in blind
+    assert "Shown here: the merge gives a skill (n" in blind
+    assert (
+        say(setting="VLM alone")
+        == "s: no setting that keeps 95 % of the VLM's vision on tune has more of the skill than the VLM alone."
+    )
 
 
 def test_interventions_and_merges_answer():

@@ -97,6 +97,22 @@ def test_what_is_not_contained_stands_beside_and_that_is_said(case, tmp_path):
     assert (value(tmp_path / "flow.parquet"), value(tmp_path / folder / "flow.parquet")) == (3, 4)
 
 
+def test_another_name_of_the_same_task_stands_beside(tmp_path):
+    def called(*names):
+        told = facts()
+        return told | {"parts": [part | {"called": [name]} for name in names for part in told["parts"]]}
+
+    write(tmp_path, facts(), 1)  # from before names were kept
+    assert write(tmp_path, called("mine"), 2, extra=("csv",))[1] == []
+    assert write(tmp_path, called("yours"), 3)[1] != []
+    assert [value(tmp_path / at / "flow.parquet") for at in ("", *folders(tmp_path))] == [2, 3]
+    assert write(tmp_path, called("mine", "yours"), 4)[1] == []
+    assert value(tmp_path / "flow.parquet") == 4
+    assert "flow.csv" not in names(tmp_path)  # of one name only
+    assert contained(called("mine"), called("yours", "mine"))
+    assert not contained(called("mine", "yours"), called("mine"))
+
+
 def test_a_third_run_stands_beside_both(tmp_path):
     for number, told in enumerate(
         (facts(), facts(model="b"), facts(model="b", examples=3), facts(model="b", examples=9))

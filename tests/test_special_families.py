@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import apart
+from common import apart
 from families import GROUPED, WIDE, randomised
 from test_lengths import BLOCKS, LATENT, SMALL
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

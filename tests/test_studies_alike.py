@@ -64,6 +64,8 @@ def test_it_is_foretold_measured_taken_up_again_and_drawn_again(
     command = [*line.command.split(), source, *ASKED[name], "--device", "cpu", "-o", folder]
     plan = json.loads(invoke(*command, "--dry-run", "--json"))[name]
     assert [part["left"] for part in plan] == [part["prompts"] for part in plan] == LEFT[name]
+    assert all(part[what] > 0 for part in plan for what in ("tokens", "flop", "memory"))
+    assert None not in [part["seconds"] for part in plan]
     assert not list(folder.rglob("*.parquet"))
     stem = line.stems[name]
     shown = json.loads(invoke(*command, "--csv", "--json"))

@@ -9,6 +9,7 @@ How such a call is streamed stands in `anchors.attention.streaming`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors.attention.bands import window_of
 from anchors.attention.form import Call, boolean, grouped
 from anchors.errors import AnchorsError
 
@@ -35,11 +37,18 @@ class DenseCall(Call):
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
 
+    @cached_property
+    def window(self) -> int | None:
+        """The w for which a row sees its last w keys, itself included; None where its mask is no such band."""
+        return window_of(self.mask, self.k.shape[2], self.layer)
+
     def scores(
         self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]
     ) -> Float[Tensor, "batch heads rows keys"]:
         """Scaled and soft-capped scores, before the mask."""
-        scores = grouped(q, k.transpose(-1, -2), self.groups) * self.scale
+        scores = grouped(q, k.transpose(-1, -2), self.groups)
+        # A tile that no gradient passes through is written over: half its way is through memory.
+        scores = scores * self.scale if scores.requires_grad else scores.mul_(self.scale)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def softmax(
@@ -48,7 +57,9 @@ class DenseCall(Call):
         """The attention pattern A of masked scores, with the sink's share left out."""
         if visible is not None:
             if visible.dtype == torch.bool:
-                scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+                least = torch.finfo(scores.dtype).min
+                again = scores.requires_grad or self.softcap is not None  # its slope reads the scores
+                scores = (Tensor.masked_fill if again else Tensor.masked_fill_)(scores, ~visible, least)
             else:
                 scores = scores + visible.to(scores.dtype)
         if self.sinks is None:

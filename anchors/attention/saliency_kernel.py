@@ -7,7 +7,7 @@ With P_h = exp(scale · q_h k_hᵀ − lse_h) on the visible keys and an optiona
 
 which is |Σ_h A_h ⊙ ∂L/∂A_h| of that branch. The absolute value comes after the sum over heads, so a program owns
 some query rows and some keys and has all heads inside. It walks its keys tile by tile and keeps sums: by row and
-class of key, by row and head, and the rows and maps that were asked for. No sum is left to chance: no atomics, and
+class of key, by row and head, and the rows and maps that were asked for. No sum is left to chance: to a place only one program adds, and
 the parts into which a row's keys are split are added in order, so two runs agree bit for bit.
 
 Which keys a row sees is one rule, e_j ≤ t and e_j > t − w, with e_j = j · d + l − 1 the last position that key j
@@ -43,12 +43,14 @@ SPLITS = 8
 """Most parts into which the keys of some query rows are split."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILINGS = {
-    (4, False): ((64, 64, 4, 1), (32, 32, 4, 1)),
-    (4, True): ((64, 32, 8, 1), (16, 16, 4, 1)),
-    (2, False): ((64, 64, 4, 1), (32, 32, 4, 1)),
-    (2, True): ((64, 64, 8, 1), (32, 32, 4, 1)),
+    (4, 64): ((64, 128, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1)),
+    (4, 128): ((64, 64, 4, 1), (32, 32, 4, 1)),
+    (4, 256): ((64, 32, 8, 1), (16, 16, 4, 1)),
+    (2, 64): ((128, 128, 8, 3), (64, 64, 4, 1), (32, 32, 4, 1)),
+    (2, 128): ((64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)),
+    (2, 256): ((64, 64, 8, 1), (32, 32, 4, 1)),
 }
-"""By bytes of a number and whether heads are wider than 128: query rows, keys, warps and stages, by preference."""
+"""By bytes of a number and width of a head: query rows, keys, warps and stages, by preference on an H100."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,8 @@ def _group(
             v_tile = load_rows(v, v_strides[1], columns, ahead, DIM_V, WIDTH_V, PRECISION)
         product *= tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
         flow += product
-        sums = by_head + head * length + rows
-        so_far = tl.load(sums, mask=rows < left, other=0.0)
-        tl.store(sums, so_far + tl.sum(product, 1), mask=rows < left)
+        # Nobody else adds there, and nobody waits for it.
+        tl.atomic_add(by_head + head * length + rows, tl.sum(product, 1), mask=rows < left, sem="relaxed")
     return flow
 
 
@@ -358,8 +359,9 @@ def splits_of(keys: int, tile: int) -> int:
 
 
 def needed(rows: int, keys: int, width: int, width_v: int, dtype: torch.dtype, stages: int) -> int:
-    """Bytes of shared memory that a program takes, as compiled for an H100: its tiles, and the keys' halves again."""
-    return (rows + keys + keys // 2) * (width + width_v) * dtype.itemsize * stages
+    """Bytes of shared memory that a program takes, as compiled for an H100: its tiles, and of float32 the keys' halves again."""
+    halves = keys // 2 if dtype == torch.float32 else 0
+    return (rows + keys + halves) * (width + width_v) * dtype.itemsize * stages
 
 
 def tiling(
@@ -367,7 +369,10 @@ def tiling(
 ) -> dict[str, int]:
     """Tile sizes and launch parameters: the first of the table that fits the shared memory, else its last."""
     width, width_v = width_of(dim), width_of(dim_v)
-    table = TILINGS[dtype.itemsize, max(width, width_v) > 128]
+    table = TILINGS[dtype.itemsize, max(64, width, width_v)]
+    table = (
+        table if isinstance(pattern, Band) or len(table) < 3 else table[1:]
+    )  # the largest were tried on bands
     fitting = (x for x in table if needed(x[0], x[1], width, width_v, dtype, x[3]) <= memory)
     rows, keys, warps, stages = next(fitting, table[-1])
     # The keys of a tile are then of one block, which a row has chosen or not.

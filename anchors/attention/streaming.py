@@ -14,13 +14,16 @@ call and every tap can do with their sums; otherwise, and everywhere else, the t
 
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from anchors.attention.bands import waits
 from anchors.attention.dense import DenseCall
 from anchors.attention.form import grouped, grouped_transposed
 from anchors.attention.taps import FusedTap, Tap
@@ -81,14 +84,36 @@ def fused_kernels(call: DenseCall, taps: Sequence[Tap]) -> ModuleType | None:
     return kernels if kernels.supports(call) else None
 
 
+Kept = dict[int, tuple[Tensor, Tensor | None]]
+"""By layer, z and the log-sums of a call."""
+
+_kept: ContextVar[Kept | None] = ContextVar("anchors_kept", default=None)
+
+
+@contextmanager
+def keeping_attention(kept: Kept | None) -> Generator[None]:
+    """Let calls that are made twice on the same numbers be computed once: the first leaves in `kept` what the second takes
+    from there."""
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 class _Streaming(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, leaf, call, taps):
         ctx.call, ctx.taps = call, taps
         ctx.set_materialize_grads(False)
         ctx.kernels = fused_kernels(call, taps)
-        lse = None
-        if ctx.kernels is not None:
+        if ctx.kernels is None:
+            waits(call.layer)
+        lse, kept = None, _kept.get()
+        taken = None if kept is None else kept.pop(call.layer, None)
+        if taken is not None:
+            z, lse = taken
+        elif ctx.kernels is not None:
             z, lse = ctx.kernels.forward(call)
         elif call.fusable:
             z = call.fused()
@@ -99,6 +124,8 @@ class _Streaming(torch.autograd.Function):
                 scores = call.scores(q[:, :, part].to(dtype), k[:, :, keys].to(dtype))
                 pattern = call.softmax(scores, call.visible(rows, keys))
                 z[:, :, part] = grouped(pattern, v[:, :, keys].to(dtype), call.groups).to(v.dtype)
+        if taken is None and kept is not None:
+            kept[call.layer] = z, lse
         ctx.save_for_backward(q, k, v, z, lse)
         return z
 

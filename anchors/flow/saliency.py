@@ -5,6 +5,7 @@ Source: Wang et al., "Label Words are Anchors" (EMNLP 2023), section 2.1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,21 @@ from torch import Tensor
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
 from anchors.attention.seam import seam
+from anchors.attention.streaming import triton_runs
 from anchors.attention.taps import Slopes
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import Sums, flow_sums, left_out
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import groups
+from anchors.model.memory import recomputed
+from anchors.model.replay import TOKENS, replayed
 from anchors.tasks.prompts import Prompt
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
 """How far Σ_j A_ij ∂L/∂A_ij may be from ⟨z_i, ∂L/∂z_i⟩, relative to the layer's largest value."""
+
+BUCKET = 32
+"""On CUDA small batches are padded to a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Batch:
     gold: Int[Tensor, " batch"]
 
 
-def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Batch:
-    """Pad prompts on the right. Needs the right answer of each, for the loss."""
+def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu", width: int = 0) -> Batch:
+    """Pad prompts on the right, to `width` tokens at least. Needs the right answer of each, for the loss."""
     nameless = [i for i, prompt in enumerate(prompts) if prompt.gold is None]
     if nameless:
         raise AnchorsError(
@@ -53,7 +60,7 @@ def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Ba
             "Give each a label.",
             code="prompt",
         )
-    length = max(len(prompt.ids) for prompt in prompts)
+    length = max(width, *(len(prompt.ids) for prompt in prompts))
     count = max(len(prompt.label_positions) for prompt in prompts)
 
     def padded(row: Sequence[int], size: int, fill: int) -> list[int]:
@@ -182,6 +189,34 @@ class Flow:
     maps: dict[int, Float[Tensor, "batch query key"]]
 
 
+def _over_labels(
+    logits: Float[Tensor, "batch vocabulary"], label_ids: Tensor
+) -> Float[Tensor, "batch classes"]:
+    over_labels = logits.gather(1, label_ids.to(logits.device))
+    return over_labels.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _loss(
+    over_labels: Float[Tensor, "batch classes"], gold: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    return F.cross_entropy(over_labels, gold, reduction="none")
+
+
+def demand_finite(loss: Float[Tensor, " batch"]) -> None:
+    """Refuse a loss that is not a number.
+
+    Raises:
+        AnchorsError: some of them are.
+    """
+    if not torch.isfinite(loss).all():
+        bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
+        raise AnchorsError(
+            f"The loss of example(s) {bad} of the batch is not a number: the model's logits overflow.",
+            "Use --precision float32 or bfloat16 (float16 overflows easily), and check the model's weights.",
+            code="not-finite",
+        )
+
+
 def label_loss(
     logits: Float[Tensor, "batch vocabulary"], batch: Batch
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch classes"]]:
@@ -190,16 +225,9 @@ def label_loss(
     Raises:
         AnchorsError: a loss that is not a number.
     """
-    over_labels = logits.gather(1, batch.label_ids.to(logits.device))
-    over_labels = over_labels.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(over_labels, batch.gold.to(logits.device), reduction="none")
-    if not torch.isfinite(loss).all():
-        bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
-        raise AnchorsError(
-            f"The loss of example(s) {bad} of the batch is not a number: the model's logits overflow.",
-            "Use --precision float32 or bfloat16 (float16 overflows easily), and check the model's weights.",
-            code="not-finite",
-        )
+    over_labels = _over_labels(logits, batch.label_ids)
+    loss = _loss(over_labels, batch.gold.to(logits.device))
+    demand_finite(loss)
     return loss, over_labels.detach().softmax(-1)
 
 
@@ -233,24 +261,27 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     parts = groups(model.changes, [len(prompt.ids) for prompt in prompts])
     if len(parts) > 1:
         return _joined([flow(model, [prompts[i] for i in part], maps=maps) for part in parts], parts)
-    batch = collate(prompts, model.device)
-    wanted = torch.cat([batch.labels, batch.target[:, None]], dim=1)
-    tap = FlowTap(frozenset(range(model.n_layers)), wanted, frozenset(maps))
-    with torch.enable_grad(), seam(model.modules, taps=[tap]), model.arithmetic():
-        loss, probabilities = label_loss(model.logits_at(batch.ids, batch.target), batch)
-        loss.sum().backward()
-    layers = range(model.n_layers)
-    lost = [layer for layer in layers if layer not in tap.total]
-    if lost:
-        raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
-    # Gathered before it is moved: one transfer instead of one per layer. MPS has no float64.
-    home = torch.device("cpu") if model.device.type == "mps" else model.device
-    rows = torch.stack([tap.rows[layer].to(home) for layer in layers], dim=1).double()
-    total = torch.stack([tap.total[layer].to(home) for layer in layers], dim=1).double()
-    sums = flow_sums(rows[:, :, :-1], rows[:, :, -1], total, batch.labels.to(home), batch.target.to(home))
-    others = uncounted(prompts, rows.shape[-1]).to(home)
-    rest = left_out(rows[:, :, -1], others, batch.labels.to(home))
-    errors = torch.stack([torch.stack(tap.error[layer]).to(home) for layer in layers]).double().cpu()
+    length = max(len(prompt.ids) for prompt in prompts)
+    batch = collate(prompts, model.device, _width(model, len(prompts), length))
+    # Their columns are told apart here, where no kernel has to be waited for.
+    targets = sorted({prompt.target for prompt in prompts})
+    columns = [*targets, *targets[-1:] * (_rounded(len(targets)) - len(targets))]
+    where = [targets.index(prompt.target) for prompt in prompts]
+    inputs = (
+        batch.ids, batch.labels, batch.target, batch.label_ids,
+        torch.tensor(columns, device=model.device), torch.tensor(where, device=model.device), batch.gold,
+        uncounted(prompts, batch.ids.shape[1]).to(model.device),
+    )  # fmt: skip
+    whole = tuple(maps)
+    step = partial(_step, model, whole)
+    if batch.ids.numel() <= TOKENS and triton_runs(model.device):
+        found = replayed(model.model, ("flow", model.precision, whole), step, inputs)
+    else:
+        with recomputed(model, batch.ids.numel()):
+            found = step(*inputs)
+    s_wp, s_pq, s_ww, rest, errors, over_labels, *full = found
+    demand_finite(loss := _loss(over_labels, batch.gold.to(over_labels.device)))
+    errors = errors.cpu().double()
     relative = errors[:, 0] / errors[:, 1].clamp(min=torch.finfo(torch.float64).tiny)
     if not (relative <= TOLERANCE[model.precision]).all():
         worst = int(relative.nan_to_num(torch.inf).argmax())
@@ -261,13 +292,63 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
             "this family does something in its attention that the toolkit does not know.",
         )
     return Flow(
-        sums=Sums(sums.s_wp.cpu(), sums.s_pq.cpu(), sums.s_ww.cpu()),
+        sums=Sums(s_wp.cpu(), s_pq.cpu(), s_ww.cpu()),
         rest=rest.cpu(),
-        probabilities=probabilities.float().cpu(),
-        loss=loss.detach().float().cpu(),
+        probabilities=over_labels.softmax(-1).float().cpu(),
+        loss=loss.float().cpu(),
         identity_error=relative,
-        maps={layer: tap.full[layer].float().cpu() for layer in maps},
+        maps={layer: m[:, :length, :length].float().cpu() for layer, m in zip(whole, full, strict=True)},
     )
+
+
+def _step(model: LanguageModel, maps: tuple[int, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward pass of a batch, without waiting for the GPU anywhere.
+
+    Returns:
+        The three sums, the flow that S_pq leaves out, the certificate's numbers by layer, the logits of the label words, and
+        the wanted maps.
+
+    Raises:
+        CertificateError: a layer that no gradient reached.
+    """
+    ids, labels, target, label_ids, columns, where, gold, others = inputs
+    tap = FlowTap(
+        frozenset(range(model.n_layers)), torch.cat([labels, target[:, None]], dim=1), frozenset(maps)
+    )
+    with torch.enable_grad(), seam(model.modules, taps=[tap]), model.arithmetic():
+        logits = model.logits(ids, columns)
+        chosen = logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
+        over_labels = _over_labels(chosen, label_ids)
+        _loss(over_labels, gold.to(logits.device)).sum().backward()
+    layers = range(model.n_layers)
+    if lost := [layer for layer in layers if layer not in tap.total]:
+        raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
+    # MPS has no float64.
+    home = torch.device("cpu") if model.device.type == "mps" else model.device
+
+    def together(by_layer: dict[int, Tensor], dim: int) -> Tensor:
+        return torch.stack([by_layer[layer].to(home) for layer in layers], dim)
+
+    rows, total = together(tap.rows, 1).double(), together(tap.total, 1).double()
+    labels, target = labels.to(home), target.to(home)
+    sums = flow_sums(rows[:, :, :-1], rows[:, :, -1], total, labels, target)
+    rest = left_out(rows[:, :, -1], others.to(home), labels)
+    errors = together({layer: torch.stack(tap.error[layer]) for layer in layers}, 0)
+    full = (tap.full[layer] for layer in maps)
+    return sums.s_wp, sums.s_pq, sums.s_ww, rest, errors, over_labels.detach(), *full
+
+
+def _width(model: LanguageModel, rows: int, length: int) -> int:
+    """The length to which a batch is padded: on CUDA, that of the next of few shapes, so that what was recorded for one is
+    replayed for others. Where a family encodes positions by length, as it is."""
+    wide = -(-length // BUCKET) * BUCKET
+    fits = model.context is None or wide <= model.context
+    small = triton_runs(model.device) and rows * wide <= TOKENS
+    return wide if small and fits and not model.changes else length
+
+
+def _rounded(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:

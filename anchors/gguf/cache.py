@@ -18,7 +18,7 @@ from anchors.gguf.architectures import configuration
 from anchors.gguf.reading import read
 from anchors.gguf.tokens import tokenizer
 from anchors.gguf.weights import parameters
-from anchors.pace import Pace
+from anchors.pace import Interrupted, Pace
 from anchors.study.results import writing
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def converted(path: Path) -> Path:
 
     Raises:
         AnchorsError: the file cannot be read; something in it is not understood; the cache cannot be written.
+        Interrupted: the process was asked to end; nothing is left of the conversion.
     """
     # What cannot be read is said before its bytes are hashed.
     file = read(path)
@@ -106,6 +107,13 @@ def _draft(target: Path, size: int) -> Generator[Path]:
                 code="disk-full",
             )
         yield draft
+    except KeyboardInterrupt as error:
+        kept = (
+            ""
+            if not draft.exists()
+            else "of the conversion nothing is kept; the same command begins it anew."
+        )
+        raise Interrupted.of(error, kept) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         lock.release()

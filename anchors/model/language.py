@@ -25,7 +25,7 @@ from anchors.model.identity import Identity, identity
 from anchors.model.identity import fingerprint as fingerprint
 from anchors.model.lengths import without_memory
 from anchors.model.loading import Origin, language_model, tokenizer_of
-from anchors.model.preparation import alterations, apply
+from anchors.model.preparation import alterations, apply, round_norms
 from anchors.model.routed import DEVICES as DEVICES
 from anchors.model.routed import DTYPES, Routed, placed, testify
 from anchors.model.soundness import cast, quantised, sound
@@ -324,6 +324,7 @@ def prepare(
         first_position=first_position(witness, TOLERANCE[precision]),
         altered=made,
     )
+    round_norms(routed)
     with torch.no_grad():
         off = apart(routed.logits(witness.ids), witness.said)
     if not off <= TOLERANCE[precision]:

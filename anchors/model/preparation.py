@@ -10,7 +10,7 @@ that the model computes, in exact arithmetic; whoever doubts it can ask the mode
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError
 from anchors.model.alteration import Alteration
 
+if TYPE_CHECKING:
+    from anchors.model.language import LanguageModel
+
 
 def alterations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, precision: str
@@ -33,10 +36,13 @@ def alterations(
         AnchorsError: the tokenizer has ordinary tokens that the embedding has no row for.
     """
     yield from fused_gelu(model)
-    if precision == "float32" and triton_runs(model.device):
-        from anchors.model.products import split_products  # Triton is imported where it runs only
+    if precision != "float64" and triton_runs(model.device):
+        from anchors.model.norms import one_kernel_norms  # Triton is imported where it runs only
+        from anchors.model.products import split_products
 
-        yield from split_products(model)
+        yield from one_kernel_norms(model)
+        if precision == "float32":
+            yield from split_products(model)
     half = model.dtype in (torch.bfloat16, torch.float16)
     if (embedding := _part(model, "get_input_embeddings")) is not None:
         if tokenizer is not None and beyond(tokenizer, embedding, name):
@@ -49,6 +55,16 @@ def alterations(
             )
     if half and (head := _part(model, "get_output_embeddings")) is not None:
         yield from wide_products(head)
+
+
+def round_norms(model: "LanguageModel") -> None:
+    """Let norms write in half precision what one product alone reads, which would round it."""
+    if model.model.dtype not in (torch.bfloat16, torch.float16) or not triton_runs(model.device):
+        return
+    from anchors.model.norms import OneKernel, let_round
+
+    norms = [a.after for a in model.altered if isinstance(a.after, OneKernel)]
+    let_round(norms, lambda: model.logits(model.witness.ids), model.model.dtype)
 
 
 def apply(wanted: Iterable[Alteration]) -> tuple[Alteration, ...]:

@@ -4,7 +4,8 @@ With B rows of T tokens after C keys, S = C + T, n layers of H heads (K of keys)
 logits and P parameters that every token is multiplied with:
 
     FLOP, forward    2 P B T + 2 V D B U + 4 n H d B T S
-    FLOP, backward   as much again without the parameters' own gradients, and 10 H d in place of 4 for every pair of the tiles
+    FLOP, backward   as much again without the parameters' own gradients, and 10 H d in place of 4 for every pair of the tiles;
+                     2 P B T more where blocks are computed twice (anchors.model.memory)
 
 What it holds is a sum of named terms, see `Peak`. How fast it is nobody can know: it is timed here.
 """
@@ -30,6 +31,7 @@ from anchors.context import Context, encode
 from anchors.flow.saliency import FlowTap
 from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
+from anchors.model.memory import Kept, twice
 from anchors.model.routed import seconds
 from anchors.study.analysis import Pass
 
@@ -54,13 +56,13 @@ class Peak(NamedTuple):
         tiles: of attention: scores, patterns and products, and the mask of a layer with a window.
     """
 
-    weights: int
-    contexts: int
-    cache: int
-    saved: int
-    working: int
-    logits: int
-    tiles: int
+    weights: int = 0
+    contexts: int = 0
+    cache: int = 0
+    saved: int = 0
+    working: int = 0
+    logits: int = 0
+    tiles: int = 0
 
     @property
     def total(self) -> int:
@@ -222,7 +224,7 @@ class Cost:
             forward += 2.0 * h.heads * (h.dim + h.dim_v) * own
         if not p.backward:
             return forward
-        back = 2.0 * self.multiplied * tokens + head
+        back = 2.0 * self.multiplied * tokens * (2 if self._twice(p) else 1) + head
         for layer, h in self.heads.items():
             live = p.columns if layer == self.model.n_layers - 1 and p.columns else p.tokens
             seen = p.rows * (live * keys if live < p.tokens else _pairs(p.tokens, keys, self._tile(p, h)))
@@ -275,7 +277,11 @@ class Cost:
     def peak(self, p: Pass, held: float = 0) -> Peak:
         """Bytes at the most during a pass, while the keys and values of `held` tokens are held."""
         tokens, found = p.rows * p.tokens, self.activations
-        saved = round(found["saved"] * tokens) if p.backward else 0
+        each = found["saved"]
+        if again := self._twice(p):
+            own, keep = again
+            each = own.inputs + keep * own.attention + each / len(own.blocks)
+        saved = round(each * tokens) if p.backward else 0
         working = round(found["backward" if p.backward else "forward"] * tokens)
         cached = self.cached if p.past or p.kept or held else 0
         return Peak(
@@ -287,6 +293,10 @@ class Cost:
             logits=max(0, self._logits(p) - working),
             tiles=self._tiles(p, saved) + self._masks(p),
         )
+
+    def _twice(self, p: Pass) -> tuple[Kept, bool] | None:
+        """How blocks are computed twice in a flow, see `anchors.model.memory`."""
+        return twice(self.model, p.rows * p.tokens) if p.backward and not p.edited else None
 
     def _logits(self, p: Pass) -> int:
         return p.rows * p.columns * self._config.vocab_size * self._wide * (2 if p.backward else 1)
@@ -321,7 +331,10 @@ class Cost:
         one, two = (p._replace(tokens=n, past=min(p.past, most)) for n in (most // 2, most))
         short, long = self._timed(one), self._timed(two)
         b = max(0.0, (long / two.tokens - short / one.tokens) / (two.tokens - one.tokens))
-        return (long / two.tokens + b * (p.tokens - two.tokens)) * p.tokens
+        taken = (long / two.tokens + b * (p.tokens - two.tokens)) * p.tokens
+        # Timed passes are run as they stand.
+        work, again = self.flop(p), 2.0 * (self.multiplied or 0.0) * p.rows * p.tokens
+        return taken * work / (work - again) if work and self._twice(p) else taken
 
     @cached_property
     def _times(self) -> dict[Pass, float]:

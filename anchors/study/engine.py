@@ -80,6 +80,32 @@ class Lot(Generic[State]):
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What work takes; costs add up, and n times the same is `cost * n`.
+
+    Attributes:
+        tokens: that models run, each forward pass counted.
+        seconds, flop: how long, how many floating-point operations; None where nobody can tell.
+    """
+
+    tokens: float = 0
+    seconds: float | None = 0
+    flop: float | None = 0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        def both(one: float | None, more: float | None) -> float | None:
+            return None if one is None or more is None else one + more
+
+        return Spent(
+            self.tokens + other.tokens, both(self.seconds, other.seconds), both(self.flop, other.flop)
+        )
+
+    def __mul__(self, times: float) -> "Spent":
+        seconds, flop = (None if x is None else times * x for x in (self.seconds, self.flop))
+        return Spent(times * self.tokens, seconds, flop)
+
+
+@dataclass(frozen=True)
 class Stretch:
     """The work of one run on disk: all that depends on the same.
 
@@ -92,6 +118,8 @@ class Stretch:
         certify: holds the model against the model as it came; asked before anything is measured, and not where nothing is left.
         total: units of all stretches of a study; 0 where this is the only one.
         task: what of the study it is.
+        cost: of some of its units, those that are left; where it is asked, nothing is measured.
+        memory: bytes that are held at least while it is measured.
     """
 
     config: dict[str, Any]
@@ -102,6 +130,8 @@ class Stretch:
     certify: Callable[[], object] = lambda: None
     total: int = 0
     task: str = ""
+    cost: Callable[[Sequence[Unit]], Spent] = lambda _: Spent(0, None, None)
+    memory: Callable[[], int] = lambda: 0
 
     def left(self, run: Run) -> list[Unit]:
         """The units that a run does not hold."""

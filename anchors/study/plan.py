@@ -5,16 +5,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
+
 from anchors.model.identity import held
 from anchors.model.language import LanguageModel
+from anchors.model.routed import Routed, seconds
 from anchors.study.analysis import Costs, Pass, Sizes, costs_of
 from anchors.study.cost import Cost, Peak, rounded
-from anchors.study.engine import Stretch, Unit
+from anchors.study.engine import Spent, Stretch, Unit
 from anchors.study.results import Run
 from anchors.study.runner import batches, pending, width
 
 if TYPE_CHECKING:
     from anchors.study.prompted import Part
+
+PROMPTS = 8
+"""Prompts of a suite that are run to see what one costs."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,14 @@ class Outlook:
         analysis, task, shots, control: which; the kind of the study.
         prompts: in all.
         left: of them, those that are not measured yet.
-        tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share.
-        seconds: about how long that takes here; loading and certifying the model come on top. None where nobody can tell.
-        flop: about how many floating-point operations, those of products (see `anchors.study.cost`). None where nobody can tell.
-        peak: about how many bytes are held at the most, by what they are; None where nobody can tell.
+        tokens: that one forward pass of each of those left runs, beside the demonstrations that a seed's prompts share; of
+            suites, about all that are run.
+        seconds: about how long that takes here; of suites prompts, times the time of one of a few that are run, without the merges
+            themselves. Loading and certifying the model come on top. None where nobody can tell.
+        flop: about how many floating-point operations, those of products (see `anchors.study.cost`); of suites what torch counts on
+            a few prompts. None where nobody can tell.
+        peak: about how many bytes are held at the most, by what they are (of suites the weights of VLM, base and expert alone);
+            None where nobody can tell.
         batches: the largest batch, as prompts × tokens + those of the demonstrations they share; empty where nothing is left.
         attention: what runs it: `kernel` (torch's), `tiles`, or `triton`.
     """
@@ -116,18 +127,23 @@ def foretold(
         stretches: the work.
         out: folder whose `runs` holds what is finished.
         model, passes: by which time, operations and memory are foretold, and what it runs for a unit, the longest prompt first;
-            without them nobody knows these before.
+            without them the stretch's own `cost` and `memory` tell.
     """
     found = []
     for own in stretches:
         left = own.left(Run.at(out, own.config["kind"], own.config, own.identity))
-        spent = [tuple(passes(unit)) for unit in left] if passes else []
-        every = [p for unit in spent for p in unit]
-        priced = {} if model is None else _priced(Cost(model), every, [Costs(unit) for unit in spent])
+        if model is None or passes is None:
+            told = own.cost(left) if left else Spent()
+            tokens, peak = round(told.tokens), Peak(weights=own.memory()) if own.memory() else None
+            priced: dict[str, Any] = {"seconds": told.seconds, "flop": told.flop, "peak": peak}
+        else:
+            spent = [tuple(passes(unit)) for unit in left]
+            tokens = sum(unit[0].tokens for unit in spent)
+            priced = _priced(Cost(model), [p for unit in spent for p in unit], [Costs(unit) for unit in spent])
         found.append(
             Outlook(
                 own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left),
-                sum(unit[0].tokens for unit in spent), **priced,
+                tokens, **priced,
             )
         )  # fmt: skip
         del own
@@ -191,3 +207,34 @@ def _seconds(cost: Cost, spent: Sequence[Pass]) -> float:
         work, middle = own[len(own) // 2]
         total += cost.seconds(middle) * sum(w * p.times for w, p in own) / work
     return total
+
+
+def held_bytes(model: Routed) -> int:
+    """Bytes of weights and buffers."""
+    every = [*model.model.parameters(), *model.model.buffers()]
+    return sum(t.numel() * t.element_size() for t in every)
+
+
+def sampled(run: Callable[[], object], tokens: int, count: int, model: Routed) -> Spent:
+    """What each of some prompts costs: they are run, their operations counted and their time taken, the better of two.
+
+    Operations are those of products and convolutions, forward and backward, as torch counts them; of kernels of our own it
+    sees none.
+
+    Args:
+        run: runs them.
+        tokens: of all of them.
+        count: how many they are.
+        model: on whose device.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    took = min(seconds(run, model) for _ in range(2))
+    return Spent(tokens, took, counter.get_total_flops()) * (1 / count)
+
+
+def spread(items: Sequence[Any], size: Callable[[Any], int], count: int = PROMPTS) -> list[Any]:
+    """Some of them, from the smallest to the largest."""
+    ordered = sorted(items, key=size)
+    places = np.linspace(0, len(ordered) - 1, min(count, len(ordered)))
+    return [ordered[place] for place in places.round().astype(int)]

@@ -99,7 +99,7 @@ class Prompted(Inquiry):
             "parts": [
                 m.config
                 | {"data_source": p.data.source, "read": asdict(p.data.facts(p.task))}
-                | {"seeds": list(p.how.seeds), "examples": p.how.examples}
+                | {"seeds": list(p.how.seeds), "examples": p.how.examples, "called": [p.task.name]}
                 for p, m in zip(parts, measured, strict=True)
             ],
             "arithmetic_error": self.certified,
@@ -151,16 +151,15 @@ def until_narrow(inquiry: Prompted, width: float, out: Path, progress: Progress)
     """
     kind = inquiry.parts[0].analysis.kind
     line = study(kind)
-    metric, column = line.interval
-    called = metric or (line.metrics[0] if column == "value" else column)
-    most = max(len(part.data.test) for part in inquiry.parts)
-    examples = min(inquiry.parts[0].how.examples, most)
+    examples, most = _steps(inquiry)
     while True:
         parts = [replace(p, how=replace(p.how, examples=examples)) for p in inquiry.parts]
         main = replace(inquiry, parts=[p for p in parts if p.analysis.kind == kind])
         found = line.width(line.tabulate(main.measure(out, progress).rows[kind]))
         told = (
-            "there is no interval" if isnan(found) else f"the widest interval of {called} is {found:.3g} wide"
+            "there is no interval"
+            if isnan(found)
+            else f"the widest interval of {line.main} is {found:.3g} wide"
         )
         if found <= width:
             return replace(
@@ -173,6 +172,24 @@ def until_narrow(inquiry: Prompted, width: float, out: Path, progress: Progress)
             )
         foretold = examples * (found / width) ** 2 if found == found else 2 * examples
         examples = min(most, ceil(min(4 * examples, max(1.25 * examples, foretold))))
+
+
+def steps_ahead(inquiry: Prompted, width: float) -> str:
+    """Of `until_narrow`, what a plan can tell: with how many examples it begins, and with how many it ends at the latest."""
+    first, most = _steps(inquiry)
+    main = study(inquiry.parts[0].analysis.kind).main
+    return f"--until-width {width:g} begins with {first} examples per seed, which this plan is of" + (
+        f", and goes on until no interval of {main} is wider, with {most}, the whole test set, at the latest: {most / first:.3g} times "
+        "the prompts."
+        if first < most
+        else ": they are the whole test set, and it ends there."
+    )
+
+
+def _steps(inquiry: Prompted) -> tuple[int, int]:
+    """Examples per seed of the first step, and at most."""
+    most = max(len(part.data.test) for part in inquiry.parts)
+    return min(inquiry.parts[0].how.examples, most), most
 
 
 def report(
@@ -231,8 +248,8 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
         notes.append(f"{task.name}: {found.skipped} prompts longer than the context were left out.")
     if found.prompts + found.skipped < len(how.seeds) * how.examples:
         notes.append(f"{task.name}: the test part of {data.source} has only {len(data.test)} examples.")
-    if caution := data.facts(task).caution():
-        notes.append(f"{task.name}: {caution}")
+    facts = data.facts(task)
+    notes += [f"{task.name}: {said}" for said in (facts.hint(), facts.caution()) if said]
     if hidden := hidden_labels(model, [d.prompt for d in found.first]):
         notes.append(f"{task.name}: {hidden}")
     return notes

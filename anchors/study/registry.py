@@ -56,10 +56,12 @@ class Study:
             `anchors.study.report.Inquiry` of them.
         units: what its progress counts.
         more: what is kept with its rows, by name; `tables` then takes these by their names and the provenance as `facts`.
+        needed: of `more`, what no table can be made without.
         columns: of its rows, where they are not those of prompts; the last one is the value.
         group: of verbs, in which its verb is what its name has after this; by default there is none.
         verb: whether there is a verb of its name.
         home: which package brings it.
+        formerly: what names of its tables' files began with in 0.4.0, before a hyphen, where they did not as they do now.
     """
 
     name: str
@@ -81,10 +83,12 @@ class Study:
     asked: Literal["prompts", "episodes", "suites"] = "prompts"
     units: str = "prompts"
     more: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     group: str = ""
     verb: bool = True
     home: str = "label-anchors"
+    formerly: str = ""
 
     def resolve(self, reference: str) -> Any:
         """What `module:name` names.
@@ -135,6 +139,12 @@ class Study:
         """What its tables say; nothing where it has no sentences."""
         return self.resolve(self.sentences)(tables) if self.sentences else []
 
+    @property
+    def main(self) -> str:
+        """What its main interval is of."""
+        metric, column = self.interval
+        return metric or (self.metrics[0] if column == "value" else column)
+
     def width(self, tables: "Tables") -> float:
         """Of the widest of its main intervals; not a number where there is none."""
         summary = next(iter(tables.values()))
@@ -182,6 +192,7 @@ BUILT_IN: dict[str, Study] = {
             "The flow between all tokens of single prompts.",
             tables=f"{_TABLES}:map_tables",
             figure=f"{_FIGURES}.map:draw",
+            sentences=f"{_SAID}:flow_map",
             verb=False,
         ),
         Study(
@@ -212,6 +223,7 @@ BUILT_IN: dict[str, Study] = {
             "The most probable next words of single prompts, with and without isolated label words.",
             tables=f"{_TABLES}:word_tables",
             figure=f"{_FIGURES}.words:draw",
+            sentences=f"{_SAID}:top_words",
             verb=False,
         ),
         Study(
@@ -308,9 +320,11 @@ BUILT_IN: dict[str, Study] = {
             tables="anchors.injection.sweeping.tables:all_tables",
             figure=f"{_FIGURES}.inject_sweep:draw",
             shown=f"{_CLI}.inject_sweep:shown",
+            sentences="anchors.injection.sweeping.sentences:said",
             asked="suites",
             units="settings",
             more=("settings", "guessing"),
+            needed=("settings",),
             columns=(
                 "seed",
                 "scenario",
@@ -335,6 +349,7 @@ BUILT_IN: dict[str, Study] = {
             asked="suites",
             units="settings",
             more=("ratios", "guessing"),
+            needed=("ratios",),
             columns=(
                 "seed",
                 "expert",
@@ -347,6 +362,7 @@ BUILT_IN: dict[str, Study] = {
                 "value",
             ),
             group="inject",
+            formerly="flow",
         ),
     )
 }

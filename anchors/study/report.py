@@ -9,7 +9,7 @@ import pandas as pd
 
 from anchors.errors import AnchorsError
 from anchors.places import titled
-from anchors.study.registry import study
+from anchors.study.registry import STUDIES, study
 from anchors.study.results import key_of, plain, provenance, read_table
 from anchors.study.shelf import Shelf, facts_beside
 from anchors.summaries import Rows, Tables, marked, tables_of
@@ -184,8 +184,22 @@ def finish(
     rows = {named.get(kind, f"{name}_{kind}_rows"): own for kind, own in found.rows.items()}
     pages = inquiry.pages(found, facts, **view)
     done = leave(out, name, facts, made, figure or main, rows=rows, pages=pages, csv=csv)
-    said = [] if tables else study(main).say(made | near(out, main, facts))
+    said = spoken(found.rows, made | near(out, main, facts), whole=tables is None)
     return replace(done, sentences=said, files=[*done.files, *inquiry.kept(found)])
+
+
+def spoken(rows: Rows, made: Tables, *, whole: bool) -> list[str]:
+    """What results say.
+
+    Args:
+        rows: by kind.
+        made: tables of the first kind.
+        whole: whether that is all there is to say; else every kind speaks for itself, from tables of its own.
+    """
+    if whole:
+        return study(next(iter(rows))).say(made)
+    lines = {kind: STUDIES[kind] for kind in rows if kind in STUDIES and STUDIES[kind].sentences}
+    return [told for kind, line in lines.items() for told in line.say(line.tabulate(rows[kind]))]
 
 
 def near(out: Path, name: str, facts: Mapping[str, Any]) -> Tables:

@@ -146,7 +146,11 @@ def _lock(handle: int) -> bool | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out before any work whether results can be written here."""
+    """Find out before any work whether results can be written here.
+
+    Raises:
+        AnchorsError: they cannot.
+    """
     above = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
     if os.path.exists(above) and not above.is_dir():
         raise AnchorsError(
@@ -154,9 +158,11 @@ def require_writable(folder: Path) -> None:
             "Choose another --out.",
             code="file-unwritable",
         )
-    probe = folder / f".writable-{os.getpid()}"
-    write_atomic(probe, lambda draft: draft.write_text("ok"))
-    probe.unlink(missing_ok=True)
+    with writing(folder, "The folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"ok")
+            _sync(folder)
     clear_drafts(folder)
 
 
@@ -191,14 +197,20 @@ def write_table(path: Path, rows: pd.DataFrame, facts: dict[str, Any]) -> None:
     write_atomic(path.with_suffix(".json"), lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
-def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows and facts of a table written by `write_table`."""
+@contextmanager
+def _reading(path: Path) -> Generator[None]:
     try:
-        table = pq.read_table(path)
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise AnchorsError(
             f"The table {str(path)!r} cannot be read: {error}", code="file-unreadable"
         ) from error
+
+
+def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and facts of a table written by `write_table`."""
+    with _reading(path):
+        table = pq.read_table(path)
     try:
         facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if not isinstance(facts, dict):
@@ -225,6 +237,30 @@ def read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
         raise AnchorsError(f"The facts in {str(path)!r} name no model.", code="rows")
     return facts
+
+
+def values_in(path: Path, columns: Sequence[str]) -> list[str]:
+    """What stands in the first of these columns that a table has, each once, in order; no other column is read.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    there = next((name for name in columns if name in columns_of(path)), None)
+    if there is None:
+        return []
+    with _reading(path):
+        found = pq.read_table(path, columns=[there])[there].unique().to_pylist()
+    return [str(value) for value in found if value is not None]
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a table's columns.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    with _reading(path):
+        return pq.read_schema(path).names
 
 
 def read_rows(

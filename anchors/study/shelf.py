@@ -22,8 +22,8 @@ from anchors.study.results import key_of, write_atomic, write_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-AMOUNTS = ("seeds", "examples", "grid")
-"""Of a part: how much was measured. Everything else says what."""
+AMOUNTS = ("seeds", "examples", "grid", "called")
+"""Of a part: how much was measured, and under which names of its task. Everything else says what."""
 PASSING = (
     "versions", "platform", "command", "written", "notes", "files", "device", "revision", "arithmetic_error",
 )  # fmt: skip
@@ -57,10 +57,13 @@ class Shelf:
     def figure(self, name: str, drawn: "Figure | None") -> None:
         """A figure as PNG and PDF; None is no figure."""
         if drawn is not None:
-            from anchors.figures.style import write_figure
+            from anchors.figures.style import settle, write_figure
 
+            box = settle(drawn)
             for suffix in (".png", ".pdf"):
-                self._writers[name + suffix] = lambda path, facts: write_figure(drawn, path, described(facts))
+                self._writers[name + suffix] = lambda path, facts: write_figure(
+                    drawn, path, described(facts), box=box
+                )
 
     def page(self, name: str, html: str) -> None:
         """A page."""
@@ -113,15 +116,18 @@ def described(facts: dict[str, Any]) -> str:
 
 def parts_of(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was measured, and of each how much: by a key of the one, the other."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for part in facts.get("parts") or [{k: v for k, v in facts.items() if k not in PASSING}]:
         what = {k: v for k, v in part.items() if k not in (*AMOUNTS, "data_source", "read")}
-        found[key_of(json.loads(json.dumps(what, default=str)))] = {k: part[k] for k in AMOUNTS if k in part}
+        key = key_of(json.loads(json.dumps(what, default=str)))
+        names = [*found.get(key, {}).get("called", ()), *part.get("called", ())]
+        found[key] = {k: part[k] for k in AMOUNTS if k in part} | ({"called": names} if names else {})
     return found
 
 
 def contained(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether all that one report is of stands in another, too: no less of it, and of nothing else."""
+    """Whether all that one report is of stands in another, too: no less of it, under the same names where both say them, and of
+    nothing else."""
     mine, theirs = parts_of(new), parts_of(old)
 
     def fits(amount: Any, most: Any) -> bool:
@@ -130,7 +136,8 @@ def contained(old: dict[str, Any], new: dict[str, Any]) -> bool:
         return amount <= most if isinstance(amount, int) and isinstance(most, int) else amount == most
 
     return all(
-        key in mine and all(fits(amount, mine[key].get(name)) for name, amount in own.items())
+        key in mine
+        and all(fits(amount, ({"called": amount} | mine[key]).get(name)) for name, amount in own.items())
         for key, own in theirs.items()
     )
 

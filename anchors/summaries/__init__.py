@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from anchors.errors import AnchorsError
 from anchors.stats import flow_summary
 from anchors.study.registry import Summaries, study
 from anchors.summaries.causal import agreement, causal_summary
@@ -68,6 +69,12 @@ def tables_of(rows: Rows, facts: Mapping[str, Any] | None = None) -> Tables:
     (main, own), *others = rows.items()
     line = study(main)
     if line.more:
+        if lacking := [name for name in line.needed if name not in rows]:
+            raise AnchorsError(
+                f"Beside the rows of {main} those of {' and '.join(lacking)} are not there.",
+                f"Run `anchors {line.command}` again, with the same --out.",
+                code="rows",
+            )
         return line.tabulate(own, facts=facts, **dict(others)) | dict(others)
     return line.tabulate(own) | {kind: study(kind).tabulate(more)["summary"] for kind, more in others}
 

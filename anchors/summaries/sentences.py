@@ -372,6 +372,66 @@ def causal(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     return found
 
 
+def flow_map(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Of single prompts how much of the flow goes into label words, and from them to the target, beside their share of the pairs."""
+    place, found = ["task", "seed", "example"], []
+    ends = tables["tokens"].set_index([*place, "position"])[["role", "counted"]]
+    flows = tables["flows"].join(ends.add_suffix("_to"), on=[*place, "to"])
+    flows = flows.join(ends.add_suffix("_from"), on=[*place, "from_"])
+    answer = (flows["role_to"] == "target") & flows["counted_from"].astype(bool)
+    for task, own in flows.assign(s_pq=answer, s_wp=flows["counted_to"].astype(bool)).groupby(
+        "task", sort=False
+    ):
+        told = []
+        for layer, part in own.groupby("layer"):
+            prompts = [
+                [share for name in ("s_wp", "s_pq") for share in (one.loc[one[name], "value"].sum() / one["value"].sum(), one[name].mean())]
+                for _, one in part.groupby(place[1:])
+            ]  # fmt: skip
+            into, pairs, out, others = (
+                estimate(sum(x) / len(x), None, None, digits=3) for x in zip(*prompts, strict=True)
+            )
+            told.append(
+                f"in layer {layer} {into} of the flow goes into label words, to which {pairs} of the pairs of tokens belong, and {out} "
+                f"from them to the target ({others} of the pairs)"
+            )
+        found.append(f"{task}: {'; '.join(told)}. {_single(len(prompts))}")
+    return found
+
+
+def top_words(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Of single prompts how many of the most probable next words are left under each condition."""
+    found = []
+    for task, own in tables["words"].groupby("task", sort=False):
+        tops = {
+            condition: part.sort_values("rank").groupby(["seed", "number"])["word"].agg(list)
+            for condition, part in own.groupby("condition", sort=False)
+        }
+        if "none" not in tops or len(tops) < 2:
+            continue
+        told, before = [], tops.pop("none")
+        for condition, after in tops.items():
+            both = list(zip(before, after.reindex(before.index), strict=True))
+            kept = sum(len({*one} & {*other}) for one, other in both) / len(both)
+            first = sum(one[0] == other[0] for one, other in both)
+            told.append(
+                f"{kept:.3g} are left, and the first of them in {first} of {len(both)}, where {explained(str(condition)) or condition}"
+            )
+        found.append(
+            f"{task}: of the {int(own['rank'].max())} most probable next words {'on average ' * (len(before) > 1)}{'; '.join(told)}. {_single(len(before))}"
+        )
+    return found
+
+
+def _single(prompts: int) -> str:
+    """How far what single prompts show can be trusted."""
+    return (
+        "One prompt shows what there is to see, and estimates nothing."
+        if prompts == 1
+        else f"{prompts} prompts show what there is to see, and estimate nothing."
+    )
+
+
 def _row(table: pd.DataFrame, condition: str, metric: str) -> pd.Series | None:
     own = table[(table["condition"] == condition) & (table["metric"] == metric)]
     return own.iloc[0] if len(own) else None

@@ -35,6 +35,7 @@ class Facts:
         train, test: examples by label word.
         repeated: test examples whose text stands among the training texts, too.
         contradictory: texts that stand under two labels or more.
+        alike: labels, as written, that differ only in case or in white space around them; see `hint`.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -42,6 +43,7 @@ class Facts:
     test: dict[str, int]
     repeated: int
     contradictory: int
+    alike: tuple[tuple[str, ...], ...] = ()
 
     def read(self) -> str:
         """Which files, how many rows, and how many of each class, in a line."""
@@ -52,6 +54,17 @@ class Facts:
 
         named = ", ".join(f"{count} rows of {name}" for name, count in self.files)
         return f"{named or 'rows'}: train {part(self.train)}, test {part(self.test)}"
+
+    def hint(self) -> str | None:
+        """Labels that look like slips of the pen, and how they were read; None where there are none."""
+        said = []
+        for group in self.alike:
+            named = " and ".join(map(repr, group))
+            if len(classes := {label.strip() for label in group}) > 1:
+                said.append(f"the labels {named} differ only in case: they are {len(classes)} classes")
+            else:
+                said.append(f"the labels {named} differ only in white space: they are one class")
+        return f"{'; '.join(said)}." if said else None
 
     def caution(self) -> str | None:
         """What repeats, and what is done about it; None where nothing does."""
@@ -74,6 +87,7 @@ class Data:
     Attributes:
         source: where it came from, as the user would name it.
         files: name and rows of each file that was read.
+        written: its labels, each as it is written there once.
         fingerprint: hash over all texts and labels of both parts, in order.
     """
 
@@ -81,6 +95,7 @@ class Data:
     test: tuple[Example, ...]
     source: str
     files: tuple[tuple[str, int], ...] = ()
+    written: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,6 +138,7 @@ class Data:
             test=counts(self.test),
             repeated=sum(e.text in self.repeated for e in self.test),
             contradictory=len(contradictory((*self.train, *self.test))),
+            alike=alike(self.written, task.labels),
         )
 
 
@@ -132,6 +148,20 @@ def contradictory(examples: Iterable[Example]) -> set[str]:
     for example in examples:
         labels[example.text].add(example.label)
     return {text for text, found in labels.items() if len(found) > 1}
+
+
+def alike(written: Iterable[str], words: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Labels of which several are the same but for case and white space around them.
+
+    Args:
+        written: as the data have them.
+        words: the label words; those that only they have count where case makes another word of them.
+    """
+    there = set(written)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for label in {*there, *(word for word in words if word not in {label.strip() for label in there})}:
+        groups[label.strip().casefold()].add(label)
+    return tuple(tuple(sorted(group)) for _, group in sorted(groups.items()) if len(group) > 1)
 
 
 def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> Data:
@@ -201,7 +231,13 @@ def read(task: Task, source: str | None = None, *, test_share: float = 0.3) -> D
             "Each demonstration set needs every class; add examples or leave the label out.",
             code="too-few",
         )
-    return Data(train, test, name, tuple((part.name, len(part.rows)) for part in parts))
+    return Data(
+        train,
+        test,
+        name,
+        tuple((part.name, len(part.rows)) for part in parts),
+        tuple(dict.fromkeys(each.label for part in parts for each in part.rows)),
+    )
 
 
 class _Part(NamedTuple):
@@ -259,9 +295,11 @@ def _classes(labels: Sequence[str], count: int, parts: Sequence[_Part]) -> dict[
             seen.setdefault(each.label.strip(), f"{each.place} of {part.name}")
     for label, place in seen.items():
         if label not in words and label not in numbers:
+            near = [word for word in words if word.casefold() == label.casefold()]
             raise AnchorsError(
                 f"{place} has the label {label!r}, which is not one of {list(labels)}.",
-                f"Labels are label words or their numbers 0 to {count - 1}; --labels sets the words.",
+                (f"It differs from {near[0]!r} only in case: write both alike. " if near else "")
+                + f"Labels are label words or their numbers 0 to {count - 1}; --labels sets the words.",
                 code="data-label",
             )
     if no_words := [label for label in seen if label not in words]:

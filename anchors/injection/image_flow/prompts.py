@@ -185,9 +185,11 @@ def _written(
     return ImagePrompt(text, shown, tuple(labels), begins, answer, query.number)
 
 
-def own_answers(vlm: VisionLanguageModel, suite: Suite, scenario: str, batch: int = 32) -> dict[int, str]:
-    """What the model, as it is now, answers to the demonstrations of a scenario, by greedy decoding."""
-    examples = suite.examples(scenario, "demonstration")
+def own_answers(
+    vlm: VisionLanguageModel, suite: Suite, scenario: str, batch: int = 32, limit: int | None = None
+) -> dict[int, str]:
+    """What the model, as it is now, answers to the demonstrations of a scenario, or the first of them, by greedy decoding."""
+    examples = suite.examples(scenario, "demonstration", limit)
     shown = _opened(examples)
     by_length: dict[int, list[Example]] = {}
     for example in examples:

@@ -27,7 +27,8 @@ from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.recipe import Recipe
 from anchors.injection.suites import SuiteModels, gap, require_siblings
 from anchors.model.identity import software
-from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Spent, Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.plan import PROMPTS, held_bytes, sampled
 
 BATCH = {"cpu": 16, "cuda": 64}
 
@@ -154,7 +155,8 @@ def stretches(
             lots = [Lot(keys, lambda vectors=vectors: vectors, world.kept, _too_large)]
             yield Stretch(
                 world.config(expert, prints), keys, lambda _, lots=lots: lots, world.vlm.name, IDENTITY,
-                certify=world.certify, total=total, task=expert,
+                certify=world.certify, total=total, task=expert, cost=world.cost,
+                memory=lambda vlm=world.vlm, others=[] if vectors is None else 2 * [world.base]: sum(map(held_bytes, [vlm, *others])),
             )  # fmt: skip
             del vectors, lots
             gc.collect()
@@ -226,6 +228,47 @@ class FlowModels(SuiteModels):
                     )
                 )
         return pd.concat(parts, ignore_index=True)
+
+    def cost(self, units: Sequence[Unit]) -> Spent:
+        """About what units take, the merges themselves left out: of a few prompts it is measured."""
+        total = Spent()
+        for _, _, scenario, labels, _ in units:
+            prompt, question, ahead = self._each(scenario)
+            tests = len(self.suite.examples(scenario, "test"))
+            flow = prompt * min(tests, self.wanted.prompts)
+            asked = min(tests, self.wanted.examples)
+            total += flow + question * asked if labels == GOLD else flow
+            if (new := ("foretold", scenario, labels)) not in self._kept:  # what all units of it share
+                self._kept[new] = True
+                total += ahead * asked if labels == GOLD else flow + self._saying(scenario)
+        return total
+
+    def _each(self, scenario: str) -> tuple[Spent, Spent, Spent]:
+        """Of a scenario what a prompt takes, a question whose image is known, and a question."""
+        key = ("each", scenario)
+        if key not in self._kept:
+            vlm, suite, wanted = self.vlm, self.suite, self.wanted
+            drawn = image_prompts(
+                vlm, suite, scenario, shots=wanted.shots, count=PROMPTS, seed=wanted.seed
+            ).prompts
+            batch, few = collate(vlm, drawn), suite.examples(scenario, "test", PROMPTS)
+            kept = prepare(vlm, suite, few, features=True)
+            tokens = sum(int(b.inputs["attention_mask"].sum()) for b in kept.batches)
+            self._kept[key] = (
+                sampled(lambda: image_flow(vlm, batch), int((batch.target + 1).sum()), len(drawn), vlm),
+                sampled(lambda: score(vlm, kept), tokens, len(few), vlm),
+                sampled(lambda: prepare(vlm, suite, few, features=True), tokens, len(few), vlm),
+            )
+        return self._kept[key]
+
+    def _saying(self, scenario: str) -> Spent:
+        """What it takes to have the VLM answer the demonstrations of a scenario itself."""
+        if not self.wanted.shots:
+            return Spent()
+        vlm, suite = self.vlm, self.suite
+        few = suite.examples(scenario, "demonstration", PROMPTS)
+        said = sampled(lambda: own_answers(vlm, suite, scenario, limit=PROMPTS), 0, len(few), vlm)
+        return said * len(suite.examples(scenario, "demonstration"))
 
     def asked(self, scenario: str) -> Prepared:
         """Test examples of a scenario without demonstrations, to be answered."""

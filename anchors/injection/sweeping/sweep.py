@@ -5,7 +5,7 @@ image, on a grey one and on another example's, and the questions of the vision s
 running the same sweep again, or a larger one, computes only what no file holds yet.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,8 @@ from anchors.injection.sweeping.grid import Grid, facts_of, setting_of
 from anchors.injection.sweeping.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_apart
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel
-from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Spent, Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.plan import held_bytes, sampled, spread
 
 KIND = "inject-sweep"
 VERSION = 1
@@ -197,6 +198,8 @@ def _stretch(world: "SweepModels", skill: str, units: dict[Unit, Recipe | str], 
     return Stretch(
         bench.config(), list(units), lambda _: lots, world.vlm.name, IDENTITY,
         certify=lambda: demand_alone(world.vlm, world.suite, bench.examples), total=total, task=skill,
+        cost=lambda left: bench.cost([units[unit] for unit in left]),
+        memory=lambda: sum(map(held_bytes, (world.vlm, world.base, bench.expert))),
     )  # fmt: skip
 
 
@@ -280,6 +283,34 @@ class Bench:
             dose=injected.norm / self.size,
         )
 
+    def cost(self, left: Sequence[Recipe | str]) -> Spent:
+        """About what settings and references take, the merges themselves left out: of a few prompts it is measured."""
+        world, batch = self.world, self.world.wanted.batch
+        vlm, suite, named = world.vlm, world.suite, [what for what in left if isinstance(what, str)]
+        vision = len(_different(suite, world.wanted.examples(suite, suite.vision)))
+        own = _different(suite, self.examples)
+        few = spread(own, lambda e: len(suite.prompt(e) + suite.written(e)))
+        kept = prepare(vlm, suite, few, "own", batch, features=True)
+        tokens = sum(int(b.inputs["attention_mask"].sum()) for b in kept.batches)
+        texts = [vlm.tokenizer(suite.prompt(e, e.text) + suite.written(e))["input_ids"] for e in few]
+
+        def each(run: Callable[[], object], size: int = tokens) -> Spent:
+            return sampled(run, size, len(few), vlm)
+
+        every = 2 * len(own) + len(_different(suite, self.examples, blank=True)) + vision
+        once = every if world.wanted.controls else len(own) + vision
+        asked = (len(left) - len(named)) * once + every * (VLM in named)
+        cost = each(lambda: score(vlm, kept)) * asked if asked else Spent()
+        # Images go through the vision tower once for all settings, and once for the fine-tuned VLM.
+        if whole := every * (bool(asked) + (UPPER in named)):
+            cost += each(lambda: evaluate(vlm, suite, few, batch=batch)) * whole
+        if told := len({ORACLE, BASE, CASCADE} & {*named}):
+            read = each(lambda: evaluate_text(world.base, suite, few, batch=batch), sum(map(len, texts)))
+            cost += read * (told * len(own))
+        if CASCADE in named:
+            cost += each(lambda: captions(vlm, suite, few, batch)) * len({e.image for e in self.examples})
+        return cost
+
     def _answers(self, controls: bool) -> pd.DataFrame:
         """What the VLM answers as it is now."""
         asked = {name: p for name, p in self.prepared.items() if controls or name not in CONTROLS}
@@ -310,6 +341,11 @@ class Bench:
             examples = self.world.vision.examples if condition == "vision" else self.examples
             parts.append(table.assign(condition=condition, split=[e.split for e in examples]))
         return pd.concat(parts, ignore_index=True)
+
+
+def _different(suite: Suite, examples: Sequence[Example], blank: bool = False) -> list[Example]:
+    """Those whose prompts are not the same to the model; blank images are all alike, where they are of one size."""
+    return list({(not blank and e.image, suite.prompt(e), suite.written(e)): e for e in examples}.values())
 
 
 def _references(suite: Suite, skill: str) -> list[str]:
