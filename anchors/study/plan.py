@@ -139,7 +139,9 @@ def foretold(
         else:
             spent = [tuple(passes(unit)) for unit in left]
             tokens = sum(unit[0].tokens for unit in spent)
-            priced = _priced(Cost(model), [p for unit in spent for p in unit], [Costs(unit) for unit in spent])
+            priced = _priced(
+                Cost(model), [p for unit in spent for p in unit], [Costs(unit) for unit in spent]
+            )
         found.append(
             Outlook(
                 own.config["kind"], own.task, own.config.get("shots", 0), "none", len(own.units), len(left),

@@ -27,7 +27,7 @@ from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.recipe import Recipe
 from anchors.injection.suites import SuiteModels, gap, require_siblings
 from anchors.model.identity import software
-from anchors.study.engine import Spent, Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, silent, told
 from anchors.study.plan import PROMPTS, held_bytes, sampled
 
 BATCH = {"cpu": 16, "cuda": 64}

@@ -34,7 +34,7 @@ from anchors.injection.sweeping.grid import Grid, facts_of, setting_of
 from anchors.injection.sweeping.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_apart
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel
-from anchors.study.engine import Spent, Lot, Progress, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, silent, told
 from anchors.study.plan import held_bytes, sampled, spread
 
 KIND = "inject-sweep"

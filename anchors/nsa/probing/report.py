@@ -1,7 +1,7 @@
 """A probe's rows, tables, figure and page, written with their provenance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
