@@ -285,10 +285,10 @@ def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
     )
     if len(plans) > 1:
         table.below += "; cells that experiments share count more than once"
-    if most := max((part for _, part in every if part.peak), key=lambda part: part.memory, default=None):
-        terms = {term: size for term, size in most.peak._asdict().items() if size > 0.01 * most.memory}
+    if most := max((part.peak for _, part in every if part.peak), key=lambda peak: peak.total, default=None):
+        terms = {term: size for term, size in most._asdict().items() if size > 0.01 * most.total}
         said = ", ".join(f"{size / 1e9:.3g} {term}" for term, size in terms.items())
-        table.below += f"; at the peak about {most.memory / 1e9:.3g} GB ({said})"
+        table.below += f"; at the peak about {most.total / 1e9:.3g} GB ({said})"
     return table
 
 

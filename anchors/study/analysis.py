@@ -118,10 +118,10 @@ class Costs(NamedTuple):
 
 def costs_of(analysis: "Analysis", sizes: Sizes) -> Costs:
     """What an analysis says that it runs; one that only counts its `passes` answers each batch so often."""
-    if hasattr(analysis, "costs"):
-        return analysis.costs(sizes)
+    if (own := getattr(analysis, "costs", None)) is not None:
+        return own(sizes)
     once = (sizes.encoded(),) if sizes.shared else ()
-    return Costs((sizes.asked(times=analysis.passes),), once, sizes.shared)
+    return Costs((sizes.asked(times=getattr(analysis, "passes", 1.0)),), once, sizes.shared)
 
 
 @runtime_checkable
