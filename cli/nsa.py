@@ -315,7 +315,7 @@ def _table(result: "Trained", name: str) -> Grid:
         caption="by number of the demonstration; knowable: share of label words that what stands before tells",
     )
     table.add_column("demonstration")
-    metrics = [name for name in found if name not in ("run", "step", "demonstration")]
+    metrics = [name for name in found if name not in ("run", "seed", "step", "demonstration")]
     for metric in metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     for row in found.to_dict("records"):
