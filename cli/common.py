@@ -288,7 +288,9 @@ def outlook_table(plans: "dict[str, list[Outlook]]") -> Grid:
     if most := max((part.peak for _, part in every if part.peak), key=lambda peak: peak.total, default=None):
         terms = {term: size for term, size in most._asdict().items() if size > 0.01 * most.total}
         said = ", ".join(f"{size / 1e9:.3g} {term}" for term, size in terms.items())
-        table.below += f"; at the peak about {most.total / 1e9:.3g} GB ({said})"
+        alone = set(terms) == {"weights"}
+        size = f"{most.total / 1e9:.3g} GB"
+        table.below += f"; {size} at least, of weights" if alone else f"; at the peak about {size} ({said})"
     return table
 
 

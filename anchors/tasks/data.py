@@ -299,7 +299,7 @@ def _classes(labels: Sequence[str], count: int, parts: Sequence[_Part]) -> dict[
             raise AnchorsError(
                 f"{place} has the label {label!r}, which is not one of {list(labels)}.",
                 (f"It differs from {near[0]!r} only in case: write both alike. " if near else "")
-                + f"Labels are label words or their numbers 0 to {count - 1}; --labels sets the words.",
+                + f"Labels are label words or their numbers 0 to {count - 1}; --template and --labels make a task of your own.",
                 code="data-label",
             )
     if no_words := [label for label in seen if label not in words]:
