@@ -7,6 +7,8 @@ PRECISION:TOKENS:BATCH.
     uv run benchmarks/flow_builds.py ../before . --cases bfloat16:256:1 bfloat16:256:32 --out benchmarks/flow_builds.csv
 
 "before" is a checkout of the other build. The first run of a shape is left out; recorded passes begin with the third.
+
+    uv run benchmarks/flow_builds.py ../before . --device cpu --shape default --cases float32:2011:1   # peaks of a process
 """
 
 import argparse
@@ -14,6 +16,7 @@ import csv
 import gc
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,8 @@ import torch
 
 PLAIN = 1024
 """Tokens up to which the plain way in float64 is asked."""
+DEFAULT = "default"
+"""The shape that is no shape: the default model, of which only the certificate's error is told."""
 WARM = 4
 ASKED = 16
 """Prompts whose sums are compared with float64."""
@@ -31,7 +36,45 @@ ASKED = 16
 
 def work(device: str, shape: str) -> None:
     """The side of one build: reads cases and orders from stdin, answers in lines of JSON."""
-    from flow_speed import DTYPES, concatenate, errors, flow, make_model, make_prompts, ours, plain
+    from flow_speed import (
+        DTYPES,
+        concatenate,
+        errors,
+        flow,
+        high_water,
+        make_model,
+        make_prompts,
+        ours,
+        plain,
+    )
+
+    from anchors.model.language import load
+
+    gpu = device == "cuda"
+
+    def settled() -> None:
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
+
+    def seconds() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        flow(routed, prompts)
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def held() -> int:
+        return torch.cuda.max_memory_allocated() if gpu else high_water()
+
+    def forget_peak() -> int:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        return held()
 
     routed, model, prompts = None, None, []
     for line in sys.stdin:
@@ -39,45 +82,40 @@ def work(device: str, shape: str) -> None:
         said: dict[str, object] = {}
         if order["do"] == "prepare":
             routed = model = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            settled()
             precision, tokens, batch = order["case"]
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             prompts = make_prompts(tokens, batch)
-            model = make_model(shape, device, tokens, DTYPES[precision], 1.0)
-            routed = ours(model, precision)
+            if shape == DEFAULT:
+                routed = load(device=device, precision=precision)
+            else:
+                model = make_model(shape, device, tokens, DTYPES[precision], 1.0)
+                routed = ours(model, precision)
             try:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
+                before = forget_peak()
                 found = flow(routed, prompts)
-                said["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+                said["peak_gib"] = round((held() - before) / 2**30, 2)
                 for _ in range(WARM if tokens <= PLAIN else 0):
                     flow(routed, prompts)
                 said["error"] = float(found.identity_error.max())
-                if tokens <= PLAIN:
+                if tokens <= PLAIN and model is not None:
                     weights = {name: weight.double() for name, weight in model.state_dict().items()}
                     exact_model = make_model(shape, device, tokens, torch.float64, 1.0)
                     exact_model.load_state_dict(weights)
                     asked = make_prompts(tokens, ASKED)
                     exact = concatenate([plain(exact_model, p, device) for p in asked])
                     del exact_model, weights
-                    torch.cuda.empty_cache()
+                    settled()
                     parts = [asked[i : i + batch] for i in range(0, ASKED, batch)]
                     said |= errors(concatenate([flow(routed, part).sums for part in parts]), exact)
             except torch.OutOfMemoryError:
                 said["failed"] = "out of memory"
             if tokens > PLAIN:
-                gc.collect()
-                torch.cuda.empty_cache()
+                settled()
         else:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            flow(routed, prompts)
-            torch.cuda.synchronize()
-            said["ms"] = 1e3 * (time.perf_counter() - start)
+            said["ms"] = 1e3 * seconds()
             if len(prompts[0].ids) > PLAIN:
-                torch.cuda.empty_cache()  # the other build needs the card, too
+                settled()  # the other build needs the card, too
         print(json.dumps(said), flush=True)
 
 
@@ -119,6 +157,7 @@ def main() -> None:
         work(arguments.device, arguments.shape)
         return
     sides = [Side(folder, arguments.device, arguments.shape) for folder in arguments.builds]
+    card = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
     rows = []
     for case in arguments.cases:
         precision, tokens, batch = case.split(":")
@@ -132,7 +171,7 @@ def main() -> None:
             each = round(statistics.median(own) / int(batch), 3) if own else None
             rows.append(
                 {"build": side.name, "precision": precision, "tokens": int(tokens), "batch": int(batch)}
-                | {"ms_per_example": each, "card": torch.cuda.get_device_name(), "torch": torch.__version__}
+                | {"ms_per_example": each, "card": card, "torch": torch.__version__}
                 | fact
             )
             print(json.dumps(rows[-1]), flush=True)

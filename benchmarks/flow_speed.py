@@ -55,7 +55,7 @@ def make_prompts(length: int, count: int) -> list[Prompt]:
     return [
         Prompt(
             text="",
-            ids=tuple(torch.randint(100, 50000, (length,), generator=generator).tolist()),
+            ids=tuple(torch.randint(100, 49000, (length,), generator=generator).tolist()),
             roles=("text",) * length,
             demonstrations=(0,) * (length - 1) + (-1,),
             label_positions=positions,

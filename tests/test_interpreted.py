@@ -21,6 +21,7 @@ SHOWN = {
     "test_saliency_kernel": ("test", len(test_saliency_kernel.TINY) + 4),
     "test_nsa_selection": ("test", 24),
     "test_nsa_bench": ("test", 6),
+    "test_norms": ("test", 4),
 }
 """By file: which of its tests, and how many these are."""
 

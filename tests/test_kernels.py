@@ -155,7 +155,7 @@ def test_bands_are_recognised():
     from anchors.attention import kernels
 
     q = torch.zeros(2, 2, 8, 16)
-    window = lambda mask: kernels.window_of(AttentionCall(0, q, q, q, 1.0, mask=mask))  # noqa: E731
+    window = lambda mask: AttentionCall(0, q, q, q, 1.0, mask=mask).window  # noqa: E731
     assert window(None) == window(band(8, 8)) == window(band(8, 20)) == 8
     for width in (1, 3, 7):
         mask = band(8, width)

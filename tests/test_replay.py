@@ -195,6 +195,7 @@ def test_norms_in_one_kernel_are_the_models_own(family, precision, tokenizer, pr
 
     lm = on_cuda(family, tokenizer, precision)
     norms = [a for a in lm.altered if isinstance(a.after, OneKernel)]
+    assert norms
     found = numbers(flow(lm, prompts[:2], maps=[0]))
     with undone(norms):
         own = numbers(flow(lm, prompts[:2], maps=[0]))
@@ -211,6 +212,7 @@ def test_long_prompts_are_computed_twice(tokenizer, prompts, monkeypatch) -> Non
     monkeypatch.setattr(saliency, "TOKENS", 0)
     monkeypatch.setattr(memory, "TOKENS", 0)
     monkeypatch.setattr(memory, "SHARE", 0.0)
+    assert memory.twice(lm, len(prompts[0].ids)) is not None
     found = numbers(flow(lm, prompts[:1], maps=[0]))
     assert max(map(apart, found, plain)) < 1e-6
     exact = literal_flow(lm, prompts[0])

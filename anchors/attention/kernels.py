@@ -32,6 +32,7 @@ LIVE = 64
 """Rows of a block that is alive or dead as one: dead ones, whose slopes are zero, are passed over."""
 LONG = 2048
 """Tokens from which the backward kernels have work enough for larger tiles."""
+KERNELS = ("forward", "dq", "dkv")
 _HALF, _WIDE = ((64, 64, 4, 2), (32, 32, 4, 2)), ((64, 64, 8, 2), (32, 32, 8, 2))
 _FULL, _FULL_WIDE = ((64, 64, 4, 1), (32, 32, 4, 1)), ((16, 16, 4, 1),)
 TILES = {
@@ -46,13 +47,12 @@ TILES = {
         "forward": ((64, 64, 4, 3), *_HALF),
         "dq": _HALF,
         "dkv": _HALF,
-        "long dq": _HALF,
         "long dkv": ((64, 128, 8, 3), *_HALF),
     },
-    (2, 256): dict.fromkeys(("forward", "dq", "dkv", "long dq", "long dkv"), _WIDE),
-    (4, 64): dict.fromkeys(("forward", "dq", "dkv", "long dq", "long dkv"), _FULL),
-    (4, 128): dict.fromkeys(("forward", "dq", "dkv", "long dq", "long dkv"), _FULL),
-    (4, 256): dict.fromkeys(("forward", "dq", "dkv", "long dq", "long dkv"), _FULL_WIDE),
+    (2, 256): dict.fromkeys(KERNELS, _WIDE),
+    (4, 64): dict.fromkeys(KERNELS, _FULL),
+    (4, 128): dict.fromkeys(KERNELS, _FULL),
+    (4, 256): dict.fromkeys(KERNELS, _FULL_WIDE),
 }
 """By bytes of a number and width of a head, and by kernel: query rows, keys, warps and stages, by preference on an H100."""
 
@@ -347,21 +347,16 @@ def supports(call: DenseCall) -> bool:
         and max(q.shape[-1], v.shape[-1]) <= HEAD_DIM
         and q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(tiles(kernel, call) for kernel in ("forward", "dq", "dkv"))
-        and window_of(call) is not None
+        and all(tiles(kernel, call) for kernel in KERNELS)
+        and call.window is not None
     )
-
-
-def window_of(call: DenseCall) -> int | None:
-    """The w for which a row sees its last w keys, itself included; None where its mask is no such band."""
-    return call.window
 
 
 def forward(call: DenseCall) -> tuple[Tensor, Tensor]:
     """z, laid out so that joining the heads copies nothing, and log₂ Σ_j exp(scores_ij)."""
     q, k, v = map(dense, (call.q, call.k, call.v))
     batch, heads, length, _ = q.shape
-    window = window_of(call) or length
+    window = call.window or length
     z = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     tile = tiles("forward", call)
@@ -385,7 +380,7 @@ def slopes(call: DenseCall, z: Tensor, lse: Tensor, dz: Tensor) -> Slopes:
             z, dz, inner, live, strides(z), strides(dz), length, heads,
             DIM_V=dim_v, WIDTH_V=width_of(dim_v), LIVE=LIVE,
         )  # fmt: skip
-    return Slopes(dz, lse, inner, live.amax(1), LIVE, window_of(call) or length, precision_of(z.dtype))
+    return Slopes(dz, lse, inner, live.amax(1), LIVE, call.window or length, precision_of(z.dtype))
 
 
 def gradients(call: DenseCall, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:

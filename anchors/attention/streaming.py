@@ -84,14 +84,14 @@ def fused_kernels(call: DenseCall, taps: Sequence[Tap]) -> ModuleType | None:
     return kernels if kernels.supports(call) else None
 
 
-Kept = dict[int, tuple[Tensor, Tensor | None]]
+Attended = dict[int, tuple[Tensor, Tensor | None]]
 """By layer, z and the log-sums of a call."""
 
-_kept: ContextVar[Kept | None] = ContextVar("anchors_kept", default=None)
+_kept: ContextVar[Attended | None] = ContextVar("anchors_kept", default=None)
 
 
 @contextmanager
-def keeping_attention(kept: Kept | None) -> Generator[None]:
+def keeping_attention(kept: Attended | None) -> Generator[None]:
     """Let calls that are made twice on the same numbers be computed once: the first leaves in `kept` what the second takes
     from there."""
     token = _kept.set(kept)

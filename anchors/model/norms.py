@@ -145,17 +145,13 @@ class OneKernel:
 
 
 def one_kernel_norms(model: nn.Module) -> list[Alteration]:
-    """The norms of a frozen model on CUDA whose formula is known: it is tried on numbers, class by class."""
-    forms: dict[tuple[type, float], Form | None] = {}
+    """The norms of a frozen model on CUDA whose formula is known: each is tried on numbers, with the weights that it has."""
     made = []
     for module in model.modules():
         weight, eps = getattr(module, "weight", None), _eps(module)
         if eps is None or weight is None or weight.dim() != 1 or "forward" in vars(module):
             continue
-        kind = type(module), eps
-        if kind not in forms:
-            forms[kind] = _form(module, eps)
-        if (form := forms[kind]) is not None and len(weight) <= WIDEST:
+        if len(weight) <= WIDEST and (form := _form(module, eps)) is not None:
             made.append(Alteration.of(module, "forward", OneKernel(module, module.forward, form)))
     return made
 

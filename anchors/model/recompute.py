@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from anchors.attention.streaming import Kept, keeping_attention
+from anchors.attention.streaming import Attended, keeping_attention
 from anchors.model.alteration import Alteration
 
 Arithmetic = Callable[[], AbstractContextManager[None]]
@@ -54,7 +54,7 @@ class _Run:
         self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         self.leaves = [None if i in self.places else x for i, x in enumerate(leaves)]
         self.context: Context = copy_context()
-        self.kept: Kept = {}
+        self.kept: Attended = {}
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         with keeping_attention(self.kept if self.keep else None):

@@ -164,13 +164,13 @@ class State:
 _REPLAYS: "WeakKeyDictionary[nn.Module, Replays]" = WeakKeyDictionary()
 
 
+def replays_of(model: nn.Module) -> Replays:
+    """The records of a model, to be looked at, or thrown away where their memory is needed."""
+    return _REPLAYS.setdefault(model, Replays())
+
+
 def replayed(model: nn.Module, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`step(*inputs)`; on CUDA from its third run on as one order, see `Replays`."""
     if inputs[0].device.type != "cuda":
         return step(*inputs)
-    return _REPLAYS.setdefault(model, Replays())(model, key, step, inputs)
-
-
-def replays_of(model: nn.Module) -> Replays:
-    """The records of a model, to be looked at, or thrown away where their memory is needed."""
-    return _REPLAYS.setdefault(model, Replays())
+    return replays_of(model)(model, key, step, inputs)
