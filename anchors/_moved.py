@@ -92,6 +92,7 @@ NAMES = {
         "sentence": "anchors.summaries",
         "summarise": "anchors.stats",
     },
+    "anchors.attention.kernels": {"window_of": "anchors.attention.bands"},
     "anchors.causal": dict.fromkeys(("POSITIONS", "Causal"), "anchors.analyses.causal"),
     "anchors.check": {"hidden_labels": "anchors.certificate.sight"},
     "anchors.compression": {

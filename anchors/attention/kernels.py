@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anchors._names import forwarding
 from anchors.attention.dense import DenseCall
 from anchors.attention.taps import Slopes
 
+__getattr__ = forwarding(__name__)
 LOG2E = tl.constexpr(1.4426950408889634)
 HEAD_DIM = 256
 """The widest head whose sums of gradients fit the registers."""
