@@ -96,7 +96,7 @@ KINDS = {
             "The model's attention does not arrive at the seam once in each layer, in a form that is understood.",
             "Remote or special code that computes attention by itself, shared or recurrent layers, compressed keys, or a "
             "model in training mode. Edits would silently do nothing.",
-            "Use a family that is known to work, or write its support (see the recipe for a new family).",
+            "Use a family that is known to work (`anchors check --families`), or write its support (see the recipe for a new family).",
         ),
         Kind(
             "certificate",

@@ -29,9 +29,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 # Installed kernels of the delta rule run on no CPU; without them transformers takes its own torch code.
@@ -72,16 +74,16 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    journal, key, at, done, commits = chosen.out.with_suffix(".jsonl"), identity(), commit(), {}, {}
+    now = Origin(commit(), version("transformers"), identity())
+    done: dict[str, list[Row]] = {}
+    origins: dict[str, Origin] = {}
     anew = set(chosen.families) if chosen.again else set()
-    for line in journal.read_text().splitlines() if journal.exists() else []:
-        entry = json.loads(line)
-        if entry["key"] == key or (chosen.again and entry["family"] not in anew):
-            done[entry["family"]] = [Row(**row) for row in entry["rows"]]
-            commits[entry["family"]] = entry["commit"]
+    for name, (origin, own) in read(chosen.out).items():
+        if origin == now or (chosen.again and name not in anew):
+            done[name], origins[name] = own, origin
     names = known if chosen.again else chosen.families or known
     print(f"{len(names)} families, {len(set(names) & set(done))} of them already done", flush=True)
-    with tempfile.TemporaryDirectory(prefix="families-") as scratch, journal.open("a") as kept:
+    with tempfile.TemporaryDirectory(prefix="families-") as scratch:
         folder = Path(scratch)
         drawing = FORK.Process(target=prompts.write, args=(folder,))
         drawing.start()
@@ -105,21 +107,35 @@ def main() -> int:
 
         todo = [name for name in names if name not in done]
         for name, rows, seconds in apart(asked, todo, chosen.jobs, chosen.seconds, chosen.gigabytes << 30):
-            done[name], commits[name] = rows, at
-            entry = {
-                "key": key,
-                "commit": at,
-                "family": name,
-                "rows": [causal.as_record(row) for row in rows],
-            }
-            kept.write(json.dumps(entry) + "\n")
-            kept.flush()
+            done[name], origins[name] = rows, now
+            write(chosen.out, {name: done[name] for name in names if name in done}, origins)
             print(f"{name}: {summed(rows)}  [{seconds:.0f} s]", flush=True)
     rows = [row for name in names for row in done[name]]
-    write(chosen.out, {name: done[name] for name in names}, commits)
+    write(chosen.out, {name: done[name] for name in names}, origins)
     counts = Counter(row.verdict for row in rows if row.number != "certificate")
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     return int(bool(counts["wrong"] or counts["crash"]))
+
+
+class Origin(NamedTuple):
+    """Where rows come from: the commit, the version of transformers, and all that they depend on as a hash."""
+
+    commit: str
+    transformers: str
+    key: str
+
+
+def read(path: Path) -> dict[str, tuple[Origin, list[Row]]]:
+    """What a table holds, by name of the family as it is asked for."""
+    found: dict[str, tuple[Origin, list[Row]]] = {}
+    with path.open(newline="") if path.exists() else nullcontext([]) as file:
+        for record in csv.DictReader(file):
+            origin = Origin(*(record.pop(name) for name in Origin._fields))
+            error = record.pop("error")
+            row = Row(**record, error=float(error) if error else None)
+            name = IMAGE * (row.kind == "image-text") + row.family
+            found.setdefault(name, (origin, []))[1].append(row)
+    return found
 
 
 def identity() -> str:
@@ -206,16 +222,18 @@ in it, all else in float32.
 """
 
 
-def write(path: Path, done: dict[str, list[Row]], commits: dict[str, str]) -> None:
+def write(path: Path, done: dict[str, list[Row]], origins: dict[str, Origin]) -> None:
     """The table, and a page: how to read it, counts, then every family."""
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, [*Row.__dataclass_fields__, "commit"])
+    whole_of_it = path.with_suffix(".part")
+    with whole_of_it.open("w", newline="") as file:
+        table = csv.DictWriter(file, [*Row.__dataclass_fields__, *Origin._fields])
         table.writeheader()
         for name, own in done.items():
-            table.writerows(causal.as_record(row) | {"commit": commits[name]} for row in own)
+            table.writerows(causal.as_record(row) | origins[name]._asdict() for row in own)
+    whole_of_it.replace(path)
     rows = [row for own in done.values() for row in own]
     said = ", ".join(f"{name} {number}" for name, number in versions().items())
-    at = Counter(commits[name] for name in done)
+    at = Counter(origins[name].commit for name in done)
     page = [
         "# Families",
         f"Every number on {len(done)} tiny random models against transformers' own eager attention, by "

@@ -23,7 +23,7 @@ FILES = {
 UPPER = ("anchors.nsa", "anchors.injection")
 ABOVE = (*UPPER, "anchors.figures", "anchors.experiments", "anchors.cli")
 LAYERS = [
-    "errors kinds digest pace places rules streams _moved _names _version",
+    "errors families kinds digest pace places rules streams _moved _names _version",
     "tasks stats intervals",
     "attention",
     "model gguf context study.results",

@@ -29,6 +29,7 @@ from anchors.attention.form import Call
 from anchors.attention.selection import chosen_blocks, chosen_keys
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
+from anchors.families import known
 
 NAME = "anchors"
 MASKED = "anchors_masked"
@@ -183,7 +184,7 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             raise RoutingError(
                 f"{type(model).__name__} computes attention in its own code, not through transformers' "
                 "AttentionInterface: edits on it would silently do nothing.",
-                "Families known to work: GPT-2, GPT-J, GPT-NeoX, Llama, Qwen 2 and 3, Gemma 2 and 3, Mistral, OPT, Phi-3.",
+                known("causal"),
             )
         model.set_attn_implementation(NAME)
     reached = _reached(model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from anchors.attention.form import Call
 from anchors.attention.seam import NAME, seam
 from anchors.errors import AnchorsError, RoutingError
+from anchors.families import known
 from anchors.model.routed import testify
 from anchors.model.witness import TOLERANCE, Witness, apart
 
@@ -90,7 +91,7 @@ def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
         raise RoutingError(
             f"{type(decoder).__name__} computes attention in its own code, not through transformers' "
             "AttentionInterface: what flows there cannot be seen.",
-            "Families known to work: LLaVA, LLaVA-NeXT, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Gemma 3.",
+            known("image-text"),
         )
     decoder.set_attn_implementation(NAME)
     found = [
