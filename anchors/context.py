@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -113,13 +113,16 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def keeping(model: nn.Module, columns: Tensor) -> dict[str, Tensor]:
+def keeping(model: nn.Module, columns: Tensor) -> dict[str, Any]:
     """The argument that asks a model for the logits of some columns only; none where its `forward` does not name it.
 
     A `forward` that takes anything may hand it on to its attention (Whisper). What comes back then has all columns.
     """
-    named = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": columns} if named else {}
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    # Where a model is spread, accelerate moves tensors to its first device; the states they index are on its last.
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    return {"logits_to_keep": columns.cpu().numpy() if spread else columns}
 
 
 def fresh_cache(model: PreTrainedModel) -> DynamicCache:

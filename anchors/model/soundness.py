@@ -1,6 +1,6 @@
 """What a loaded model must be, whatever it was loaded from: finite, and differentiable through every layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, weight.detach()
 
 
-def _offloaded(model: nn.Module) -> dict[str, Tensor]:
+def _offloaded(model: nn.Module) -> Mapping[str, Tensor]:
     """accelerate's map of the weights that lie elsewhere, by full name."""
     for module in model.modules():
         found = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

@@ -1,0 +1,75 @@
+"""A model in parts: on disk, or on two cards, every study's rows are those of the model in one place."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import make
+from gpu import needs_cuda
+
+import anchors
+from anchors.model.language import LanguageModel
+from anchors.study.analysis import Analysis
+
+STUDIES = (
+    anchors.InformationFlow(),
+    anchors.Isolation(layers=(1,)),
+    anchors.Readout(),
+    anchors.Classification(),
+    anchors.Causal(),
+    anchors.Compression(),
+    anchors.Diagnosis(components=(2,)),
+    anchors.Reweighting(epochs=1, per_class=1),
+)
+AROUND = {
+    "gpt2": ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"),
+    "llama": ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"),
+}
+BLOCKS = {"gpt2": "transformer.h.", "llama": "model.layers."}
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    make(request.param, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(lm: LanguageModel, study: Analysis) -> pd.DataFrame:
+    task = anchors.task("sst2")
+    return anchors.measure(lm, study, task, anchors.read(task), anchors.Sample(examples=4)).rows
+
+
+def spread(folder: Path, first: int | str, second: int | str) -> LanguageModel:
+    """Block 0 and all that stands before and behind the blocks in one place, the other blocks in another."""
+    block = BLOCKS[folder.name]
+    names = AROUND[folder.name]
+    places = dict.fromkeys(names, first) | {f"{block}{i}": second if i else first for i in range(3)}
+    return anchors.load(folder, device_map=places, precision="float32")
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.kind)
+def test_blocks_on_disk(saved: Path, study: Analysis) -> None:
+    pytest.importorskip("accelerate")
+    same(rows(anchors.load(saved, device="cpu"), study), rows(spread(saved, "cpu", "disk"), study))
+
+
+@needs_cuda
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.kind)
+def test_two_cards(saved: Path, study: Analysis) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    whole = anchors.load(saved, device="cuda", precision="float32")
+    same(rows(whole, study), rows(spread(saved, 0, 1), study))
+
+
+def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    assert len(one) == len(other) > 0
+    for name in one.columns:
+        if one[name].dtype.kind == "f":
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        else:
+            assert list(one[name]) == list(other[name]), name
