@@ -4,6 +4,7 @@ MODULES = {
     "anchors.agreement": "anchors.certificate.agreement",
     "anchors.alteration": "anchors.model.alteration",
     "anchors.architectures": "anchors.model.architectures",
+    "anchors.attention.gptj": "anchors.attention.bridges",
     "anchors.flow.analysis": "anchors.analyses.flow",
     "anchors.identity": "anchors.model.identity",
     "anchors.injection.anchor": "anchors.injection.merging.base",

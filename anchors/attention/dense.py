@@ -1,6 +1,6 @@
 """Dense attention, with everything that differs between families kept here and nowhere else:
 
-    scores_ij  = scale · ⟨q_i, k_j⟩,  soft-capped to c · tanh(scores / c) where the family does so
+    scores_ij  = scale · ⟨q_i, k_j⟩,  soft-capped to c · tanh(scores / c) where the family does so, + bias_j with ALiBi
     A_ij       = exp(scores_ij + mask_ij) / (Σ_j' exp(scores_ij' + mask_ij') + exp(sink))
     z_i        = Σ_j A_ij v_j
 
@@ -32,10 +32,13 @@ class DenseCall(Call):
     Attributes:
         softcap: bound c of the soft cap on the scores, or None.
         sinks: one extra logit per head in the denominator, or None; rows then sum to less than 1.
+        key_bias: what is added to the scores of each key (ALiBi: slope of the head · position of the key), or None. Never
+            beside a soft cap, whose slope is read off the scores.
     """
 
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
+    key_bias: Float[Tensor, "#batch heads key"] | None = None
 
     @cached_property
     def window(self) -> int | None:
@@ -43,12 +46,17 @@ class DenseCall(Call):
         return window_of(self.mask, self.k.shape[2], self.layer)
 
     def scores(
-        self, q: Float[Tensor, "batch heads rows dim"], k: Float[Tensor, "batch kv_heads keys dim"]
+        self,
+        q: Float[Tensor, "batch heads rows dim"],
+        k: Float[Tensor, "batch kv_heads keys dim"],
+        keys: slice = slice(None),
     ) -> Float[Tensor, "batch heads rows keys"]:
-        """Scaled and soft-capped scores, before the mask."""
+        """Scaled, soft-capped and biased scores, before the mask; `keys` says which those of `k` are."""
         scores = grouped(q, k.transpose(-1, -2), self.groups)
         # A tile that no gradient passes through is written over: half its way is through memory.
         scores = scores * self.scale if scores.requires_grad else scores.mul_(self.scale)
+        if self.key_bias is not None:
+            return scores + self.key_bias[:, :, None, keys].to(scores.dtype)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def softmax(
@@ -124,7 +132,7 @@ class DenseCall(Call):
 
     @property
     def fusable(self) -> bool:
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.key_bias is None
 
     def fused(self) -> Float[Tensor, "batch heads query dim_v"]:
         """The output through torch's kernel."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from anchors.attention import gptj
+from anchors.attention import bridges
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
@@ -105,6 +105,7 @@ def attend(
     is_causal: bool | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
+    key_bias: Tensor | None = None,
     form: Callable[..., Call] = AttentionCall,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -118,6 +119,11 @@ def attend(
             f"{type(module).__name__} passes {unknown} to its attention, which the seam does not know.",
             "This family needs support in anchors/attention/dense.py.",
         )
+    if softcap is not None and key_bias is not None:
+        raise RoutingError(
+            f"{type(module).__name__} caps its scores softly and biases them, too.",
+            "This family needs support in anchors/attention/dense.py.",
+        )
     if dropout:
         raise RoutingError(
             f"{type(module).__name__} asks for attention dropout {dropout}.", "Call model.eval()."
@@ -127,6 +133,7 @@ def attend(
     if block_indices is not None:
         places = kwargs.get("position_ids")
         attention_mask = chosen_blocks(module, block_indices, attention_mask, key.shape[2], places)
+    special = {"softcap": softcap, "sinks": s_aux, "key_bias": key_bias}
     session = _active.get()
     known = session is not None and module in session.layer_of
     call = form(
@@ -138,7 +145,7 @@ def attend(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=attention_mask,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        **{name: own for name, own in (("softcap", softcap), ("sinks", s_aux)) if own is not None},
+        **{name: own for name, own in special.items() if own is not None},
     )
     if session is not None:
         session.reached.append(module)
@@ -179,7 +186,7 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     Raises:
         RoutingError: when a layer's attention does not arrive at the seam exactly once.
     """
-    if not gptj.bridge(model, attend, NAME):
+    if not bridges.bridge(model, attend, NAME, MASKED):
         if not model._can_set_attn_implementation():
             raise RoutingError(
                 f"{type(model).__name__} computes attention in its own code, not through transformers' "
@@ -233,8 +240,8 @@ def _why(layers: int, calls: int, modules: int) -> str:
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Generator[None]:
     """Take a routed model off the seam for a while: its own eager attention, to compare with."""
-    if gptj.release(model):
-        restore = lambda: gptj.bridge(model, attend, NAME)  # noqa: E731
+    if bridges.release(model):
+        restore = lambda: bridges.bridge(model, attend, NAME, MASKED)  # noqa: E731
     else:
         name = model.config._attn_implementation
         model.set_attn_implementation("eager")

@@ -121,7 +121,7 @@ class _Streaming(torch.autograd.Function):
             z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
             dtype = call.compute_dtype
             for rows, part, keys in tiles(call):
-                scores = call.scores(q[:, :, part].to(dtype), k[:, :, keys].to(dtype))
+                scores = call.scores(q[:, :, part].to(dtype), k[:, :, keys].to(dtype), keys)
                 pattern = call.softmax(scores, call.visible(rows, keys))
                 z[:, :, part] = grouped(pattern, v[:, :, keys].to(dtype), call.groups).to(v.dtype)
         if taken is None and kept is not None:
@@ -161,7 +161,7 @@ class _Streaming(torch.autograd.Function):
         for rows, part, keys in tiles(call, live):
             q_tile, dz_tile = q[:, :, part].to(dtype), dz[:, :, part].to(dtype)
             k_tile, v_tile = k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
-            scores = call.scores(q_tile, k_tile)
+            scores = call.scores(q_tile, k_tile, keys)
             pattern = call.softmax(scores, call.visible(rows, keys))
             product = grouped(dz_tile, v_tile.transpose(-1, -2), groups).mul_(pattern)
             for tap in ctx.taps:

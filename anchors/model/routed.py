@@ -74,7 +74,9 @@ class Routed(ABC):
     @property
     def context(self) -> int | None:
         """The longest prompt the positions of the model allow, in tokens; None when it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        text = self.model.config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        return getattr(text, "max_seq_len", None) if longest is None else longest  # MPT's name
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
