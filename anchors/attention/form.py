@@ -96,6 +96,16 @@ def boolean(mask: Tensor) -> Bool[Tensor, "*all"]:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def biased(
+    bias: Float[Tensor, "batch heads query key"], mask: Tensor | None, causal: bool
+) -> Float[Tensor, "batch heads query key"]:
+    """A bias that a family makes of what it sees (Inkling), and its mask, as one additive mask: both have gradients."""
+    if mask is None and causal:
+        queries, keys = bias.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)
+    return bias if mask is None else bias.masked_fill(~boolean(mask), torch.finfo(bias.dtype).min)
+
+
 def grouped(
     left: Float[Tensor, "batch heads rows inner"],
     right: Float[Tensor, "batch kv_heads inner columns"],

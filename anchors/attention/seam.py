@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from anchors.attention import bridges
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
-from anchors.attention.form import Call
+from anchors.attention.form import Call, biased
 from anchors.attention.selection import chosen_blocks, chosen_keys
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
@@ -106,6 +106,7 @@ def attend(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     key_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
     form: Callable[..., Call] = AttentionCall,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -133,6 +134,9 @@ def attend(
     if block_indices is not None:
         places = kwargs.get("position_ids")
         attention_mask = chosen_blocks(module, block_indices, attention_mask, key.shape[2], places)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if position_bias is not None:
+        attention_mask = biased(position_bias, attention_mask, causal)
     special = {"softcap": softcap, "sinks": s_aux, "key_bias": key_bias}
     session = _active.get()
     known = session is not None and module in session.layer_of
@@ -144,7 +148,7 @@ def attend(
         v=value,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=attention_mask,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        causal=causal,
         **{name: own for name, own in special.items() if own is not None},
     )
     if session is not None:

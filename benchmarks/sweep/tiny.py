@@ -123,6 +123,7 @@ OWN: dict[str, dict[str, Any]] = {
     **{family: {"text_config": _MROPE} for family in ["glm4v", "glm46v", "glm_ocr", "glm4v_moe", "glmga", "qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "qwen2_5_omni_thinker"]},
     "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "bailing_hybrid": {"num_key_value_heads": HEADS, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
     "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3, 4], "cross_attn_k": 1,
             "num_hidden_layers": LAYERS}
@@ -199,6 +200,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma4_text+no-per-layer-input": {"hidden_size_per_layer_input": 0},
     "gpt2+reorder": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
     "gpt_bigcode+heads": {"multi_query": False},
+    "big_bird+sparse": {"is_decoder": True, "attention_type": "block_sparse"},
+    "falcon+heads": {"multi_query": False, "parallel_attn": False, "bias": True},
     "falcon+new": {"new_decoder_architecture": True},
     "falcon+alibi": {"alibi": True},
     "opt+postnorm": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -414,6 +417,10 @@ def wide(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                     if expert
                     else 0.3 * (WIDTH / max(WIDTH, weight.shape[-1])) ** 0.5
                 )
+                # GPT-Neo forms scores in float32 even in float64, and without dividing by √d: at the size of others' its own
+                # maps would be rounded by 1.3e-4.
+                if model.config.model_type == "gpt_neo" and ("q_proj" in name or "k_proj" in name):
+                    size /= HEAD**0.25
                 weight.copy_(torch.randn(weight.shape, generator=draw) * size)
             elif "sink" in name or "correct_output_scale" in name:  # zero at first: a dead path in Gemma 3n
                 weight.copy_(torch.randn(weight.shape, generator=draw))
