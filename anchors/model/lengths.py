@@ -141,7 +141,7 @@ def _values(config: PreTrainedConfig, name: str) -> Iterator[Any]:
     """A setting of the configuration, or of those of its layers where they have their own."""
     try:
         yield getattr(config, name, None)
-    except AttributeError:  # some configurations raise where the value differs by layer
+    except (AttributeError, RuntimeError):  # what configurations raise where the value differs by layer
         yield None
     try:
         own = dict(getattr(config, "per_layer_config", None) or {})
@@ -151,7 +151,8 @@ def _values(config: PreTrainedConfig, name: str) -> Iterator[Any]:
         yield part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 
 
-def _numbers(config: PreTrainedConfig, name: str) -> Iterator[int]:
+def numbers(config: PreTrainedConfig, name: str) -> Iterator[int]:
+    """A positive whole number of the configuration, or those of its layers where they have their own."""
     for value in _values(config, name):
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             yield value
@@ -164,12 +165,12 @@ def _windows(config: PreTrainedConfig) -> Iterator[Change]:
         return kinds is None or any(word in str(kind) for kind in kinds for word in words)
 
     if getattr(config, "use_sliding_window", None) is not False and some("sliding", "compressed", "local"):
-        yield from (Change(n, WINDOW) for n in _numbers(config, "sliding_window"))
+        yield from (Change(n, WINDOW) for n in numbers(config, "sliding_window"))
     if some("chunked"):
-        yield from (Change(n, CHUNK) for n in _numbers(config, "attention_chunk_size"))
+        yield from (Change(n, CHUNK) for n in numbers(config, "attention_chunk_size"))
     if "local" in (getattr(config, "attention_layers", None) or ()):
-        yield from (Change(n, LOCAL) for n in _numbers(config, "window_size"))
-    yield from (Change(n, KEPT) for n in _numbers(config, "keep_window_size"))
+        yield from (Change(n, LOCAL) for n in numbers(config, "window_size"))
+    yield from (Change(n, KEPT) for n in numbers(config, "keep_window_size"))
 
 
 def _indices(config: PreTrainedConfig) -> Iterator[Change]:
@@ -178,12 +179,12 @@ def _indices(config: PreTrainedConfig) -> Iterator[Change]:
         return
     rates = getattr(config, "compress_rates", None) or {}
     rate = min(rates.values(), default=1) if isinstance(rates, dict) else 1
-    yield from (Change(n * rate, INDEX) for n in _numbers(config, "index_topk"))
-    for block in _numbers(config, "index_block_size"):
-        blocks = next(_numbers(config, "index_topk_blocks"), 0)
+    yield from (Change(n * rate, INDEX) for n in numbers(config, "index_topk"))
+    for block in numbers(config, "index_block_size"):
+        blocks = next(numbers(config, "index_topk_blocks"), 0)
         yield Change(block * blocks, INDEX)
-    for budget in _numbers(config, "indexer_budget"):
-        tail = next(_numbers(config, "indexer_compress_ratio"), 1) - 1  # an incomplete block is always seen
+    for budget in numbers(config, "indexer_budget"):
+        tail = next(numbers(config, "indexer_compress_ratio"), 1) - 1  # an incomplete block is always seen
         yield Change(budget + tail, INDEX)
 
 
@@ -194,7 +195,7 @@ def _rotary(config: PreTrainedConfig) -> Iterator[Change]:
         for rope in by_type or [own]:
             yield from _scaled(config, rope)
     if getattr(config, "attn_temperature_tuning", False):
-        yield from (Change(n - 1, "attention temperature") for n in _numbers(config, "floor_scale"))
+        yield from (Change(n - 1, "attention temperature") for n in numbers(config, "floor_scale"))
 
 
 def _scaled(config: PreTrainedConfig, rope: dict[str, Any]) -> Iterator[Change]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from anchors.context import cache_argument
 from anchors.errors import AnchorsError, brief
+from anchors.model.lengths import numbers
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 1e-1, "float16": 2e-2}
 """How far logits on the seam may be from the witness's, see `apart`. Eager attention forms its softmax in float32 at
@@ -147,7 +148,7 @@ class Witness:
     def bytes(self, tokens: int) -> int:
         """About the memory that `logits` takes for one prompt: scores, weights and their copy, and the logits."""
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 1
+        heads = max(numbers(config, "num_attention_heads"), default=1)
         return 4 * tokens * (3 * heads * tokens + 2 * _rows(self.model))
 
 

@@ -13,7 +13,7 @@ import torch
 from anchors.errors import AnchorsError
 from anchors.model.identity import Identity, held, software
 from anchors.model.language import LanguageModel
-from anchors.model.lengths import alike
+from anchors.model.lengths import alike, numbers
 from anchors.study.analysis import Analysis, Cell, Record
 from anchors.study.engine import Lot, Progress, Stretch, carry_out, watched
 from anchors.study.report import pictured
@@ -355,10 +355,9 @@ def tokens_per_batch(model: LanguageModel, cached: float = 0.0) -> int:
     if model.device.type != "cuda":
         return CPU_TOKENS
     config = model.model.config.get_text_config()
-    inner = (
-        getattr(config, "intermediate_size", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size
+    inner = max(
+        (n for name in ("intermediate_size", "n_inner") for n in numbers(config, name)),
+        default=4 * config.hidden_size,
     )
     per_token = (
         model.n_layers * ((8 + 4 * cached) * config.hidden_size + 3 * inner) * model.model.dtype.itemsize

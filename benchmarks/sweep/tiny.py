@@ -178,6 +178,10 @@ def _rope(kind: str, longest: bool = False, **more: object) -> dict[str, Any]:
 _LONGROPE = _rope(
     "longrope", short_factor=[1.0] * 8, long_factor=[2.0, 4.0, 6.0, 8.0] * 2, partial_rotary_factor=1.0
 )
+_OTHER_SHAPES = {
+    "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 12, "kv_lora_rank": 8, "head_dim": 24,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "bert+bidirectional": {"is_decoder": False},
     "roberta+bidirectional": {"is_decoder": False},
@@ -201,7 +205,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2+reorder": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
     "gpt_bigcode+heads": {"multi_query": False},
     "big_bird+sparse": {"is_decoder": True, "attention_type": "block_sparse"},
-    "falcon+heads": {"multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon+heads": {"multi_query": False, "num_kv_heads": HEADS, "parallel_attn": False, "bias": True},
     "falcon+new": {"new_decoder_architecture": True},
     "falcon+alibi": {"alibi": True},
     "opt+postnorm": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
@@ -209,10 +213,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bamba+attention": {"attn_layer_indices": list(range(LAYERS))},
     "deepseek_v32+topk-16": {"index_topk": 16},
     "deepseek_v32+ties": {"index_n_heads": 1},
+    "dots3_note_text+heads": {
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        "per_layer_config": {1: _OTHER_SHAPES, 3: _OTHER_SHAPES},
+    },
+    "gemma4_text+heads": {"num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 2},
     "laguna+heads": {"num_attention_heads_per_layer": [4, 8, 4, 8]},
     "mimo_v2_flash+heads": {"swa_num_attention_heads": 8},
     "llama4_text+chunk-16": {"attention_chunk_size": 16},
-}
+}  # fmt: skip
 
 
 def families() -> Iterator[str]:
