@@ -24,11 +24,14 @@ EXACT = {
     "gpt_oss": ("isolation", "patching"),
     "longcat_flash": ("patching",),
     "whisper": ("logits", "shared"),
+    "bloom": ("maps", "re-weighting"),
+    "falcon+new": ("compression",),
+    "dots3_note_text+heads": ("re-weighting",),
 }
 """Latent keys and values, learned positions that go unheard, shared keys and values, chunks, no positions at all, a mask
 with a gradient, sinks, windows that hide label words, two attentions in a decoder layer, a forward that hands on what it
-does not know."""
-REFUSED = ("mamba", "bloom", "git", "musicgen")
+does not know, a bias on keys, attention in a method of its own, heads and their sizes by layer."""
+REFUSED = ("mamba", "rwkv", "git", "musicgen")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from families import make
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit, ban, isolate, scale
@@ -35,6 +35,7 @@ CALLS = {
     "causal": {},
     "soft cap": {"softcap": 1.5},
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "key bias": {"key_bias": torch.tensor([1.0, 0.5, 0.25, 0.125])[None, :, None] * torch.arange(9.0)},
     "window": {"mask": (torch.ones(9, 9).tril() * torch.ones(9, 9).triu(-3)).bool()[None, None]},
     "additive mask": {"mask": torch.full((9, 9), -torch.inf).triu(1)[None, None]},
 }
@@ -299,7 +300,7 @@ def test_nothing_is_left_behind_after_an_exception(lm, prompts):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda: BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)), "own code"),
+        (lambda: RwkvForCausalLM(RwkvConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)), "own code"),
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)), "0 attention calls|own code"),
     ],
 )  # fmt: skip
