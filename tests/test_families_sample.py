@@ -26,7 +26,7 @@ EXACT = {
     "whisper": ("logits", "shared"),
     "bloom": ("maps", "re-weighting"),
     "falcon+new": ("compression",),
-    "dots3_note_text+heads": ("re-weighting",),
+    "dots3_note_text+heads": ("isolation",),
 }
 """Latent keys and values, learned positions that go unheard, shared keys and values, chunks, no positions at all, a mask
 with a gradient, sinks, windows that hide label words, two attentions in a decoder layer, a forward that hands on what it
