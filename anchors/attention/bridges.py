@@ -122,7 +122,8 @@ def _roformer(self, x: Tensor, given: dict[str, Any]) -> Parts:
     if given.get("sinusoidal_pos") is None:
         return q, k, v
     turned = (q, k, v) if self.rotary_value else (q, k)
-    return (*self.apply_rotary_position_embeddings(given["sinusoidal_pos"], *turned), v)[:3]
+    q, k, *rest = self.apply_rotary_position_embeddings(given["sinusoidal_pos"], *turned)
+    return q, k, rest[0] if rest else v
 
 
 def _bloom(self, x: Tensor, given: dict[str, Any]) -> Parts:
