@@ -17,7 +17,7 @@ from sweep import right
 
 from anchors.analyses.isolation import Isolation, isolated_contexts
 from anchors.attention.bridges import BRIDGES, bridge, release
-from anchors.attention.seam import seam
+from anchors.attention.seam import attend, seam
 from anchors.attention.streaming import TILE_BYTES
 from anchors.context import answer, encode, queries
 from anchors.errors import AnchorsError, RoutingError
@@ -199,6 +199,13 @@ def test_hooks_that_fetch_weights_stay(prompts, tokenizer):
         assert release(model)
         assert apart(model(ids).logits, before) < 1e-5
     assert attention.forward is wrapped
+
+
+def test_a_soft_cap_beside_a_bias_is_not_understood():
+    """The slope of the cap would be read off biased scores."""
+    x, bias = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    with pytest.raises(RoutingError, match="biases them, too"):
+        attend(torch.nn.Identity(), x, x, x, None, softcap=2.0, key_bias=bias)
 
 
 def test_no_family_stands_in_both_tables():

@@ -26,11 +26,12 @@ EXACT = {
     "whisper": ("logits", "shared"),
     "bloom": ("maps", "re-weighting"),
     "falcon+new": ("compression",),
+    "inkling_text": ("maps",),
     "dots3_note_text+heads": ("isolation",),
 }
 """Latent keys and values, learned positions that go unheard, shared keys and values, chunks, no positions at all, a mask
 with a gradient, sinks, windows that hide label words, two attentions in a decoder layer, a forward that hands on what it
-does not know, a bias on keys, attention in a method of its own, heads and their sizes by layer."""
+does not know, a bias on keys, one made of what is seen, attention in a method of its own, heads and their sizes by layer."""
 REFUSED = ("mamba", "rwkv", "git", "musicgen")
 
 
