@@ -180,6 +180,16 @@ class Task:
         """What stands before the text, between text and label word, and after the label word."""
         return self.template.split("{text}")[0], self.prefix, self.template.split("{label}")[1]
 
+    @property
+    def called(self) -> str:
+        """Its name in rows, tables and figures, which tell a chat from a plain prompt: `sst2 (chat)`."""
+        if self.chat is None:
+            return self.name
+        said = (
+            ["chat"] + ["one turn"] * (self.chat.form == "one") + ["system"] * (self.chat.system is not None)
+        )
+        return f"{self.name} ({', '.join(said)})"
+
     def identity(self) -> dict:
         """What makes results of this task comparable: template, labels, policy and separator; the chat, if it is one.
 
