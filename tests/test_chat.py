@@ -5,11 +5,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
+from anchors.flow import flow
+from anchors.model.language import load
 from anchors.tasks.data import Example
 from anchors.tasks.prompts import QUERY, build, from_text, label_tokens
 from anchors.tasks.task import TASKS, Chat
@@ -200,3 +205,66 @@ def test_a_chat_is_a_part_of_the_key_and_no_chat_is_not():
     ]
     assert "chat" not in plain
     assert len({json.dumps(plain), *keys}) == 4
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("form", ["turns", "one"])
+def test_flow_of_a_chat_is_the_gradient_of_the_models_own_attention(chatty, style, form):
+    """Σ_h A ∂L/∂A of eager attention, with transformers' own tokens of the messages and its own loss."""
+    model, eager = _twins(chatty, style)
+    task = replace(TASKS["sst2"], chat=Chat(form))
+    shown, gold = [Example("a good one", 1), Example("a bad one", 0)], 1
+    prompt = build(task, model.tokenizer, shown, "not bad", gold)
+    messages = messages_of(task, shown, "not bad")
+    ids = chatty.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=True,
+        chat_template=pinned(STYLES[style]),
+    )
+    found = eager(torch.tensor([ids]), output_attentions=True)
+    for attention in found.attentions:
+        attention.retain_grad()
+    logits = found.logits[0, -1, list(prompt.label_ids)]
+    torch.nn.functional.cross_entropy(logits[None], torch.tensor([gold])).backward()
+    maps = flow(model, [prompt], maps=range(2)).maps
+    for layer, attention in enumerate(found.attentions):
+        # What a token gives itself is not in the map.
+        theirs = (attention * attention.grad).detach().sum(1).abs()[0].tril(-1)
+        assert float(theirs.max()) > 0
+        torch.testing.assert_close(maps[layer][0], theirs, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["turns", "one"])
+def test_shared_demonstrations_of_a_chat_give_the_logits_of_whole_prompts(chatty, form):
+    model, eager = _twins(chatty, "llama")
+    task = replace(TASKS["sst2"], chat=Chat(form, SYSTEM))
+    shown = [Example("a good one", 1), Example("a bad one", 0)]
+    asked = [build(task, model.tokenizer, shown, text, 0) for text in ("fine", "not so good")]
+    context = encode(model, shared_demonstrations(asked))
+    batch = queries(asked, len(context.ids), model.device)
+    with torch.no_grad():
+        for row, prompt in zip(answer(model, context, batch), asked, strict=True):
+            torch.testing.assert_close(
+                row, eager(torch.tensor([prompt.ids])).logits[0, -1], rtol=1e-4, atol=1e-5
+            )
+
+
+def _twins(chatty, style):
+    """A tiny random model on the seam, and the same in transformers' own eager attention."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(chatty),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    own = LlamaForCausalLM(config).eval()
+    for weight in own.parameters():
+        if weight.dim() >= 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    eager = copy.deepcopy(own)
+    eager.set_attn_implementation("eager")
+    return load(own, tokenizer=with_template(chatty, STYLES[style]), device="cpu"), eager
