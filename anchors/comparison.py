@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,18 +22,20 @@ from anchors.summaries.tables import reduced
 KINDS = ("flow", "classify", "isolate", "readout", "reweight", "compress", "causal", "diagnose", "nsa_probe")
 """Studies whose numbers can be compared."""
 MEANS = ("accuracy", "label_loyalty", "word_loyalty", "loss")
+CHAT = re.compile(r" \((chat(?:, one turn)?(?:, system)?)\)$")
+"""How the name of a task ends whose prompts went through a chat template: `anchors.tasks.task.Task.called`."""
 PROMPT = ["seed", "number", "example"]
 
 
 def labels_of(found: Sequence[Results]) -> list[str]:
-    """What tells the runs apart: the model, by its title, and what differs of precision and folder where models are the same."""
+    """What tells the runs apart: the model, by its title, and what differs of chat, precision and folder where models are the same."""
     titles = told_apart(str(own.facts["model"]) for own in found)
     told = [
-        [titles[str(own.facts["model"])], str(own.facts.get("precision") or ""), own.folder.name]
+        [titles[str(own.facts["model"])], _chat(own), str(own.facts.get("precision") or ""), own.folder.name]
         for own in found
     ]
     labels = [parts[0] for parts in told]
-    for column in (1, 2):
+    for column in (1, 2, 3):
         labels = [
             f"{label}, {parts[column]}" if labels.count(label) > 1 and parts[column] else label
             for label, parts in zip(labels, told, strict=True)
@@ -43,13 +46,18 @@ def labels_of(found: Sequence[Results]) -> list[str]:
     ]
 
 
+def _chat(own: Results) -> str:
+    """What the tasks' names say of a chat, nothing where prompts are plain."""
+    return ", ".join(dict.fromkeys(word for name in own.tasks for word in CHAT.findall(name)))
+
+
 def compared(found: Sequence[Results]) -> pd.DataFrame:
     """The numbers of every run, and how far they are from the first run's.
 
     Numbers of prompts are means over prompts. Of the flow they are the mean shares of the three sums in the first and the last
     third of the layers, of `readout` the mean AUCROC there, of `causal` the mean of how far the answer follows there. Two runs
     are compared in pairs on the prompts that both have: the same text, drawn by the same seed after the same demonstrations
-    (same template, labels, data, shots and control).
+    (same template, labels, data, shots and control). Whether they go through a chat template is what may differ.
 
     Args:
         found: results of one kind, two or more.
@@ -96,13 +104,16 @@ def _parts(own: Results, kind: str) -> dict[tuple, tuple[pd.DataFrame, Any]]:
     asked: dict[tuple, list[Any]] = {}
     parts = [p for p in own.facts.get("parts") or () if isinstance(p, dict) and p.get("kind", kind) == kind]
     names = list(dict.fromkeys(rows["task"]))
+    rows = rows.assign(task=rows["task"].map(lambda name: CHAT.sub("", name)))
     each = len(parts) // len(names) if len(names) and len(parts) % len(names) == 0 else 0
     for number, part in enumerate(parts):
         if "data" in part and (each == 1 or "called" in part):
             # Parts that do not say their task's name come in the order of the tasks, one for each.
             (name,) = part.get("called") or (names[number],)
             same = {k: part.get(k) for k in ("task", "data", "shots", "control", "fresh")}
-            asked.setdefault((name, part["shots"], part["control"]), []).append(same)
+            if isinstance(same["task"], dict):
+                same["task"] = {k: v for k, v in same["task"].items() if k != "chat"}
+            asked.setdefault((CHAT.sub("", name), part["shots"], part["control"]), []).append(same)
     found = {}
     for key, group in parts_by(rows[rows["number"] >= 0], GROUP):
         known = asked.get((key[0], int(key[1]), key[2]), [])

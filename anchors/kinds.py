@@ -165,6 +165,13 @@ KINDS = {
             "Choose other label words (--labels), or put a colon before {label} and a line break after it.",
         ),
         Kind(
+            "chat-template",
+            "Prompts cannot go through the model's chat template.",
+            "The tokenizer has none, or it refuses a system's text or these turns, changes what they say, or puts something "
+            "before the model's answer that it does not put before an answer that was given.",
+            "Leave `--chat` or `--system` out, or take a model that was trained on conversations.",
+        ),
+        Kind(
             "task",
             "A task is not one: its template or its file cannot be used.",
             "The template lacks {text} or {label}, or the file is no TOML or has other keys.",

@@ -10,8 +10,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any, cast, overload
 
 import typer
 from rich.console import Console
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from anchors.model.language import LanguageModel
     from anchors.study.plan import Outlook
     from anchors.tasks.data import Data
-    from anchors.tasks.task import Task
+    from anchors.tasks.task import Chat, Task
 
 out = Console(highlight=False)
 
@@ -84,9 +85,44 @@ Policy = Annotated[
     typer.Option(help="Tokens of a label word that count: first, last or all.", rich_help_panel="Task"),
 ]
 
+ChatForm = Annotated[
+    str | None,
+    typer.Option(
+        "--chat",
+        help="Prompts through the model's own chat template. turns: a demonstration is a turn, its label word the answer; one: all "
+        "in one turn of the user.",
+        rich_help_panel="Task",
+    ),
+]
+System = Annotated[
+    str | None, typer.Option(help="What the system says first, with --chat.", rich_help_panel="Task")
+]
+
+
+def chat_from(form: str | None, system: str | None) -> "Chat | None":
+    """The chat that the options ask for, if they do.
+
+    Raises:
+        AnchorsError: a text of the system without a chat, or a form that does not exist.
+    """
+    from anchors.tasks.task import Chat
+
+    if form is None and system is not None:
+        raise AnchorsError(
+            "--system without --chat: a plain prompt has no system.",
+            "Add --chat turns.",
+            code="options-together",
+        )
+    return None if form is None else Chat(cast(Any, form), system)
+
 
 def tasks_from(
-    names: list[str], template: str | None, labels: str | None, policy: str | None, default: str = "sst2"
+    names: list[str],
+    template: str | None,
+    labels: str | None,
+    policy: str | None,
+    default: str = "sst2",
+    chat: "Chat | None" = None,
 ) -> "list[Task]":
     """The tasks that the options name; without any the default.
 
@@ -99,7 +135,7 @@ def tasks_from(
     words = None if labels is None else [word.strip() for word in labels.split(",")]
     wanted = [name.strip() for text in names for name in text.split(",")]
     if template is not None and words is not None and not wanted:
-        return [task(None, template=template, labels=words, policy=policy)]
+        return [replace(task(None, template=template, labels=words, policy=policy), chat=chat)]
     if not wanted and (template is not None or words is not None):
         given, lacking = ("--template", "--labels") if words is None else ("--labels", "--template")
         raise AnchorsError(
@@ -107,7 +143,10 @@ def tasks_from(
             f"Give {lacking}, too, or say with --task whose it is to take: --task {default} {given} ….",
             code="options-together",
         )
-    found = [task(name, template=template, labels=words, policy=policy) for name in wanted or [default]]
+    found = [
+        replace(task(name, template=template, labels=words, policy=policy), chat=chat)
+        for name in wanted or [default]
+    ]
     called = [each.name for each in found]
     if twice := [name for name in called if called.count(name) > 1]:
         raise AnchorsError(

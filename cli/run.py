@@ -1,5 +1,6 @@
 """`anchors run`: the paper's figures and tables, and a few of ours, each by one command."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from anchors.experiments import Experiment
     from anchors.model.language import LanguageModel
     from anchors.study.prompted import Part, Report
+    from anchors.tasks.task import Chat
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAMES...", help="Experiments, see `anchors ls`; `all` for every one.")
@@ -56,6 +58,8 @@ def run(
             rich_help_panel="Protocol",
         ),
     ] = None,
+    chat: common.ChatForm = None,
+    system: common.System = None,
     skip_too_long: TooLong = False,
     batch_size: BatchSize = "auto",
     device: common.Device = "auto",
@@ -92,6 +96,7 @@ def run(
         chosen = experiments(names)
         check_protocol(seeds or "42", "none", batch_size)
         only = common.words(tasks, "--task")
+        told = common.chat_from(chat, system)
         require_writable(to)
         known = {name for e in CATALOGUE.values() for cells in e.cells for name in cells.tasks}
         if only is not None and (strangers := [name for name in only if name not in known]):
@@ -102,7 +107,7 @@ def run(
             )
         if only is not None and len(chosen) > 1:
             chosen = [e for e in chosen if any(set(cells.tasks) & set(only) for cells in e.cells)]
-        plan = {e.name: _grid(e, data, only) for e in chosen}
+        plan = {e.name: _grid(e, data, only, told) for e in chosen}
         sets = {task.name: (task, own) for grid in plan.values() for _, task, own in grid}
         common.print_data(*zip(*sets.values(), strict=True))
         asked = [task for task, _ in sets.values()]
@@ -167,7 +172,9 @@ def experiments(names: list[str]) -> "list[Experiment]":
     return list(CATALOGUE.values()) if "all" in names else [CATALOGUE[name] for name in dict.fromkeys(names)]
 
 
-def _grid(experiment: "Experiment", source: str | None, only: tuple[str, ...] | None) -> list[tuple]:
+def _grid(
+    experiment: "Experiment", source: str | None, only: tuple[str, ...] | None, chat: "Chat | None"
+) -> list[tuple]:
     """Cells, task and data of each part; the data is read before any model is loaded."""
     from anchors.tasks.data import read
     from anchors.tasks.task import task
@@ -175,7 +182,7 @@ def _grid(experiment: "Experiment", source: str | None, only: tuple[str, ...] | 
     names = [name for cells in experiment.cells for name in cells.tasks if only is None or name in only]
     sets = {name: read(task(name), source) for name in dict.fromkeys(names)}
     chosen = [
-        (cells, cells.task(name), sets[name])
+        (cells, replace(cells.task(name), chat=chat), sets[name])
         for cells in experiment.cells
         for name in cells.tasks
         if name in sets

@@ -89,6 +89,8 @@ class Setting(Always):
     template: common.Template = None
     labels: common.Labels = None
     policy: common.Policy = None
+    chat: common.ChatForm = None
+    system: common.System = None
     shots: Annotated[
         int, typer.Option(min=1, help="Demonstrations per class.", rich_help_panel="Protocol")
     ] = 1
@@ -118,7 +120,8 @@ class Setting(Always):
     trust_remote_code: common.Remote = False
 
     def tasks(self, default: str = "sst2") -> "list[Task]":
-        return common.tasks_from(self.task or [], self.template, self.labels, self.policy, default)
+        chat = common.chat_from(self.chat, self.system)
+        return common.tasks_from(self.task or [], self.template, self.labels, self.policy, default, chat)
 
     def sets(self, tasks: "list[Task]") -> "list[Data]":
         from anchors.tasks.data import read

@@ -25,6 +25,8 @@ def view(
     template: common.Template = None,
     labels: common.Labels = None,
     policy: common.Policy = None,
+    chat: common.ChatForm = None,
+    system: common.System = None,
     truth: Annotated[
         str | None,
         typer.Option(
@@ -90,8 +92,11 @@ def view(
                     "Name one.",
                     code="options-together",
                 )
+        from dataclasses import replace
+
         from anchors.tasks.prompts import found_in
 
+        chosen = replace(chosen, chat=common.chat_from(chat, system))
         found_in(text, chosen, truth)
         from anchors.places import require_another
         from anchors.study.results import provenance, require_writable, write_atomic
@@ -122,11 +127,9 @@ def view(
         if dry_run:
             from anchors.study.plan import of_prompt
 
-            told = of_prompt(lm, chosen.name, len(built.ids), 1 + (built.gold is None) + (maps is not None))
+            told = of_prompt(lm, chosen.called, len(built.ids), 1 + (built.gold is None) + (maps is not None))
             common.print_outlook({"view": [told]}, as_json=False)
             return
-        from dataclasses import replace
-
         from anchors.certificate.sight import hidden_labels
         from anchors.check import demand
 

@@ -102,7 +102,7 @@ def outlook(
         found.append(
             Outlook(
                 analysis.kind,
-                task.name,
+                task.called,
                 how.shots,
                 how.control,
                 prompts=sum(len(units) for units, _ in cells),

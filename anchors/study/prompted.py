@@ -99,7 +99,7 @@ class Prompted(Inquiry):
             "parts": [
                 m.config
                 | {"data_source": p.data.source, "read": asdict(p.data.facts(p.task))}
-                | {"seeds": list(p.how.seeds), "examples": p.how.examples, "called": [p.task.name]}
+                | {"seeds": list(p.how.seeds), "examples": p.how.examples, "called": [p.task.called]}
                 for p, m in zip(parts, measured, strict=True)
             ],
             "arithmetic_error": self.certified,
@@ -270,4 +270,4 @@ def _page(
     if not shown:
         return None
     curves = curves_payload(found.rows)
-    return render_page(payload(f"Information flow: {task.name}", model, task, shown, facts, curves))
+    return render_page(payload(f"Information flow: {task.called}", model, task, shown, facts, curves))

@@ -257,7 +257,7 @@ def _measured(
     for name, value in {
         "control": how.control,
         "shots": how.shots,
-        "task": task.name,
+        "task": task.called,
         "model": model.name,
     }.items():
         rows.insert(0, name, value)

@@ -85,7 +85,7 @@ def draw(
         query = data.test[int(index)]
         if how.fresh or not drawn:
             shown = demonstrations(task, data, how, number, query.text)
-        prompt = tokenise(pieces(task, shown, query.text), task, tokenizer, words, query.label)
+        prompt = tokenise(pieces(task, shown, query.text, tokenizer), task, tokenizer, words, query.label)
         if how.control == "random-positions":
             rng = stream(Stream.CONTROL_POSITIONS, how.seed, number if how.fresh else 0)
             prompt = replace(prompt, label_positions=random_positions(prompt, rng))

@@ -6,13 +6,14 @@ Token ids are never searched. A label word is tokenised in its place, and the qu
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError
+from anchors.tasks.chat import Answer, Turn, answer, between, opening
 from anchors.tasks.data import Example
 from anchors.tasks.task import Policy, Task
 
@@ -82,16 +83,46 @@ def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[
         AnchorsError: two labels share the token at which the prediction is read, or their tokens coincide under
             the policy; or a label word melts with the template into one token.
     """
-    before, prefix, _ = task.pieces
-    text = before + STAND_IN + prefix
+    if task.chat is None:
+        before, prefix, _ = task.pieces
+        return _words(before + STAND_IN + prefix, task, tokenizer, _plain(task))
+    around = answer(task.chat, tokenizer)
+    shown = pieces(task, [Example(STAND_IN, 0)], STAND_IN, tokenizer)
+    at = next(i for i, piece in enumerate(shown) if piece.role == "label")
+    inner = around if task.chat.form == "turns" else _plain(task)
+    words = _words("".join(piece.text for piece in shown[:at]), task, tokenizer, inner)
+    if task.chat.form == "turns":
+        for label, ids in enumerate(_answers(task, tokenizer)):
+            _demand_same(ids, task, label, tokenizer, words)
+    return words
+
+
+def _plain(task: Task) -> Answer:
+    """What stands around a label word in a plain prompt."""
+    before, _, after = task.pieces
+    return Answer(task.space, after + task.separator + before)
+
+
+def _answers(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+    """The tokens of every label word where a chat's model is to answer."""
+    assert task.chat is not None  # noqa: S101 - plain prompts end as their demonstrations do
+    shown = pieces(task, [Example(STAND_IN, 0)], STAND_IN, tokenizer)
+    text = "".join(piece.text for piece in shown)
+    return _words(text, task, tokenizer, answer(task.chat, tokenizer))
+
+
+def _words(
+    text: str, task: Task, tokenizer: PreTrainedTokenizerBase, around: Answer
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of every label word behind a text."""
     words, heads = [], set()
     for label in range(len(task.labels)):
-        ids, _, (first, last) = _in_place(text, task, label, tokenizer)
+        ids, _, (first, last) = _in_place(text, task, label, tokenizer, around)
         words.append(tuple(ids[first:last]))
         heads.add(tuple(ids[:first]))
     if len(heads) > 1:
         raise AnchorsError(
-            f"Which label word follows changes the tokens of the template's {prefix[-8:]!r} before it.",
+            f"Which label word follows changes the tokens of {text[-8:]!r} before it.",
             "End the part before {label} with a character that stays a token of its own, such as ':'.",
             code="label-words",
         )
@@ -100,18 +131,17 @@ def label_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[
 
 
 def _in_place(
-    text: str, task: Task, label: int, tokenizer: PreTrainedTokenizerBase
+    text: str, task: Task, label: int, tokenizer: PreTrainedTokenizerBase, around: Answer
 ) -> tuple[list[int], list[tuple[int, int]], tuple[int, int]]:
-    """Tokens and spans of a prompt that goes on with a label and the next demonstration; where the label's tokens are.
+    """Tokens and spans of a prompt that goes on with a label and what follows one; where the label's tokens are.
 
     Raises:
         AnchorsError: a token of the label word reaches beyond it.
     """
-    before, prefix, after = task.pieces
-    word = task.space + task.labels[label]
+    word = around.space + task.labels[label]
     start, end = len(text), len(text) + len(word)
-    whole = text + word + after + task.separator + before
-    ids, spans = _encode(tokenizer, whole)
+    whole = text + word + around.tail
+    ids, spans = _encode(tokenizer, whole, special=task.chat is None)
     if any(b > len(whole) for _, b in spans):
         raise AnchorsError(
             "The tokenizer's offsets run past the text.",
@@ -123,7 +153,7 @@ def _in_place(
     last = 1 + max((i for i, a, _ in seen if a < end), default=-1)
     if last <= first or (first and spans[first - 1][1] > start):
         raise AnchorsError(
-            f"The tokenizer melts the label word {task.labels[label]!r} with the template's {prefix[-8:]!r}.",
+            f"The tokenizer melts the label word {task.labels[label]!r} with the template's {text[-8:]!r}.",
             "End the part before {label} with a character that stays a token of its own, such as ':'.",
             code="label-words",
         )
@@ -165,8 +195,11 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
                 )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens and spans; a chat template writes its special tokens itself."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
 
@@ -196,8 +229,10 @@ def tokenise(
     """
     text = "".join(piece.text for piece in pieces)
     owner = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
-    ids, spans, (first, last) = _in_place(text, task, 0, tokenizer)
-    _demand_same(ids[first:last], task, 0, tokenizer, words)
+    around = _plain(task) if task.chat is None else answer(task.chat, tokenizer)
+    answers = _answers(task, tokenizer) if task.chat and task.chat.form == "one" else words
+    ids, spans, (first, last) = _in_place(text, task, 0, tokenizer, around)
+    _demand_same(ids[first:last], task, 0, tokenizer, answers)
     ids, spans = ids[:first], spans[:first]
     _refuse_controls(text, ids, spans, [] if typed else [pieces[p].role == "text" for p in owner], tokenizer)
     roles: list[Role] = []
@@ -239,7 +274,7 @@ def tokenise(
         demonstrations=tuple(demonstrations),
         label_positions=tuple(positions),
         label_classes=tuple(classes),
-        label_ids=tuple(word[0] for word in words),
+        label_ids=tuple(word[0] for word in answers),
         gold=gold,
         spans=tuple(spans),
     )
@@ -289,8 +324,23 @@ def _refuse_controls(
             )
 
 
-def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Piece]:
-    """The prompt as pieces: each demonstration filled in, joined by the separator, then the query without a label."""
+def pieces(
+    task: Task,
+    demonstrations: Sequence[Example],
+    query: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Piece]:
+    """The prompt as pieces: each demonstration filled in, joined by the separator, then the query without a label.
+
+    Of a chat they are what the tokenizer's template makes of them: what it puts before, between and after turns is format,
+    and belongs to the demonstration before it.
+
+    Raises:
+        AnchorsError: see `anchors.tasks.chat.between`.
+    """
+    if task.chat is not None:
+        assert tokenizer is not None  # noqa: S101 - a chat is laid out by its template
+        return _conversation(task, demonstrations, query, tokenizer)
     before, prefix, after = task.pieces
     parts: list[Piece] = []
     for number, example in enumerate(demonstrations):
@@ -299,6 +349,58 @@ def pieces(task: Task, demonstrations: Sequence[Example], query: str) -> list[Pi
         parts += [Piece(after + task.separator, "format", number)]
     parts += _filled(before, query, prefix, QUERY)
     return [part for part in parts if part.text]
+
+
+def _conversation(
+    task: Task, demonstrations: Sequence[Example], query: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """A prompt through the chat template, as pieces."""
+    assert task.chat is not None  # noqa: S101
+    before, prefix, _ = task.pieces
+    spoken: list[tuple[str, list[Piece]]] = []
+    if task.chat.form == "one":
+        spoken = [("user", pieces(replace(task, chat=None), demonstrations, query))]
+    else:
+        for number, example in enumerate(demonstrations):
+            label = Piece(task.labels[example.label], "label", number, example.label)
+            spoken += [
+                ("user", _filled(before, example.text, prefix, number)),
+                ("assistant", [label]),
+            ]
+        spoken += [("user", _filled(before, query, prefix, QUERY))]
+    spoken = [(role, _stripped(parts)) for role, parts in spoken]
+    system = [(turn.role, [Piece(turn.content, "format", 0)]) for turn in opening(task.chat)]
+    said = system + spoken
+    turns = [Turn(role, "".join(part.text for part in parts)) for role, parts in said]
+    space = answer(task.chat, tokenizer).space
+    parts, number = [], 0
+    for stretch in between(turns, tokenizer):
+        if isinstance(stretch, str):
+            parts.append(Piece(stretch, "format", number))
+        elif said[stretch][0] == "assistant":
+            (label,) = said[stretch][1]
+            # White space before an answer is a part of it, as where the model answers: `[/INST] Positive`.
+            parts[-1] = parts[-1]._replace(text=parts[-1].text.removesuffix(space))
+            parts.append(label._replace(text=space + label.text))
+        else:
+            parts += (
+                [part._replace(demonstration=number) for part in said[stretch][1]]
+                if stretch < len(system)
+                else said[stretch][1]
+            )
+            number = parts[-1].demonstration
+    return [part for part in parts if part.text]
+
+
+def _stripped(parts: Sequence[Piece]) -> list[Piece]:
+    """Pieces without white space at both ends, which templates cut off, some of them."""
+    left = [part for part in parts if part.text]
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        while left and not strip(left[end].text):
+            left.pop(end)
+        if left:
+            left[end] = left[end]._replace(text=strip(left[end].text))
+    return left
 
 
 def _filled(before: str, text: str, prefix: str, number: int) -> list[Piece]:
@@ -314,7 +416,7 @@ def build(
 ) -> Prompt:
     """The prompt of some demonstrations and one query."""
     words = label_tokens(task, tokenizer)
-    return tokenise(pieces(task, demonstrations, query), task, tokenizer, words, gold)
+    return tokenise(pieces(task, demonstrations, query, tokenizer), task, tokenizer, words, gold)
 
 
 def from_text(
@@ -327,6 +429,10 @@ def from_text(
     """
     parts, words = found_in(text, task, truth), label_tokens(task, tokenizer)
     gold = None if truth is None else task.labels.index(truth)
+    if task.chat is not None:
+        texts = {part.demonstration: part.text for part in parts if part.role == "text"}
+        shown = [Example(texts.get(p.demonstration, ""), p.label) for p in parts if p.label is not None]
+        return build(task, tokenizer, shown, texts.get(QUERY, ""), gold)
     return tokenise(parts, task, tokenizer, words, gold, typed=True)
 
 

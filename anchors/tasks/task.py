@@ -39,6 +39,38 @@ class Hub:
     revision: str
 
 
+ChatForm = Literal["turns", "one"]
+"""How demonstrations stand in a conversation: a turn each and the label word as its answer, or all in one turn."""
+
+CHAT_FORMS: tuple[ChatForm, ...] = ("turns", "one")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Prompts through the model's own chat template.
+
+    Attributes:
+        form: `turns`: each demonstration is the user's turn, its label word the assistant's answer; `one`: demonstrations and
+            query are one turn of the user, written as without a chat.
+        system: what the system says first, or None: what the template says by itself, if anything.
+    """
+
+    form: ChatForm = "turns"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in CHAT_FORMS:
+            raise AnchorsError(
+                f"Unknown form of chat {self.form!r}.", nearest(self.form, CHAT_FORMS), code="unknown-name"
+            )
+        if self.system is not None and (not self.system or self.system != self.system.strip()):
+            raise AnchorsError(
+                f"The system's text {self.system!r} is empty, or begins or ends with white space.",
+                "Templates cut white space off; leave it out.",
+                code="option-value",
+            )
+
+
 @dataclass(frozen=True)
 class Task:
     """A classification task written as text.
@@ -55,6 +87,7 @@ class Task:
         hub: pinned source for `--data hub`, or None.
         colon_space: False for `Sentiment:Positive`. Label words in a script without spaces (full-width ones, as Chinese
             and Japanese) have none anyway.
+        chat: through the model's own chat template, or None: as plain text.
     """
 
     name: str
@@ -64,6 +97,7 @@ class Task:
     separator: str = "\n"
     hub: Hub | None = None
     colon_space: bool = True
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         for key in ("name", "template", "policy", "separator"):
@@ -146,12 +180,23 @@ class Task:
         """What stands before the text, between text and label word, and after the label word."""
         return self.template.split("{text}")[0], self.prefix, self.template.split("{label}")[1]
 
+    @property
+    def called(self) -> str:
+        """Its name in rows, tables and figures, which tell a chat from a plain prompt: `sst2 (chat)`."""
+        if self.chat is None:
+            return self.name
+        said = (
+            ["chat"] + ["one turn"] * (self.chat.form == "one") + ["system"] * (self.chat.system is not None)
+        )
+        return f"{self.name} ({', '.join(said)})"
+
     def identity(self) -> dict:
-        """What makes results of this task comparable: template, labels, policy and separator.
+        """What makes results of this task comparable: template, labels, policy and separator; the chat, if it is one.
 
         Where 0.4.0 put a space before the label word and none stands there, that is a part of it.
         """
-        facts = {k: v for k, v in asdict(self).items() if k not in ("name", "hub", "colon_space")}
+        left_out = {"name", "hub", "colon_space"} | ({"chat"} if self.chat is None else set())
+        facts = {k: v for k, v in asdict(self).items() if k not in left_out}
         between = self.template.split("{text}")[1].split("{label}")[0]
         return facts if self.space or between.endswith("\n") else facts | {"space": ""}
 

@@ -129,7 +129,7 @@ def payload(
     return {
         "title": title,
         "model": titled(model.name),
-        "task": task.name,
+        "task": getattr(task, "called", task.name),
         "command": facts.get("command"),
         "provenance": flat,
         "curves": curves,
