@@ -38,7 +38,9 @@ def view(
     ] = None,
     ask: Annotated[
         str | None,
-        typer.Option(help="A question about a picture, or about each picture of a folder.", rich_help_panel="Pictures"),
+        typer.Option(
+            help="A question about a picture, or about each picture of a folder.", rich_help_panel="Pictures"
+        ),
     ] = None,
     demonstrations: Annotated[
         Path | None,
@@ -92,7 +94,9 @@ def view(
             }  # fmt: skip
             if given := [name for name, value in only.items() if value is not None]:
                 raise AnchorsError(
-                    f"{given[0]} is not for questions about pictures.", "Leave it out.", code="options-together"
+                    f"{given[0]} is not for questions about pictures.",
+                    "Leave it out.",
+                    code="options-together",
                 )
             asked = view_pictures.Asked(prompt, ask, truth, demonstrations, template)
             view_pictures.view(asked, model, device, precision, revision, layers, to)

@@ -45,8 +45,16 @@ def view(
     found = questions.questions_in(asked.source, asked.ask, asked.truth)
     before = [] if asked.demonstrations is None else questions.questions_in(str(asked.demonstrations))
     name = TINY if model is None else model
-    template = (asked.template or "").replace("\\n", "\n") or questions.TEMPLATES.get(name, questions.TEMPLATE)
-    prompts = {f"{n}. {one.name}" if len(found) > 1 else one.name: questions.written(template, one, before) for n, one in enumerate(found, 1)}
+    template = (asked.template or "").replace("\\n", "\n") or questions.TEMPLATES.get(
+        name, questions.TEMPLATE
+    )
+    names = [one.name for one in found]
+    prompts = {
+        one.name if names.count(one.name) == 1 else f"{one.name} ({n})": questions.written(
+            template, one, before
+        )
+        for n, one in enumerate(found, 1)
+    }
     read = [asked.source, model, asked.demonstrations, *(one.image for one in found)]
     require_another(to, read)
     if to.suffix != ".html" or to.is_dir():
@@ -58,7 +66,13 @@ def view(
     wanted = common.layers_from(layers, vlm.n_layers)
     for prompt in prompts.values():
         demand(vlm, [prompt])
-    facts = provenance(model=vlm.name, fingerprint=vlm.fingerprint, precision=vlm.precision, device=str(vlm.device), template=template)
+    facts = provenance(
+        model=vlm.name,
+        fingerprint=vlm.fingerprint,
+        precision=vlm.precision,
+        device=str(vlm.device),
+        template=template,
+    )
     page = picture_page(vlm, prompts, facts, wanted)
     write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
     err.print(shown(to))

@@ -37,7 +37,9 @@ def write(demo: Path, folder: Path) -> None:
         for number, example in enumerate(chosen):
             image = f"{name}-{number}.png"
             shutil.copy(example.image, folder / image)
-            lines.append(json.dumps({"image": image, "question": example.question, "answer": example.answer}) + "\n")
+            lines.append(
+                json.dumps({"image": image, "question": example.question, "answer": example.answer}) + "\n"
+            )
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     vlm = load_vlm(folder)
     accuracy = score(vlm, prepare(vlm, suite, test, batch=100))["correct"].mean()
@@ -51,7 +53,9 @@ def write(demo: Path, folder: Path) -> None:
         "questions": len(test),
         **{key: made[key] for key in ("scale", "seed", "versions") if key in made},
     }
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "provenance.json").write_text(
+        json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -163,7 +163,14 @@ def _later_qwen(kind: str):
     old = kind == "qwen2_5_vl"
     text = {**TEXT, "vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}  # fmt: skip
-    eyes = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
+    eyes = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+    }
     more = (
         {"fullatt_block_indexes": [1], "window_size": 16}
         if old
@@ -178,7 +185,9 @@ def _later_qwen(kind: str):
     if old:
         config, processor = Qwen2_5_VLConfig(**made), images_only(Qwen2_5_VLProcessor)(images, words)
         return Qwen2_5_VLForConditionalGeneration(config), processor
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), images_only(Qwen3VLProcessor)(images, words)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), images_only(Qwen3VLProcessor)(
+        images, words
+    )
 
 
 def _internvl():

@@ -35,7 +35,9 @@ def embedded(model, vlm, image):
     inputs = vlm.encode(["<image> a"], [[image]])
     caught = []
     decoder = model.get_decoder()
-    hook = decoder.register_forward_pre_hook(lambda _, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     model(**inputs.tensors, use_cache=False)
     hook.remove()
     return caught[0][0, inputs.ids[0] == vlm.image_token_id]
@@ -58,7 +60,12 @@ def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family):
             left, top, right, bottom = np.clip(found.boxes[token], 0, 1) * (width, height, width, height)
             if min(right - left, bottom - top) < 4:  # nearly all padding
                 continue
-            x, y, across, down = (left + right) / 2, (top + bottom) / 2, (right - left) / 4, (bottom - top) / 4
+            x, y, across, down = (
+                (left + right) / 2,
+                (top + bottom) / 2,
+                (right - left) / 4,
+                (bottom - top) / 4,
+            )
             spot = black.copy()
             spot.paste((255, 255, 255), tuple(round(v) for v in (x - across, y - down, x + across, y + down)))
             moved = (embedded(model, vlm, spot) - dark).norm(dim=-1).numpy()
@@ -67,8 +74,8 @@ def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family):
                 own = np.flatnonzero((sheets == sheet) & named)
                 most = own[moved[own].argmax()]
                 l, t, r, b = found.boxes[most] * (width, height, width, height)
-                assert l < x + across and x - across < r, (family, (width, height), token, most)
-                assert t < y + down and y - down < b, (family, (width, height), token, most)
+                assert l - across < x < r + across, (family, (width, height), token, most)
+                assert t - down < y < b + down, (family, (width, height), token, most)
                 assert sheets[token] != sheet or most == token, (family, (width, height), token, most)
 
 

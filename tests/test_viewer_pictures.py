@@ -46,13 +46,19 @@ def test_patch_flows_are_the_gradient_of_materialised_attention(family, words, m
     counts, near = made["pairs"], {"rtol": 1e-4, "atol": 1e-6 * float(whole.max())}
     for kind in [kind for kind in KINDS if labels or kind in ("iq", "tq", "ww")]:
         assert sums[f"s_{kind}"].max() > 0
-        torch.testing.assert_close(torch.tensor(made[f"s_{kind}"], dtype=torch.float64), sums[f"s_{kind}"], **near)
+        torch.testing.assert_close(
+            torch.tensor(made[f"s_{kind}"], dtype=torch.float64), sums[f"s_{kind}"], **near
+        )
     total = sum(counts[kind] * torch.tensor(made[f"s_{kind}"], dtype=torch.float64) for kind in counts)
     torch.testing.assert_close(total, whole.sum((1, 2)), rtol=1e-4, atol=0)
-    torch.testing.assert_close(torch.tensor(made["first"], dtype=torch.float64), whole[:, :, 0].sum(1), rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(made["first"], dtype=torch.float64), whole[:, :, 0].sum(1), rtol=1e-4, atol=1e-12
+    )
     for layer, arcs in enumerate(made["edges"]):
         found = {(i, j): w for i, j, w in arcs}
-        expected = {(i, j): float(whole[layer, i, j]) for i in range(target + 1) if not image[i] for j in range(i)}
+        expected = {
+            (i, j): float(whole[layer, i, j]) for i in range(target + 1) if not image[i] for j in range(i)
+        }
         expected = {pair: w for pair, w in expected.items() if w > 0}
         assert set(found) == set(expected)
         assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -91,7 +97,9 @@ def test_what_is_kept_grows_with_the_tokens_and_not_with_their_square():
 
     (tokens, numbers), (more, then) = kept(1), kept(4)
     assert more > 2.5 * tokens
-    assert then - numbers <= 12 * vlm.n_layers * (more - tokens)  # rows of so many tokens; the arcs are as many
+    assert then - numbers <= 12 * vlm.n_layers * (
+        more - tokens
+    )  # rows of so many tokens; the arcs are as many
     assert then < more * more
 
 
@@ -171,11 +179,13 @@ def test_page_rejects_pictures_that_do_not_fit(data):
     assert "s_iq" in broken(put("s_iq", [1.0]))
 
 
-def test_patches_are_drawn_where_they_are_and_follow_the_layer(viewer, data):  # noqa: F811
+def test_patches_are_drawn_where_they_are_and_follow_the_layer(viewer, data):
     viewer.open(data, "#prompt=2&layer=0")
     shown = data["prompts"][1]
     cells = [sheet for own in shown["pictures"] for sheet in own["sheets"]]
-    assert len(viewer.each("#pictures figure", "0")) == len(cells) == 4  # the last picture: its tiles, and all of it
+    assert (
+        len(viewer.each("#pictures figure", "0")) == len(cells) == 4
+    )  # the last picture: its tiles, and all of it
     assert viewer.js("document.images.length") == 4
     viewer.until("[...document.images].every(e => e.complete && e.naturalWidth > 0)")
     for n, sheet in enumerate(cells):
@@ -195,8 +205,9 @@ def test_patches_are_drawn_where_they_are_and_follow_the_layer(viewer, data):  #
         most = max(row.values())
         assert drawn == pytest.approx({i: 0.85 * (value / most) ** 0.5 for i, value in row.items()}, abs=2e-3)
         share = sum(row[i] for i, *_ in cells[0]) / sum(row.values())
-        assert f"Picture 1: {100 * share:.1f} % of the flow from patches into the target in layer {layer}" in viewer.text(
-            "#pictures figcaption"
+        assert (
+            f"Picture 1: {100 * share:.1f} % of the flow from patches into the target in layer {layer}"
+            in viewer.text("#pictures figcaption")
         )
         viewer.keys("k")
     kinds = {kind for *_, kind in viewer.arcs}
@@ -210,7 +221,7 @@ def test_patches_are_drawn_where_they_are_and_follow_the_layer(viewer, data):  #
     assert "S" in viewer.text("#chart .end.iq")
 
 
-def test_pictures_are_reached_and_walked_by_keys(viewer, data):  # noqa: F811
+def test_pictures_are_reached_and_walked_by_keys(viewer, data):
     from selenium.webdriver.common.keys import Keys
 
     viewer.open(data, "#prompt=1&layer=1&into=labels")
@@ -239,7 +250,7 @@ def test_pictures_are_reached_and_walked_by_keys(viewer, data):  # noqa: F811
     assert words[0] != words[1]
 
 
-def test_names_of_patches_and_answers_are_text(viewer, data):  # noqa: F811
+def test_names_of_patches_and_answers_are_text(viewer, data):
     own = copy.deepcopy(data)
     first = own["prompts"][0]
     first["tokens"][: len(HOSTILE)] = HOSTILE
@@ -252,7 +263,7 @@ def test_names_of_patches_and_answers_are_text(viewer, data):  # noqa: F811
     assert viewer.js("window.pwned === undefined && document.scripts.length === 2")
 
 
-def test_a_strip_is_drawn_by_index(viewer):  # noqa: F811
+def test_a_strip_is_drawn_by_index(viewer):
     page = picture_page(make_vlm("blip_2"), {"a": prompt(())}, {})
     viewer.open(json.loads(embedded(page)), "#prompt=1&layer=1")
     assert viewer.each("#pictures .ends rect", "+e.dataset.i") == [0, 1, 2, 3]
@@ -260,9 +271,11 @@ def test_a_strip_is_drawn_by_index(viewer):  # noqa: F811
     assert "learned questions to the whole picture" in viewer.text("#notes")
 
 
-def test_the_saved_picture_holds_the_pictures(viewer, data):  # noqa: F811
+def test_the_saved_picture_holds_the_pictures(viewer, data):
     viewer.open(data, "#prompt=1&layer=1")
-    viewer.js("(() => { window.saved = []; HTMLAnchorElement.prototype.click = function () { window.saved.push(this.href); }; })()")
+    viewer.js(
+        "(() => { window.saved = []; HTMLAnchorElement.prototype.click = function () { window.saved.push(this.href); }; })()"
+    )
     viewer.keys("s", "n")
     viewer.until("window.saved.length === 2")
     drawing, raster = viewer.js("window.saved")

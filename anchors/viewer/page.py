@@ -192,7 +192,10 @@ def _faulty_pictures(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "pictures", "do not hold each of the patches once"
     for kind, rows in prompt["into"].items():
         if [len(row) for row in rows] != [len(patches)] * len(prompt["layers"]):
-            yield "into", f"has another shape than {len(prompt['layers'])} layers × {len(patches)} patches for {kind!r}"
+            yield (
+                "into",
+                f"has another shape than {len(prompt['layers'])} layers × {len(patches)} patches for {kind!r}",
+            )
 
 
 def _faulty_blocks(blocks: dict[str, Any], length: int, layers: int) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,9 @@ def places(vlm: VisionLanguageModel, size: tuple[int, int]) -> Places:
             )
         boxes, pieces = LAYOUTS[kind](vlm, [probe.tensors for probe in probes], count)
         if len(boxes) != count:
-            raise _Unknown(f"The picture has {count} image tokens, and {len(boxes)} places were found for them.")
+            raise _Unknown(
+                f"The picture has {count} image tokens, and {len(boxes)} places were found for them."
+            )
     except _Unknown as reason:
         return Places(None, (0,) * count, count, str(reason))
     return Places(boxes, _sheets(boxes, pieces), count)
@@ -91,17 +93,21 @@ def _shares(black: Tensor, white: Tensor, ramp: Tensor) -> tuple[np.ndarray, np.
     span = (white - black).double().cpu()
     seen = span.abs().amin(1) > 1e-3 * span.abs().max()
     across, down = (
-        ((ramp - black).double().cpu() / span.where(seen[:, None], torch.ones_like(span)))[:, :2].numpy().swapaxes(0, 1)
+        ((ramp - black).double().cpu() / span.where(seen[:, None], torch.ones_like(span)))[:, :2]
+        .numpy()
+        .swapaxes(0, 1)
     )
     return across, down, seen.numpy()
 
 
 def _edges(values: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
     """Where the first pixel begins and the last one ends, from the places of the pixels along one axis, [other, along]."""
-    there = seen.any(0).nonzero()[0]
+    there = np.flatnonzero(seen.any(0))
     if len(there) < 4:
         raise _Unknown("Of a tile of the picture nearly all is padding.")
-    middle = there[len(there) // 4 : len(there) - len(there) // 4]  # borders are flat where a picture is enlarged
+    middle = there[
+        len(there) // 4 : len(there) - len(there) // 4
+    ]  # borders are flat where a picture is enlarged
     lines = np.where(seen, values, np.nan)[:, middle]
     means = np.nanmean(lines, axis=0)
     slope, start = np.polyfit(middle, means, 1)
@@ -159,8 +165,10 @@ def _merged(vlm: VisionLanguageModel, probes: list[dict[str, Tensor]], count: in
     together, rest = divmod(frames * high * wide, count)
     side = math.isqrt(together)
     if rest or side * side != together or frames != 1 or high % side or wide % side:
-        raise _Unknown(f"{frames} × {high} × {wide} patches are not merged into {count} image tokens by squares.")
-    patch = vlm.processor.image_processor.patch_size  # ty: ignore[unresolved-attribute]
+        raise _Unknown(
+            f"{frames} × {high} × {wide} patches are not merged into {count} image tokens by squares."
+        )
+    patch = vlm.processor.image_processor.patch_size
     pixels = [p["pixel_values"].view(high * wide, 3, -1, patch, patch)[:, :, 0] for p in probes]
     across, down, seen = _shares(*pixels)
     if not seen.all():
@@ -197,7 +205,9 @@ LAYOUTS: dict[str, Callable[[VisionLanguageModel, list[dict[str, Tensor]], int],
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _merged),
 }
 """By a model's `model_type`."""
-_QUERIES = "Its image tokens are learned questions to the whole picture: none of them stands for a part of it."
+_QUERIES = (
+    "Its image tokens are learned questions to the whole picture: none of them stands for a part of it."
+)
 WITHOUT = {"blip-2": _QUERIES, "instructblip": _QUERIES}
 """Families whose image tokens have no place at all."""
 

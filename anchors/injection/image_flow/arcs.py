@@ -24,7 +24,9 @@ def kinds(batch: ImageBatch) -> Int[Tensor, "receiver giver"]:
     label = torch.isin(at, batch.labels[0])
     own = batch.query[0] & ~label
     words = torch.where(image, KINDS.index("ip"), KINDS.index("tp"))
-    asked = torch.where(image & own, KINDS.index("iq"), torch.where(own, KINDS.index("tq"), KINDS.index("ww")))
+    asked = torch.where(
+        image & own, KINDS.index("iq"), torch.where(own, KINDS.index("tq"), KINDS.index("ww"))
+    )
     asked = asked.where(~label, KINDS.index("pq"))
     return torch.stack([words, asked, torch.full_like(words, KINDS.index("ww"))])
 
@@ -104,4 +106,7 @@ class ArcTap:
             for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)
             if value > 0 and j < i
         ]
-        return [[i, j, float(f"{value:.4g}")] for value, i, j in sorted(found, key=lambda arc: (-arc[0], *arc[1:]))]
+        return [
+            [i, j, float(f"{value:.4g}")]
+            for value, i, j in sorted(found, key=lambda arc: (-arc[0], *arc[1:]))
+        ]

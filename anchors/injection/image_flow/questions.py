@@ -54,7 +54,9 @@ def questions_in(source: str, ask: str | None = None, answer: str | None = None)
             f"Nothing is asked about {source!r}.", "Give the question with --ask.", code="prompt"
         )
     elif path.is_dir():
-        found = [Question(one, ask, answer) for one in sorted(path.iterdir()) if one.suffix.lower() in SUFFIXES]
+        found = [
+            Question(one, ask, answer) for one in sorted(path.iterdir()) if one.suffix.lower() in SUFFIXES
+        ]
     elif path.suffix == ".jsonl":
         raise AnchorsError(
             f"{source!r} holds questions of its own; --ask and --truth are for a picture or a folder of pictures.",

@@ -70,7 +70,9 @@ def prompt_payload(
     if labels:
         rows["labels"] = tap.labels
     told = _said(vlm, prompt, notes)
-    answers = _answers(vlm, batch, {ids[at]: prompt.text[slice(*own)] for at, own in zip(labels, prompt.labels, strict=True)})
+    answers = _answers(
+        vlm, batch, {ids[at]: prompt.text[slice(*own)] for at, own in zip(labels, prompt.labels, strict=True)}
+    )
     first = {token: n for n, token in enumerate(answers["tokens"])}
     return {
         "name": name,
@@ -99,7 +101,11 @@ def prompt_payload(
 
 def kinds_of(prompt: ImagePrompt) -> tuple[str, ...]:
     """Kinds of flow that a prompt has: without demonstrations none into or from label words."""
-    return KINDS if prompt.labels else tuple(kind for kind in KINDS if kind[-1] == "q" and kind != "pq" or kind == "ww")
+    return (
+        KINDS
+        if prompt.labels
+        else tuple(kind for kind in KINDS if (kind[-1] == "q" and kind != "pq") or kind == "ww")
+    )
 
 
 def _said(vlm: VisionLanguageModel, prompt: ImagePrompt, notes: Iterable[str]) -> list[str]:
@@ -134,9 +140,9 @@ def _pieces(vlm: VisionLanguageModel, ids: Sequence[int], names: Mapping[int, st
             pieces.append(names[at])
             continue
         run.append(token)
-        text = vlm.tokenizer.decode(run, clean_up_tokenization_spaces=False)
+        text = str(vlm.tokenizer.decode(run, clean_up_tokenization_spaces=False))
         fits = text.startswith(before) and not text.endswith("\ufffd")
-        pieces.append(text[len(before) :] if fits else vlm.tokenizer.decode([token]))
+        pieces.append(text[len(before) :] if fits else str(vlm.tokenizer.decode([token])))
         before = text
     return pieces
 
@@ -165,7 +171,9 @@ def _pictures(
             place = "row {}, column {}".format(*there[order]) if order in there else f"token {order + 1}"
             sheet = f", view {one.sheets[order] + 1}" if max(one.sheets) else ""
             names[token] = f"▦ picture {number}{sheet}, {place}"
-        sheets = [[[tokens[k], *cells[k]] for k in there if one.sheets[k] == n] for n in dict.fromkeys(one.sheets)]
+        sheets = [
+            [[tokens[k], *cells[k]] for k in there if one.sheets[k] == n] for n in dict.fromkeys(one.sheets)
+        ]
         found.append(
             {
                 "src": inlined(picture), "width": picture.width, "height": picture.height,
@@ -175,7 +183,9 @@ def _pictures(
             }
         )  # fmt: skip
     if any(picture["sheets"] and picture["strip"] for picture in found):
-        notes.append("Tokens that end the rows of a picture, and those that show padding alone, lie on no part of it: a strip.")
+        notes.append(
+            "Tokens that end the rows of a picture, and those that show padding alone, lie on no part of it: a strip."
+        )
     if patches and patches[0] == 0:
         notes.append("The first token of the prompt is a patch: attention that has nothing to do goes there.")
     return found, names, notes
