@@ -45,6 +45,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -57,6 +60,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 
 from anchors.injection.asking.vlm import VisionLanguageModel, prepare_vlm
 
@@ -69,7 +73,9 @@ EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num
 FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_vl", "gemma3")
 ONE_IMAGE = ("blip_2",)
 """Families whose forward demands a picture and whose processor puts it before the text."""
-MORE = ("internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "paligemma")
+MORE = (
+    "internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "paligemma", "idefics3-tiles", "smolvlm-tiles",
+)  # fmt: skip
 """Families of which the flow and the places of patches are tried, too."""
 
 
@@ -115,19 +121,31 @@ def _llava(kind: str):
     return LlavaNextForConditionalGeneration(config), LlavaNextProcessor(images, words, **strategy)
 
 
-def _idefics3():
+def _idefics3(kind: str = "idefics3"):
+    """With `tiles` in its name a picture is cut into tiles, too, as checkpoints have it."""
+    tiles = kind.endswith("tiles")
+    rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)] if tiles else []
     words = tokenizer(
         {"image_token": "<image>"},
-        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
+        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows),
     )
-    config = Idefics3Config(
+    smol = kind.startswith("smolvlm")
+    config = (SmolVLMConfig if smol else Idefics3Config)(
         vision_config={**EYES, "image_size": 16, "patch_size": 4},
         text_config={"model_type": "llama", **TEXT, "vocab_size": len(words) + 4},
         image_token_id=words.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=2,
     )  # fmt: skip
     images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
+        size={"longest_edge": 48 if tiles else 16},
+        max_image_size={"longest_edge": 16},
+        do_image_splitting=tiles,
     )
+    if smol:
+        processing_smolvlm.num2words = (
+            processing_smolvlm.num2words or str
+        )  # demanded, and used for videos alone
+        processor = images_only(SmolVLMProcessor)(images, words, None, image_seq_len=4)
+        return SmolVLMForConditionalGeneration(config), processor
     return Idefics3ForConditionalGeneration(config), Idefics3Processor(images, words, image_seq_len=4)
 
 
@@ -274,6 +292,7 @@ def blip(kind: str = "blip_2", text: dict = _OPT):
 BUILDERS = {
     "idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip, "internvl": _internvl,
     "llava_onevision": _llava_onevision, "paligemma": _paligemma,
+    **{kind: partial(_idefics3, kind) for kind in ("idefics3-tiles", "smolvlm-tiles")},
     **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl")},
 }  # fmt: skip
 

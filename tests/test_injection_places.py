@@ -10,7 +10,7 @@ from PIL import Image
 
 from anchors.injection.asking.geometry import LAYOUTS, places
 
-SIZES = ((64, 64), (120, 48), (50, 100))
+SIZES = ((120, 48), (50, 100))
 JOINERS = ("out_proj", "attn.proj", "projection_layer")
 """By what vision towers end their attention."""
 
@@ -44,9 +44,11 @@ def embedded(model, vlm, image):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family):
+def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family, monkeypatch):
     """End to end, with nothing of ours between the picture and the features: picture, processor, vision tower, packing."""
     vlm = make_vlm(family)
+    if family == "qwen2_vl":  # so small a picture that it has one row of tokens otherwise
+        monkeypatch.setattr(vlm.processor.image_processor, "size", {"shortest_edge": 64, "longest_edge": 1024})
     model = short_sighted(vlm.model)
     for width, height in SIZES:
         found = places(vlm, (width, height))
@@ -56,7 +58,8 @@ def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family):
         dark = embedded(model, vlm, black)
         assert len(dark) == len(found.boxes) == found.count
         named = ~np.isnan(found.boxes[:, 0])
-        for token in np.flatnonzero(named):
+        tried = np.flatnonzero(named)
+        for token in tried[:: -(-len(tried) // 11)]:
             left, top, right, bottom = np.clip(found.boxes[token], 0, 1) * (width, height, width, height)
             if min(right - left, bottom - top) < 4:  # nearly all padding
                 continue
@@ -81,4 +84,4 @@ def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family):
 
 def test_every_known_layout_is_tried():
     kinds = {make_vlm(family).model.config.model_type for family in (*FAMILIES, *MORE)}
-    assert kinds | {"smolvlm"} == set(LAYOUTS)
+    assert kinds == set(LAYOUTS)
