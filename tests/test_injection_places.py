@@ -48,7 +48,9 @@ def test_a_bright_spot_moves_the_token_that_stands_for_its_place(family, monkeyp
     """End to end, with nothing of ours between the picture and the features: picture, processor, vision tower, packing."""
     vlm = make_vlm(family)
     if family == "qwen2_vl":  # so small a picture that it has one row of tokens otherwise
-        monkeypatch.setattr(vlm.processor.image_processor, "size", {"shortest_edge": 64, "longest_edge": 1024})
+        monkeypatch.setattr(
+            vlm.processor.image_processor, "size", {"shortest_edge": 64, "longest_edge": 1024}
+        )
     model = short_sighted(vlm.model)
     for width, height in SIZES:
         found = places(vlm, (width, height))
