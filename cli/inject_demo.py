@@ -25,7 +25,7 @@ def demo(
     scale: Annotated[
         str,
         typer.Option(
-            help="tiny (minutes on one core), 135m-digits (an hour on one core) or 135m (minutes on one GPU)."
+            help="tiny or tiny-patches (minutes on one core), 135m-digits (an hour on one core) or 135m (minutes on one GPU)."
         ),
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Of data and weights.")] = 0,
@@ -64,9 +64,9 @@ def demo(
     with common.reporting():
         if scale not in SCALES:
             raise AnchorsError(f"There is no scale {scale!r}.", nearest(scale, SCALES), code="unknown-name")
-        if base is not None and scale == "tiny":
+        if base is not None and SCALES[scale].language is not None:
             raise AnchorsError(
-                "The tiny scale trains a base of its own.",
+                f"The scale {scale} trains a base of its own.",
                 "Leave out --base, or take 135m.",
                 code="options-together",
             )

@@ -13,7 +13,11 @@ from anchors.cli.setting import DryRun
 
 def view(
     prompt: Annotated[
-        str, typer.Argument(help="Text file with demonstrations and query, or - for standard input.")
+        str,
+        typer.Argument(
+            help="Text file with demonstrations and query, or - for standard input. With --ask a picture or a folder of some; "
+            "or questions about pictures: a .jsonl file, or tiny-vlm."
+        ),
     ],
     model: common.Model = None,
     task: Annotated[
@@ -32,6 +36,19 @@ def view(
         typer.Option(
             help="The right label; without it the loss is that of the model's own prediction.",
             rich_help_panel="Task",
+        ),
+    ] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            help="A question about a picture, or about each picture of a folder.", rich_help_panel="Pictures"
+        ),
+    ] = None,
+    demonstrations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answered questions about pictures that are shown before each: JSON lines with image, question, answer.",
+            rich_help_panel="Pictures",
         ),
     ] = None,
     device: common.Device = "auto",
@@ -63,9 +80,29 @@ def view(
 
     Label words are found where the template puts them, e.g. after "\\nSentiment:". With --labels and no --template,
     what stands before them is the prompt's last line.
+
+    Questions about pictures go to a vision-language model (without --model: tiny-vlm, which reads handwritten digits, and
+    comes along): the page shows on the picture how much flows from each patch to the answer, layer by layer. There --truth
+    is the right answer, and --template holds <image>, {question} and {answer}.
     """
     with common.reporting():
+        from anchors.cli import view_pictures
         from anchors.errors import AnchorsError
+
+        if ask is not None or demonstrations is not None or view_pictures.about_pictures(prompt):
+            only = {
+                "--task": task, "--labels": labels, "--policy": policy, "--maps": maps, "--device-map": device_map,
+                "--trust-remote-code": trust_remote_code or None, "--dry-run": dry_run or None,
+            }  # fmt: skip
+            if given := [name for name, value in only.items() if value is not None]:
+                raise AnchorsError(
+                    f"{given[0]} is not for questions about pictures.",
+                    "Leave it out.",
+                    code="options-together",
+                )
+            asked = view_pictures.Asked(prompt, ask, truth, demonstrations, template)
+            view_pictures.view(asked, model, device, precision, revision, layers, to)
+            return
 
         try:
             content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()

@@ -1,7 +1,7 @@
 """Tiny random vision-language models of several families with real processors, built in memory."""
 
 import string
-from functools import cache
+from functools import cache, partial
 
 import torch
 from PIL import Image
@@ -20,23 +20,47 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 
 from anchors.injection.asking.vlm import VisionLanguageModel, prepare_vlm
 
@@ -49,6 +73,10 @@ EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num
 FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_vl", "gemma3")
 ONE_IMAGE = ("blip_2",)
 """Families whose forward demands a picture and whose processor puts it before the text."""
+MORE = (
+    "internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "paligemma", "idefics3-tiles", "smolvlm-tiles",
+)  # fmt: skip
+"""Families of which the flow and the places of patches are tried, too."""
 
 
 def tokenizer(special: dict[str, str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -93,27 +121,37 @@ def _llava(kind: str):
     return LlavaNextForConditionalGeneration(config), LlavaNextProcessor(images, words, **strategy)
 
 
-def _idefics3():
+def _idefics3(kind: str = "idefics3"):
+    """With `tiles` in its name a picture is cut into tiles, too, as checkpoints have it."""
+    tiles = kind.endswith("tiles")
+    rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)] if tiles else []
     words = tokenizer(
         {"image_token": "<image>"},
-        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
+        ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows),
     )
-    config = Idefics3Config(
+    smol = kind.startswith("smolvlm")
+    config = (SmolVLMConfig if smol else Idefics3Config)(
         vision_config={**EYES, "image_size": 16, "patch_size": 4},
         text_config={"model_type": "llama", **TEXT, "vocab_size": len(words) + 4},
         image_token_id=words.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=2,
     )  # fmt: skip
     images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
+        size={"longest_edge": 48 if tiles else 16},
+        max_image_size={"longest_edge": 16},
+        do_image_splitting=tiles,
     )
+    if smol:
+        processing_smolvlm.num2words = (
+            processing_smolvlm.num2words or str
+        )  # demanded, and used for videos alone
+        processor = images_only(SmolVLMProcessor)(images, words, None, image_seq_len=4)
+        return SmolVLMForConditionalGeneration(config), processor
     return Idefics3ForConditionalGeneration(config), Idefics3Processor(images, words, image_seq_len=4)
 
 
-class ImagesOnly(Qwen2VLProcessor):
+def images_only(process: type) -> type:
     """transformers needs torchvision to make a video processor, or even to see that there is none."""
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        return None
+    return type(process.__name__, (process,), {"check_argument_for_proper_class": lambda *_: None})
 
 
 def _qwen2_vl():
@@ -130,7 +168,89 @@ def _qwen2_vl():
         vision_start_token_id=at("<|vision_start|>"), vision_end_token_id=at("<|vision_end|>"),
     )  # fmt: skip
     images = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 256})
-    return Qwen2VLForConditionalGeneration(config), ImagesOnly(images, words)
+    return Qwen2VLForConditionalGeneration(config), images_only(Qwen2VLProcessor)(images, words)
+
+
+def _later_qwen(kind: str):
+    """Qwen2.5-VL and Qwen3-VL: their own eyes behind the processor of Qwen2-VL."""
+    words = tokenizer(
+        {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+         "vision_end_token": "<|vision_end|>"}
+    )  # fmt: skip
+    at = words.convert_tokens_to_ids
+    old = kind == "qwen2_5_vl"
+    text = {**TEXT, "vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}  # fmt: skip
+    eyes = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+    }
+    more = (
+        {"fullatt_block_indexes": [1], "window_size": 16}
+        if old
+        else {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    )
+    made = {
+        "vision_config": {**eyes, **more}, "text_config": text if old else {**text, "head_dim": 8},
+        "image_token_id": at("<|image_pad|>"), "video_token_id": at("<|video_pad|>"),
+        "vision_start_token_id": at("<|vision_start|>"), "vision_end_token_id": at("<|vision_end|>"),
+    }  # fmt: skip
+    images = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024})
+    if old:
+        config, processor = Qwen2_5_VLConfig(**made), images_only(Qwen2_5_VLProcessor)(images, words)
+        return Qwen2_5_VLForConditionalGeneration(config), processor
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), images_only(Qwen3VLProcessor)(
+        images, words
+    )
+
+
+def _internvl():
+    words = tokenizer(
+        {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+         "video_token": "<video>"}
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config={**EYES, "image_size": 16, "patch_size": 4},
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(words)},
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    images = GotOcr2ImageProcessorPil(**_size(16), crop_to_patches=True, min_patches=1, max_patches=4)
+    processor = images_only(InternVLProcessor)(images, words, image_seq_length=4)
+    return InternVLForConditionalGeneration(config), processor
+
+
+def _llava_onevision():
+    words = tokenizer({"image_token": "<image>", "video_token": "<video>"})
+    pins = [[16, 16], [16, 32], [32, 16], [32, 32]]
+    config = LlavaOnevisionConfig(
+        vision_config={**EYES, "image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"},
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(words)},
+        image_token_id=words.convert_tokens_to_ids("<image>"), video_token_id=words.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pins,
+    )  # fmt: skip
+    images = LlavaOnevisionImageProcessorPil(**_size(16), image_grid_pinpoints=pins)
+    processor = images_only(LlavaOnevisionProcessor)(
+        images, words, num_image_tokens=4, vision_feature_select_strategy="full"
+    )
+    return LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _paligemma():
+    words = tokenizer({"image_token": "<image>"})
+    words.add_special_tokens({"bos_token": "<bos>"})
+    images = SiglipImageProcessorPil(**_size(16))
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, words)  # it adds tokens for places and parts
+    config = PaliGemmaConfig(
+        vision_config={**EYES, "image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"},
+        text_config={"model_type": "gemma", **TEXT, "vocab_size": len(words), "head_dim": 8},
+        image_token_id=words.convert_tokens_to_ids("<image>"), projection_dim=32,
+    )  # fmt: skip
+    return PaliGemmaForConditionalGeneration(config), processor
 
 
 def _gemma3():
@@ -169,13 +289,18 @@ def blip(kind: str = "blip_2", text: dict = _OPT):
     return of_kind(config), processor
 
 
-BUILDERS = {"idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip}
+BUILDERS = {
+    "idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip, "internvl": _internvl,
+    "llava_onevision": _llava_onevision, "paligemma": _paligemma,
+    **{kind: partial(_idefics3, kind) for kind in ("idefics3-tiles", "smolvlm-tiles")},
+    **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl")},
+}  # fmt: skip
 
 
 @cache
 def make_vlm(family: str, routed: bool = True) -> VisionLanguageModel:
     """A random model of a family, with weights large enough for attention to be far from uniform."""
-    torch.manual_seed((*FAMILIES, *ONE_IMAGE).index(family))
+    torch.manual_seed((*FAMILIES, *ONE_IMAGE, *MORE).index(family))
     model, processor = BUILDERS[family]() if family in BUILDERS else _llava(family)
     enliven(model)
     return prepare_vlm(model, processor, f"tiny {family}", "float32", routed=routed)

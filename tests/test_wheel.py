@@ -62,3 +62,6 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     }
     assert inside == expected
     assert {"anchors/py.typed", "anchors/__init__.pyi", "anchors/viewer/page.html"} <= inside
+    assert {
+        f"anchors/injection/tiny_vlm/{name}" for name in ("model.safetensors", "questions.jsonl")
+    } <= inside

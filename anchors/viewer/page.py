@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-_ROLES = ("text", "format", "label", "target")
+_ROLES = ("text", "format", "label", "target", "image")
 _SUMS = ("s_wp", "s_pq", "s_ww")
+_KINDS = ("ip", "tp", "iq", "pq", "tq", "ww")
+"""Kinds of flow on a page with pictures, where `kinds` names those that its prompts have."""
 _REST = "s_pq_rest"
 # Escaped, these cannot end the script element, and the page stays plain ASCII where the data lies.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -131,22 +133,24 @@ def _check(payload: dict[str, Any]) -> None:
         for part in ("mean", "low", "high"):
             if len(curves[field][part]) != len(curves["layers"]):
                 raise ValueError(f"payload['curves']['{field}']['{part}'] is not one number per layer")
+    kinds = payload.get("kinds")
+    if kinds is not None and (not kinds or not set(kinds) <= set(_KINDS)):
+        raise ValueError(f"payload['kinds'] holds {kinds}; known are {', '.join(_KINDS)}")
+    sums = (*_SUMS, _REST) if kinds is None else tuple(f"s_{kind}" for kind in kinds)
     for at, prompt in enumerate(payload["prompts"]):
-        for field, fault in _faults(prompt):
+        for field, fault in _faults(prompt, sums):
             raise ValueError(f"payload['prompts'][{at}]['{field}'] {fault}")
 
 
-def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    length, depth, labels = len(prompt["tokens"]), len(prompt["s_wp"]), range(len(prompt["labels"]))
+def _faults(prompt: dict[str, Any], sums: Sequence[str]) -> Iterator[tuple[str, str]]:
+    length, depth, labels = len(prompt["tokens"]), len(prompt[sums[0]]), range(len(prompt["labels"]))
     for field, wanted, what in (
         ("roles", length, "tokens"),
         ("classes", length, "tokens"),
         ("probabilities", len(labels), "labels"),
         ("edges", len(prompt["layers"]), "layers"),
         ("first", len(prompt["layers"]), "layers"),
-        ("s_pq", depth, "layers of s_wp"),
-        ("s_ww", depth, "layers of s_wp"),
-        (_REST, depth, "layers of s_wp"),
+        *((name, depth, f"layers of {sums[0]}") for name in sums[1:]),
     ):
         if len(prompt[field]) != wanted:
             yield field, f"has {len(prompt[field])} entries for {wanted} {what}"
@@ -161,12 +165,37 @@ def _faults(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield field, f"holds {index}, no index of its labels"
     if "blocks" in prompt:
         yield from _faulty_blocks(prompt["blocks"], length, len(prompt["layers"]))
+    if "pictures" in prompt:
+        yield from _faulty_pictures(prompt)
     for layer, flows in zip(prompt["layers"], prompt["edges"], strict=True):
         if not 0 <= layer < depth:
             yield "layers", f"holds {layer}; its sums have {depth} layers"
         for i, j, w in flows:
             if not (0 <= j < i < length and w > 0):
                 yield "edges", f"of layer {layer} holds {[i, j, w]}; need 0 <= j < i < {length} and w > 0"
+
+
+def _faulty_pictures(prompt: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every image token lies on one picture, once; pictures are inlined; boxes lie inside of them."""
+    patches, found = list(prompt["patches"]), []
+    if patches != [at for at, role in enumerate(prompt["roles"]) if role == "image"]:
+        yield "patches", "are not the tokens with the role image"
+    for picture in prompt["pictures"]:
+        if not re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*", picture["src"]):
+            yield "pictures", f"holds {picture['src'][:40]!r}, no inlined PNG or JPEG"
+        found += picture["strip"]
+        for token, left, top, right, bottom in (cell for sheet in picture["sheets"] for cell in sheet):
+            found.append(token)
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                yield "pictures", f"places token {token} at {[left, top, right, bottom]}"
+    if sorted(found) != patches:
+        yield "pictures", "do not hold each of the patches once"
+    for kind, rows in prompt["into"].items():
+        if [len(row) for row in rows] != [len(patches)] * len(prompt["layers"]):
+            yield (
+                "into",
+                f"has another shape than {len(prompt['layers'])} layers × {len(patches)} patches for {kind!r}",
+            )
 
 
 def _faulty_blocks(blocks: dict[str, Any], length: int, layers: int) -> Iterator[tuple[str, str]]:

@@ -28,6 +28,9 @@ from anchors.places import refuse_revision
 
 PLACE = "<image>"
 """Stands for an image in texts given to `VisionLanguageModel.encode`."""
+TINY = "tiny-vlm"
+"""The name of the model that comes with the package: it reads handwritten digits."""
+TINY_FOLDER = Path(__file__).parents[1] / "tiny_vlm"
 FRAMES = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}
 """What a family's chat template writes around its image token and its processor does not."""
 
@@ -304,7 +307,7 @@ def load_vlm(
     """Load a vision-language model and its processor, from safetensors only and without code of its own.
 
     Args:
-        source: hub id or local directory.
+        source: hub id or local directory; `tiny-vlm` is the small one that comes with the package.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: one of `anchors.model.routed.DTYPES`, or auto: float32, on CUDA tf32.
         revision: branch, tag or commit of a hub model.
@@ -326,7 +329,8 @@ def load_vlm(
         raise AnchorsError(
             f"The model {name!r} is not a directory.", "Give a hub id or a directory.", code="model-not-found"
         )
-    origin = Origin(str(place) if place.is_dir() else name, name, revision)
+    here = TINY_FOLDER if name == TINY and not place.exists() else place
+    origin = Origin(str(here) if here.is_dir() else name, name, revision)
     model = vision_language_model(origin, dtype=DTYPES[precision])
     processor = processor_of(origin)
     return prepare_vlm(model.to(where), processor, name, precision, routed=routed)

@@ -1,5 +1,5 @@
-"""The sizes of the demonstration: `tiny` for minutes on one core, `135m` for minutes on one GPU, `135m-digits` for an hour on
-one core. Every count is here."""
+"""The sizes of the demonstration: `tiny` for minutes on one core (`tiny-patches` with pictures of 16 patches, not of 4), `135m`
+for minutes on one GPU, `135m-digits` for an hour on one core. Every count is here."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -124,6 +124,8 @@ TINY = Scale(
     upper=Stage(steps=200, lr=5e-4, items=120, lm_lr=5e-4),
 )
 
+PATCHES = replace(TINY, name="tiny-patches", patch=4)
+
 LARGE = Scale(
     name="135m",
     image=64,
@@ -160,7 +162,7 @@ DIGITS = replace(
     shots=(0,),
 )
 
-SCALES = {scale.name: scale for scale in (TINY, DIGITS, LARGE)}
+SCALES = {scale.name: scale for scale in (TINY, PATCHES, DIGITS, LARGE)}
 
 
 __getattr__ = forwarding(__name__)

@@ -89,7 +89,7 @@ class World:
     """Everything that can be seen and asked.
 
     Attributes:
-        name: `tiny`, `135m` or `135m-digits`.
+        name: of a scale: `tiny`, `tiny-patches`, `135m` or `135m-digits`.
         template: of a prompt, with `{image}` and `{question}`.
         answer: how an answer follows on a prompt.
         separator: between a demonstration's answer and the next prompt.
@@ -128,7 +128,7 @@ class World:
 
 def world(name: str) -> World:
     """The world of a scale."""
-    return {"tiny": _tiny, "135m": _large, "135m-digits": _large_digits}[name]()
+    return {"tiny": _tiny, "tiny-patches": _tiny, "135m": _large, "135m-digits": _large_digits}[name]()
 
 
 def _fixed(kind: str, about: str, question: str, answer: Callable[[Scene], str]) -> QuestionKind:

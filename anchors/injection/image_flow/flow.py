@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from anchors.attention.seam import seam
+from anchors.attention.taps import Tap
 from anchors.context import keeping
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow.saliency import TOLERANCE, FlowTap
@@ -240,7 +241,7 @@ def demand(vlm: VisionLanguageModel, prompts: Sequence[ImagePrompt]) -> None:
     batch = collate(vlm, prompts)
     witness = _ready(vlm, batch)
     with torch.no_grad(), vlm.arithmetic():
-        ours = _at_targets(vlm, batch)
+        ours = at_targets(vlm, batch)
     own = [witness.answer(**vlm.encode([prompt.text], [prompt.images]).tensors)[0] for prompt in prompts]
     theirs = torch.stack([logits[q] for logits, q in zip(own, batch.target.tolist(), strict=True)])
     if not (error := apart(ours, theirs)) <= ALLOWED[vlm.precision]:
@@ -265,7 +266,8 @@ def _ready(vlm: VisionLanguageModel, batch: ImageBatch) -> Witness:
     return vlm.witness
 
 
-def _at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "batch vocabulary"]:
+def at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "batch vocabulary"]:
+    """The logits of the token to come after each prompt's target."""
     keep = keeping(vlm.model, batch.target[:, None])
     logits = vlm.model(**batch.tensors, **keep, use_cache=False).logits
     rows = torch.arange(len(logits), device=logits.device)
@@ -276,7 +278,7 @@ def _at_targets(vlm: VisionLanguageModel, batch: ImageBatch) -> Float[Tensor, "b
     return logits[:, 0]
 
 
-def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
+def image_flow(vlm: VisionLanguageModel, batch: ImageBatch, taps: Sequence[Tap] = ()) -> ImageFlow:
     """The information flow of encoded prompts, exactly and without keeping any attention matrix.
 
     Where the answer is not known, the loss is about the token that the model finds most likely.
@@ -284,6 +286,7 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
     Args:
         vlm: with its language tower on the seam.
         batch: of `collate`.
+        taps: what else listens. They hear of the gradient of −log (p / (1 − p)): times `ImageFlow.surprise` it is that of L.
 
     Raises:
         AnchorsError: a tower that is not on the seam; a loss that is not a number; prompts of lengths between which the
@@ -297,8 +300,8 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch) -> ImageFlow:
     _ready(vlm, batch)
     layers = range(vlm.n_layers)
     tap = FlowTap(frozenset(layers), torch.cat([batch.labels, batch.target[:, None]], dim=1))
-    with torch.enable_grad(), seam(vlm.modules, taps=[tap]), vlm.arithmetic():
-        logits = _at_targets(vlm, batch)
+    with torch.enable_grad(), seam(vlm.modules, taps=[tap, *taps]), vlm.arithmetic():
+        logits = at_targets(vlm, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         predicted = logits.detach().argmax(-1)
         answer = torch.where(batch.answer < 0, predicted, batch.answer)
