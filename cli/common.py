@@ -218,14 +218,16 @@ def devices_of(devices: str | None, device: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def machines(at: str | None, share: float, device: str, *, dry_run: bool) -> "Generator[Cluster | None]":
+def machines(
+    at: str | None, share: float, device: str, devices: str | None, *, dry_run: bool = False
+) -> "Generator[Cluster | None]":
     """The cluster that was asked for, if any."""
     if at is None:
         yield None
         return
-    if dry_run:
+    if dry_run or devices is not None:
         raise AnchorsError(
-            "--dry-run looks at a model here, --cluster loads it elsewhere.",
+            f"--{'dry-run' if dry_run else 'devices'} is of this machine, --cluster of others.",
             "Leave one of them out.",
             code="options-together",
         )

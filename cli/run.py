@@ -92,7 +92,7 @@ def run(
     """
     with (
         common.reporting(),
-        common.machines(cluster, share, device, dry_run=dry_run) as machines,
+        common.machines(cluster, share, device, devices, dry_run=dry_run) as machines,
         ExitStack() as inside,
     ):
         from anchors.experiments import CATALOGUE
@@ -116,12 +116,6 @@ def run(
         common.print_data(*zip(*sets.values(), strict=True))
         asked = [task for task, _ in sets.values()]
         places = common.devices_of(devices, device)
-        if machines and devices:
-            raise AnchorsError(
-                "--devices shares work on this machine, --cluster gives it to others.",
-                "Leave one of them out.",
-                code="options-together",
-            )
         wanted = (model, places[0], precision, device_map, revision, trust_remote_code)
         here = common.load_model(*wanted, asked) if machines is None else None
         common.load_libraries()

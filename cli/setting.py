@@ -1,5 +1,7 @@
 """The options that every measurement of prompts takes, written once."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ from anchors.study.registry import Study
 
 if TYPE_CHECKING:
     from anchors.injection.study import InjectFlow, InjectSweep
+    from anchors.injection.suites import SuiteInquiry
     from anchors.model.source import Source
     from anchors.nsa.study import NSAProbe
     from anchors.study.analysis import Analysis
@@ -89,6 +92,14 @@ class Always:
     def source(self) -> "Source | None":
         """The model that the study is of, where other processes can load it, too."""
         return None
+
+    @contextmanager
+    def elsewhere(self, inquiry: "Inquiry") -> "Generator[Inquiry]":
+        """The study with whoever else measures it: processes on other devices, or machines."""
+        from anchors.study.helpers import helped
+
+        with helped(self.places, self.source()):
+            yield inquiry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +208,12 @@ class EpisodeSetting(Always):
         ),
     ] = None
 
+    def source(self) -> "Source":
+        """See `Always.source`."""
+        from anchors.model.source import Source
+
+        return Source(str(COMES_ALONG if self.model is None else self.model), self.places[0], self.precision)
+
     def inquiry(self, line: Study, studies: "list[NSAProbe]") -> "Inquiry":
         """The study of a model."""
         folder = COMES_ALONG if self.model is None else self.model
@@ -206,7 +223,7 @@ class EpisodeSetting(Always):
                 "Train one: `anchors nsa train --out DIR`.",
                 code="model-not-found",
             )
-        model = common.load_model(str(folder), self.places[0], self.precision, None, None, False)
+        model = common.load_model(*vars(self.source()).values())
         # Where the package lies is nobody's business in results.
         return studies[0].on(model, folder, "the small NSA model" if self.model is None else None)
 
@@ -223,6 +240,8 @@ class SuiteSetting(Always):
             "with different seeds.",
         ),
     ]
+    cluster: common.ClusterAt = None
+    share: common.Share = 1.0
 
     def inquiry(self, line: Study, studies: "list[InjectSweep | InjectFlow]") -> "Inquiry":
         """The study of suites."""
@@ -230,6 +249,16 @@ class SuiteSetting(Always):
         from anchors.injection.asking.suite import Suite
 
         return studies[0].on([Suite.open(path) for path in self.suites], self.places[0], self.precision)
+
+    @contextmanager
+    def elsewhere(self, inquiry: "Inquiry") -> "Generator[Inquiry]":
+        """See `Always.elsewhere`."""
+        with common.machines(self.cluster, self.share, self.device, self.devices) as machines:
+            if machines is not None:
+                yield cast("SuiteInquiry", inquiry).gathered(machines)
+                return
+            with super().elsewhere(inquiry) as helped:
+                yield helped
 
 
 SETTINGS = {"prompts": Setting, "episodes": EpisodeSetting, "suites": SuiteSetting}

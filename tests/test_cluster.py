@@ -161,3 +161,26 @@ def test_no_cluster():
         connect("127.0.0.1:1", 1, "cpu"),
     ):
         pass
+
+
+def test_a_sweep_is_shared_out(address, tmp_path):
+    """By suite, scenario and every eighth setting; after the machine of the first test is gone, by one machine."""
+    from injection_suites import build
+
+    from anchors.injection.asking.suite import Suite
+    from anchors.injection.study import InjectSweep
+    from anchors.study.cluster import connect
+
+    wanted = InjectSweep(
+        grid="small", methods=("task-arithmetic",), strengths=(0.5, 1.0), limit=2, scenarios=("instruction",)
+    )
+    sweep = wanted.on([Suite.open(build(tmp_path))], "cpu")
+    here = conclude(sweep, out=tmp_path / "here")
+    with connect(address, 1, "cpu") as cluster:
+        gathered = sweep.gathered(cluster)
+        assert len(gathered.cells) == 8
+        far = conclude(gathered, out=tmp_path / "far")
+    assert by_name(tmp_path / "here").keys() == by_name(tmp_path / "far").keys()
+    assert (far.notes, far.sentences) == (here.notes, here.sentences)
+    for name, table in here.tables.items():
+        pd.testing.assert_frame_equal(far.tables[name], table, check_exact=True)

@@ -3,18 +3,26 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from injection_suites import build
+from nsa_probing import EPISODES, save
 
 from anchors import AnchorsError, load
 from anchors.analyses.readout import Readout
 from anchors.analyses.reweighting import Reweighting
+from anchors.injection.asking.suite import Suite
+from anchors.injection.study import InjectFlow, InjectSweep
 from anchors.model.source import Source
-from anchors.study.engine import Lot, work
+from anchors.nsa.probing.probe import EpisodeProbe, with_geometry
+from anchors.nsa.probing.probe import measure as probe
+from anchors.study.engine import Lot, silent, work
 from anchors.study.helpers import helped, helpers
 from anchors.study.results import Run
 from anchors.study.runner import Sample, measure
@@ -54,7 +62,36 @@ def test_every_batch_has_the_same_rows(analysis, source, tmp_path, monkeypatch):
     assert len(runs(tmp_path / "alone")) == 2 * (6 + 1)
 
 
-def lots(how: str, mark: Path, device: str = "") -> list[Lot]:
+def probed(place: Path, out: Path) -> None:
+    model = with_geometry(load(str(place), device="cpu"), n=3)
+    probe(model, EpisodeProbe(EPISODES, prompts=3, interventions=False), out=out)
+
+
+def swept(place: Path, out: Path) -> None:
+    wanted = InjectSweep(grid="small", methods=("task-arithmetic",), strengths=(0.5, 1.0), limit=2)
+    wanted.on([Suite.open(place)], "cpu").measure(out, silent)
+
+
+def flowed(place: Path, out: Path) -> None:
+    wanted = InjectFlow(strengths=(0.5,), prompts=3, examples=3, shots=0, experts=("instruction",))
+    wanted.on([Suite.open(place)], "cpu").measure(out, silent)
+
+
+@pytest.mark.parametrize("study", [probed, swept, flowed], ids=lambda study: study.__name__)
+def test_every_study_is_shared(study, tmp_path, monkeypatch):
+    """Every unit's file holds the same bytes as without help."""
+    place = save(tmp_path / "model", "nsa") if study is probed else build(tmp_path, examples=18)
+    given, submit = [], ProcessPoolExecutor.submit
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", lambda *a: given.append(a) or submit(*a))
+    for name, crew in (("shared", replace(helpers(), source=Source(str(place), "cpu"))), ("alone", None)):
+        for user in ("anchors.study.engine", "anchors.nsa.probing.probe"):
+            monkeypatch.setattr(f"{user}.helpers", lambda crew=crew: crew)
+        study(place, tmp_path / name)
+    assert given
+    assert runs(tmp_path / "shared") == runs(tmp_path / "alone")
+
+
+def lots(how: str, mark: Path, run: Run | None = None, device: str = "") -> list[Lot]:
     """Eight units by fours; `device` is empty in the process that asks."""
 
     def one(_: None, units: Sequence[tuple]) -> pd.DataFrame:

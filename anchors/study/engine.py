@@ -26,8 +26,8 @@ Unit = tuple[Any, ...]
 Progress = Callable[[int, int], None]
 """Called with (units done, units in all)."""
 State = TypeVar("State")
-Anew = Callable[[str], "Sequence[Lot]"]
-"""Makes the lots of a stretch in another process, on a device; it can be pickled."""
+Anew = Callable[[Run, str], "Sequence[Lot]"]
+"""Makes the lots of a run in another process, on a device; it can be pickled."""
 
 
 def silent(done: int, total: int) -> None:
@@ -171,6 +171,20 @@ def carry_out(
     return pd.concat(found, ignore_index=True), runs
 
 
+def demand_same(run: Run, config: dict[str, Any]) -> None:
+    """What another process loaded must be what this run is of.
+
+    Raises:
+        AnchorsError: it is not.
+    """
+    if config != run.config:
+        raise AnchorsError(
+            "What a process that helps has loaded is not what is measured: files were changed meanwhile, or devices are unlike.",
+            "Run the same command again, or without --devices.",
+            code="workers",
+        )
+
+
 def told(runs: Iterable[Run]) -> list[str]:
     """What was found of earlier results, each said once."""
     return list(dict.fromkeys(note for run in runs for note in run.notes))
@@ -197,7 +211,7 @@ def work(
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    crew, order = helpers() if anew else None, pickle.dumps(anew)
+    crew, order = helpers() if anew else None, pickle.dumps(anew and partial(anew, run))
     for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None

@@ -17,7 +17,7 @@ from anchors.model.language import LanguageModel
 from anchors.model.lengths import alike
 from anchors.model.source import Source
 from anchors.study.analysis import Analysis, Cell, Record
-from anchors.study.engine import Lot, Progress, Stretch, carry_out, watched
+from anchors.study.engine import Lot, Progress, Stretch, carry_out, demand_same, watched
 from anchors.study.helpers import helpers
 from anchors.study.report import pictured
 from anchors.study.results import Run
@@ -258,7 +258,7 @@ def _measured(
     if (
         crew and crew.source and "machine" not in config
     ):  # seconds would be those of a machine that does other things, too
-        anew = partial(_lots_of, crew.source, analysis, task, data, how, folder, config)
+        anew = partial(_lots_of, crew.source, analysis, task, data, how)
     rows, (run,) = carry_out(
         [Stretch(config, units, lambda _: lots, model.name, certify=certify, anew=anew)], out, progress
     )
@@ -281,28 +281,12 @@ def _lots(
 
 
 def _lots_of(
-    source: Source,
-    analysis: Analysis,
-    task: Task,
-    data: Data,
-    how: Sample,
-    folder: Path,
-    config: dict,
-    device: str,
+    source: Source, analysis: Analysis, task: Task, data: Data, how: Sample, run: Run, device: str
 ) -> list[Lot]:
-    """The lots of a measurement, in another process.
-
-    Raises:
-        AnchorsError: what is loaded there is not what is measured.
-    """
+    """The lots of a measurement, in another process."""
     model = source.on(device).load()
-    if config_of(model, analysis, task, data, how) != config:
-        raise AnchorsError(
-            f"{model.name} as loaded to {device} is not the model that is measured.",
-            "Was it changed meanwhile? Run the same command again.",
-            code="workers",
-        )
-    return _lots(model, analysis, _cells(model, analysis, task, data, how, folder)[0], how)
+    demand_same(run, config_of(model, analysis, task, data, how))
+    return _lots(model, analysis, _cells(model, analysis, task, data, how, run.folder)[0], how)
 
 
 def _lot(
