@@ -240,7 +240,8 @@ def connect(address: str, share: float, device: str) -> Generator[Cluster]:
     except (OSError, ValueError, RuntimeError) as error:
         raise AnchorsError(
             f"There is no Ray cluster at {address!r}: {brief(error)}",
-            "Start one with `ray start --head`, or give --cluster HOST:PORT, or --cluster local for this machine alone.",
+            "Start one with `ray start --head`, or give --cluster HOST:PORT, or --cluster local for this machine alone. A cluster that asks "
+            "for a token wants RAY_AUTH_MODE=token here, too.",
             code="workers",
         ) from error
     if threading.current_thread() is threading.main_thread():
