@@ -206,7 +206,7 @@ def devices_of(devices: str | None, device: str) -> tuple[str, ...]:
         )
     if devices != "all":
         named = [name.strip() for name in devices.split(",")]
-        once([name for name in named if name != "cpu"], "--devices")  # a card holds one model
+        once(tuple(name for name in named if name != "cpu"), "--devices")  # a card holds one model
         return tuple(f"cuda:{name}" if whole_number(name) is not None else name for name in named)
     import torch
 

@@ -131,7 +131,7 @@ def run(
         lm = here or Far(cast("Cluster", machines), source)
         printed: dict[str, Any] = {}
         plans: dict[str, list[Outlook]] = {}
-        cost = here and Cost(here)
+        cost = None if here is None else Cost(here)
         failed = []
         for experiment in chosen:
             try:

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from anchors.summaries import Tables
 
 if TYPE_CHECKING:
     from anchors.study.engine import Progress
+    from anchors.study.plan import Outlook
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +126,7 @@ class Cluster:
 
     def room(self) -> int:
         """How many hands fit on the machines that are there now."""
-        import ray
-
+        ray = _ray()
         nodes = [node["Resources"].get(self.resource, 0) for node in ray.nodes() if node["Alive"]]
         return sum(math.floor(own / self.share) for own in nodes)
 
@@ -139,8 +140,7 @@ class Cluster:
         Raises:
             AnchorsError: no machine has room, or another version of this toolkit; one job lost `TRIES` machines.
         """
-        import ray
-
+        ray = _ray()
         gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError)
         shared, waiting, lost = ray.put(kept), deque(range(len(jobs))), Counter[int]()
         calls: dict[Any, tuple[Any, int]] = {}
@@ -184,17 +184,29 @@ class Cluster:
                 ray.kill(hand)
 
     def _hand(self) -> Any:
-        import ray
-
+        ray = _ray()
         how: dict[str, Any] = {"num_gpus" if self.resource == "GPU" else "num_cpus": self.share}
         return ray.remote(**how)(Hand).remote(os.getcwd())
 
     def close(self) -> None:
         """Let the machines go."""
-        import ray
-
+        ray = _ray()
         while self.idle:
             ray.kill(self.idle.pop())
+
+
+def _ray() -> Any:
+    """Ray, which types are not checked against: few have it.
+
+    Raises:
+        AnchorsError: nor have we.
+    """
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise AnchorsError(
+            "Ray is not installed.", "pip install 'label-anchors[cluster]'", code="package"
+        ) from error
 
 
 def _given_up(error: Exception, number: int) -> AnchorsError:
@@ -225,12 +237,7 @@ def connect(address: str, share: float, device: str) -> Generator[Cluster]:
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        import ray
-    except ImportError as error:
-        raise AnchorsError(
-            "Ray is not installed.", "pip install 'label-anchors[cluster]'", code="package"
-        ) from error
+    ray = _ray()
     try:
         if mine := not ray.is_initialized():
             host, _, port = address.rpartition(":")
@@ -300,6 +307,18 @@ class Gathered(Inquiry):
                 "The machines of the cluster are unlike: some of what one measured was measured again on another."
             )
         return replace(last.value, notes=[*dict.fromkeys(said), *last.value.notes])
+
+    def outlook(self, out: Path) -> "list[Outlook]":
+        """Nobody here has the model to tell by.
+
+        Raises:
+            AnchorsError: always.
+        """
+        raise AnchorsError(
+            "--dry-run is of this machine, --cluster of others.",
+            "Leave one of them out.",
+            code="options-together",
+        )
 
     def notes_on(self, found: Found, tables: Tables) -> list[str]:
         """The study's own."""
