@@ -5,6 +5,7 @@ import errno
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from anchors.kinds import KINDS
@@ -32,6 +33,10 @@ class AnchorsError(ValueError):
         self.message = message
         self.remedy = remedy
         self.code = KINDS[code].code if code else self.code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error of another process says the same."""
+        return partial(type(self), code=self.code), (self.message, self.remedy)
 
 
 class RoutingError(AnchorsError):

@@ -263,6 +263,13 @@ KINDS = {
             "Wait for it, or choose another --out.",
         ),
         Kind(
+            "workers",
+            "Processes or machines that were to share the work are not there, or ended.",
+            "No Ray cluster at that address, no machine with room for one cell, another environment on some machine, or work that "
+            "takes more memory than there is.",
+            "Look at `ray status`; install the same everywhere; give each of them less at once. What is finished is kept.",
+        ),
+        Kind(
             "package",
             "A package is missing, of another version, or there twice.",
             "An extra that is not installed, a transformers outside the declared range, or two checkouts of this toolkit.",

@@ -1,6 +1,6 @@
 """Our merge beside mergekit's on random checkpoints of a billion parameters: wall time and peak anonymous memory.
 
-The three language models have TinyLlama's shapes (1.1 billion parameters, bfloat16, 2.2 GB); the vision-language model
+The three language models have TinyLlama's shapes (1.1 billion parameters, bfloat16, 2.2 GB), or those of another; the vision-language model
 is one of them behind LLaVA's names, with a vision tower and a projector. Ours merges base and expert into the
 vision-language model; mergekit, which cannot, merges the same numbers as three language models. Task arithmetic,
 weights 1 and 0.5. Ours computes in float32, with embedding and head kept (the default) or merged; mergekit merges them
@@ -12,6 +12,7 @@ must have; pages of mapped files can be given back at any time) is sampled every
 
     uv run benchmarks/injection_memory.py                      # needs 14 GB of disk, which it gives back
     uv run benchmarks/injection_memory.py --layers 2 --rounds 1     # a quick look
+    uv run benchmarks/injection_memory.py --shape llama-2-70b --layers 2 --rounds 1     # 32 GB of disk
 """
 
 import argparse
@@ -36,7 +37,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from anchors.injection.merging.checkpoint import Checkpoint, Entry
 from anchors.injection.merging.draft import write_shard
 
-WIDTH, INNER, HEADS, GROUPS, VOCABULARY = 2048, 5632, 32, 4, 32000
+SHAPES = {"tinyllama": (2048, 5632, 32, 4, 32000, 22), "llama-2-70b": (8192, 28672, 64, 8, 32000, 80)}
+"""Width, inner width, heads, groups, vocabulary, layers."""
+WIDTH, INNER, HEADS, GROUPS, VOCABULARY, LAYERS = SHAPES["tinyllama"]
 VISION = 1024
 STRENGTH = 0.5
 COMPARED = ("ours, embeddings keep", "mergekit default, float32")
@@ -190,11 +193,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
+    parser.add_argument("--layers", type=int, help="by default as many as the shape has")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     parser.add_argument("--models", type=Path, help="folder of the models, made if it is not there, and kept")
     arguments = parser.parse_args()
+    globals().update(
+        zip(
+            ("WIDTH", "INNER", "HEADS", "GROUPS", "VOCABULARY", "LAYERS"),
+            SHAPES[arguments.shape],
+            strict=True,
+        )
+    )
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     measures: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory(
@@ -203,7 +214,7 @@ def main() -> None:
         work = Path(place)
         models = arguments.models or work / "models"
         if not models.is_dir():
-            prepare(models, arguments.layers)
+            prepare(models, arguments.layers or LAYERS)
         kept: dict[str, Path] = {}
         for turn in range(arguments.rounds):
             for name, command in commands(models, work / "out", arguments.threads):

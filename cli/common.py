@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from anchors.model.language import LanguageModel
+    from anchors.study.cluster import Cluster
     from anchors.study.plan import Outlook
     from anchors.tasks.data import Data
     from anchors.tasks.task import Chat, Task
@@ -67,6 +68,29 @@ Remote = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel="Model"
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="Several of one type instead of --device, a process each: all (CUDA), 0,1, or cpu,cpu.",
+        rich_help_panel="Machines",
+    ),
+]
+ClusterAt = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Have the cells of the grid measured by the machines of a Ray cluster: auto, HOST:PORT, or local for this machine "
+        "alone (needs the extra `cluster`).",
+        rich_help_panel="Machines",
+    ),
+]
+Share = Annotated[
+    float,
+    typer.Option(
+        help="With --cluster: GPUs for each cell, such as 0.5 for two on a card; CPU cores where there is no GPU.",
+        rich_help_panel="Machines",
     ),
 ]
 Template = Annotated[
@@ -205,6 +229,51 @@ def load_model(
             precision=precision,
             device_map=device_map,
         )
+
+
+def devices_of(devices: str | None, device: str) -> tuple[str, ...]:
+    """The devices to measure on, the first of them the one that the model is loaded to.
+
+    Raises:
+        AnchorsError: both options are given, or there is no CUDA device.
+    """
+    if devices is None:
+        return (device,)
+    if device != "auto":
+        raise AnchorsError(
+            "--device and --devices are given.", "Leave one of them out.", code="options-together"
+        )
+    if devices != "all":
+        named = [name.strip() for name in devices.split(",")]
+        once(tuple(name for name in named if name != "cpu"), "--devices")  # a card holds one model
+        return tuple(f"cuda:{name}" if whole_number(name) is not None else name for name in named)
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        raise AnchorsError(
+            "--devices all: there is no CUDA device here.", "Name them: --devices cpu,cpu.", code="device"
+        )
+    return tuple(f"cuda:{number}" for number in range(count))
+
+
+@contextmanager
+def machines(
+    at: str | None, share: float, device: str, devices: str | None, *, dry_run: bool = False
+) -> "Generator[Cluster | None]":
+    """The cluster that was asked for, if any."""
+    if at is None:
+        yield None
+        return
+    if dry_run or devices is not None:
+        raise AnchorsError(
+            f"--{'dry-run' if dry_run else 'devices'} is of this machine, --cluster of others.",
+            "Leave one of them out.",
+            code="options-together",
+        )
+    from anchors.study.cluster import connect
+
+    with connect(at, share, device) as cluster:
+        yield cluster
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """`anchors run`: the paper's figures and tables, and a few of ours, each by one command."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from anchors.experiments import Experiment
     from anchors.model.language import LanguageModel
-    from anchors.study.prompted import Part, Report
+    from anchors.study.cluster import Cluster
+    from anchors.study.prompted import Far, Part, Report
     from anchors.tasks.task import Chat
 
 Names = Annotated[
@@ -63,10 +65,13 @@ def run(
     skip_too_long: TooLong = False,
     batch_size: BatchSize = "auto",
     device: common.Device = "auto",
+    devices: common.Devices = None,
     precision: common.Precision = "auto",
     device_map: common.DeviceMap = None,
     revision: common.Revision = None,
     trust_remote_code: common.Remote = False,
+    cluster: common.ClusterAt = None,
+    share: common.Share = 1.0,
     to: Folder = Path("results"),
     dry_run: Annotated[
         bool,
@@ -89,7 +94,11 @@ def run(
     Each is a frozen grid of model × task × shots × seed. A run can be stopped at any point and goes on where it was;
     cells that experiments share are computed once.
     """
-    with common.reporting():
+    with (
+        common.reporting(),
+        common.machines(cluster, share, device, devices, dry_run=dry_run) as machines,
+        ExitStack() as inside,
+    ):
         from anchors.experiments import CATALOGUE
         from anchors.study.results import require_writable
 
@@ -111,14 +120,23 @@ def run(
         sets = {task.name: (task, own) for grid in plan.values() for _, task, own in grid}
         common.print_data(*zip(*sets.values(), strict=True))
         asked = [task for task, _ in sets.values()]
-        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code, asked)
+        places = common.devices_of(devices, device)
+        wanted = (model, places[0], precision, device_map, revision, trust_remote_code)
+        here = common.load_model(*wanted, asked) if machines is None else None
+        common.load_libraries()
+        from anchors.model.source import Source
         from anchors.study.cost import Cost
+        from anchors.study.helpers import helped
         from anchors.study.plan import Outlook, outlook
+        from anchors.study.prompted import Far
         from anchors.study.results import plain
 
+        source = Source(*wanted)
+        inside.enter_context(helped(places, source))
+        lm = here or Far(cast("Cluster", machines), source)
         printed: dict[str, Any] = {}
         plans: dict[str, list[Outlook]] = {}
-        cost = Cost(lm)
+        cost = None if here is None else Cost(here)
         failed = []
         for experiment in chosen:
             try:
@@ -130,8 +148,8 @@ def run(
                     batch(batch_size),
                     skip_too_long,
                 )
-                if dry_run:
-                    plans[experiment.name] = outlook(lm, parts, to, cost)
+                if dry_run and here:
+                    plans[experiment.name] = outlook(here, parts, to, cost)
                     continue
                 result = _measure(lm, experiment, parts, to)
             except AnchorsError as error:
@@ -216,7 +234,7 @@ def _parts(
     return parts
 
 
-def _measure(lm: "LanguageModel", experiment: "Experiment", parts: "list[Part]", to: Path) -> "Report":
+def _measure(lm: "LanguageModel | Far", experiment: "Experiment", parts: "list[Part]", to: Path) -> "Report":
     from anchors.study.prompted import report
 
     with common.progress_bar(experiment.name) as progress:

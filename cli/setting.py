@@ -1,6 +1,9 @@
 """The options that every measurement of prompts takes, written once."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -13,6 +16,8 @@ from anchors.study.registry import Study
 
 if TYPE_CHECKING:
     from anchors.injection.study import InjectFlow, InjectSweep
+    from anchors.injection.suites import SuiteInquiry
+    from anchors.model.source import Source
     from anchors.nsa.study import NSAProbe
     from anchors.study.analysis import Analysis
     from anchors.study.report import Inquiry
@@ -72,11 +77,29 @@ class Always:
     """What every study takes."""
 
     device: common.Device = "auto"
+    devices: common.Devices = None
     precision: common.Precision = "auto"
     out: Out = None
     dry_run: DryRun = False
     csv: Csv = False
     as_json: Json = False
+
+    @cached_property
+    def places(self) -> tuple[str, ...]:
+        """Devices to measure on."""
+        return common.devices_of(self.devices, self.device)
+
+    def source(self) -> "Source | None":
+        """The model that the study is of, where other processes can load it, too."""
+        return None
+
+    @contextmanager
+    def elsewhere(self, inquiry: "Inquiry") -> "Generator[Inquiry]":
+        """The study with whoever else measures it: processes on other devices, or machines."""
+        from anchors.study.helpers import helped
+
+        with helped(self.places, self.source()):
+            yield inquiry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +142,14 @@ class Setting(Always):
     revision: common.Revision = None
     trust_remote_code: common.Remote = False
 
+    def source(self) -> "Source":
+        """See `Always.source`."""
+        common.load_libraries()
+        from anchors.model.source import Source
+
+        where = (self.places[0], self.precision, self.device_map, self.revision, self.trust_remote_code)
+        return Source(self.model, *where)
+
     def tasks(self, default: str = "sst2") -> "list[Task]":
         chat = common.chat_from(self.chat, self.system)
         return common.tasks_from(self.task or [], self.template, self.labels, self.policy, default, chat)
@@ -156,15 +187,7 @@ class Setting(Always):
 
         for task, data in zip(tasks, sets, strict=True):
             demonstrations(task, data, Draw(self.shots, fresh=all(study.fresh for study in studies)))
-        model = common.load_model(
-            self.model,
-            self.device,
-            self.precision,
-            self.device_map,
-            self.revision,
-            self.trust_remote_code,
-            tasks,
-        )
+        model = common.load_model(*vars(self.source()).values(), tasks)
         from anchors.study.prompted import Part, Prompted
 
         how, pairs = self.sample(), list(zip(tasks, sets, strict=True))
@@ -188,6 +211,12 @@ class EpisodeSetting(Always):
         ),
     ] = None
 
+    def source(self) -> "Source":
+        """See `Always.source`."""
+        from anchors.model.source import Source
+
+        return Source(str(COMES_ALONG if self.model is None else self.model), self.places[0], self.precision)
+
     def inquiry(self, line: Study, studies: "list[NSAProbe]") -> "Inquiry":
         """The study of a model."""
         folder = COMES_ALONG if self.model is None else self.model
@@ -197,7 +226,7 @@ class EpisodeSetting(Always):
                 "Train one: `anchors nsa train --out DIR`.",
                 code="model-not-found",
             )
-        model = common.load_model(str(folder), self.device, self.precision, None, None, False)
+        model = common.load_model(*vars(self.source()).values())
         # Where the package lies is nobody's business in results.
         return studies[0].on(model, folder, "the small NSA model" if self.model is None else None)
 
@@ -214,13 +243,25 @@ class SuiteSetting(Always):
             "with different seeds.",
         ),
     ]
+    cluster: common.ClusterAt = None
+    share: common.Share = 1.0
 
     def inquiry(self, line: Study, studies: "list[InjectSweep | InjectFlow]") -> "Inquiry":
         """The study of suites."""
         common.load_libraries()
         from anchors.injection.asking.suite import Suite
 
-        return studies[0].on([Suite.open(path) for path in self.suites], self.device, self.precision)
+        return studies[0].on([Suite.open(path) for path in self.suites], self.places[0], self.precision)
+
+    @contextmanager
+    def elsewhere(self, inquiry: "Inquiry") -> "Generator[Inquiry]":
+        """See `Always.elsewhere`."""
+        with common.machines(self.cluster, self.share, self.device, self.devices) as machines:
+            if machines is not None:
+                yield cast("SuiteInquiry", inquiry).gathered(machines)
+                return
+            with super().elsewhere(inquiry) as helped:
+                yield helped
 
 
 SETTINGS = {"prompts": Setting, "episodes": EpisodeSetting, "suites": SuiteSetting}

@@ -188,7 +188,7 @@ def measure(line: Study, setting: Any, studies: "list[Analysis]", view: Any) -> 
     from anchors.study.report import conclude
 
     look = {} if view is None else view.of(inquiry.model)
-    with common.progress_bar(line.units) as progress:
+    with setting.elsewhere(inquiry) as inquiry, common.progress_bar(line.units) as progress:
         enough = []
         if width:
             inquiry, told = until_narrow(cast("Prompted", inquiry), width, folder, progress)

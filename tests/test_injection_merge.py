@@ -9,6 +9,7 @@ import torch
 from injection_families import NAMES, ROWS, Saved, saved
 from injection_merging import BF16, SHARD, copies, models, nothing_at, rewrite, run, same, weights  # noqa: F401
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -19,11 +20,13 @@ from transformers import (
 )
 
 from anchors.errors import AnchorsError
+from anchors.injection.merging import base as looking
 from anchors.injection.merging.checkpoint import INDEX, SINGLE, Checkpoint
 from anchors.injection.merging.mapping import tower
 from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.merge import merge
 from anchors.injection.merging.recipe import Recipe, merge_tensor
+from anchors.injection.merging.sources import Sources
 
 RECIPES = {
     "task arithmetic": Recipe(strength=0.7),
@@ -203,3 +206,22 @@ def test_a_processor_still_loads(copies: Saved, tmp_path: Path) -> None:
     assert isinstance(processor, LlavaProcessor)
     assert processor.image_processor.crop_size["height"] == 16
     assert processor.chat_template == "{{ messages }}"
+
+
+def test_the_look_at_the_base_goes_in_pieces(models: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a 70B model three whole matrices in float32 would be three gigabytes, and their differences as much."""
+    made: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                made.append(result.numel())
+            return result
+
+    monkeypatch.setattr(looking, "PIECE", 100)
+    sources = Sources.open(models.vlm, models.expert, models.base)
+    with Sizes():
+        looking.require_base(sources)
+    assert max(made) == 100
+    assert min(own[0] * own[1] for own in sources.base.shapes.values() if len(own) == 2) > 100

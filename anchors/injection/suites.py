@@ -2,10 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,9 +14,10 @@ from anchors.injection.asking.suite import Suite
 from anchors.injection.asking.vlm import VisionLanguageModel
 from anchors.injection.merging.memory import TaskVectors
 from anchors.model.language import LanguageModel, load
-from anchors.study.engine import Stretch
+from anchors.study.cluster import Cluster, Gathered
+from anchors.study.engine import Stretch, carry_out, silent, told
 from anchors.study.plan import Outlook, foretold
-from anchors.study.report import Inquiry
+from anchors.study.report import Found, Inquiry
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,34 @@ class SuiteInquiry(Inquiry):
     wanted: Any
     device: str = "auto"
     precision: str = "auto"
+    kind: ClassVar[str]
 
     @abstractmethod
     def stretches(self) -> Iterator[Stretch]:
         """The work."""
 
+    def shares(self) -> Sequence["SuiteInquiry"]:
+        """Smaller studies that come to the same rows: what machines of a cluster are given."""
+        return [replace(self, suites=[suite]) for suite in self.suites]
+
+    def gathered(self, cluster: Cluster) -> Gathered:
+        """The same, measured by the machines of a cluster; suites must lie where all of them find them."""
+        require_siblings(self.suites, lambda suite: suite.skills)
+        cells = [partial(_share, share) for share in self.shares()]
+        return Gathered(cluster, cells, partial(_whole, self), frozenset({self.kind}), notes=self.notes_on)
+
     def outlook(self, out: Path) -> list[Outlook]:
         """See `anchors.study.plan.foretold`."""
         return foretold(self.stretches(), out)
+
+
+def _share(share: SuiteInquiry, out: Path) -> list[str]:
+    """Measure it; gives what was found of earlier results."""
+    return told(run for stretch in share.stretches() for run in carry_out([stretch], out)[1])
+
+
+def _whole(inquiry: SuiteInquiry, out: Path) -> Found:
+    return inquiry.measure(out, silent)
 
 
 def require_siblings(suites: Sequence[Suite], scenarios: Callable[[Suite], object]) -> None:

@@ -1,10 +1,13 @@
 """The one loop of all that is measured: units of work on what they share, kept as they are finished, fewer at once where memory ends."""
 
 import logging
+import pickle
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from anchors.errors import AnchorsError
+from anchors.study.helpers import helpers, here
 from anchors.study.results import Run
 
 log = logging.getLogger(__name__)
@@ -22,6 +26,8 @@ Unit = tuple[Any, ...]
 Progress = Callable[[int, int], None]
 """Called with (units done, units in all)."""
 State = TypeVar("State")
+Anew = Callable[[Run, str], "Sequence[Lot]"]
+"""Makes the lots of a run in another process, on a device; it can be pickled."""
 
 
 def silent(done: int, total: int) -> None:
@@ -120,6 +126,7 @@ class Stretch:
         task: what of the study it is.
         cost: of some of its units, those that are left; where it is asked, nothing is measured.
         memory: bytes that are held at least while it is measured.
+        anew: makes the lots for processes that help, see `anchors.study.helpers`; None where nobody may.
     """
 
     config: dict[str, Any]
@@ -132,6 +139,7 @@ class Stretch:
     task: str = ""
     cost: Callable[[Sequence[Unit]], Spent] = lambda _: Spent(0, None, None)
     memory: Callable[[], int] = lambda: 0
+    anew: Anew | None = None
 
     def left(self, run: Run) -> list[Unit]:
         """The units that a run does not hold."""
@@ -156,11 +164,25 @@ def carry_out(
         if stretch.left(run):
             stretch.certify()
         part = part_of(progress, finished, stretch.total or len(stretch.units))
-        found.append(work(run, stretch.lots(run), part))
+        found.append(work(run, stretch.lots(run), part, stretch.anew))
         runs.append(run)
         finished += len(stretch.units)
         del stretch
     return pd.concat(found, ignore_index=True), runs
+
+
+def demand_same(run: Run, config: dict[str, Any]) -> None:
+    """What another process loaded must be what this run is of.
+
+    Raises:
+        AnchorsError: it is not.
+    """
+    if config != run.config:
+        raise AnchorsError(
+            "What a process that helps has loaded is not what is measured: files were changed meanwhile, or devices are unlike.",
+            "Run the same command again, or without --devices.",
+            code="workers",
+        )
 
 
 def told(runs: Iterable[Run]) -> list[str]:
@@ -168,13 +190,16 @@ def told(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(note for run in runs for note in run.notes))
 
 
-def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataFrame:
+def work(
+    run: Run, lots: Sequence[Lot], progress: Progress = silent, anew: Anew | None = None
+) -> pd.DataFrame:
     """The rows of all lots; only what the run does not hold is computed, and kept as it is finished.
 
     Args:
         run: where rows are kept.
         lots: the work.
         progress: called with (units done, units in all); units that describe a lot do not count.
+        anew: makes the lots elsewhere, for whoever helps (see `anchors.study.helpers`).
 
     Returns:
         The rows of these lots' units, in the order in which they were kept.
@@ -186,17 +211,19 @@ def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataF
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    for lot in lots:
+    crew, order = helpers() if anew else None, pickle.dumps(anew and partial(anew, run))
+    for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
         if not left and whole is None:
             continue
         state = _within_memory(lot.prepare, lot.too_large)
-        for batch in lot.batches(left):
-            for part, rows in _halving(lot, state, batch):
-                run.append(rows, part)
-                finished += len(part)
-                progress(finished, total)
+        own, there, batches = partial(_halving, lot, state), partial(_there, order, number), lot.batches(left)
+        alone = chain.from_iterable(map(own, batches))
+        for part, rows in crew.shared(own, there, batches) if crew else alone:
+            run.append(rows, part)
+            finished += len(part)
+            progress(finished, total)
         if whole is not None:
             run.append(whole[1](state), [whole[0]])
     if before == total:
@@ -205,6 +232,22 @@ def work(run: Run, lots: Sequence[Lot], progress: Progress = silent) -> pd.DataF
     wanted = [unit for lot in lots for unit in (*lot.units, *([lot.whole[0]] if lot.whole else []))]
     assert rows is not None  # noqa: S101 - no caller comes without units
     return rows[pd.MultiIndex.from_frame(rows[list(run.identity)]).isin(wanted)]
+
+
+def _there(order: bytes, number: int, batch: Sequence[Unit]) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
+    """The rows of a batch, in a process that helps; lots and what one shares stay until others are asked for."""
+    if _kept.get("order") != order:
+        _kept.clear()
+        _kept.update(order=order, lots=pickle.loads(order)(here()))  # noqa: S301 - of who began this process
+    lot = _kept["lots"][number]
+    if _kept.get("number") != number:
+        for name in ("state", "number"):
+            _kept.pop(name, None)
+        _kept.update(state=_within_memory(lot.prepare, lot.too_large), number=number)
+    return list(_halving(lot, _kept["state"], batch))
+
+
+_kept: dict[str, Any] = {}
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from anchors.certificate.sight import hidden_labels
 from anchors.check import demand
 from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
-from anchors.study.engine import Progress
+from anchors.model.source import Source
+from anchors.study.cluster import Cluster, Gathered
+from anchors.study.engine import Progress, silent
 from anchors.study.registry import study
 from anchors.study.report import Found, Inquiry, Report, conclude
 from anchors.study.runner import Analysis, Measured, Sample, measure
@@ -135,6 +137,43 @@ class Prompted(Inquiry):
         return {name: page for name, page in made.items() if page}
 
 
+def cell(source: Source, part: Part, out: Path) -> list[str]:
+    """Measure a part by itself; gives the notes."""
+    return Prompted(source.load(), [part]).measure(out, silent).notes
+
+
+def whole(source: Source, parts: Sequence[Part], out: Path) -> Found:
+    """What measuring all parts finds, where cells left them; files that are kept are named as below `out`."""
+    inquiry = Prompted(source.load(), parts)
+    found = inquiry.measure(out, silent)
+    return replace(found, kept=[file.relative_to(out) for file in inquiry.kept(found)])
+
+
+@dataclass(frozen=True)
+class Far:
+    """A model on the machines of a cluster, which can be asked what a `report` asks of one."""
+
+    cluster: Cluster
+    source: Source
+
+    def inquiry(self, parts: Sequence[Part], runs: Path, names: frozenset[str]) -> Gathered:
+        """As `Prompted`, a cell for every part and seed; see `anchors.study.cluster`."""
+        kinds = frozenset(part.analysis.kind for part in parts)
+        return Gathered(
+            self.cluster,
+            [
+                partial(cell, self.source, replace(part, how=replace(part.how, seeds=(seed,))))
+                for part in parts
+                for seed in part.how.seeds
+            ],
+            partial(whole, self.source, parts),
+            kinds,
+            ask=lambda out: require_unread(out, kinds | names, [part.data.source for part in parts]),
+            runs=runs,
+            files=lambda found: [runs / file for file in found.kept],
+        )
+
+
 def until_narrow(inquiry: Prompted, width: float, out: Path, progress: Progress) -> tuple[Prompted, str]:
     """Ask more and more prompts per seed until the main interval of the first study is narrow enough, or there are no more.
 
@@ -193,7 +232,7 @@ def _steps(inquiry: Prompted) -> tuple[int, int]:
 
 
 def report(
-    model: LanguageModel,
+    model: LanguageModel | Far,
     parts: Sequence[Part],
     *,
     runs: Path | None = None,
@@ -203,7 +242,7 @@ def report(
     """Certify the model, measure all parts, and write rows, tables, figure and pages: see `anchors.study.report.conclude`.
 
     Args:
-        model, parts: what is measured.
+        model, parts: what is measured; of a model that is `Far`, by the machines of its cluster.
         runs: folder whose `runs` holds the finished batches, when `out` is this experiment's own; by default `out`.
         name: of the files; by default the first part's kind of analysis.
         how: what `conclude` takes, `out` among it; `layers` and `pages` are layers shown on the pages, and prompts on them
@@ -216,8 +255,10 @@ def report(
     kinds = list(dict.fromkeys(part.analysis.kind for part in parts))
     if runs is not None:
         how |= {"files": {kind: kind for kind in kinds}}
-    inquiry = Prompted(model, parts, runs, frozenset({name or kinds[0]}))
-    return conclude(inquiry, name=name, **how)
+    names = frozenset({name or kinds[0]})
+    if isinstance(model, Far):
+        return conclude(model.inquiry(parts, runs or how["out"], names), name=name, **how)
+    return conclude(Prompted(model, parts, runs, names), name=name, **how)
 
 
 def certify(model: LanguageModel, parts: Sequence[Part]) -> float | None:

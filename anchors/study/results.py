@@ -360,9 +360,7 @@ class Run:
         if (told := _config_in(run.folder)) is None or _key(told) != _key(written):
             text = json.dumps(written, indent=1, sort_keys=True) + "\n"
             write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
-        clear_drafts(run.folder)
-        damaged = [path for path in run._batches() if run._batch(path) is None]
-        notes = [f"{set_aside(path)} was cut or changed; its prompts are measured anew." for path in damaged]
+        notes = run.mended()
         if model is not None and not run._batches():
             notes += run._others(kind, model)
         return replace(run, notes=tuple(notes))
@@ -373,6 +371,12 @@ class Run:
     ) -> "Run":
         """The run of a configuration, whether or not there is anything of it; nothing is written or moved."""
         return cls(out / "runs" / f"{kind}-{key_of(config)}", config, identity)
+
+    def mended(self) -> list[str]:
+        """Set aside what was cut, take away drafts, and tell."""
+        clear_drafts(self.folder)
+        damaged = [path for path in self._batches() if self._batch(path) is None]
+        return [f"{set_aside(path)} was cut or changed; its prompts are measured anew." for path in damaged]
 
     def rows(self) -> pd.DataFrame | None:
         """All rows so far, each unit of work once; None when there are none."""

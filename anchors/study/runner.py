@@ -4,6 +4,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from anchors.errors import AnchorsError
 from anchors.model.identity import Identity, held, software
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import alike, numbers
+from anchors.model.source import Source
 from anchors.study.analysis import Analysis, Cell, Record
-from anchors.study.engine import Lot, Progress, Stretch, carry_out, watched
+from anchors.study.engine import Lot, Progress, Stretch, carry_out, demand_same, watched
+from anchors.study.helpers import helpers
 from anchors.study.report import pictured
 from anchors.study.results import Run
 from anchors.summaries import SUMMARIES
@@ -249,10 +252,15 @@ def _measured(
         raise AnchorsError(
             "Every prompt is longer than the model's context.", "Use fewer --shots.", code="length"
         )
-    lots = [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
+    lots = _lots(model, analysis, cells, how)
     units = [unit for lot in lots for unit in lot.units]
+    crew, anew = helpers(), None
+    if (
+        crew and crew.source and "machine" not in config
+    ):  # seconds would be those of a machine that does other things, too
+        anew = partial(_lots_of, crew.source, analysis, task, data, how)
     rows, (run,) = carry_out(
-        [Stretch(config, units, lambda _: lots, model.name, certify=certify)], out, progress
+        [Stretch(config, units, lambda _: lots, model.name, certify=certify, anew=anew)], out, progress
     )
     for name, value in {
         "control": how.control,
@@ -264,6 +272,21 @@ def _measured(
     rows = rows.sort_values(["seed", "number"], kind="stable", ignore_index=True)
     first = cells[how.seeds[0]][0].prompts
     return Measured(rows, skipped, config, run.folder, first, notes + run.notes)
+
+
+def _lots(
+    model: LanguageModel, analysis: Analysis, cells: dict[int, tuple[Cell, dict[Unit, Drawn]]], how: Sample
+) -> list[Lot]:
+    return [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
+
+
+def _lots_of(
+    source: Source, analysis: Analysis, task: Task, data: Data, how: Sample, run: Run, device: str
+) -> list[Lot]:
+    """The lots of a measurement, in another process."""
+    model = source.on(device).load()
+    demand_same(run, config_of(model, analysis, task, data, how))
+    return _lots(model, analysis, _cells(model, analysis, task, data, how, run.folder)[0], how)
 
 
 def _lot(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.recipe import Recipe
 from anchors.injection.suites import SuiteModels, gap, require_siblings
 from anchors.model.identity import software
-from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, demand_same, silent, told
 from anchors.study.plan import PROMPTS, held_bytes, sampled
+from anchors.study.results import Run
 
 BATCH = {"cpu": 16, "cuda": 64}
 
@@ -152,14 +153,26 @@ def stretches(
             if vectors is not None:
                 ratios.append({"seed": suite.seed, "expert": expert, "ratio": norm_ratio(world.vlm, vectors)})
             keys = [(suite.seed, expert, *unit) for unit in units]
-            lots = [Lot(keys, lambda vectors=vectors: vectors, world.kept, _too_large)]
+            lots = world.lots(vectors, keys)
             yield Stretch(
                 world.config(expert, prints), keys, lambda _, lots=lots: lots, world.vlm.name, IDENTITY,
+                anew=partial(_lots_of, suite, wanted, world.vlm.precision, expert, keys),
                 certify=world.certify, total=total, task=expert, cost=world.cost,
                 memory=lambda vlm=world.vlm, others=[] if vectors is None else 2 * [world.base]: sum(map(held_bytes, [vlm, *others])),
             )  # fmt: skip
             del vectors, lots
             gc.collect()
+
+
+def _lots_of(
+    suite: Suite, wanted: Wanted, precision: str, expert: str, units: list[Unit], run: Run, device: str
+) -> list[Lot]:
+    """The lots of a stretch, in another process."""
+    vlm = load_vlm(suite.model("vlm"), device=device, precision=precision, routed=True)
+    world = FlowModels(suite, wanted, vlm)
+    vectors, prints = world.vectors(expert)
+    demand_same(run, world.config(expert, prints))
+    return world.lots(vectors, units)
 
 
 def norm_ratio(vlm: VisionLanguageModel, vectors: TaskVectors) -> float:
@@ -196,6 +209,10 @@ class FlowModels(SuiteModels):
             "label_words": {name: _labels(suite, name) for name in sorted(asked)},
             **prints, **({"recipe": replace(wanted.recipe, strength=1.0).as_dict()} if prints else {}),
         }  # fmt: skip
+
+    def lots(self, vectors: TaskVectors | None, units: list[Unit]) -> list[Lot]:
+        """Units of an expert as work."""
+        return [Lot(units, lambda: vectors, self.kept, _too_large)]
 
     def kept(self, vectors: TaskVectors | None, units: Sequence[Unit]) -> pd.DataFrame:
         """The rows of one unit, with the columns that name it."""

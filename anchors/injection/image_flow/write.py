@@ -19,6 +19,8 @@ from anchors.summaries import Tables
 class Flowing(SuiteInquiry):
     """Flow and accuracy of merged models over λ: see `anchors.injection.image_flow.report.measure`."""
 
+    kind = KIND
+
     def measure(self, out: Path, progress: Progress) -> Found:
         """With ‖τ_v‖ / ‖τ_e‖ of every expert, and what guessing comes to."""
         found = measure(

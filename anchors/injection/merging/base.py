@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anchors.errors import AnchorsError
+from anchors.injection.merging.recipe import PIECE
 from anchors.injection.merging.sources import Sources, by_rows
 
 SAMPLED = 8
@@ -49,10 +50,12 @@ def require_base(sources: Sources, sampled: int = SAMPLED) -> None:
     ]
     base, sums = 0.0, {"vision-language model": 0.0, "expert": 0.0}
     for name in names[:: max(1, len(names) // sampled)]:
-        b, v, e = (tensor.float() for tensor in sources.weights(name))
-        base += float(b.square().sum())
-        for role, tensor in zip(sums, (v, e), strict=True):
-            sums[role] += float((tensor - b).square().sum())
+        # In pieces: a matrix of a large model is a gigabyte in float32, and three of them are more than the merge needs.
+        for own in zip(*(tensor.reshape(-1).split(PIECE) for tensor in sources.weights(name)), strict=True):
+            b, v, e = (piece.float() for piece in own)
+            base += float(b.square().sum())
+            for role, piece in zip(sums, (v, e), strict=True):
+                sums[role] += float((piece - b).square().sum())
     far = {role: ratio(own, base) ** 0.5 for role, own in sums.items() if own > UNRELATED**2 * base}
     if far:
         measured = " and ".join(f"{ratio:.2f} for the {role}" for role, ratio in far.items())

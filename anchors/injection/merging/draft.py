@@ -30,6 +30,8 @@ FACTS = "injection.json"
 _JOURNAL, _PART, _LOCK = "journal.json", "shard.part", "lock"
 _OURS = re.compile(r"lock|shard\.part|\.?journal.*\.json|model.*\.safetensors")
 _SHOWN = 3
+_LARGE = 1 << 27
+"""Bytes of a tensor beside which no other one is made while it is written: two of a 70B model's are a gigabyte."""
 
 Facts = list[dict[str, Any]]
 """One JSON-able row for each tensor of a shard."""
@@ -275,6 +277,9 @@ def write_shard(path: Path, entries: Mapping[str, Entry], tensor: Callable[[str]
                 raise RuntimeError(f"{name} has {len(raw)} bytes, not {entry.nbytes}")
             written.result()
             written = pool.submit(file.write, raw.data)
+            if len(raw) > _LARGE:
+                written.result()
+            del raw
         written.result()
         # Sizes alone tell whether a shard is whole, so its numbers must be on the disk before its name is.
         file.flush()

@@ -1,7 +1,7 @@
 """A sweep as a study: what is kept beside its rows, and what a reader must know of its tables."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from anchors.study.report import Found, Report, conclude
 from anchors.summaries import Tables
 
 NAME = "inject_sweep"
+SHARES = 8
+"""Cells of a suite's scenario where a cluster measures: each loads the models and encodes the images again."""
 
 
 @dataclass(frozen=True)
 class Sweeping(SuiteInquiry):
     """A sweep over suites: see `anchors.injection.sweeping.sweep.sweep`."""
+
+    kind = KIND
 
     def measure(self, out: Path, progress: Progress) -> Found:
         """With the settings, and what guessing comes to."""
@@ -41,6 +45,17 @@ class Sweeping(SuiteInquiry):
     def stretches(self) -> Iterator[Stretch]:
         """See `anchors.injection.sweeping.sweep.stretches`."""
         return stretches(self.suites, self.wanted, [], device=self.device, precision=self.precision)
+
+    def shares(self) -> list["Sweeping"]:
+        """Of every suite and scenario every `SHARES`-th setting."""
+        return [
+            replace(
+                self, suites=[suite], wanted=replace(self.wanted, scenarios=(skill,), portion=(first, SHARES))
+            )
+            for suite in self.suites
+            for skill in self.wanted.skills(suite)
+            for first in range(SHARES)
+        ]
 
     def notes_on(self, found: Found, tables: Tables) -> list[str]:
         """Of settings that were chosen: λ at the edge of the grid, vision that is not kept after all."""

@@ -7,7 +7,7 @@ running the same sweep again, or a larger one, computes only what no file holds 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from anchors.injection.sweeping.grid import Grid, facts_of, setting_of
 from anchors.injection.sweeping.tables import ORACLE, REFERENCE, RETENTION, VLM, chosen_apart
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel
-from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, silent, told
+from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, demand_same, silent, told
 from anchors.study.plan import held_bytes, sampled, spread
+from anchors.study.results import Run
 
 KIND = "inject-sweep"
 VERSION = 1
@@ -65,6 +66,7 @@ class Sweep:
         controls: blank and shuffled images at every setting, not only for the VLM alone.
         batch: prompts at once; None chooses by their length.
         retention: the share of the VLM's vision that a setting must keep to be chosen; the rows do not depend on it.
+        portion: (i, n) is every n-th setting of a scenario from the i-th on: a cell of a sweep that is shared out.
     """
 
     grid: Grid = field(default_factory=Grid)
@@ -74,6 +76,7 @@ class Sweep:
     controls: bool = True
     batch: int | None = None
     retention: float = RETENTION
+    portion: tuple[int, int] = (0, 1)
 
     def skills(self, suite: Suite) -> tuple[str, ...]:
         """The scenarios of a suite that are swept.
@@ -179,28 +182,41 @@ def stretches(
         total = len(suites) * sum(len(names) + len(own) for names in references.values())
         for skill in wanted.skills(suite):
             named = [(name, 0, name) for name in references[skill]]
+            every = [*named, *((setting_of(r), r.seed, r) for r in own)]
             units = {
                 (suite.seed, skill, setting, mask): what
-                for setting, mask, what in [*named, *((setting_of(r), r.seed, r) for r in own)]
+                for setting, mask, what in every[wanted.portion[0] :: wanted.portion[1]]
             }
-            yield _stretch(world, skill, units, total)
+            if units:
+                yield _stretch(world, skill, units, total)
         del world  # before the next VLM comes
 
 
 def _stretch(world: "SweepModels", skill: str, units: dict[Unit, Recipe | str], total: int) -> Stretch:
     bench = Bench(world, skill, world.language_model("experts", skill))
-
-    def one(_: None, part: Sequence[Unit]) -> pd.DataFrame:
-        (unit,) = part
-        return bench.measure(units[unit]).assign(**dict(zip(IDENTITY, unit, strict=True)))
-
-    lots = [Lot(list(units), lambda: None, one, _too_large)]
+    anew = partial(_lots_of, world.suite, world.wanted, world.vlm.precision, skill, units)
     return Stretch(
-        bench.config(), list(units), lambda _: lots, world.vlm.name, IDENTITY,
+        bench.config(), list(units), lambda _: bench.lots(units), world.vlm.name, IDENTITY, anew=anew,
         certify=lambda: demand_alone(world.vlm, world.suite, bench.examples), total=total, task=skill,
         cost=lambda left: bench.cost([units[unit] for unit in left]),
         memory=lambda: sum(map(held_bytes, (world.vlm, world.base, bench.expert))),
     )  # fmt: skip
+
+
+def _lots_of(
+    suite: Suite,
+    wanted: Sweep,
+    precision: str,
+    skill: str,
+    units: dict[Unit, Recipe | str],
+    run: Run,
+    device: str,
+) -> list[Lot]:
+    """The lots of a stretch, in another process."""
+    world = SweepModels(suite, wanted, load_vlm(suite.model("vlm"), device=device, precision=precision))
+    bench = Bench(world, skill, world.language_model("experts", skill))
+    demand_same(run, bench.config())
+    return bench.lots(units)
 
 
 def _too_large(unit: Unit | None) -> AnchorsError:
@@ -269,6 +285,15 @@ class Bench:
             "precision": world.vlm.precision, "controls": world.wanted.controls, "split": world.wanted.split,
             "examples": suite.fingerprint(self.examples), "vision": suite.fingerprint(vision),
         }  # fmt: skip
+
+    def lots(self, units: dict[Unit, Recipe | str]) -> list[Lot]:
+        """Settings and references as work."""
+
+        def one(_: None, part: Sequence[Unit]) -> pd.DataFrame:
+            (unit,) = part
+            return self.measure(units[unit]).assign(**dict(zip(IDENTITY, unit, strict=True)))
+
+        return [Lot(list(units), lambda: None, one, _too_large)]
 
     def measure(self, what: Recipe | str) -> pd.DataFrame:
         """The rows of one setting or reference, without the columns that name it."""

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from anchors.errors import AnchorsError, CertificateError, demand_seed
 from anchors.flow.saliency import TOLERANCE, collate, label_loss
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel, load
+from anchors.model.source import Source
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.model import NativeSparseAttention
@@ -30,7 +32,8 @@ from anchors.nsa.probing.interventions import effects
 from anchors.nsa.probing.taps import WHICH, BranchTap, Look, Measure, Places
 from anchors.nsa.training.episodes import Episodes
 from anchors.nsa.training.vocabulary import SPECIALS, Vocabulary
-from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, watched
+from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, demand_same, watched
+from anchors.study.helpers import helpers
 from anchors.study.results import Run, set_aside, write_atomic
 from anchors.study.runner import unknown_code
 from anchors.tasks.prompts import Prompt
@@ -304,7 +307,22 @@ def stretch(
             code="memory",
         )
 
-    return Stretch(config, wanted, lots, model.name, certify=certify, task="episodes")
+    anew = None
+    if (crew := helpers()) and crew.source:
+        anew = partial(_lots_of, crew.source, geometry, probe)
+    return Stretch(config, wanted, lots, model.name, certify=certify, task="episodes", anew=anew)
+
+
+def _lots_of(
+    source: Source, geometry: Geometry | None, probe: EpisodeProbe, run: Run, device: str
+) -> Sequence[Lot]:
+    """The lots of a probe, in another process."""
+    model = source.on(device).load()
+    if geometry is not None and geometry != geometry_of(model):
+        model = with_geometry(model, d=geometry.d, lp=geometry.lp, n=geometry.n, w=geometry.w)
+    own = stretch(model, probe, [])
+    demand_same(run, own.config)
+    return own.lots(run)
 
 
 def measure(
