@@ -91,7 +91,8 @@ def view(
 
         if ask is not None or demonstrations is not None or view_pictures.about_pictures(prompt):
             only = {
-                "--task": task, "--labels": labels, "--policy": policy, "--maps": maps, "--device-map": device_map,
+                "--task": task, "--labels": labels, "--policy": policy, "--chat": chat, "--system": system, "--maps": maps,
+                "--device-map": device_map,
                 "--trust-remote-code": trust_remote_code or None, "--dry-run": dry_run or None,
             }  # fmt: skip
             if given := [name for name, value in only.items() if value is not None]:

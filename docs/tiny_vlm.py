@@ -26,6 +26,8 @@ ASKED, SHOWN = ("name", "even", "big"), 3
 def write(demo: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = LlavaForConditionalGeneration.from_pretrained(demo / "vlm", dtype=torch.float32)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.name_or_path = ""  # a folder of the machine it was made on
     model.to(torch.float16).save_pretrained(folder)
     AutoProcessor.from_pretrained(demo / "vlm").save_pretrained(folder)
     suite = Suite.open(demo / "suite")

@@ -22,6 +22,7 @@ from anchors.injection.study import InjectFlow, InjectSweep
 from anchors.model.source import Source
 from anchors.nsa.probing.probe import EpisodeProbe, with_geometry
 from anchors.nsa.probing.probe import measure as probe
+from anchors.study.cluster import lay
 from anchors.study.engine import Lot, silent, work
 from anchors.study.helpers import helped, helpers
 from anchors.study.results import Run
@@ -141,3 +142,14 @@ def test_a_process_that_ends_loses_one_batch(tmp_path, caplog):
     assert caplog.messages == ["the process on cpu (1) ended; the others measure what it had in hand"]
     assert (tmp_path / "mark").exists()
     assert helpers() is None
+
+
+@pytest.mark.parametrize("name", ["../beside.parquet", "runs/../../beside.parquet", "/beside.parquet"])
+def test_files_of_other_machines_stay_inside(name, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(AnchorsError, match="outside of the results") as refused:
+        lay(out, {"runs/a/batch-0.parquet": b"1", name: b"2"})
+    assert refused.value.code == "outside"
+    assert list(tmp_path.rglob("*.parquet")) == []
+    lay(out, {"runs/a/batch-0.parquet": b"1"})
+    assert runs(out) == {"runs/a/batch-0.parquet": b"1"}

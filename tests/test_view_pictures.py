@@ -176,7 +176,21 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(AnchorsError, match="cannot be read"):
         opened(tmp_path / "text.png")
-    for more in (["--task", "sst2"], ["--labels", "a,b"], ["--maps", tmp_path / "m"], ["--dry-run"]):
+    for more in (
+        ["--task", "sst2"],
+        ["--labels", "a,b"],
+        ["--chat", "one"],
+        ["--system", "be brief"],
+        ["--maps", tmp_path / "m"],
+        ["--dry-run"],
+    ):
         done = run(image, "--ask", "b", *more)
         assert done.exit_code != 0
         assert f"{more[0]} is not for questions about pictures" in " ".join(done.output.split())
+
+
+def test_the_model_that_comes_along_tells_of_no_machine():
+    found = list(TINY_FOLDER.glob("*.json*"))
+    assert TINY_FOLDER / "config.json" in found
+    for file in found:
+        assert '": "/' not in file.read_text(encoding="utf-8"), file.name

@@ -105,7 +105,17 @@ def files_below(out: Path, kinds: Collection[str] | None = None) -> Files:
 
 
 def lay(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files under a results folder; batches last, since they stand for what lies beside them."""
+    """Write files under a results folder; batches last, since they stand for what lies beside them.
+
+    Raises:
+        AnchorsError: a name that leads out of it; nothing is written then.
+    """
+    if outside := [name for name in files if not (out / name).resolve().is_relative_to(out.resolve())]:
+        raise AnchorsError(
+            f"A machine of the cluster sent a file that would lie outside of the results: {outside[0]!r}.",
+            "Is every machine of this cluster yours?",
+            code="outside",
+        )
     for name in sorted(files, key=lambda name: (Path(name).name.startswith("batch-"), name)):
         write_atomic(out / name, lambda draft, name=name: draft.write_bytes(files[name]))
 

@@ -1,13 +1,12 @@
 """The one loop of all that is measured: units of work on what they share, kept as they are finished, fewer at once where memory ends."""
 
 import logging
-import pickle
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -211,16 +210,17 @@ def work(
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    crew, order = helpers() if anew else None, pickle.dumps(anew and partial(anew, run))
+    crew, order = helpers() if anew else None, next(_orders)
     for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
         if not left and whole is None:
             continue
         state = _within_memory(lot.prepare, lot.too_large)
-        own, there, batches = partial(_halving, lot, state), partial(_there, order, number), lot.batches(left)
+        own, batches = partial(_halving, lot, state), lot.batches(left)
         alone = chain.from_iterable(map(own, batches))
-        for part, rows in crew.shared(own, there, batches) if crew else alone:
+        shared = crew and crew.shared(own, partial(_there, order, anew, run, number), batches)
+        for part, rows in shared or alone:
             run.append(rows, part)
             finished += len(part)
             progress(finished, total)
@@ -234,11 +234,13 @@ def work(
     return rows[pd.MultiIndex.from_frame(rows[list(run.identity)]).isin(wanted)]
 
 
-def _there(order: bytes, number: int, batch: Sequence[Unit]) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
+def _there(
+    order: int, anew: Anew, run: Run, number: int, batch: Sequence[Unit]
+) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
     """The rows of a batch, in a process that helps; lots and what one shares stay until others are asked for."""
     if _kept.get("order") != order:
         _kept.clear()
-        _kept.update(order=order, lots=pickle.loads(order)(here()))  # noqa: S301 - of who began this process
+        _kept.update(order=order, lots=anew(run, here()))
     lot = _kept["lots"][number]
     if _kept.get("number") != number:
         for name in ("state", "number"):
@@ -248,6 +250,7 @@ def _there(order: bytes, number: int, batch: Sequence[Unit]) -> list[tuple[Seque
 
 
 _kept: dict[str, Any] = {}
+_orders = count()
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:

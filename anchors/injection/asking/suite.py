@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from anchors.errors import AnchorsError, nearest, parsed
 
@@ -26,6 +26,10 @@ GREY = 128
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Of images. Pillow's other readers are rarely used and some start programs: a suite may come from anybody."""
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What opening a picture may raise."""
 
 Shown = Literal["own", "blank", "shuffled"]
 
@@ -257,15 +261,22 @@ def pictures(examples: Sequence[Example], shown: Shown = "own", seed: int = 0) -
     return [opened[f] for f in files if f is not None]
 
 
+def in_rgb(path: Path, *, upright: bool = False) -> Image.Image:
+    """A picture of one of `FORMATS`; `upright` as its file says that it is to be turned.
+
+    Raises:
+        Exception: one of `UNREADABLE`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as picture:
+            return (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB")
+
+
 def _picture(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                return picture.convert("RGB")
-    except (
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
+        return in_rgb(path)
+    except UNREADABLE as error:
         raise AnchorsError(
             f"The image {str(path)!r} cannot be read: {error}", "Build the suite again.", code="suite"
         ) from error

@@ -1,15 +1,14 @@
 """Questions about pictures as they come from a user: a picture and a question, a folder of pictures, a file of both."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from anchors.errors import AnchorsError, parsed
-from anchors.injection.asking.suite import FORMATS
+from anchors.injection.asking.suite import FORMATS, UNREADABLE, in_rgb
 from anchors.injection.asking.vlm import PLACE, TINY, TINY_FOLDER
 from anchors.injection.image_flow.flow import ImagePrompt
 
@@ -109,13 +108,8 @@ def opened(path: Path) -> Image.Image:
         AnchorsError: it cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                return ImageOps.exif_transpose(picture).convert("RGB")
-    except (
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
+        return in_rgb(path, upright=True)
+    except UNREADABLE as error:
         raise AnchorsError(
             f"The picture {str(path)!r} cannot be read: {error}",
             f"Give a picture as {', '.join(FORMATS)}.",
