@@ -210,7 +210,7 @@ def work(
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    crew, order = helpers() if anew else None, next(_orders)
+    crew, order = helpers(), next(_orders)
     for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
@@ -218,9 +218,10 @@ def work(
             continue
         state = _within_memory(lot.prepare, lot.too_large)
         own, batches = partial(_halving, lot, state), lot.batches(left)
-        alone = chain.from_iterable(map(own, batches))
-        shared = crew and crew.shared(own, partial(_there, order, anew, run, number), batches)
-        for part, rows in shared or alone:
+        shared: Iterator[tuple[Sequence[Unit], pd.DataFrame]] = chain.from_iterable(map(own, batches))
+        if crew and anew:
+            shared = crew.shared(own, partial(_there, order, anew, run, number), batches)
+        for part, rows in shared:
             run.append(rows, part)
             finished += len(part)
             progress(finished, total)
