@@ -47,7 +47,9 @@ def check(
         AnchorsError: in the quick form, what the full form reports as a finding.
     """
     tolerance = TOLERANCE[model.precision]
-    count = f"{model.n_layers} layers" + f", of which {len(model.layers)} attend" * (len(model.layers) < model.n_layers)
+    count = f"{model.n_layers} layers" + f", of which {len(model.layers)} attend" * (
+        len(model.layers) < model.n_layers
+    )
     findings = [Finding("attention passes the seam", True, f"{count}, each once")]
 
     def certify(name: str, measure: Callable[[], tuple[bool | None, str]]) -> None:

@@ -179,7 +179,10 @@ def fit(
     """
     beta = new_beta(model, prompts[0])
     with label_head(model, prompts[0].label_ids):
-        held = [encode(model, p.ids[len(context.ids) : -1], context) for p in prompts]
+        # A step writes over recurrent states, which its gradient would read: there prompts are run whole.
+        again = replace(model, carries=False) if any(context.states) else model
+        start, shared = (0, None) if again is not model else (len(context.ids), context)
+        held = [encode(again, p.ids[start:-1], shared) for p in prompts]
         return _train(
             model, beta, prompts, learning_rate, epochs, batch, seed,
             lambda i: one_token_loss(model, held[i], prompts[i], beta),

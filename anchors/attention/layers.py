@@ -45,9 +45,15 @@ def beside_attention(config: Any) -> str | None:
     own, seen = stateful(config), attending(config)
     if not own:
         return None
-    where = "" if len(own) == config.num_hidden_layers else f"s {ranges(own)}" if len(own) > 1 else f" {own[0]}"
+    where = (
+        "" if len(own) == config.num_hidden_layers else f"s {ranges(own)}" if len(own) > 1 else f" {own[0]}"
+    )
     told = f"layer{where}" if where else "every layer"
-    attend = "" if len(seen) == config.num_hidden_layers else f" Attention stands in layer{'s' * (len(seen) > 1)} {ranges(seen)}."
+    attend = (
+        ""
+        if len(seen) == config.num_hidden_layers
+        else f" Attention stands in layer{'s' * (len(seen) > 1)} {ranges(seen)}."
+    )
     return (
         f"Tokens reach later ones through a recurrent state, too (in {told}): what flows through it is not in these sums, and "
         f"isolation leaves that path open.{attend}"

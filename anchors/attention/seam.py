@@ -67,7 +67,7 @@ class _Session:
         context, rest = parted(call, tokens)
         own = [edit for edit in edits if call.layer in edit.layers]
         first = context.edited(own) if own else context.fused() if context.fusable else context.streamed(())
-        return torch.cat([first, self._run(rest)], 2)
+        return torch.cat([first.expand(len(call.q), -1, -1, -1), self._run(rest)], 2)
 
     def _run(self, call: Call) -> Tensor:
         edits = [edit for edit in self.edits if call.layer in edit.layers]
@@ -206,13 +206,19 @@ def route(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
     layers, places = config.num_hidden_layers, attending(config)
     calls, modules = len(reached), len(set(reached))
     if not calls or calls != len(places) or modules != calls:
-        told = f"{layers} layers" if len(places) == layers else f"{layers} layers, {len(places)} of which attend ({_told(config)})"
+        told = (
+            f"{layers} layers"
+            if len(places) == layers
+            else f"{layers} layers, {len(places)} of which attend ({_told(config)})"
+        )
         raise RoutingError(
             f"{type(model).__name__} has {told}, but {calls} attention calls of {modules} modules arrived at the "
             f"seam: {_why(len(places), calls, modules)}.",
             "Models in which every layer that attends does so once can be analysed.",
         )
-    if len(places) < layers and (elsewhere := _elsewhere(model, layers, dict(zip(places, reached, strict=True)))):
+    if len(places) < layers and (
+        elsewhere := _elsewhere(model, layers, dict(zip(places, reached, strict=True)))
+    ):
         raise RoutingError(
             f"{type(model).__name__} has attention in layers {ranges(places)} by its configuration ({_told(config)}), but the "
             f"one of layer {elsewhere[0]} arrived at the seam from {elsewhere[1]}.",
@@ -231,7 +237,9 @@ def _elsewhere(model: nn.Module, layers: int, found: dict[int, nn.Module]) -> tu
     """A layer whose attention does not stand at its place in the list of layers, and where it stands."""
     names = {module: name for name, module in model.named_modules()}
     lists = {
-        name: own for name, own in model.named_modules() if isinstance(own, nn.ModuleList) and len(own) == layers
+        name: own
+        for name, own in model.named_modules()
+        if isinstance(own, nn.ModuleList) and len(own) == layers
     }
     for layer, module in found.items():
         if not any(names[module].startswith(f"{name}.{layer}.") for name in lists):
@@ -284,9 +292,10 @@ def own_attention(model: PreTrainedModel) -> Generator[None]:
 
 
 def parted(call: Call, tokens: int) -> tuple[Call, Call]:
-    """The rows of the first tokens over their own keys, and the other rows over all keys: as with the first ones in a cache."""
-    mask, (q, k, v) = call.mask, (x[:, :, :tokens] for x in (call.q, call.k, call.v))
-    own = None if mask is None else mask[..., :tokens, :tokens]
+    """The rows of the first tokens, which all examples share, over their own keys, and the other rows over all keys: as with the
+    first ones in a cache."""
+    mask, (q, k, v) = call.mask, (x[:1, :, :tokens] for x in (call.q, call.k, call.v))
+    own = None if mask is None else mask[:1, ..., :tokens, :tokens]
     rest = None if mask is None else mask[..., tokens:, :]
     return replace(call, q=q, k=k, v=v, mask=own), replace(call, q=call.q[:, :, tokens:], mask=rest)
 

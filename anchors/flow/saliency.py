@@ -308,9 +308,7 @@ def _step(model: LanguageModel, maps: tuple[int, ...], *inputs: Tensor) -> tuple
         CertificateError: a layer that no gradient reached.
     """
     ids, labels, target, label_ids, columns, where, gold, others = inputs
-    tap = FlowTap(
-        frozenset(model.layers), torch.cat([labels, target[:, None]], dim=1), frozenset(maps)
-    )
+    tap = FlowTap(frozenset(model.layers), torch.cat([labels, target[:, None]], dim=1), frozenset(maps))
     with torch.enable_grad(), seam(model.modules, taps=[tap]), model.arithmetic():
         logits = model.logits(ids, columns)
         chosen = logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
@@ -376,9 +374,7 @@ def literal_flow(model: LanguageModel, prompt: Prompt) -> Float[Tensor, "layers 
     """
     batch = collate([prompt], model.device)
     length = batch.ids.shape[1]
-    ones = [
-        torch.ones(length, length, device=model.device, requires_grad=True) for _ in model.layers
-    ]
+    ones = [torch.ones(length, length, device=model.device, requires_grad=True) for _ in model.layers]
     edits = [
         Edit(frozenset([layer]), weight=lambda _, w=weight: w, name=f"W_{layer}", neutral=True)
         for layer, weight in zip(model.layers, ones, strict=True)

@@ -82,7 +82,9 @@ class Routed(ABC):
         """
         if unknown := sorted(set(layers) - set(self.layers)):
             own = f"0 to {self.n_layers - 1}"
-            there = own if len(self.layers) == self.n_layers else f"{own}, of which {ranges(self.layers)} attend"
+            there = (
+                own if len(self.layers) == self.n_layers else f"{own}, of which {ranges(self.layers)} attend"
+            )
             raise AnchorsError(
                 f"The model has no attention in layers {unknown}.", f"It has layers {there}.", code="layers"
             )
