@@ -13,6 +13,8 @@ sys.path.append(str(BENCHMARKS))
 from sweep import family, images, prompts, tiny
 from sweep.facts import EVERY
 
+from anchors.model.loading import without_gpu_kernels
+
 EXACT = {
     "mistral+window-16": ("logits", "maps", "sums"),
     "deepseek_v3": ("maps", "compression"),
@@ -24,6 +26,8 @@ EXACT = {
     "gpt_oss": ("isolation", "patching"),
     "longcat_flash": ("patching",),
     "whisper": ("logits", "shared"),
+    "qwen3_next": ("isolation", "readout"),
+    "jamba": ("isolation",),
 }
 """Latent keys and values, learned positions that go unheard, shared keys and values, chunks, no positions at all, a mask
 with a gradient, sinks, windows that hide label words, two attentions in a decoder layer, a forward that hands on what it
@@ -40,7 +44,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory):
 
 def swept(asked, name: str, numbers: tuple[str, ...], evidence: bool) -> list[family.Row]:
     folder, edge, size, groups = asked
-    return family.sweep(name, folder, size, edge, groups, numbers, evidence)
+    with without_gpu_kernels():
+        return family.sweep(name, folder, size, edge, groups, numbers, evidence)
 
 
 @pytest.mark.parametrize("name", EXACT)
