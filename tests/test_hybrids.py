@@ -47,7 +47,7 @@ def test_what_a_model_carries_on_is_found_out(hybrid, name):
     assert hybrid(name).carries == CARRIED[name]
 
 
-def test_a_lost_state_is_noticed_below_the_tolerance_of_half_precision(hybrid):
+def test_a_lost_state_is_noticed_in_half_precision(hybrid):
     assert not hybrid("jamba", "bfloat16").carries
     assert hybrid("lfm2", "bfloat16").carries
 

@@ -108,9 +108,9 @@ def _said(part: Part, told: str, verdict: str) -> str:
     )
 
 
-def _counted(layers: Iterable[int]) -> str:
+def _counted(layers: Iterable[Any]) -> str:
     """How many layers there are rows of; where numbers are left out, these have no attention."""
-    own = sorted(layers)
+    own = sorted(map(int, layers))
     return f"{len(own)} {'attention ' * (own != list(range(len(own))))}layers"
 
 
