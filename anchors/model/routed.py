@@ -85,8 +85,9 @@ class Routed(ABC):
             there = (
                 own if len(self.layers) == self.n_layers else f"{own}, of which {ranges(self.layers)} attend"
             )
+            what = "attention in layers" if set(unknown) <= set(range(self.n_layers)) else "layers"
             raise AnchorsError(
-                f"The model has no attention in layers {unknown}.", f"It has layers {there}.", code="layers"
+                f"The model has no {what} {unknown}.", f"It has layers {there}.", code="layers"
             )
 
     @property
