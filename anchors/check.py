@@ -47,7 +47,10 @@ def check(
         AnchorsError: in the quick form, what the full form reports as a finding.
     """
     tolerance = TOLERANCE[model.precision]
-    findings = [Finding("attention passes the seam", True, f"{model.n_layers} layers, each once")]
+    count = f"{model.n_layers} layers" + f", of which {len(model.layers)} attend" * (
+        len(model.layers) < model.n_layers
+    )
+    findings = [Finding("attention passes the seam", True, f"{count}, each once")]
 
     def certify(name: str, measure: Callable[[], tuple[bool | None, str]]) -> None:
         try:
@@ -61,11 +64,14 @@ def check(
     findings += agreement(model, prompts, quick=quick, asked=asked)
     certify("Σ_j A_ij ∂L/∂A_ij = ⟨z_i, ∂L/∂z_i⟩", lambda: _identity(model, prompts[:1] if quick else prompts))
     certify("edits fire in every layer", lambda: _edits_fire(model, prompts[0]))
+    shared = "demonstrations run once are the whole prompt"
     if quick:
+        if model.beside_attention and model.carries:  # lengths tell on a state
+            certify(shared, lambda: _shared(model, prompts[0]))
         return findings
     certify("saliency equals its definition", lambda: _literal(model, prompts[0], tolerance))
     certify("batched equals one by one", lambda: _batched(model, prompts, tolerance))
-    certify("demonstrations run once are the whole prompt", lambda: _shared(model, prompts[0]))
+    certify(shared, lambda: _shared(model, prompts[0]))
     for task in tasks:
         certify(f"label words of {task.name}", lambda task=task: _labels(model, task))
     return findings
@@ -136,7 +142,7 @@ def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:
 
 
 def _literal(model: LanguageModel, prompt: Prompt, tolerance: float) -> tuple[bool, str]:
-    layers = range(model.n_layers)
+    layers = model.layers
     maps = flow(model, [prompt], maps=layers).maps
     error = _relative(torch.stack([maps[layer][0] for layer in layers]), literal_flow(model, prompt))
     return error <= tolerance, f"relative difference {error:.1e} over all maps"
@@ -154,21 +160,21 @@ def _batched(model: LanguageModel, prompts: list[Prompt], tolerance: float) -> t
 
 def _edits_fire(model: LanguageModel, prompt: Prompt) -> tuple[bool, str]:
     """Hide everything but itself from the last token, in row l of a batch only in layer l: its logits must change."""
-    count = model.n_layers
+    count = len(model.layers)
     length = min(len(prompt.ids), 8)
     ids = torch.tensor(prompt.ids[:length], device=model.device).expand(count, -1)
     last = torch.full((count,), length - 1, device=model.device)
     edits = []
-    for layer in range(count):
+    for row, layer in enumerate(model.layers):
         alone = torch.full((count, 1), -1, device=model.device)
-        alone[layer] = length - 1
+        alone[row] = length - 1
         edits.append(isolate([layer], alone, name=f"check in layer {layer}"))
     with torch.no_grad():
         before = model.logits_at(ids, last)
         with seam(model.modules, edits=edits):
             edited = model.logits_at(ids, last)
         after = model.logits_at(ids, last)
-    dead = (edited == before).all(-1).nonzero().flatten().tolist()
+    dead = [model.layers[row] for row in (edited == before).all(-1).nonzero().flatten().tolist()]
     if dead:
         return False, f"no effect in layers {dead}"
     if not torch.equal(before, after):

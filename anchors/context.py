@@ -3,15 +3,18 @@
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from anchors.attention.edits import Edit
+from anchors.attention.seam import editing
 from anchors.attention.selection import untied
 from anchors.errors import AnchorsError
 from anchors.model.lengths import CHOOSING
@@ -34,6 +37,10 @@ class Context:
         length: how many tokens had been run when they were encoded. Some rotary embeddings depend on it.
         indices: by layer, the keys of a sparse index, [1, (1,) tokens, dim]; None in a layer without.
         kinds: by layer, the class of transformers' cache layer that holds this.
+        states: by layer, what a recurrent layer keeps, as transformers' cache layer has it (tensors [1, …] by number within
+            their names); None in a layer without.
+        again: where a family does not go on from its states, the edits under which its tokens are run again before every
+            query, as whole prompts; nothing is held then. None where they are not.
     """
 
     ids: tuple[int, ...]
@@ -44,23 +51,35 @@ class Context:
     length: int
     indices: tuple[Float[Tensor, "1 *one tokens _dim"] | None, ...]
     kinds: tuple[type, ...]
+    states: tuple[dict[str, Any] | None, ...] = ()
+    again: tuple[Edit, ...] | None = None
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys and values, and of the keys of an index."""
+        """Memory of the keys and values, of the keys of an index, and of recurrent states."""
         held = (t for t in (*self.keys, *self.values, *self.indices) if t is not None)
+        return sum(t.numel() * t.element_size() for t in held) + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of recurrent states, which does not grow with the tokens."""
+        held = (x for own in self.states for x in tree_leaves(own) if isinstance(x, Tensor))
         return sum(t.numel() * t.element_size() for t in held)
 
     def cache(self, batch: int = 1) -> DynamicCache:
         """A fresh transformers cache for a batch, sharing this memory until it grows.
 
         Layers without a window throughout: a sliding window is the mask's business, and a cache that forgot what is
-        outside the window could not be cut.
+        outside the window could not be cut. Recurrent states are copied, for each row: a family writes over them.
         """
         cache = DynamicCache()
         positions = torch.tensor([self.positions])
-        for kind, keys, values, index in zip(self.kinds, self.keys, self.values, self.indices, strict=True):
+        states = self.states or (None,) * len(self.kinds)
+        for kind, keys, values, index, state in zip(
+            self.kinds, self.keys, self.values, self.indices, states, strict=True
+        ):
             layer = kind()
+            vars(layer).update(tree_map(lambda x: _repeated(x, batch), state or {}))
             if keys is not None and values is not None:
                 layer.lazy_initialization(keys, values)
                 layer.keys = keys.expand(batch, -1, -1, -1)
@@ -71,6 +90,15 @@ class Context:
             layer.positions = positions
             cache.layers.append(layer)
         return cache
+
+    def forget(self, name: str) -> "Context | None":
+        """The same with states of one name set to zero; None where there are none."""
+        states = tuple(
+            own and own | {name: tree_map(lambda x: x * 0 if isinstance(x, Tensor) else x, own.get(name))}
+            for own in self.states
+        )
+        there = any(isinstance(x, Tensor) for own in states for x in tree_leaves(own and own.get(name)))
+        return replace(self, states=states) if there else None
 
     def keep(self, tokens: Sequence[int], next: int) -> "Context":
         """Only some of the tokens, by index; what follows starts at position `next`.
@@ -83,6 +111,13 @@ class Context:
                 "No token of the demonstrations is to be kept.",
                 "Keep the label words at least.",
                 code="option-value",
+            )
+        if self.again is not None or any(self.states):
+            raise AnchorsError(
+                "Recurrent layers keep the demonstrations in a state, in which all tokens are mixed: it cannot be had without "
+                "some of them.",
+                "Compress the demonstrations of a model whose layers all attend.",
+                code="no-shared-context",
             )
         if any(hasattr(kind, "update_index") for kind in self.kinds):
             raise AnchorsError(
@@ -125,17 +160,34 @@ def keeping(model: nn.Module, columns: Tensor) -> dict[str, Any]:
     return {"logits_to_keep": columns.cpu().numpy() if spread else columns}
 
 
+def _repeated(x: Any, batch: int) -> Any:
+    """A state for each row, in memory of its own."""
+    return x.expand(batch, *x.shape[1:]).clone() if isinstance(x, Tensor) else x
+
+
+def _state(layer: Any) -> dict[str, Any] | None:
+    """What a cache layer keeps of a recurrent one: all that is there by the number of a state."""
+    if not hasattr(layer, "recurrent_states"):
+        return None
+    numbered = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+    return numbered | {"dtype": layer.dtype, "device": layer.device}
+
+
 def fresh_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache of the kind the family itself makes, but without windows.
 
     Raises:
-        AnchorsError: a layer keeps more than keys and values (a recurrent or convolutional state, compressed keys).
+        AnchorsError: a layer keeps more than keys and values and transformers' own recurrent states (compressed keys, say).
     """
     cache = DynamicCache(config=model.config)
     kinds = [type(layer).__name__ for layer in cache.layers]
     for i, layer in enumerate(cache.layers):
         if kinds[i] in ("DynamicLayer", "DynamicSlidingWindowLayer"):
             cache.layers[i] = DynamicLayer()
+        elif kinds[i] == "LinearAttentionAndSlidingWindowAttentionLayer":
+            cache.layers[i] = LinearAttentionAndFullAttentionLayer()
+        elif kinds[i] in ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer"):
+            continue
         elif kinds[i] not in ("DynamicIndexedLayer", "DummyLayer") and not hasattr(layer, "update_index"):
             raise AnchorsError(
                 f"Layer {i} of {type(model).__name__} caches more than keys and values (a state, {kinds[i]}): "
@@ -157,11 +209,13 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     """
     start = 0 if context is None else context.next
     model.demand_one_side([start + len(ids)], None if context is None else context.length)
-    cache = fresh_cache(model.model) if context is None else context.cache()
     tokens = torch.tensor([list(ids)], device=model.device)
     positions = model.positions(tokens, context)
+    if not model.carries:
+        return _run_again(model, tokens, context)
     # A tensor: with a number some families drop positions on the way, and their keys would be missing.
     last = torch.tensor([len(ids) - 1], device=model.device)
+    cache = fresh_cache(model.model) if context is None else context.cache()
     past = {"use_cache": True, cache_argument(model.model): cache}
     with model.arithmetic(), _determined(model):
         model.model(input_ids=tokens, **positions, **keeping(model.model, last), **past)
@@ -176,9 +230,28 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
         length=start + len(ids),
         indices=tuple(getattr(x, "indexer_keys", getattr(x, "idx_keys", None)) for x in layers),
         kinds=tuple(type(layer) for layer in layers),
+        states=tuple(map(_state, layers)),
     )
     _demand_filled(model, found)
     return found
+
+
+def _run_again(model: "LanguageModel", tokens: Int[Tensor, "1 tokens"], context: Context | None) -> Context:
+    """A context that holds its tokens only. They are run here once, for edits and probes."""
+    if context is not None and editing():
+        raise AnchorsError(
+            f"{model.name} runs whole prompts: an edit of what follows a context could not be kept with it.",
+            "Edit the context, or the queries.",
+            code="no-shared-context",
+        )
+    last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    model.logits(tokens, last, context)
+    before = () if context is None else context.ids
+    ids = (*before, *tokens[0].tolist())
+    edits = editing() if context is None else context.again
+    return Context(
+        ids, tuple(range(len(ids))), keys=(), values=(), next=len(ids), length=len(ids), indices=(), kinds=(), again=edits
+    )  # fmt: skip
 
 
 def _determined(model: "LanguageModel") -> AbstractContextManager[None]:

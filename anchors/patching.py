@@ -34,6 +34,13 @@ def patch(
         index = torch.tensor(list(positions), device=hidden.device)
         return hidden.index_copy(1, index, stream.to(hidden).index_select(1, index))
 
+    if own.again is not None:
+        raise AnchorsError(
+            f"{model.name} does not go on from the state of its recurrent layers: a patched run of the demonstrations would be "
+            "lost before the query.",
+            "Use another model for causal; flow, isolate and readout run whole prompts.",
+            code="no-shared-context",
+        )
     with _entering(model, layer, replaced):
         found = encode(model, own.ids)
     return replace(
@@ -41,6 +48,7 @@ def patch(
         keys=own.keys[:layer] + found.keys[layer:],
         values=own.values[:layer] + found.values[layer:],
         indices=own.indices[:layer] + found.indices[layer:],
+        states=own.states[:layer] + found.states[layer:],
     )
 
 
@@ -157,7 +165,11 @@ def block(model: LanguageModel, layer: int) -> nn.Module:
     names = {module: name for name, module in model.model.named_modules()}
 
     def home(own: int) -> str | None:
-        parts = names[model.modules[own]].split(".")
+        module = model.modules[own]
+        if module is None:  # beside those that attend
+            near = home(model.layers[0])
+            return near and f"{near.rpartition('.')[0]}.{own}"
+        parts = names[module].split(".")
         prefixes = (".".join(parts[: n + 1]) for n in range(1, len(parts)))
         return next((prefix for prefix in prefixes if prefix.rpartition(".")[0] in lists), None)
 

@@ -89,7 +89,7 @@ class Beta:
         columns = torch.tensor([self._columns(p) for p in prompts], device=device)
         target = torch.tensor([p.target for p in prompts], device=device)
         return scale(
-            range(len(self.heads)), target, columns, _by_layer(self.beta.to(device), self.heads), NAME
+            _attending(self.heads), target, columns, _by_layer(self.beta.to(device), self.heads), NAME
         )
 
     def _columns(self, prompt: Prompt) -> list[int]:
@@ -179,7 +179,10 @@ def fit(
     """
     beta = new_beta(model, prompts[0])
     with label_head(model, prompts[0].label_ids):
-        held = [encode(model, p.ids[len(context.ids) : -1], context) for p in prompts]
+        # A step writes over recurrent states, which its gradient would read: there prompts are run whole.
+        again = replace(model, carries=False) if any(context.states) else model
+        start, shared = (0, None) if again is not model else (len(context.ids), context)
+        held = [encode(again, p.ids[start:-1], shared) for p in prompts]
         return _train(
             model, beta, prompts, learning_rate, epochs, batch, seed,
             lambda i: one_token_loss(model, held[i], prompts[i], beta),
@@ -201,9 +204,13 @@ def _by_layer(
     return lambda layer: beta[layer, : heads[layer]]
 
 
+def _attending(heads: Sequence[int]) -> list[int]:
+    return [layer for layer, own in enumerate(heads) if own]
+
+
 def _counted(heads: Sequence[int]) -> str:
-    counts = sorted(set(heads))
-    return f"{len(heads)} layers of {' or '.join(map(str, counts))} heads"
+    counts = sorted({own for own in heads if own})
+    return f"{len(_attending(heads))} layers of {' or '.join(map(str, counts))} heads"
 
 
 def one_token_loss(
@@ -252,7 +259,7 @@ def literal_fit(
 def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
     target = torch.tensor([prompt.target], device=beta.device)
     columns = torch.tensor([prompt.label_positions], device=beta.device)
-    return scale(range(len(beta)), target, columns, _by_layer(beta, heads), NAME)
+    return scale(_attending(heads), target, columns, _by_layer(beta, heads), NAME)
 
 
 def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
@@ -261,7 +268,7 @@ def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads:
     ones = beta.new_ones(*beta.shape[:2], 1, len(prompt.ids))
     rows = ones.index_copy(3, columns, beta.exp()[:, :, None]).unbind()
     return Edit(
-        frozenset(range(len(rows))),
+        frozenset(_attending(heads)),
         weight=lambda call: rows[call.layer][: heads[call.layer]],
         name=NAME,
         neutral=True,

@@ -624,10 +624,13 @@ def span(text: str | None, option: str) -> tuple[int, int] | None:
     return first, last
 
 
-def layers_from(text: str | None, count: int) -> list[int]:
-    """`0,5,10-12` as a list of layers; None is all of them."""
+def layers_from(text: str | None, own: Sequence[int]) -> list[int]:
+    """`0,5,10-12` as a list of layers, of those that attend; None is all of them."""
     if text is None:
-        return list(range(count))
+        return list(own)
+    from anchors.attention.layers import ranges
+
+    count = own[-1] + 1
     found: set[int] = set()
     for part in text.split(","):
         low, dash, high = (piece.strip() for piece in part.partition("-"))
@@ -641,7 +644,11 @@ def layers_from(text: str | None, count: int) -> list[int]:
         if last >= count:
             raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.", code="layers")
         found |= set(range(first, last + 1))
-    return sorted(found)
+    if not found & set(own):
+        raise AnchorsError(
+            f"--layers {text!r}: none of them attends.", f"Attention stands in {ranges(own)}.", code="layers"
+        )
+    return sorted(found & set(own))
 
 
 def shown(path: Path) -> str:

@@ -30,13 +30,13 @@ class View:
 
     def of(self, model: "LanguageModel") -> dict[str, Any]:
         """What `anchors.study.prompted.report` takes."""
-        return {"layers": common.layers_from(self.layers, model.n_layers), "pages": self.pages}
+        return {"layers": common.layers_from(self.layers, model.layers), "pages": self.pages}
 
 
 def shown(result: "Report", view: View) -> Iterator[Grid]:
     """The three sums of the shown layers, a table per task."""
     for task, part in result.tables["summary"].groupby("task", sort=False):
-        layers = common.layers_from(view.layers, int(part["layer"].max()) + 1)
+        layers = common.layers_from(view.layers, sorted({int(x) for x in part["layer"].dropna()}))
         yield _table(part, layers, f"{task}, {result.title}")
 
 

@@ -173,11 +173,11 @@ def view(
 
         # Without a right answer, the identity holds for any class.
         demand(lm, [built if built.gold is not None else replace(built, gold=0)])
-        common.print_notes([note for note in [hidden_labels(lm, [built])] if note])
+        common.print_notes([note for note in [lm.beside_attention, hidden_labels(lm, [built])] if note])
         facts = provenance(
             model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
         )
-        wanted = common.layers_from(layers, lm.n_layers)
+        wanted = common.layers_from(layers, lm.layers)
         name = "standard input" if prompt == "-" else Path(prompt).name
         shown_prompt = prompt_payload(lm, chosen, built, name, wanted)
         page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))

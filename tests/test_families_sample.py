@@ -13,6 +13,8 @@ sys.path.append(str(BENCHMARKS))
 from sweep import family, images, prompts, tiny
 from sweep.facts import EVERY
 
+from anchors.model.loading import without_gpu_kernels
+
 EXACT = {
     "mistral+window-16": ("logits", "maps", "sums"),
     "deepseek_v3": ("maps", "compression"),
@@ -28,6 +30,8 @@ EXACT = {
     "falcon+new": ("compression",),
     "inkling_text": ("maps",),
     "dots3_note_text+heads": ("isolation",),
+    "qwen3_next": ("isolation", "readout"),
+    "jamba": ("isolation",),
 }
 """Latent keys and values, learned positions that go unheard, shared keys and values, chunks, no positions at all, a mask
 with a gradient, sinks, windows that hide label words, two attentions in a decoder layer, a forward that hands on what it
@@ -44,7 +48,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory):
 
 def swept(asked, name: str, numbers: tuple[str, ...], evidence: bool) -> list[family.Row]:
     folder, edge, size, groups = asked
-    return family.sweep(name, folder, size, edge, groups, numbers, evidence)
+    with without_gpu_kernels():
+        return family.sweep(name, folder, size, edge, groups, numbers, evidence)
 
 
 @pytest.mark.parametrize("name", EXACT)

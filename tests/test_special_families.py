@@ -15,7 +15,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from anchors.analyses.causal import Causal
 from anchors.analyses.diagnosis import Diagnosis
 from anchors.analyses.isolation import Isolation, isolated_contexts
-from anchors.analyses.reweighting import Reweighting
 from anchors.certificate.sight import hidden_labels
 from anchors.compression import anchor_tokens, compress
 from anchors.context import answer, encode, queries
@@ -201,11 +200,13 @@ def test_keys_chosen_by_chance_run_in_whole_prompts_alone_and_are_not_shared(nam
     assert not [m for m in family.lm.model.modules() if "forward" in vars(m)]
 
 
-def test_a_state_beside_keys_and_values_is_not_shared(families, make_cell):
-    lm, cell = families("state beside attention").lm, make_cell(examples=1)
-    for analysis in (Reweighting(), Causal(), Isolation(), Diagnosis()):
-        with pytest.raises(AnchorsError, match=r"caches more than keys and values .a state"):
-            analysis.prepare(lm, cell)
+def test_a_state_beside_keys_and_values_goes_with_them(families, make_cell):
+    family, prompts = families("state beside attention"), [d.prompt for d in make_cell(examples=2).prompts]
+    start = prompts[0].query
+    found = answer(family.lm, encode(family.lm, prompts[0].ids[:start]), queries(prompts, start, "cpu"))
+    assert family.lm.carries
+    for row, prompt in zip(found, prompts, strict=True):
+        assert apart(row, family.plainly(prompt.ids)[0]) < 1e-4
 
 
 def test_keys_that_are_no_tokens_are_refused(tokenizer, prompts):

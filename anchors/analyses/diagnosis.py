@@ -50,13 +50,15 @@ class Diagnosis:
         return Costs((sizes.asked(),), (sizes.encoded(),), sizes.shared)
 
     def depth(self, model: "LanguageModel") -> int:
-        layer = round(model.n_layers * 2 / 3) if self.layer is None else self.layer
+        middle = round(model.n_layers * 2 / 3)
+        layer = min(model.layers, key=lambda own: abs(own - middle)) if self.layer is None else self.layer
         if not 0 <= layer < model.n_layers:
             raise AnchorsError(
                 f"{model.name} has no layer {layer}.",
                 f"It has layers 0 to {model.n_layers - 1}.",
                 code="layers",
             )
+        model.demand_attention([layer])
         return layer
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> dict[int, list[Record]]:

@@ -60,7 +60,7 @@ class InformationFlow:
             sums = [
                 Record(metric, float(value), layer=layer)
                 for metric, values in by_layer.items()
-                for layer, value in enumerate(values)
+                for layer, value in zip(model.layers, values, strict=True)
             ]
             found.append(sums + [Record(metric, float(value)) for metric, value in whole.items()])
         return found
@@ -71,7 +71,7 @@ class FlowMap:
     """The whole I_l of single prompts in a few layers, their tokens, and which are the positions p_k (Figure 1).
 
     Attributes:
-        layers: which; None takes one in the first and one in the last quarter.
+        layers: which; None takes one in the first and one in the last quarter of those that attend.
     """
 
     kind: ClassVar[str] = "map"
@@ -94,8 +94,9 @@ class FlowMap:
     ) -> list[list[Record]]:
         from anchors.flow.saliency import flow
 
-        depth = model.n_layers
-        layers = (depth // 8, depth - 1 - depth // 8) if self.layers is None else self.layers
+        own = model.layers
+        depth = len(own)
+        layers = (own[depth // 8], own[depth - 1 - depth // 8]) if self.layers is None else self.layers
         found = []
         for drawn in batch:
             prompt = drawn.prompt

@@ -91,6 +91,7 @@ def isolated_contexts(model: "LanguageModel", cell: Cell, how: Isolation) -> "di
     import torch
 
     from anchors.attention.edits import isolate
+    from anchors.attention.layers import ranges
     from anchors.attention.seam import seam
     from anchors.context import encode, shared_demonstrations
     from anchors.streams import Stream, stream
@@ -109,7 +110,14 @@ def isolated_contexts(model: "LanguageModel", cell: Cell, how: Isolation) -> "di
                 code="layers",
             )
         for side in how.sides:
-            chosen = range(k) if side == "first" else range(model.n_layers - k, model.n_layers)
+            span = range(k) if side == "first" else range(model.n_layers - k, model.n_layers)
+            chosen = [layer for layer in model.layers if layer in span]
+            if not chosen:
+                raise AnchorsError(
+                    f"None of the {side} {k} layers of {model.name} attends: there is nothing to isolate in them.",
+                    f"Attention stands in the layers {ranges(model.layers)} of {model.n_layers}: use a larger k.",
+                    code="layers",
+                )
             for target in how.positions:
                 name = f"{side}-{k}/{target}"
                 edit = isolate(chosen, torch.tensor([where[target]], device=model.device), name)

@@ -51,18 +51,18 @@ class Readout:
 
         asked = queries([d.prompt for d in batch], len(state.ids), model.device)
         positions = torch.tensor([d.prompt.label_positions for d in batch], device=model.device)
-        probe = TargetAttention(frozenset(range(model.n_layers)), asked.target, positions)
+        probe = TargetAttention(frozenset(model.layers), asked.target, positions)
         with seam(model.modules, probes=[probe]):
             logits = answer(model, state, asked)
         home = asked.ids.device
-        rows = torch.stack([probe.found[layer].to(home) for layer in range(model.n_layers)], dim=1)
+        rows = torch.stack([probe.found[layer].to(home) for layer in model.layers], dim=1)
         classes = torch.tensor([d.prompt.label_classes for d in batch], device=home)
         scores = rows.new_zeros(*rows.shape[:2], len(task.labels))
         scores.scatter_add_(2, classes[:, None].expand_as(rows), rows)
         seen = [
             [
                 Record(f"attention/{label}", value, layer=layer)
-                for layer, own in enumerate(example)
+                for layer, own in zip(model.layers, example, strict=True)
                 for label, value in zip(task.labels, own, strict=True)
             ]
             for example in scores.double().tolist()

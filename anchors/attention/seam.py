@@ -14,7 +14,7 @@ every layer it names.
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from anchors.attention import bridges
 from anchors.attention.call import AttentionCall
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call, biased
+from anchors.attention.layers import attending, kinds, ranges
 from anchors.attention.selection import chosen_blocks, chosen_keys
 from anchors.attention.taps import Probe, Tap
 from anchors.errors import AnchorsError, RoutingError
@@ -53,11 +54,22 @@ class _Session:
     edits: Sequence[Edit] = ()
     taps: Sequence[Tap] = ()
     probes: Sequence[Probe] = ()
+    before: tuple[int, Sequence[Edit]] = (0, ())
     tokens: int | None = None
     reached: list[nn.Module] = field(default_factory=list)
     fired: set[tuple[int, int]] = field(default_factory=set)
 
     def run(self, call: Call) -> Tensor:
+        """A call's output; of a whole prompt, that of a context's tokens first, and the rest as if these stood in a cache."""
+        tokens, edits = self.before
+        if not tokens:
+            return self._run(call)
+        context, rest = parted(call, tokens)
+        own = [edit for edit in edits if call.layer in edit.layers]
+        first = context.edited(own) if own else context.fused() if context.fusable else context.streamed(())
+        return torch.cat([first.expand(len(call.q), -1, -1, -1), self._run(rest)], 2)
+
+    def _run(self, call: Call) -> Tensor:
         edits = [edit for edit in self.edits if call.layer in edit.layers]
         taps = [tap for tap in self.taps if call.layer in tap.layers]
         probes = [probe for probe in self.probes if call.layer in probe.layers]
@@ -84,7 +96,7 @@ class _Session:
                 name = getattr(actor, "name", type(actor).__name__)
                 raise RoutingError(
                     f"{name!r} did not fire in layer{'s' * (len(missed) > 1)} {missed}: nothing was changed or seen there.",
-                    f"The model has layers 0 to {len(self.layer_of) - 1}, and the model must be run inside the seam.",
+                    f"Attention stands in the layers {ranges(sorted(self.layer_of.values()))}, and the model must be run inside the seam.",
                     code="without-effect",
                 )
 
@@ -184,8 +196,8 @@ for _name, _mask in ((NAME, sdpa_mask), (MASKED, _whole_mask)):
     AttentionMaskInterface.register(_name, _mask)
 
 
-def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Put a model on the seam; returns its attention modules, by layer.
+def route(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
+    """Put a model on the seam; returns its attention modules, by layer: None for a layer that has none by its configuration.
 
     Raises:
         RoutingError: when a layer's attention does not arrive at the seam exactly once.
@@ -201,15 +213,49 @@ def route(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     reached = _reached(model)
     if not all(getattr(module, "is_causal", True) for module in reached):
         model.set_attn_implementation(MASKED)
-    layers = model.config.get_text_config().num_hidden_layers
-    if len(reached) != layers or len(set(reached)) != layers:
-        calls, modules = len(reached), len(set(reached))
-        raise RoutingError(
-            f"{type(model).__name__} has {layers} layers, but {calls} attention calls of {modules} modules arrived at the "
-            f"seam: {_why(layers, calls, modules)}.",
-            "Models in which every layer attends once can be analysed.",
+    config = model.config.get_text_config()
+    layers, places = config.num_hidden_layers, attending(config)
+    calls, modules = len(reached), len(set(reached))
+    if not calls or calls != len(places) or modules != calls:
+        told = (
+            f"{layers} layers"
+            if len(places) == layers
+            else f"{layers} layers, {len(places)} of which attend ({_told(config)})"
         )
-    return tuple(reached)
+        raise RoutingError(
+            f"{type(model).__name__} has {told}, but {calls} attention calls of {modules} modules arrived at the "
+            f"seam: {_why(len(places), calls, modules)}.",
+            "Models in which every layer that attends does so once can be analysed.",
+        )
+    if len(places) < layers and (
+        elsewhere := _elsewhere(model, layers, dict(zip(places, reached, strict=True)))
+    ):
+        raise RoutingError(
+            f"{type(model).__name__} has attention in layers {ranges(places)} by its configuration ({_told(config)}), but the "
+            f"one of layer {elsewhere[0]} arrived at the seam from {elsewhere[1]}.",
+            "Layers cannot be told apart by their numbers.",
+        )
+    found = dict(zip(places, reached, strict=True))
+    return tuple(found.get(layer) for layer in range(layers))
+
+
+def _told(config: Any) -> str:
+    own = kinds(config)
+    return ", ".join(f"{own.count(kind)} {kind}" for kind in dict.fromkeys(own))
+
+
+def _elsewhere(model: nn.Module, layers: int, found: dict[int, nn.Module]) -> tuple[int, str] | None:
+    """A layer whose attention does not stand at its place in the list of layers, and where it stands."""
+    names = {module: name for name, module in model.named_modules()}
+    lists = {
+        name: own
+        for name, own in model.named_modules()
+        if isinstance(own, nn.ModuleList) and len(own) == layers
+    }
+    for layer, module in found.items():
+        if not any(names[module].startswith(f"{name}.{layer}.") for name in lists):
+            return layer, names[module]
+    return None
 
 
 def _reached(model: PreTrainedModel) -> list[nn.Module]:
@@ -256,9 +302,40 @@ def own_attention(model: PreTrainedModel) -> Generator[None]:
         restore()
 
 
+def parted(call: Call, tokens: int) -> tuple[Call, Call]:
+    """The rows of the first tokens, which all examples share, over their own keys, and the other rows over all keys: as with the
+    first ones in a cache."""
+    mask, (q, k, v) = call.mask, (x[:1, :, :tokens] for x in (call.q, call.k, call.v))
+    own = None if mask is None else mask[:1, ..., :tokens, :tokens]
+    rest = None if mask is None else mask[..., tokens:, :]
+    return replace(call, q=q, k=k, v=v, mask=own), replace(call, q=call.q[:, :, tokens:], mask=rest)
+
+
+@contextmanager
+def after(modules: Sequence[nn.Module | None], tokens: int, edits: Sequence[Edit]) -> Generator[None]:
+    """Take the first tokens of whole prompts for a context that was run under some edits: what the seam around this was opened
+    with sees the rows that follow, and past them the context's keys."""
+    session = _active.get() or _Session(_numbered(modules))
+    token = _active.set(replace(session, before=(tokens, tuple(edits))))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def editing() -> tuple[Edit, ...]:
+    """The edits of the seam that is open."""
+    session = _active.get()
+    return () if session is None else tuple(session.edits)
+
+
+def _numbered(modules: Sequence[nn.Module | None]) -> dict[nn.Module, int]:
+    return {module: layer for layer, module in enumerate(modules) if module is not None}
+
+
 @contextmanager
 def seam(
-    modules: Sequence[nn.Module],
+    modules: Sequence[nn.Module | None],
     *,
     edits: Iterable[Edit] = (),
     taps: Iterable[Tap] = (),
@@ -270,8 +347,7 @@ def seam(
         RoutingError: on leaving, when one of them did not fire in a layer it names.
         AnchorsError: when an edit changes no visible entry of a layer it names.
     """
-    layer_of = {module: layer for layer, module in enumerate(modules)}
-    session = _Session(layer_of, tuple(edits), tuple(taps), tuple(probes))
+    session = _Session(_numbered(modules), tuple(edits), tuple(taps), tuple(probes))
     token = _active.set(session)
     try:
         yield

@@ -56,7 +56,7 @@ def hidden_labels(model: LanguageModel, prompts: Iterable[Prompt]) -> str | None
     longer = [p for p in prompts if any(len(p.ids) > change.length for change in hiding)]
     hidden, total, layers = 0, 0, set()
     for prompt in longer[:MOST]:
-        probe = Unseen(frozenset(range(model.n_layers)), prompt.target, prompt.label_positions)
+        probe = Unseen(frozenset(model.layers), prompt.target, prompt.label_positions)
         with seam(model.modules, probes=[probe]):
             ids = torch.tensor([prompt.ids], device=model.device)
             model.logits_at(ids, torch.tensor([prompt.target], device=model.device))
@@ -71,6 +71,6 @@ def hidden_labels(model: LanguageModel, prompts: Iterable[Prompt]) -> str | None
         f"of the first {MOST} prompts that are longer" if len(longer) > MOST else "of prompts that are longer"
     )
     return (
-        f"{hidden} of {total} label words {where} are not seen by the target in {len(layers)} of {model.n_layers} "
+        f"{hidden} of {total} label words {where} are not seen by the target in {len(layers)} of {len(model.layers)} "
         f"layers ({why}); their flow to the target is zero there by construction."
     )

@@ -251,13 +251,9 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
 
     Example:
         >>> result = flow(model, prompts, maps=[0, 20])
-        >>> result.sums.s_wp.shape                     # examples × layers
+        >>> result.sums.s_wp.shape                     # examples × layers, those that attend: model.layers
     """
-    unknown = [layer for layer in maps if not 0 <= layer < model.n_layers]
-    if unknown:
-        raise AnchorsError(
-            f"The model has no layers {unknown}.", f"It has layers 0 to {model.n_layers - 1}.", code="layers"
-        )
+    model.demand_attention(maps)
     parts = groups(model.changes, [len(prompt.ids) for prompt in prompts])
     if len(parts) > 1:
         return _joined([flow(model, [prompts[i] for i in part], maps=maps) for part in parts], parts)
@@ -286,7 +282,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     if not (relative <= TOLERANCE[model.precision]).all():
         worst = int(relative.nan_to_num(torch.inf).argmax())
         raise CertificateError(
-            f"In layer {worst} of {model.name} Σ_j A_ij ∂L/∂A_ij differs from ⟨z_i, ∂L/∂z_i⟩ by "
+            f"In layer {model.layers[worst]} of {model.name} Σ_j A_ij ∂L/∂A_ij differs from ⟨z_i, ∂L/∂z_i⟩ by "
             f"{relative[worst]:.1e} of its size: the recomputed attention is not the model's.",
             f"Allowed at {model.precision}: {TOLERANCE[model.precision]:.0e}. Try --precision float32; if it stays, "
             "this family does something in its attention that the toolkit does not know.",
@@ -312,15 +308,13 @@ def _step(model: LanguageModel, maps: tuple[int, ...], *inputs: Tensor) -> tuple
         CertificateError: a layer that no gradient reached.
     """
     ids, labels, target, label_ids, columns, where, gold, others = inputs
-    tap = FlowTap(
-        frozenset(range(model.n_layers)), torch.cat([labels, target[:, None]], dim=1), frozenset(maps)
-    )
+    tap = FlowTap(frozenset(model.layers), torch.cat([labels, target[:, None]], dim=1), frozenset(maps))
     with torch.enable_grad(), seam(model.modules, taps=[tap]), model.arithmetic():
         logits = model.logits(ids, columns)
         chosen = logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
         over_labels = _over_labels(chosen, label_ids)
         _loss(over_labels, gold.to(logits.device)).sum().backward()
-    layers = range(model.n_layers)
+    layers = model.layers
     if lost := [layer for layer in layers if layer not in tap.total]:
         raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
     # MPS has no float64.
@@ -380,12 +374,10 @@ def literal_flow(model: LanguageModel, prompt: Prompt) -> Float[Tensor, "layers 
     """
     batch = collate([prompt], model.device)
     length = batch.ids.shape[1]
-    ones = [
-        torch.ones(length, length, device=model.device, requires_grad=True) for _ in range(model.n_layers)
-    ]
+    ones = [torch.ones(length, length, device=model.device, requires_grad=True) for _ in model.layers]
     edits = [
         Edit(frozenset([layer]), weight=lambda _, w=weight: w, name=f"W_{layer}", neutral=True)
-        for layer, weight in enumerate(ones)
+        for layer, weight in zip(model.layers, ones, strict=True)
     ]
     with torch.enable_grad(), seam(model.modules, edits=edits):
         loss, _ = label_loss(model.logits_at(batch.ids, batch.target), batch)

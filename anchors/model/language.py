@@ -6,7 +6,7 @@ from the hub.
 
 import importlib.util
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchors.attention.form import Call
-from anchors.attention.seam import route, seam
-from anchors.context import Context, cache_argument, keeping
+from anchors.attention.layers import ranges, stateful
+from anchors.attention.seam import after, route, seam
+from anchors.context import Context, cache_argument, encode, keeping
 from anchors.errors import AnchorsError, RoutingError
 from anchors.gguf import converted
 from anchors.model.identity import Identity, identity
@@ -50,20 +51,24 @@ class LanguageModel(Routed):
         revision: commit of a hub model, else None.
         witness: the model as it came, for certificates.
         first_position: what the family calls the position of the first token; None where positions cannot be set.
+        carries: whether tokens can follow demonstrations that were run before, with the same numbers. Where a recurrent
+            family's cache loses its state, they are run again with every query, as whole prompts.
     """
 
     revision: str | None
     witness: Witness
     first_position: int | None
+    carries: bool = True
 
     def __repr__(self) -> str:
         """What it is, in five lines."""
         kind, width = type(self.model).__name__, self.model.config.get_text_config().hidden_size
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        attend = "" if len(self.layers) == self.n_layers else f" ({ranges(self.layers)} attend)"
         longest = f"prompts of up to {self.context} tokens" if self.context else "prompts of any length"
         return (
             f"LanguageModel {self.name!r}\n"
-            f"  {kind}: {self.n_layers} layers, width {width}, {size:,.1f} million parameters\n"
+            f"  {kind}: {self.n_layers} layers{attend}, width {width}, {size:,.1f} million parameters\n"
             f"  {self.precision} on {self.device}; {longest}; {len(self.tokenizer):,} tokens\n"
             "  frozen; every attention call passes the seam: anchors.seam(model.modules, edits=[…])\n"
             "  ask it: anchors.measure(model, anchors.InformationFlow(), task, data, anchors.Sample())"
@@ -84,12 +89,13 @@ class LanguageModel(Routed):
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
-        """Query heads by layer, as its attention has them: in some families layers differ (Laguna, OpenELM)."""
-        probe = _Heads(frozenset(range(self.n_layers)))
+        """Query heads by layer, as its attention has them: in some families layers differ (Laguna, OpenELM); 0 where a layer
+        does not attend."""
+        probe = _Heads(frozenset(self.layers))
         ids = torch.arange(4, device=self.device)[None]
         with torch.no_grad(), seam(self.modules, probes=[probe]):
             self.model(input_ids=ids, use_cache=False)
-        return tuple(probe.found[layer] for layer in range(self.n_layers))
+        return tuple(probe.found.get(layer, 0) for layer in range(self.n_layers))
 
     def logits(
         self,
@@ -111,6 +117,12 @@ class LanguageModel(Routed):
             start, encoded = (0, None) if context is None else (context.next, context.length)
             first = ids.shape[1] - 1 if columns is None else int(columns.min())
             self.demand_one_side([start + first + 1, start + ids.shape[1]], encoded)
+        if context is not None and context.again is not None:
+            start = len(context.ids)
+            whole = torch.cat([torch.tensor([context.ids], device=ids.device).expand(len(ids), -1), ids], 1)
+            columns = torch.arange(ids.shape[1], device=ids.device) if columns is None else columns
+            with after(self.modules, start, context.again):
+                return self.logits(whole, columns + start)
         keep = {} if columns is None else keeping(self.model, columns)
         past: dict[str, Any] = {"use_cache": False}
         if context is not None:
@@ -333,7 +345,40 @@ def prepare(
             "This family does something around its attention that the toolkit does not know.",
             code="not-itself",
         )
-    return routed
+    return routed if goes_on(routed) else replace(routed, carries=False)
+
+
+CARRIED = (67, 80)
+"""Tokens that are run before others follow them, and with these, to see whether a state is carried on: more than the 64 that
+recurrent layers take at a time."""
+
+
+@torch.no_grad()
+def goes_on(model: LanguageModel) -> bool:
+    """Whether a model with recurrent layers goes on from their states, held to its witness: in a batch, several tokens at once.
+
+    Jamba has a cache, and loses the state in it when more than one token follows (transformers 5.23). In half precision that
+    may drown in rounding: so each kind of state, set to zero, must be missed. What a family's own code raises counts as no.
+    """
+    if not stateful(model.model.config.get_text_config()):
+        return True
+    before, whole = CARRIED
+    ids = model.witness.ids.repeat(1, -(-whole // model.witness.ids.shape[1]))[:, :whole]
+    ids[:, :before] = ids[0, :before]
+    own = model.witness.logits(ids)[:, before:]
+    try:
+        context = encode(model, ids[0, :before].tolist())
+        ours = model.logits(ids[:, before:], None, context)
+        missed = all(
+            not torch.equal(ours, model.logits(ids[:, before:], None, without))
+            for without in (context.forget(name) for name in ("conv_states", "recurrent_states"))
+            if without is not None
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever a family's own code raises
+        return False
+    return missed and apart(ours, own) <= TOLERANCE[model.precision]
 
 
 def default_source() -> tuple[str, str]:

@@ -7,9 +7,11 @@ position ids) may stand in a checkpoint; a tied head need not.
 """
 
 import re
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +119,28 @@ def language_model(origin: Origin, **options: Any) -> PreTrainedModel:
     Raises:
         AnchorsError: files, configuration or weights that make no whole language model.
     """
-    return _whole(AutoModelForCausalLM, origin, demand_decoder(origin), options)
+    with without_gpu_kernels():
+        return _whole(AutoModelForCausalLM, origin, demand_decoder(origin), options)
+
+
+@contextmanager
+def without_gpu_kernels() -> Generator[None]:
+    """Where there is no GPU, let transformers not find flash-linear-attention, which it would take without asking whether it runs.
+
+    It chooses when a family's code is first read: what a process has read before stays as it is.
+    """
+    found = sys.modules.get("fla", _MISSING)
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = cast(Any, None)
+    try:
+        yield
+    finally:
+        sys.modules.pop("fla", None)
+        if found is not _MISSING:
+            sys.modules["fla"] = cast(Any, found)
+
+
+_MISSING = object()
 
 
 def demand_decoder(origin: Origin) -> str | None:

@@ -33,8 +33,8 @@ PROBES = 16, 32
 class _Listener:
     """A tap that keeps ∂L/∂z of every layer."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = frozenset(range(layers))
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = frozenset(layers)
         self.dz: dict[int, Tensor] = {}
 
     def begin(self, call: Call, z: Tensor, dz: Tensor) -> None:
@@ -81,7 +81,7 @@ def kept(model: "LanguageModel") -> Kept:
             return x
 
         ids = torch.arange(tokens, device=model.device)[None]
-        listener = _Listener(model.n_layers)
+        listener = _Listener(model.layers)
         with (
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
@@ -90,14 +90,14 @@ def kept(model: "LanguageModel") -> Kept:
         ):
             loss = model.logits(ids, torch.tensor([tokens - 1], device=model.device)).float().square().sum()
             loss.backward()
-        return [listener.dz[layer] for layer in range(model.n_layers)]
+        return [listener.dz[layer] for layer in model.layers]
 
     short, long = PROBES
     few: dict[int, int] = {}
     many: dict[int, int] = {}
     slopes(short, few)
     plain = slopes(long, many)
-    blocks = blocks_of(model.model, model.modules)
+    blocks = blocks_of(model.model, [m for m in model.modules if m is not None])
     if blocks:
         try:
             with recomputing(blocks, model.arithmetic):

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from anchors.attention.layers import beside_attention, ranges
 from anchors.errors import AnchorsError, nearest
 from anchors.model.alteration import Alteration
 from anchors.model.identity import Identity
@@ -39,7 +40,8 @@ class Routed(ABC):
         tokenizer: its fast tokenizer (offsets are needed).
         name: what the user called it.
         precision: the arithmetic, one of `DTYPES`.
-        modules: the attention modules, by layer; none where the model was not put on the seam.
+        modules: the attention modules, by layer, None for a layer without attention; none at all where the model was not put
+            on the seam.
         witness: the model as it came, for certificates; None where it was not put on the seam.
         altered: what was changed in the model beside that; see `anchors.model.preparation.undone`.
     """
@@ -48,7 +50,7 @@ class Routed(ABC):
     tokenizer: PreTrainedTokenizerBase
     name: str
     precision: str
-    modules: tuple[nn.Module, ...] = ()
+    modules: tuple[nn.Module | None, ...] = ()
     witness: Witness | None = None
     altered: tuple[Alteration, ...] = ()
 
@@ -60,7 +62,33 @@ class Routed(ABC):
     @property
     @abstractmethod
     def n_layers(self) -> int:
-        """Decoder layers."""
+        """Decoder layers, whether they attend or not."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that attend, counted among all."""
+        return tuple(layer for layer, module in enumerate(self.modules) if module is not None)
+
+    @property
+    def beside_attention(self) -> str | None:
+        """Of a model with recurrent layers, what attention does not show, in a sentence."""
+        return beside_attention(self.model.config.get_text_config())
+
+    def demand_attention(self, layers: Iterable[int]) -> None:
+        """Refuse numbers of layers that do not attend.
+
+        Raises:
+            AnchorsError: names them, and those that do.
+        """
+        if unknown := sorted(set(layers) - set(self.layers)):
+            own = f"0 to {self.n_layers - 1}"
+            there = (
+                own if len(self.layers) == self.n_layers else f"{own}, of which {ranges(self.layers)} attend"
+            )
+            what = "attention in layers" if set(unknown) <= set(range(self.n_layers)) else "layers"
+            raise AnchorsError(
+                f"The model has no {what} {unknown}.", f"It has layers {there}.", code="layers"
+            )
 
     @property
     def fingerprint(self) -> str:

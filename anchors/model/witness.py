@@ -190,7 +190,10 @@ def _by_itself(model: PreTrainedModel) -> Generator[None]:
     except Exception as error:  # whatever a family's own code raises
         raise AnchorsError(
             f"{type(model).__name__} does not run by itself, in transformers' own code without this toolkit: {brief(error)}",
-            "Does its configuration make a model (key-value heads that divide the heads), and do its kernels run on this "
+            "transformers took flash-linear-attention (fla-core), which runs on GPUs only: let anchors.load read the model's "
+            "folder in a fresh process, or uninstall fla-core."
+            if "active drivers" in str(error)
+            else "Does its configuration make a model (key-value heads that divide the heads), and do its kernels run on this "
             "device? Run model(input_ids=…) to see it.",
             code="model-broken",
         ) from error

@@ -190,7 +190,7 @@ class Cost:
     @cached_property
     def heads(self) -> dict[int, Heads]:
         """Attention by layer, of those that have one pattern over their keys."""
-        probe = _Shapes(frozenset(range(self.model.n_layers)))
+        probe = _Shapes(frozenset(self.model.layers))
         with torch.no_grad(), seam(self.model.modules, probes=[probe]):
             self.model.model(input_ids=torch.arange(4, device=self.model.device)[None], use_cache=False)
         return probe.found
@@ -198,7 +198,16 @@ class Cost:
     @cached_property
     def cached(self) -> int:
         """Bytes of keys and values per token."""
-        return encode(self.model, range(1, 9)).bytes // 8
+        return (self._held.bytes - self.state) // 8
+
+    @cached_property
+    def state(self) -> int:
+        """Bytes of recurrent states, of a prompt of any length."""
+        return self._held.state_bytes
+
+    @cached_property
+    def _held(self) -> Context:
+        return encode(self.model, range(1, 9))
 
     @cached_property
     def fused(self) -> bool:
@@ -211,6 +220,7 @@ class Cost:
 
     def flop(self, p: Pass) -> float | None:
         """Floating-point operations of one pass, of products alone; None where nobody knows how many experts are chosen."""
+        p = self._whole(p)
         if self.multiplied is None:
             return None
         config, tokens = self._config, p.rows * p.tokens
@@ -230,7 +240,7 @@ class Cost:
             seen = p.rows * (live * keys if live < p.tokens else _pairs(p.tokens, keys, self._tile(p, h)))
             again = 0 if p.edited else 2.0 * h.dim
             back += h.heads * seen * (again + 2.0 * h.dim_v)
-            if layer:
+            if layer != self.model.layers[0]:
                 back += h.heads * seen * (4.0 * h.dim + 2.0 * h.dim_v)
             else:  # nothing below the first layer's attention asks for a gradient
                 width = h.heads * h.dim + h.groups * (h.dim + h.dim_v)
@@ -276,6 +286,7 @@ class Cost:
 
     def peak(self, p: Pass, held: float = 0) -> Peak:
         """Bytes at the most during a pass, while the keys and values of `held` tokens are held."""
+        p = self._whole(p)
         tokens, found = p.rows * p.tokens, self.activations
         each = found["saved"]
         if again := self._twice(p):
@@ -286,13 +297,17 @@ class Cost:
         cached = self.cached if p.past or p.kept or held else 0
         return Peak(
             weights=self.weights,
-            contexts=round(cached * held),
-            cache=cached * p.rows * (p.past + p.tokens) if p.past or p.kept else 0,
+            contexts=round(cached * held) + self.state * bool(held),
+            cache=p.rows * (cached * (p.past + p.tokens) + self.state) if p.past or p.kept else 0,
             saved=saved,
             working=working,
             logits=max(0, self._logits(p) - working),
             tiles=self._tiles(p, saved) + self._masks(p),
         )
+
+    def _whole(self, p: Pass) -> Pass:
+        """What really runs: a model that does not go on from a state runs its context again."""
+        return p if self.model.carries else p._replace(tokens=p.past + p.tokens, past=0)
 
     def _twice(self, p: Pass) -> tuple[Kept, bool] | None:
         """How blocks are computed twice in a flow, see `anchors.model.memory`."""
@@ -318,6 +333,7 @@ class Cost:
 
     def seconds(self, p: Pass) -> float:
         """About how long one pass takes, from passes that are timed here."""
+        p = self._whole(p)
         most = max(1, TIMED.get(self.model.device.type, TIMED["cpu"]) // p.rows)
         if self.model.changes:  # of a family that runs other lengths otherwise
             return self._timed(p)
@@ -356,7 +372,7 @@ class Cost:
 
     def _forward(self, p: Pass) -> Any:
         """A pass of random tokens as far as its loss, and what differentiates that."""
-        lm, layers = self.model, frozenset(range(self.model.n_layers))
+        lm, layers = self.model, frozenset(self.model.layers)
         ids = self._ids(p.rows, p.tokens)
         # As many different columns as rows of different lengths have.
         last = p.tokens - 1 - torch.arange(p.rows, device=lm.device) % max(1, min(p.columns, p.tokens))
@@ -364,7 +380,7 @@ class Cost:
         with ExitStack() as stack:
             if p.edited:
                 factor = torch.ones(1, 1, 1, 1, device=lm.device, requires_grad=p.backward)
-                edit = Edit(frozenset(range(p.edited)), weight=lambda _: factor, name="cost", neutral=True)
+                edit = Edit(layers & {*range(p.edited)}, weight=lambda _: factor, name="cost", neutral=True)
                 stack.enter_context(seam(lm.modules, edits=[edit]))
             elif p.backward:
                 tap = FlowTap(layers, last[:, None], frozenset())

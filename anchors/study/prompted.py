@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from anchors.study.plan import Outlook
 
 
+WHOLE = "{name} does not go on from its recurrent state with unchanged numbers: the demonstrations are run again with every query."
+
+
 @dataclass(frozen=True)
 class Part:
     """One analysis on one task: what a report is made of."""
@@ -129,7 +132,7 @@ class Prompted(Inquiry):
         """Of every task the flow of some prompts, where the flow was measured."""
         if self.parts[0].analysis.kind != "flow" or not pages:
             return {}
-        shown = layers or range(self.model.n_layers)
+        shown = layers or self.model.layers
         made = {
             part.task.name: _page(self.model, part.task, own, pages, shown, facts)
             for part, own in zip(self.parts, found.kept, strict=True)
@@ -291,6 +294,10 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
         notes.append(f"{task.name}: the test part of {data.source} has only {len(data.test)} examples.")
     facts = data.facts(task)
     notes += [f"{task.name}: {said}" for said in (facts.hint(), facts.caution()) if said]
+    if beside := model.beside_attention:
+        notes.append(beside)
+    if not model.carries and not part.analysis.fresh:
+        notes.append(WHOLE.format(name=type(model.model).__name__))
     if hidden := hidden_labels(model, [d.prompt for d in found.first]):
         notes.append(f"{task.name}: {hidden}")
     return notes

@@ -37,7 +37,7 @@ def readout_summary(
         made, see `anchors.intervals`), examples, seeds, and a `note` that says why a value is missing.
     """
     tables: list[pd.DataFrame] = []
-    curves: dict[tuple, list[np.ndarray]] = {}
+    curves: dict[tuple, list[tuple[list[int], np.ndarray]]] = {}
     refuse_doubles(rows)
     for key, group in rows[rows["number"] >= 0].groupby(GROUP, sort=False):
         scores, predicted, units = scores_of(group)
@@ -45,17 +45,18 @@ def readout_summary(
         if len(units) == 1:
             weights = weights[:1]
         auc = within_seeds(units, weights, lambda own, w, s=scores, p=predicted: aucroc(s[own], p[own], w))
-        curves.setdefault(tuple(key[1:]), []).append(auc)
+        curves.setdefault(tuple(key[1:]), []).append((layers_of(group), auc))
         tables.append(
-            _curves(auc, confidence, _fewest(predicted, units)).assign(
+            _curves(auc, layers_of(group), confidence, _fewest(predicted, units)).assign(
                 **dict(zip(GROUP, key, strict=True)), examples=len(units), seeds=units["seed"].nunique()
             )
         )
     for (shots, control), own in curves.items():
         alike = [t for t in tables if t["shots"].iloc[0] == shots and t["control"].iloc[0] == control]
-        if len(own) > 1 and len({c.shape for c in own}) == 1:
+        layers = own[0][0]
+        if len(own) > 1 and all(at == layers for at, _ in own):
             tables.append(
-                _curves(np.mean(own, 0), confidence).assign(
+                _curves(np.mean([auc for _, auc in own], 0), layers, confidence).assign(
                     task="mean",
                     shots=shots,
                     control=control,
@@ -73,10 +74,15 @@ def scores_of(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, pd.DataFrame
     attention = group[group["metric"].str.startswith("attention/")]
     labels = list(dict.fromkeys(attention["metric"]))
     wide = attention.pivot_table(index=["seed", "number"], columns=["layer", "metric"], values="value")
-    layers = sorted(set(attention["layer"]))
+    layers = layers_of(group)
     scores = np.stack([wide[layer][labels].to_numpy() for layer in layers], axis=1)
     predicted = group[group["metric"] == "predicted"].set_index(["seed", "number"])["value"]
     return scores, predicted.loc[wide.index].to_numpy().astype(int), wide.index.to_frame(index=False)
+
+
+def layers_of(group: pd.DataFrame) -> list[int]:
+    """The layers whose attention was read."""
+    return sorted({int(x) for x in group.loc[group["metric"].str.startswith("attention/"), "layer"]})
 
 
 def _fewest(predicted: Int[np.ndarray, " prompts"], units: pd.DataFrame) -> tuple[int, int] | None:
@@ -147,7 +153,9 @@ def weighted_auc(
         return np.where(pairs > 0, ((plus @ wins) * minus).sum(1) / pairs, np.nan)
 
 
-def _curves(auc: np.ndarray, confidence: float, few: tuple[int, int] | None = None) -> pd.DataFrame:
+def _curves(
+    auc: np.ndarray, layers: list[int], confidence: float, few: tuple[int, int] | None = None
+) -> pd.DataFrame:
     """AUCROC_l and R_l with their intervals; `few` are the numbers of prompts behind an AUC of 0 or 1."""
     gain = np.cumsum(auc - 0.5, axis=1)
     total, low, _ = interval(gain[:, -1:], confidence)
@@ -164,9 +172,9 @@ def _curves(auc: np.ndarray, confidence: float, few: tuple[int, int] | None = No
         value, low, high = interval(samples, confidence)
         how = method(samples)
         if name == "aucroc" and few is not None:
-            for layer in np.flatnonzero((how == EQUAL) & np.isin(value, (0, 1))):
-                low[layer], high[layer] = auc_interval(float(value[layer]), *few, confidence)
-                how[layer] = SCORE
+            for place in np.flatnonzero((how == EQUAL) & np.isin(value, (0, 1))):
+                low[place], high[place] = auc_interval(float(value[place]), *few, confidence)
+                how[place] = SCORE
         table = {"value": value, "low": low, "high": high, "interval": how, "note": notes[name]}
-        tables.append(pd.DataFrame(table).assign(metric=name, layer=np.arange(auc.shape[1])))
+        tables.append(pd.DataFrame(table).assign(metric=name, layer=layers))
     return pd.concat(tables, ignore_index=True)

@@ -108,6 +108,12 @@ def _said(part: Part, told: str, verdict: str) -> str:
     )
 
 
+def _counted(layers: Iterable[Any]) -> str:
+    """How many layers there are rows of; where numbers are left out, these have no attention."""
+    own = sorted(map(int, layers))
+    return f"{len(own)} {'attention ' * (own != list(range(len(own))))}layers"
+
+
 def flow(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """S_wp in the first third of the layers, S_pq in the last."""
     found = []
@@ -129,7 +135,7 @@ def flow(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             (wide["s_pq", "late"] - wide["s_wp", "late"]).sign,
         ]
         told = (
-            f"in the first {third} of {len(layers)} layers S_wp is {own['s_wp', 'early']} of the flow and S_pq "
+            f"in the first {third} of {_counted(layers)} S_wp is {own['s_wp', 'early']} of the flow and S_pq "
             f"{own['s_pq', 'early']}, in the last {third} S_wp is {own['s_wp', 'late']} and S_pq {own['s_pq', 'late']}."
         )
         found.append(_said(part, told, judged(signs, "S_wp early, S_pq late", part.n, 4 * third)))
@@ -196,7 +202,7 @@ def readout(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         above = [layer for layer, wide in deep.items() if (wide - guess).sign > 0]
         below = all((wide - paper).sign < 0 for wide in deep.values())
         told = (
-            f"among the {len(deep)} deepest of {count} layers, attention to the label words foretells the prediction best in layer {best}: "
+            f"among the {len(deep)} deepest of {_counted(own['layer'])}, attention to the label words foretells the prediction best in layer {best}: "
             f"AUCROC {span(own.set_index('layer').loc[best])} (.5 is guessing); "
             + (
                 f"it is surely above guessing in {len(above)} of them"

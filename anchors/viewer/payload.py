@@ -59,7 +59,7 @@ def prompt_payload(
 
     A prompt without a right answer is differentiated against the model's own prediction, and says so.
     """
-    notes = list(notes)
+    notes = [*notes, *([model.beside_attention] if model.beside_attention else [])]
     if prompt.gold is None:
         guess = int(flow(model, [replace(prompt, gold=0)]).probabilities[0].argmax())
         prompt_run = replace(prompt, gold=guess)
@@ -74,6 +74,12 @@ def prompt_payload(
         classes[position] = label
     target = prompt.roles.index("target")
     groups = flows(classes, target)
+
+    def by_layer(values: Any) -> list[float | None]:
+        """Of every layer; None where there is no attention."""
+        own = dict(zip(model.layers, map(float, values), strict=True))
+        return [own.get(layer) for layer in range(model.n_layers)]
+
     own_maps = [result.maps[layer][0].numpy()[: target + 1, : target + 1] for layer in layers]
     return {
         "name": name,
@@ -89,8 +95,7 @@ def prompt_payload(
         "edges": [edges(own, groups=groups) for own in own_maps],
         "first": [float(own[1:, 0].sum(dtype=np.float64)) for own in own_maps],
         "notes": notes,
-        REST: [float(x) for x in result.rest[0]],
-    } | {name: [float(x) for x in getattr(result.sums, name)[0]] for name in SUMS}
+    } | {name: by_layer(values[0]) for name, values in {REST: result.rest, **vars(result.sums)}.items()}
 
 
 def curves_payload(rows: pd.DataFrame) -> dict[str, Any] | None:
@@ -155,7 +160,7 @@ def page(
         >>> drawn = anchors.draw(task, data, model.tokenizer, anchors.Draw(seed=42), 2)
         >>> anchors.page(model, task, [one.prompt for one in drawn])
     """
-    every = range(model.n_layers) if layers is None else layers
+    every = model.layers if layers is None else layers
     shown = [prompt_payload(model, task, one, f"prompt {n}", every) for n, one in enumerate(prompts, 1)]
     facts = provenance(
         model=model.name, fingerprint=model.fingerprint, precision=model.precision, device=str(model.device)

@@ -137,8 +137,13 @@ class Untouched:
         return self._each(lambda group: right.answers(self.model, group.prompts))
 
     def _isolation(self) -> Numbers:
-        layers = len(self.runs()[1].patterns)
-        sides = {"first": range(right.ISOLATED), "last": range(layers - right.ISOLATED, layers)}
+        with torch.no_grad():
+            at, layers = right.places(self.model, self.ends["short"])
+        count = max(right.ISOLATED, at[0] + 1, layers - at[-1])
+        sides = {
+            "first": [call for call, layer in enumerate(at) if layer < count],
+            "last": [call for call, layer in enumerate(at) if layer >= layers - count],
+        }
         return self._each(
             lambda group: {
                 side: right.isolated(self.model, group.prompts, own) for side, own in sides.items()

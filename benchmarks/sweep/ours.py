@@ -86,7 +86,7 @@ class Toolkit:
     def maps(self) -> Numbers:
         from anchors.flow import flow
 
-        layers = range(self.lm.n_layers)
+        layers = self.lm.layers
         found = {}
         for name, prompt in zip(("short", "long"), self.ends, strict=True):
             own = flow(self.lm, [prompt], maps=layers).maps
@@ -131,10 +131,11 @@ class Toolkit:
     def isolation(self) -> Numbers:
         import anchors
 
-        found = {}
-        for shots, rows, _ in self._measured(anchors.Isolation(layers=(ISOLATED,), positions=("label",))):
+        found, ends = {}, (self.lm.layers[0] + 1, self.lm.n_layers - self.lm.layers[-1])
+        count = max(ISOLATED, *ends)  # as many as hold an attention at either end
+        for shots, rows, _ in self._measured(anchors.Isolation(layers=(count,), positions=("label",))):
             for side in ("first", "last"):
-                found[f"{shots}/{side}"] = self._probabilities(rows, f"{side}-{ISOLATED}/label")
+                found[f"{shots}/{side}"] = self._probabilities(rows, f"{side}-{count}/label")
         return found
 
     def readout(self) -> Numbers:
@@ -175,7 +176,7 @@ class Toolkit:
     def patching(self) -> Numbers:
         import anchors
 
-        layers = (0, self.lm.n_layers // 2)
+        layers = (self.lm.layers[0], self.lm.layers[len(self.lm.layers) // 2])
         found = {}
         for shots, rows, _ in self._measured(anchors.Causal(layers=layers, positions=("label",))):
             rows = rows[rows.number == 0]

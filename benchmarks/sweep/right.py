@@ -299,6 +299,16 @@ def patched(model: nn.Module, own: Asked, other: Asked, blocks: Sequence[str], o
     return found
 
 
+def places(model: nn.Module, prompt: Asked) -> tuple[list[int], int]:
+    """The layer of each attention call, counted in the model's list of layers, and how many there are. Where no layer of the list
+    goes without attention, calls are counted."""
+    names = blocks(model, prompt)
+    layers = model.get_submodule(names[0].rpartition(".")[0]) if names[0][-1:].isdigit() else ()
+    if len(set(names)) == len(names) < len(layers):
+        return [int(name.rpartition(".")[2]) for name in names], len(layers)
+    return list(range(len(names))), len(names)
+
+
 def blocks(model: nn.Module, prompt: Asked) -> list[str]:
     """The layers in which attention was called, in order."""
     with torch.no_grad():

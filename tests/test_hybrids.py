@@ -1,0 +1,114 @@
+"""Models whose layers do not all attend: true layer numbers, states carried on or prompts run whole, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from sweep import tiny
+
+from anchors.analyses.compression import Compression
+from anchors.analyses.isolation import Isolation
+from anchors.analyses.readout import Readout
+from anchors.attention.edits import isolate
+from anchors.attention.layers import attending, beside_attention, ranges
+from anchors.attention.seam import seam
+from anchors.context import answer, encode, queries
+from anchors.errors import AnchorsError
+from anchors.flow import flow
+from anchors.model.language import load
+from anchors.model.loading import without_gpu_kernels
+from anchors.study.prompted import Part, notes_on
+from anchors.study.runner import Sample, measure
+from anchors.viewer.payload import prompt_payload
+
+CARRIED = {"lfm2": True, "qwen3_next": True, "nemotron_h": True, "falcon_h1": True, "jamba": False}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tokenizer):
+    made = {}
+
+    def get(name, precision="float32"):
+        if (name, precision) not in made:
+            with without_gpu_kernels():
+                model = tiny.wide(tiny.build(name, len(tokenizer), 400))
+            made[name, precision] = load(model, tokenizer=tokenizer, device="cpu", precision=precision)
+        return made[name, precision]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_a_model_carries_on_is_found_out(hybrid, name):
+    assert hybrid(name).carries == CARRIED[name]
+
+
+def test_a_lost_state_is_noticed_in_half_precision(hybrid):
+    assert not hybrid("jamba", "bfloat16").carries
+    assert hybrid("lfm2", "bfloat16").carries
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+def test_demonstrations_under_an_edit_serve_a_batch(hybrid, make_cell, name):
+    """Each row of a batch gets them: against whole prompts of one row, edited in the same places."""
+    lm, prompts = hybrid(name), [d.prompt for d in make_cell(examples=2).prompts]
+    start, where = prompts[0].query, torch.tensor([prompts[0].label_positions])
+    edit = isolate(lm.layers, where)
+    with seam(lm.modules, edits=[edit]):
+        context = encode(lm, prompts[0].ids[:start])
+    found = answer(lm, context, queries(prompts, start, "cpu"))
+    assert (context.again is None) == CARRIED[name]
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt.ids])
+        with torch.no_grad(), seam(lm.modules, edits=[edit]):
+            whole = lm.model(input_ids=ids, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(found[row], whole, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(whole, lm.logits(ids)[0, -1], rtol=1e-2, atol=1e-2)
+
+
+def test_rows_have_the_numbers_of_the_layers(hybrid, make_cell):
+    lm, cell = hybrid("nemotron_h"), make_cell(examples=2)
+    assert (lm.layers, lm.n_layers) == ((2,), 4)
+    assert flow(lm, [cell.prompts[0].prompt], maps=[2]).sums.s_wp.shape == (1, 1)
+    rows = measure(lm, Readout(), cell.task, cell.data, Sample(shots=1, examples=2)).rows
+    assert set(rows["layer"].dropna()) == {2}
+    shown = prompt_payload(lm, cell.task, cell.prompts[0].prompt, "a prompt", lm.layers)
+    assert [value is None for value in shown["s_wp"]] == [True, True, False, True]
+    assert shown["notes"] == [lm.beside_attention]
+
+
+def test_layers_without_attention_are_refused_by_number(hybrid, make_cell):
+    lm, cell = hybrid("nemotron_h"), make_cell(examples=1)
+    with pytest.raises(AnchorsError, match=r"(?s)no attention in layers \[0\].*of which 2 attend"):
+        flow(lm, [cell.prompts[0].prompt], maps=[0])
+    with pytest.raises(AnchorsError, match=r"None of the first 2 layers .* attends"):
+        Isolation(layers=(2,)).prepare(lm, cell)
+    assert set(Isolation(layers=(3,), positions=("label",)).prepare(lm, cell)) == {
+        "none", "first-3/label", "last-3/label"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lfm2", "jamba"])
+def test_a_state_cannot_be_compressed(hybrid, make_cell, name):
+    with pytest.raises(AnchorsError, match="in which all tokens are mixed"):
+        Compression().prepare(hybrid(name), make_cell(examples=1))
+
+
+def test_notes_say_what_the_sums_leave_out(hybrid, make_cell):
+    lm, cell = hybrid("jamba"), make_cell(examples=1)
+    part = Part(Readout(), cell.task, cell.data, Sample(shots=1, examples=1))
+    notes = notes_on(lm, part, measure(lm, part.analysis, part.task, part.data, part.how))
+    assert any("in layers 0, 2" in note and "isolation leaves that path open" in note for note in notes)
+    assert any("are run again with every query" in note for note in notes)
+
+
+def test_layers_are_those_of_the_configuration():
+    config = tiny.config("granitemoehybrid", 100, 400)
+    assert attending(config) == (1, 3)
+    assert attending(tiny.config("gemma2", 100, 400)) == (0, 1, 2, 3)
+    assert beside_attention(tiny.config("llama", 100, 400)) is None
+    assert ranges((0, 1, 2, 4, 6, 7)) == "0 to 2, 4, 6, 7"
