@@ -44,8 +44,10 @@ def main() -> None:
         sys.exit("There is no CUDA device here.")
     at = args.commit or commit()
     began = time.perf_counter()
+    files = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if "needs_cuda" in f.read_text()]
     run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-n", str(min(14, os.cpu_count() or 1)), "-m", "cuda", "-p", "no:cacheprovider", *more],
+        [sys.executable, "-m", "pytest", "-q", "-n", str(min(14, os.cpu_count() or 1)), "-m", "cuda", "-p", "no:cacheprovider",
+         "--durations=8", *more, *files],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     last = ""
