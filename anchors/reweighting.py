@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anchors._names import forwarding
 from anchors.attention.edits import Edit, scale
 from anchors.attention.seam import seam
-from anchors.context import Context, encode
+from anchors.context import Context, encode, on_context
 from anchors.errors import AnchorsError, parsed
 from anchors.model.language import LanguageModel
 from anchors.model.preparation import apply, is_plain_linear, wide_products
@@ -183,10 +183,9 @@ def fit(
         again = replace(model, carries=False) if any(context.states) else model
         start, shared = (0, None) if again is not model else (len(context.ids), context)
         held = [encode(again, p.ids[start:-1], shared) for p in prompts]
-        return _train(
-            model, beta, prompts, learning_rate, epochs, batch, seed,
-            lambda i: one_token_loss(model, held[i], prompts[i], beta),
-        )  # fmt: skip
+        asked = [last(model, p) for p in prompts]
+        own = lambda i: one_token_slope(model, held[i], beta, *asked[i])  # noqa: E731
+        return _train(beta, model, prompts, learning_rate, epochs, batch, seed, own)
 
 
 def new_beta(model: LanguageModel, prompt: Prompt) -> nn.Parameter:
@@ -220,11 +219,38 @@ def one_token_loss(
 
     Inside `label_head`, so that the logits are those of the label words.
     """
-    last = torch.tensor([[prompt.ids[-1]]], device=model.device)
-    edit = _row_edit(prompt, beta, model.heads)
+    return _loss_of_last(model, before, beta, *last(model, prompt))
+
+
+def last(model: LanguageModel, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
+    """A prompt's last token [1, 1], the positions of its label words, and its right class [1]."""
+    given = [[prompt.ids[-1]]], prompt.label_positions, [prompt.gold]
+    last, columns, gold = (torch.tensor(x, device=model.device) for x in given)
+    return last, columns, gold
+
+
+def _loss_of_last(
+    model: LanguageModel, before: Context, beta: Tensor, last: Tensor, columns: Tensor, gold: Tensor
+) -> Float[Tensor, ""]:
+    """`one_token_loss`; waits for the GPU nowhere."""
+    edit = _row_edit(columns, len(before.ids) + 1, beta, model.heads)
     with torch.enable_grad(), seam(model.modules, edits=[edit]):
-        logits = model.logits_at(last, torch.zeros(1, dtype=torch.long, device=model.device), before)
-    return F.cross_entropy(_wide(logits), torch.tensor([prompt.gold], device=logits.device))
+        logits = model.logits(last, torch.zeros(1, dtype=torch.long, device=model.device), before)[:, 0]
+    return F.cross_entropy(_wide(logits), gold.to(logits.device))
+
+
+def one_token_slope(
+    model: LanguageModel, before: Context, beta: Tensor, *asked: Tensor
+) -> tuple[Float[Tensor, ""], Float[Tensor, "layers heads labels"]]:
+    """`one_token_loss` of what `last` says of an example, and its gradient in β; on CUDA one order, see `on_context`."""
+
+    def step(context: Context, beta: Tensor, *asked: Tensor) -> tuple[Tensor, Tensor]:
+        own = beta.detach().requires_grad_()
+        loss = _loss_of_last(model, context, own, *asked)
+        return loss.detach(), torch.autograd.grad(loss, own)[0]
+
+    loss, slope = on_context(model, "step", before, step, (beta.detach(), *asked))
+    return loss, slope
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -252,8 +278,12 @@ def literal_fit(
 ) -> Beta:
     """`fit` with whole prompts in every step: the twin it is compared with."""
     beta = new_beta(model, prompts[0])
-    step = lambda i: literal_loss(model, prompts[i], beta)  # noqa: E731
-    return _train(model, beta, prompts, learning_rate, epochs, batch, seed, step)
+
+    def slope(i: int) -> tuple[Tensor, Tensor]:
+        loss = literal_loss(model, prompts[i], beta)
+        return loss.detach(), torch.autograd.grad(loss, beta)[0]
+
+    return _train(beta, model, prompts, learning_rate, epochs, batch, seed, slope)
 
 
 def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
@@ -262,10 +292,14 @@ def _edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Seq
     return scale(_attending(heads), target, columns, _by_layer(beta, heads), NAME)
 
 
-def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads: Sequence[int]) -> Edit:
+def _row_edit(
+    columns: Int[Tensor, " labels"],
+    tokens: int,
+    beta: Float[Tensor, "layers heads labels"],
+    heads: Sequence[int],
+) -> Edit:
     """`_edit` where the target's row is all that is run: the rows of all layers are made at once."""
-    columns = torch.tensor(prompt.label_positions, device=beta.device)
-    ones = beta.new_ones(*beta.shape[:2], 1, len(prompt.ids))
+    ones = beta.new_ones(*beta.shape[:2], 1, tokens)
     rows = ones.index_copy(3, columns, beta.exp()[:, :, None]).unbind()
     return Edit(
         frozenset(_attending(heads)),
@@ -276,16 +310,16 @@ def _row_edit(prompt: Prompt, beta: Float[Tensor, "layers heads labels"], heads:
 
 
 def _train(
-    model: LanguageModel,
     beta: nn.Parameter,
+    model: LanguageModel,
     prompts: Sequence[Prompt],
     learning_rate: float,
     epochs: int,
     batch: int,
     seed: int,
-    loss_of: Callable[[int], Tensor],
+    slope_of: Callable[[int], tuple[Tensor, ...]],
 ) -> Beta:
-    """Adam over the examples in a seeded order, anew in every epoch."""
+    """Adam over the examples in a seeded order, anew in every epoch; `slope_of` gives an example's loss and its gradient."""
     optimiser = torch.optim.Adam([beta], lr=learning_rate)
     rng = stream(Stream.TRAINING_ORDER, seed)
     losses = []
@@ -293,14 +327,11 @@ def _train(
         order = rng.permutation(len(prompts))
         seen = []
         for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            optimiser.zero_grad()
-            for i in part:
-                loss = loss_of(int(i))
-                (loss / len(part)).backward()
-                seen.append(float(loss.detach()))
+            found = [slope_of(int(i)) for i in order[start : start + batch]]
+            beta.grad = torch.stack([slope for _, slope in found]).mean(0)
+            seen += [loss for loss, _ in found]
             optimiser.step()
-        losses.append(float(np.mean(seen)))
+        losses.append(float(np.mean(torch.stack(seen).tolist())))
     if not np.isfinite(losses).all() or not torch.isfinite(beta).all():
         raise AnchorsError(
             f"The training of β diverged: losses {[round(x, 3) for x in losses]}.",

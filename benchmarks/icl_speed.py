@@ -7,7 +7,7 @@ batches on their cache (`Classification`); the plain way runs every whole prompt
 demonstrations is ours. "error" is the largest difference of a label probability.
 
 reweight: one training step of β (loss, backward, Adam) at batch 1. Ours runs the last token on the cache of
-everything before it (`one_token_loss`), the plain way the whole prompt (`literal_loss`). Both train a β of their own
+everything before it (`one_token_slope`), the plain way the whole prompt (`literal_loss`). Both train a β of their own
 on the same examples in the same order; "error" is the largest difference of the two β after --steps steps.
 "cache_ms" is what an example costs once, its share of the demonstrations included, "break_even" the number of steps
 per example after which that is earned back.
@@ -31,8 +31,10 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from flow_speed import SHAPES, make_model
 from torch import Tensor, nn
 
 import anchors
@@ -40,9 +42,9 @@ from anchors.analyses.classification import Classification
 from anchors.analyses.compression import Speed
 from anchors.context import answer, encode, queries
 from anchors.icl import label_probabilities
-from anchors.model.language import LanguageModel
+from anchors.model.language import DTYPES, LanguageModel, prepare
 from anchors.model.routed import seconds
-from anchors.reweighting import label_head, literal_loss, new_beta, one_token_loss, training_prompts
+from anchors.reweighting import label_head, last, literal_loss, new_beta, one_token_slope, training_prompts
 from anchors.study.runner import Cell, batches
 from anchors.tasks.drawing import Draw, Drawn, draw
 from anchors.tasks.prompts import Prompt
@@ -67,10 +69,10 @@ def make_cell(model: LanguageModel, task_name: str, arguments: argparse.Namespac
     return Cell(task, data, how, tuple(drawn), Path(tempfile.gettempdir()))
 
 
-def runner_batches(model: LanguageModel, analysis: object, cell: Cell) -> list[list[Drawn]]:
+def runner_batches(model: LanguageModel, analysis: object, cell: Cell, size: int | None) -> list[list[Drawn]]:
     """The prompts in the batches in which the runner would measure them."""
     units = {(cell.how.seed, i): d for i, d in enumerate(cell.prompts)}
-    return [[units[u] for u in part] for part in batches(model, analysis, units, list(units), None)]
+    return [[units[u] for u in part] for part in batches(model, analysis, units, list(units), size)]
 
 
 def plain_probabilities(model: LanguageModel, prompt: Prompt) -> Tensor:
@@ -89,7 +91,7 @@ def shared(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     once = statistics.median(
         timed(lambda: analysis.prepare(model, cell), model)[0] for _ in range(arguments.repeats)
     )
-    parts = runner_batches(model, analysis, cell)
+    parts = runner_batches(model, analysis, cell, arguments.batch)
     ours = plain = error = 0.0
     for part in parts:
         prompts = [d.prompt for d in part]
@@ -119,59 +121,61 @@ def shared(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
-def trainable(model: LanguageModel, prompt: Prompt) -> tuple[nn.Parameter, torch.optim.Adam]:
-    beta = new_beta(model, prompt)
-    return beta, torch.optim.Adam([beta], lr=0.01)
+class Trained(NamedTuple):
+    beta: nn.Parameter
+    optimiser: torch.optim.Adam
 
-
-def step(loss_of: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> None:
-    optimiser.zero_grad()
-    loss_of().backward()
-    optimiser.step()
+    @classmethod
+    def of(cls, model: LanguageModel, prompt: Prompt) -> "Trained":
+        beta = new_beta(model, prompt)
+        return cls(beta, torch.optim.Adam([beta], lr=0.01))
 
 
 def reweight(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
+    """In two rounds of many steps each: while the head is cut for ours, the whole prompt cannot be asked."""
     cell = make_cell(model, "agnews", arguments)
     prompts = training_prompts(model, cell, per_class=4)
     label_ids, start = prompts[0].label_ids, prompts[0].query
     encode(model, prompts[0].ids[:start])
     once, context = timed(lambda: encode(model, prompts[0].ids[:start]), model)
     with label_head(model, label_ids):
-        encoded = [
-            timed(lambda: encode(model, p.ids[start:-1], context), model) for p in prompts[: arguments.steps]
-        ]
+        encoded = [timed(lambda: encode(model, p.ids[start:-1], context), model) for p in prompts]
     cache = once / len(prompts) + statistics.median(t for t, _ in encoded)
 
-    def ours_of(number: int, beta: Tensor) -> Tensor:
-        return one_token_loss(model, encoded[number][1], prompts[number], beta)
+    def literal_slope(number: int, beta: nn.Parameter) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(literal_loss(model, prompts[number], beta), beta)
 
-    warm, warm_optimiser = trainable(model, prompts[0])
-    with label_head(model, label_ids):
-        step(lambda: ours_of(0, warm), warm_optimiser)
-    step(lambda: literal_loss(model, prompts[0], warm), warm_optimiser)
-    ours, our_optimiser = trainable(model, prompts[0])
-    plain, plain_optimiser = trainable(model, prompts[0])
-    taken: list[tuple[float, float]] = []
-    for i in range(arguments.steps):
-        n = i % len(encoded)
-        literal = seconds(
-            lambda: step(lambda: literal_loss(model, prompts[n], plain), plain_optimiser), model
-        )
+    def fast_slope(number: int, beta: nn.Parameter) -> tuple[Tensor, ...]:
+        return one_token_slope(model, encoded[number][1], beta, *last(model, prompts[number]))[1:]
+
+    def step(slope: Callable[[int, nn.Parameter], tuple[Tensor, ...]], number: int, side: Trained) -> float:
+        def run() -> None:
+            (side.beta.grad,) = slope(number, side.beta)
+            side.optimiser.step()
+
+        return seconds(run, model)
+
+    order = [i % len(prompts) for i in range(arguments.steps)]
+    ours, plain = Trained.of(model, prompts[0]), Trained.of(model, prompts[0])
+    fast: list[float] = []
+    literal: list[float] = []
+    for part in (order[: len(order) // 2], order[len(order) // 2 :]):
         with label_head(model, label_ids):
-            fast = seconds(lambda: step(lambda: ours_of(n, ours), our_optimiser), model)
-        taken.append((fast, literal))
-    ours_ms, plain_ms = (1e3 * statistics.median(side) for side in zip(*taken, strict=True))
+            fast += [step(fast_slope, n, ours) for n in part]
+        literal += [step(literal_slope, n, plain) for n in part]
+    ours_ms, plain_ms = 1e3 * statistics.median(fast), 1e3 * statistics.median(literal)
     return [
         {
             "task": cell.task.name,
-            "T": statistics.mean(len(p.ids) for p in prompts[: len(encoded)]),
-            "T_min": min(len(p.ids) for p in prompts[: len(encoded)]),
+            "T": statistics.mean(len(p.ids) for p in prompts),
+            "T_min": min(len(p.ids) for p in prompts),
             "steps": arguments.steps,
             "plain_ms": plain_ms,
             "ours_ms": ours_ms,
+            "ours_mean_ms": 1e3 * statistics.mean(fast[1:]),
             "faster": plain_ms / ours_ms,
-            "error": float((ours - plain).detach().abs().max()),
-            "largest_beta": float(plain.detach().abs().max()),
+            "error": float((ours.beta - plain.beta).detach().abs().max()),
+            "largest_beta": float(plain.beta.detach().abs().max()),
             "cache_ms": 1e3 * cache,
             "break_even": 1e3 * cache / (plain_ms - ours_ms),
         }
@@ -187,7 +191,7 @@ def compress(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
         of_seed = {r.metric: r.value for r in analysis.once(model, state, cell)}
         taken: dict[str, list[float]] = {"none": [], "hidden_anchor": []}
         loyal = error = 0.0
-        for part in runner_batches(model, analysis, cell):
+        for part in runner_batches(model, analysis, cell, arguments.batch):
             for own in analysis.measure(model, state, cell.task, part):
                 for record in own:
                     taken[record.condition].append(record.value)
@@ -251,6 +255,12 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", help="as for `anchors flow`; default SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="random weights of this shape, with that model's tokenizer"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="inputs in a batch of `shared`; default as the runner chooses"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--data", help="as for `anchors flow`; default the built-in sets")
@@ -266,6 +276,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = anchors.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    if arguments.shape:
+        net = make_model(arguments.shape, arguments.device, 1024, DTYPES[model.precision], 1.0)
+        model = prepare(net, model.tokenizer, arguments.shape, model.precision)
     print(f"{model.name}, {model.precision} on {model.device}, {torch.get_num_threads()} threads")
     found = {}
     for name in arguments.parts:

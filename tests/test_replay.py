@@ -10,13 +10,16 @@ from common import apart
 from families import DENSE, make
 from gpu import needs_cuda
 
+from anchors import context as contexts
 from anchors.attention import call as attention_call
+from anchors.context import answer, encode, queries
 from anchors.flow import saliency
 from anchors.flow.saliency import Flow, flow, literal_flow
 from anchors.model.language import LanguageModel, load
 from anchors.model.memory import kept
 from anchors.model.recompute import blocks_of, recomputing
-from anchors.model.replay import State
+from anchors.model.replay import State, replays_of
+from anchors.reweighting import fit
 from anchors.tasks.prompts import Prompt
 
 TILED = {"gemma2_softcap_window", "gpt_oss_sinks"}
@@ -149,6 +152,37 @@ def test_recorded_passes_are_the_pass(family, tokenizer, prompts, monkeypatch) -
         patch.setattr(saliency, "TOKENS", 0)
         own = numbers(flow(lm, [other], maps=[0]))
     assert max(map(apart, numbers(flow(lm, [other], maps=[0])), own)) < 1e-6
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", DENSE)
+def test_recorded_answers_on_a_context_are_the_answers(family, tokenizer, make_cell, monkeypatch) -> None:
+    lm = on_cuda(family, tokenizer, "float32")
+    asked = [drawn.prompt for drawn in make_cell(examples=3).prompts]
+    shared = asked[0].query
+    context = encode(lm, asked[0].ids[:shared])
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "_replayable", lambda *_: False)
+        plain = [answer(lm, context, queries([p], shared, lm.device)) for p in asked]
+    for _ in range(4):
+        found = [answer(lm, context, queries([p], shared, lm.device)) for p in asked]
+    assert max(map(apart, found, plain)) < 1e-5
+    assert family in TILED or not context.plain or replays_of(lm.model).recorded
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", DENSE)
+def test_recorded_steps_of_re_weighting_are_the_steps(family, tokenizer, make_cell, monkeypatch) -> None:
+    lm = on_cuda(family, tokenizer, "float32")
+    asked = [drawn.prompt for drawn in make_cell(examples=3).prompts]
+    context = encode(lm, asked[0].ids[: asked[0].query])
+    found = fit(lm, context, asked, epochs=5)
+    recorded = replays_of(lm.model).recorded
+    monkeypatch.setattr(contexts, "_replayable", lambda *_: False)
+    plain = fit(lm, context, asked, epochs=5)
+    assert plain.beta.abs().max() > 1e-3
+    assert apart(found.beta, plain.beta) < 1e-4
+    assert recorded or not context.plain
 
 
 @needs_cuda

@@ -329,6 +329,11 @@ def editing() -> tuple[Edit, ...]:
     return () if session is None else tuple(session.edits)
 
 
+def idle() -> bool:
+    """Whether no seam is open."""
+    return _active.get() is None
+
+
 def _numbered(modules: Sequence[nn.Module | None]) -> dict[nn.Module, int]:
     return {module: layer for layer, module in enumerate(modules) if module is not None}
 

@@ -47,8 +47,7 @@ class _Record:
         torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
 
