@@ -130,17 +130,26 @@ def one(arguments: argparse.Namespace, verb: str, length: int, pipe: Any) -> Non
         asked = time.perf_counter() - began
         with Watch(lm, told.peak.weights if told.peak else 0) as watch:
             measure(lm, analysis, task, data, part.how, out=out / "measured")
+        with Watch(lm, 0) as again:  # kernels are compiled by now, and nothing else differs
+            measure(lm, analysis, task, data, part.how, out=out / "again")
         counted = None
         if arguments.flop:
             with FlopCounterMode(display=False) as counter:
                 measure(lm, analysis, task, data, part.how, out=out / "counted")
             counted = counter.get_total_flops()
     taken = watch.cpu / torch.get_num_threads() if arguments.busy else watch.wall
-    pipe.send(row(verb, lm, told, asked, taken, watch.peak, counted))
+    pipe.send(row(verb, lm, told, asked, taken, again.wall, watch.peak, counted))
 
 
 def row(
-    verb: str, lm: LanguageModel, told: Outlook, asked: float, taken: float, peak: int, counted: int | None
+    verb: str,
+    lm: LanguageModel,
+    told: Outlook,
+    asked: float,
+    taken: float,
+    again: float,
+    peak: int,
+    counted: int | None,
 ) -> dict[str, Any]:
     weights = told.peak.weights if told.peak else 0
     return {
@@ -149,6 +158,7 @@ def row(
         "dry_run_s": asked,
         "s_told": told.seconds, "s": taken,
         "s_ratio": (told.seconds or 0) / taken,
+        "s_again": again, "again_ratio": (told.seconds or 0) / again,
         "TFLOP_told": (told.flop or 0) / 1e12, "TFLOP": (counted or 0) / 1e12,
         "flop_ratio": (told.flop or 0) / counted if counted else None,
         "GB_told": told.memory / 1e9, "GB": peak / 1e9, "GB_ratio": told.memory / peak,

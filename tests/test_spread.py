@@ -66,11 +66,12 @@ def test_two_cards(saved: Path, study: Analysis) -> None:
 
 
 def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    """Metric by metric, by the size of its values. A share of a difference of logits has more of their rounding."""
+    """Metric by metric, by the size of its values; the certificate's own error is nothing but rounding."""
     assert len(one) == len(other) > 0
     for name in one.columns:
         if one[name].dtype.kind != "f":
             assert list(one[name]) == list(other[name]), name
-    for metric, a in one.groupby("metric")["value"]:
+    for metric, a in one[one["metric"] != "identity_error"].groupby("metric")["value"]:
         apart = float((a - other.loc[a.index, "value"]).abs().max() / a.abs().max())
-        assert not apart > (1e-4 if metric in ("follow", "shift") else 1e-5), (metric, apart)
+        allowed = 1e-4 if metric in ("follow", "shift") else 1e-5  # shares of a difference of logits
+        assert not apart > allowed, (metric, apart)
