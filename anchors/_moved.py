@@ -55,7 +55,7 @@ MODULES = {
     "anchors.nsa.probe_report": "anchors.nsa.probing.report",
     "anchors.nsa.probe_tables": "anchors.nsa.probing.tables",
     "anchors.nsa.probe_taps": "anchors.nsa.probing.taps",
-    "anchors.nsa.team": "anchors.nsa.training.team",
+    "anchors.nsa.team": "anchors.training",
     "anchors.nsa.timing": "anchors.nsa.speed.timing",
     "anchors.nsa.train": "anchors.nsa.training.train",
     "anchors.nsa.vocabulary": "anchors.nsa.training.vocabulary",
@@ -114,6 +114,9 @@ NAMES = {
     "anchors.injection.demo.scales": {"Tower": "anchors.injection.demo.scales:TowerSize"},
     "anchors.injection.demo.suite_files": {"Example": "anchors.injection.demo.suite_files:HeldOut"},
     "anchors.injection.demo.world": {"Task": "anchors.injection.demo.world:QuestionKind"},
+    "anchors.injection.demo.training": dict.fromkeys(
+        ("answer_loss", "fit"), "anchors.injection.demo.formerly"
+    ),
     "anchors.injection.embeddings": {"Rows": "anchors.injection.merging.embeddings:SharedRows"},
     "anchors.injection.sweep": {"World": "anchors.injection.sweeping.sweep:SweepModels"},
     "anchors.models": {"fuse_gelu": "anchors.formerly"},

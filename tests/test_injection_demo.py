@@ -25,7 +25,7 @@ from anchors.injection.demo.pictures import HELD_OUT, drawn, pictures
 from anchors.injection.demo.prompts import IGNORED, Encoder, drawn_rows
 from anchors.injection.demo.scales import LARGE, SCALES, TINY, Scale, Stage, TowerSize
 from anchors.injection.demo.suite_files import SCENARIOS, examples
-from anchors.injection.demo.training import all_patches, answer_logits, answer_loss, pixel_values
+from anchors.injection.demo.training import all_patches, answer_logits, answer_sums, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
 from anchors.injection.demo.world import SKILLS, Scene, world
 from anchors.pace import Interrupted
@@ -255,10 +255,10 @@ class TestBuild:
         def ended(*given: object) -> torch.Tensor:
             if next(losses) == 5:  # two steps each of base and projector, and the first one of the VLM
                 signal.raise_signal(signal.SIGTERM)
-            return answer_loss(*given)
+            return answer_sums(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(build, "answer_loss", ended)
+            patch.setattr(build, "answer_sums", ended)
             with pytest.raises(Interrupted, match="step 1 of 2 of this stage is kept"):
                 Builder(broken, scale, 5, CPU).build()
         assert (broken / "unfinished-vlm.safetensors").is_file()

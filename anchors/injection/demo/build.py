@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,17 @@ from anchors.injection.demo.suite_files import HeldOut, examples, write_suite
 from anchors.injection.demo.training import (
     Classifier,
     all_patches,
-    answer_loss,
+    answer_sums,
     batches,
     facts_of,
-    fit,
+    fit_stage,
     patches,
     right,
 )
 from anchors.injection.demo.world import SKILLS, QuestionKind, World, world
 from anchors.pace import Interrupted
 from anchors.study.results import provenance, require_writable, write_atomic, writing
+from anchors.training import Team, arithmetic
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps of all stages)."""
@@ -77,6 +78,7 @@ class Builder:
         upper: whether the upper bounds are trained, too.
         questions: whether the base learns the caption and the vision questions, in text, before it gets eyes. Without,
             the projector has to teach them, and becomes a prompt that no injection can overrule.
+        several: the processes that train it together, of which the first one writes; by default there is just this one.
     """
 
     folder: Path
@@ -86,6 +88,11 @@ class Builder:
     base: str | None = None
     upper: bool = True
     questions: bool = True
+    several: Team | None = None
+
+    @cached_property
+    def team(self) -> Team:
+        return self.several or Team(self.device)
 
     @cached_property
     def world(self) -> World:
@@ -130,7 +137,8 @@ class Builder:
         Raises:
             AnchorsError: the folder holds another demonstration, or cannot be written.
         """
-        require_writable(self.folder)
+        if self.team.main:
+            require_writable(self.folder)
         self._check()
         stages = self.stages()
         total, before = sum(steps for steps, _ in stages.values()), 0
@@ -143,6 +151,7 @@ class Builder:
 
             told(0)
             built[name] = self._stage(name, make, told)
+            self.team.wait()
             told(steps)
             before += steps
         return built
@@ -151,6 +160,7 @@ class Builder:
         """A stage's folder appears whole, or not at all."""
         target = self.folder / name
         mark = target / MARK
+        self.team.demand_same(int(mark.is_file()), f"stages of {str(self.folder)!r}")
         if mark.is_file():
             facts = _facts(mark)
             # A suite written before there were upper bounds does not name them.
@@ -162,8 +172,9 @@ class Builder:
                 "Choose another --out.",
                 code="would-overwrite",
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+        if self.team.main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent if self.team.main else None, prefix=".draft-"))
         wall, cpu = time.perf_counter(), time.process_time()
         # A stage's random numbers are its own, whichever stages ran before it.
         with torch.random.fork_rng(devices=[]):
@@ -175,21 +186,31 @@ class Builder:
                         "seconds": round(time.perf_counter() - wall, 1),
                         "cpu_seconds": round(time.process_time() - cpu, 1),
                     }
-                    (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-                    self._claim()
-                    if target.exists():
-                        shutil.rmtree(target)
-                    draft.chmod(0o755)  # mkdtemp makes private folders
-                    draft.rename(target)
-                    # Of this stage, or of one that was made from another one of these.
-                    for path in self.folder.glob(self._unfinished("*").name):
-                        path.unlink()
+                    if self.team.main:
+                        self._publish(draft, target, facts)
             except Interrupted:
                 self._claim()
                 raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return Built(target, facts)
+
+    def _publish(self, draft: Path, target: Path, facts: dict[str, Any]) -> None:
+        """Give a stage its name."""
+        (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        self._claim()
+        if target.exists():
+            shutil.rmtree(target)
+        draft.chmod(0o755)  # mkdtemp makes private folders
+        draft.rename(target)
+        # Of this stage, or of one that was made from another one of these.
+        for path in self.folder.glob(self._unfinished("*").name):
+            path.unlink()
+
+    def _saved(self, draft: Path, *parts: Any) -> None:
+        """Models and what belongs to them, as others load them."""
+        for part in parts if self.team.main else ():
+            part.save_pretrained(draft)
 
     def _unfinished(self, name: str) -> Path:
         """What is kept of a stage that a signal ended."""
@@ -205,7 +226,7 @@ class Builder:
     def _claim(self) -> None:
         """Write down what this demonstration is, once there is something of it."""
         path = self.folder / "demo.json"
-        if not path.is_file():
+        if self.team.main and not path.is_file():
             text = json.dumps(provenance(**self._identity), indent=1) + "\n"
             write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
@@ -251,15 +272,17 @@ class Builder:
         pools: list[Prompts],
         told: Callable[[int], None],
         features: Tensor | None = None,
-    ) -> None:
+    ) -> list[float]:
+        """Returns the loss as it fell."""
         chosen = {id(p) for own, _ in groups for p in own}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        draw = batches(pools, stage, self._seed(name, "batches"))
+        draw = batches(pools, stage, self._seed(name, "batches"), self.team)
         model.train()
-        losses = lambda step: answer_loss(model, draw(step), features)  # noqa: E731
-        fit(groups, losses, stage, self.scale, told, self._unfinished(name))
+        sums = lambda step: answer_sums(model, draw(step), features)  # noqa: E731
+        loss = fit_stage(groups, sums, stage, self.scale, told, self._unfinished(name), self.team)
         model.eval()
+        return loss
 
     def _accuracy(self, model: PreTrainedModel, encoder: Encoder, *scenarios: str) -> dict[str, float]:
         """Exact match on the test examples; a language model is asked about the words."""
@@ -305,13 +328,13 @@ class Builder:
             model = models.new_language_model(self.scale, tokenizer, context=256)
         model.to(self.device).eval()
         encoder = Encoder(self.world, tokenizer)
+        loss = []
         if self._lessons:
             pools = self._pools("base", encoder, self._lessons, seen=False)
             groups = [(list(model.parameters()), self.scale.base.lr)]
-            self._train("base", model, groups, self.scale.base, pools, told)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        return {"text": self._accuracy(model, encoder, "vision", *SKILLS)}
+            loss = self._train("base", model, groups, self.scale.base, pools, told)
+        self._saved(draft, model, tokenizer)
+        return {"text": self._accuracy(model, encoder, "vision", *SKILLS), "loss": loss}
 
     def _vision(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """The vision tower learns to tell number, shape and colour."""
@@ -322,25 +345,26 @@ class Builder:
         pixels = torch.from_numpy(self.pictures.pixels).to(self.device)
         classes, stage = classes.to(self.device), self.scale.classify
         generator = torch.Generator().manual_seed(self._seed("vision", "batches"))
-        rows = train[torch.randint(len(train), (stage.steps, stage.items), generator=generator)].to(
-            self.device
-        )
+        drawn = torch.randint(len(train), (stage.steps, stage.items), generator=generator)
+        rows = train[drawn[:, self.team.share(stage.items)]].to(self.device)
 
-        def loss(step: int) -> Tensor:
-            read = reader(patches(tower, pixels[rows[step]]))
+        def sums(step: int) -> Tensor:
             wanted = classes[rows[step]]
-            return reduce(
-                torch.add, [F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read)]
-            )
+            with arithmetic(self.device):
+                read = reader(patches(tower, pixels[rows[step]]))
+            losses = [
+                F.cross_entropy(own.float(), wanted[:, i], reduction="sum") for i, own in enumerate(read)
+            ]
+            return torch.stack([sum(losses), torch.tensor(len(wanted), device=self.device)])
 
         groups = [([*tower.parameters(), *reader.parameters()], stage.lr)]
-        fit(groups, loss, stage, self.scale, told, self._unfinished("vision"))
-        tower.eval().save_pretrained(draft)
+        loss = fit_stage(groups, sums, stage, self.scale, told, self._unfinished("vision"), self.team)
+        self._saved(draft, tower.eval())
         test = torch.tensor(self.pictures.of("test"), device=self.device)
         with torch.no_grad():
             read = reader(patches(tower, pixels[test]))
         hits = torch.stack([own.argmax(-1) == classes[test][:, i] for i, own in enumerate(read)])
-        return {"classified": round(float(hits.all(0).float().mean()), 4)}
+        return {"classified": round(float(hits.all(0).float().mean()), 4), "loss": loss}
 
     def _projector(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """The projector learns to speak to a language model that stays as it is."""
@@ -351,9 +375,9 @@ class Builder:
         encoder = self._seeing(model, processor)
         groups = [(list(model.model.multi_modal_projector.parameters()), self.scale.project.lr)]
         pools = self._pools("projector", encoder, self._plain, seen=True)
-        self._train("projector", model, groups, self.scale.project, pools, told, self.features)
+        loss = self._train("projector", model, groups, self.scale.project, pools, told, self.features)
         save_file(model.model.multi_modal_projector.state_dict(), draft / "projector.safetensors")
-        return {"seen": self._accuracy(model, encoder, "vision")}
+        return {"seen": self._accuracy(model, encoder, "vision"), "loss": loss}
 
     def _vlm(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """Projector and language tower together, gently."""
@@ -365,12 +389,10 @@ class Builder:
         model.to(self.device)
         encoder = self._seeing(model, processor)
         pools = self._pools("vlm", encoder, self._plain, seen=True)
-        self._train(
-            "vlm", model, self._both(model, self.scale.gentle), self.scale.gentle, pools, told, self.features
-        )
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
-        return {"seen": self._accuracy(model, encoder, "vision", *SKILLS)}
+        groups, stage = self._both(model, self.scale.gentle), self.scale.gentle
+        loss = self._train("vlm", model, groups, stage, pools, told, self.features)
+        self._saved(draft, model, processor)
+        return {"seen": self._accuracy(model, encoder, "vision", *SKILLS), "loss": loss}
 
     def _expert(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """A skill, from texts only."""
@@ -378,10 +400,9 @@ class Builder:
         encoder = Encoder(self.world, tokenizer)
         pools = self._pools(skill, encoder, self._mixed(skill, self.scale.replay), seen=False)
         stage = self.scale.experts[skill]
-        self._train(skill, model, [(list(model.parameters()), stage.lr)], stage, pools, told)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        return {"text": self._accuracy(model, encoder, skill, "vision")}
+        loss = self._train(skill, model, [(list(model.parameters()), stage.lr)], stage, pools, told)
+        self._saved(draft, model, tokenizer)
+        return {"text": self._accuracy(model, encoder, skill, "vision"), "loss": loss}
 
     def _upper(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """What training on pictures with the skill would reach."""
@@ -391,10 +412,9 @@ class Builder:
             f"upper-{skill}", encoder, self._mixed(skill, self.scale.vision_replay), seen=True
         )
         groups = self._both(model, self.scale.upper)
-        self._train(f"upper-{skill}", model, groups, self.scale.upper, pools, told, self.features)
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
-        return {"seen": self._accuracy(model, encoder, skill, "vision")}
+        loss = self._train(f"upper-{skill}", model, groups, self.scale.upper, pools, told, self.features)
+        self._saved(draft, model, processor)
+        return {"seen": self._accuracy(model, encoder, skill, "vision"), "loss": loss}
 
     def _suite(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         found: dict[str, Any] = {

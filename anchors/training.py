@@ -1,0 +1,349 @@
+"""Train step by step: one loop for whatever is trained here, in one process or in several, that goes on where it was broken off.
+
+A loss is made of sums over the rows of a batch. Several processes take a share of the rows each; the sums are added up
+before a mean is taken of them, so that the gradient is that of the whole batch, however unequal the shares are.
+`accelerate launch` or `torchrun` starts them, and accelerate says which device is whose; torch averages the gradients.
+Of accelerate's own checkpoints none is written or read: they are pickles.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from anchors.errors import AnchorsError, brief
+from anchors.model.routed import placed
+from anchors.pace import Interrupted, between_steps
+from anchors.study.results import write_atomic
+
+log = logging.getLogger(__name__)
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def arithmetic(device: torch.device) -> AbstractContextManager:
+    """bf16 products on CUDA; the weights stay float32."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+class Team:
+    """The processes of a training; here just this one.
+
+    Attributes:
+        device: of this process.
+        rank: which one this is; the first one writes.
+        size: how many there are.
+    """
+
+    rank, size = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @staticmethod
+    def made(device: str) -> "Team":
+        """One process, or those of `accelerate launch` or `torchrun`.
+
+        Args:
+            device: auto, cpu, cuda, cuda:1, mps; of several processes each has its own card, or all have the CPU.
+
+        Raises:
+            AnchorsError: there is no such device here; it is one card for several processes; accelerate is not installed.
+        """
+        where = placed(device, "auto")[0]
+        return Several(where) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team(where)
+
+    @property
+    def name(self) -> str:
+        """What the device is called."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of the rows of a batch are this process's.
+
+        Raises:
+            AnchorsError: there are fewer than processes.
+        """
+        if count < self.size:
+            raise AnchorsError(
+                f"A batch of {count} cannot be divided among {self.size} processes.",
+                f"Start at most {count}.",
+                code="option-value",
+            )
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose gradients are means over all processes."""
+        return model
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return own
+
+    def wait(self) -> None:
+        """Until all are here."""
+
+    def demand_same(self, number: int, what: str) -> None:
+        """Raises:
+        AnchorsError: the processes have different numbers: they would do different things, and wait for each other for ever.
+        """
+        added, squares = self.total(torch.tensor([number, number**2], device=self.device)).tolist()
+        if squares * self.size != added**2:
+            raise AnchorsError(
+                f"The processes do not see the same {what}: {number} here.",
+                "Give a folder that all machines share.",
+                code="other-run",
+            )
+
+    def ending(self, number: int, waiting: bool) -> int:
+        """The signal that ends a training after this step, 0 for none; several processes agree where they wait anyway."""
+        return number
+
+
+class Several(Team):
+    """Processes that a launcher started."""
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from accelerate import PartialState
+            from accelerate.utils import parse_flag_from_env
+        except ImportError as error:
+            raise AnchorsError(
+                "Several processes need accelerate.",
+                "pip install 'label-anchors[train]', or start just one.",
+                code="package",
+            ) from error
+        if device.index is not None:
+            raise AnchorsError(
+                f"{os.environ['WORLD_SIZE']} processes cannot all train on {device}.",
+                "Leave --device out: each has its own card; CUDA_VISIBLE_DEVICES chooses which there are.",
+                code="device",
+            )
+        # Only where they are and which device is whose: precision, sharding and compiling are no business of a launcher's here.
+        self.state = PartialState(cpu=device.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        super().__init__(self.state.device)
+        self.rank, self.size = self.state.process_index, self.state.num_processes
+        if self.size != int(os.environ["WORLD_SIZE"]):
+            raise AnchorsError(
+                f"{os.environ['WORLD_SIZE']} processes were started, but they do not find each other.",
+                "Start them with `accelerate launch` or `torchrun`.",
+                code="device",
+            )
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(
+            model, [self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    def total(self, own: Tensor) -> Tensor:
+        found = own.clone()
+        torch.distributed.all_reduce(found)
+        return found
+
+    def wait(self) -> None:
+        self.state.wait_for_everyone()
+
+    def ending(self, number: int, waiting: bool) -> int:
+        asked = waiting and self.total(torch.tensor(float(number), device=self.device)) > 0
+        return (number or signal.SIGTERM) if asked else 0
+
+
+@dataclass(frozen=True)
+class State:
+    """From where a training goes on: weights, moments, steps done, in one file and so of one moment. No pickle.
+
+    Attributes:
+        path: of the file.
+        parameters: what is trained, by name.
+        optimizer: over all of them.
+        mend: what to try when the training diverges.
+    """
+
+    path: Path
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: AdamW
+    mend: str
+
+    def restore(self) -> tuple[int, Float[Tensor, "unseen sums"]]:
+        """Put weights and moments back; returns the steps done, and of the last of them the sums that were kept with them.
+
+        Without a file these are 0 and none.
+
+        Raises:
+            AnchorsError: the file cannot be read, or does not fit the model.
+        """
+        if not self.path.is_file():
+            return 0, torch.zeros(0, 1)
+        fused = self.optimizer.param_groups[0]["fused"]
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file, torch.no_grad():
+                step = int(file.metadata()["step"])
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(file.get_tensor(f"weight/{name}"))
+                    self.optimizer.state[parameter] = {
+                        # A fused optimizer counts steps on the device.
+                        "step": torch.tensor(float(step), device=parameter.device if fused else "cpu"),
+                        "exp_avg": file.get_tensor(f"first/{name}").to(parameter.device),
+                        "exp_avg_sq": file.get_tensor(f"second/{name}").to(parameter.device),
+                    }
+                return step, file.get_tensor("unlogged") if "unlogged" in file.keys() else torch.zeros(0, 1)  # noqa: SIM118 - not a dict
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise AnchorsError(
+                f"The checkpoint {str(self.path)!r} cannot be used: {brief(error)}.",
+                "Delete it: what it is of begins again.",
+                code="file-unreadable",
+            ) from error
+
+    def save(self, step: int, unseen: list[Tensor]) -> None:
+        """Write all that it takes to go on after a step.
+
+        Raises:
+            AnchorsError: the file cannot be written.
+        """
+        tensors = {"unlogged": torch.stack(unseen)} if unseen else {}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"weight/{name}": parameter.detach(), f"first/{name}": moments["exp_avg"]}
+            tensors[f"second/{name}"] = moments["exp_avg_sq"]
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        write_atomic(self.path, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
+
+    def demand_finite(self, values: Float[np.ndarray, "steps sums"], first: int) -> None:
+        """Refuse sums that are no numbers, of steps after the first ones."""
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(bad):
+            raise self._diverged("Loss or gradient is not finite", first + int(bad[0]) + 1)
+
+    def demand_sound(self, step: int) -> None:
+        """Refuse weights that are no numbers, or so large that their squares are infinite."""
+        if not all(
+            float(p.detach().abs().amax()) < LARGEST**0.5 for p in self.parameters.values() if p.numel()
+        ):
+            raise self._diverged("Weights are not finite, or huge,", step)
+
+    @contextmanager
+    def diverging(self, step: int) -> Generator[None]:
+        """A model that ran before refuses only numbers that are none, and cannot know that a learning rate is behind them."""
+        try:
+            yield
+        except AnchorsError as error:
+            raise self._diverged("The model's own numbers are not finite", step) from error
+
+    def _diverged(self, what: str, step: int) -> AnchorsError:
+        kept = "The last checkpoint is kept" if self.path.is_file() else "There is no checkpoint yet"
+        return AnchorsError(
+            f"The training diverged. {what} at step {step}.", f"{kept}; {self.mend}.", code="diverged"
+        )
+
+
+class _Sums(nn.Module):
+    """A step's sums as the forward pass of a module, which is where several processes put their hooks."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], sums: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.own, self.sums = nn.ParameterList(parameters), sums
+
+    def forward(self, step: int) -> Tensor:
+        return self.sums(step)
+
+
+def take_steps(
+    state: State,
+    sums: Callable[[int], Float[Tensor, " sums"]],
+    loss: Callable[[Float[Tensor, " sums"], Float[Tensor, " sums"]], Float[Tensor, ""]],
+    rates: Callable[[int], Iterable[float]],
+    *,
+    steps: int,
+    clip: float,
+    team: Team,
+    start: tuple[int, Tensor],
+    due: Callable[[int], bool],
+    look: Callable[[int, Float[np.ndarray, "since sums+1"], float], None],
+    save: int,
+    keep: Callable[[int, list[Tensor]], None],
+    told: Callable[[int], object],
+    kept: str = "step {} of {} is kept",
+) -> None:
+    """Take the steps that are left.
+
+    SIGINT and SIGTERM end it after the step that it is in, with a checkpoint of that step; of several processes after the
+    next look.
+
+    Args:
+        state: what is trained.
+        sums: of a step, over this process's rows.
+        loss: from the sums of this process, with their gradient, and those of all: linear in the former.
+        rates: the learning rate of each of the optimizer's groups at a step.
+        steps: how many in all.
+        clip: longest gradient.
+        team: the processes.
+        start: what `State.restore` gave.
+        due: whether to look after so many steps; after the last one in any case.
+        look: told the steps done, of each step since the last look the sums of all processes and the gradient's length, and
+            the steps a second.
+        save: steps between checkpoints.
+        keep: makes one, of so many steps, with the sums since the last look; asked of every process.
+        told: hears of every step that is done.
+        kept: what an interruption leaves, with places for the steps done and all steps.
+
+    Raises:
+        AnchorsError: the training diverges, or the processes do not see the same checkpoint.
+        Interrupted: a signal asked for the end; says which step is kept.
+    """
+    done, unseen = start
+    team.demand_same(done, "checkpoint")
+    model, parameters = team.wrap(_Sums(state.parameters.values(), sums)), [*state.parameters.values()]
+    measured, since = [*unseen.to(team.device)], done - len(unseen)
+    told(done)
+    began, ran = time.perf_counter(), 0
+    with between_steps(twice=team.size == 1) as asked:
+        for step in range(done, steps):
+            for group, rate in zip(state.optimizer.param_groups, rates(step), strict=True):
+                group["lr"] = rate
+            with state.diverging(step + 1) if step > done else nullcontext():
+                own = model(step)
+            total = team.total(own.detach())
+            state.optimizer.zero_grad(set_to_none=True)
+            # A mean over processes is taken of the gradients.
+            (team.size * loss(own, total)).backward()
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            state.optimizer.step()
+            measured.append(torch.cat([total, norm.detach().reshape(1).to(total)]))
+            now, last, ran = step + 1, step + 1 == steps, ran + 1
+            waiting = last or due(now)
+            if waiting:  # every look at a number makes a GPU wait
+                values = torch.stack(measured).cpu().double().numpy()
+                seconds = time.perf_counter() - began
+                state.demand_finite(values, since)
+                with state.diverging(now):
+                    look(now, values, ran / max(seconds, 1e-9))
+                measured.clear()
+                since = now
+            number = 0 if last else team.ending(asked(), waiting)
+            if now % save == 0 or last or number:
+                state.demand_sound(now)
+                keep(now, measured)
+            if not measured:
+                began, ran = time.perf_counter(), 0
+            told(now)
+            if number:
+                team.wait()
+                raise Interrupted(number, kept.format(now, steps) + "; the same command goes on from there.")
+    team.wait()
