@@ -114,9 +114,6 @@ NAMES = {
     "anchors.injection.demo.scales": {"Tower": "anchors.injection.demo.scales:TowerSize"},
     "anchors.injection.demo.suite_files": {"Example": "anchors.injection.demo.suite_files:HeldOut"},
     "anchors.injection.demo.world": {"Task": "anchors.injection.demo.world:QuestionKind"},
-    "anchors.injection.demo.training": dict.fromkeys(
-        ("answer_loss", "fit"), "anchors.injection.demo.formerly"
-    ),
     "anchors.injection.embeddings": {"Rows": "anchors.injection.merging.embeddings:SharedRows"},
     "anchors.injection.sweep": {"World": "anchors.injection.sweeping.sweep:SweepModels"},
     "anchors.models": {"fuse_gelu": "anchors.formerly"},

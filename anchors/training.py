@@ -6,7 +6,7 @@ before a mean is taken of them, so that the gradient is that of the whole batch,
 Of accelerate's own checkpoints none is written or read: they are pickles.
 """
 
-import logging
+import json
 import os
 import signal
 import time
@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from anchors.errors import AnchorsError, brief
+from anchors.errors import AnchorsError, brief, parsed
 from anchors.model.routed import placed
 from anchors.pace import Interrupted, between_steps
 from anchors.study.results import write_atomic
-
-log = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -37,6 +36,65 @@ LARGEST = torch.finfo(torch.float32).max
 def arithmetic(device: torch.device) -> AbstractContextManager:
     """bf16 products on CUDA; the weights stay float32."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a file of a training says of itself.
+
+    Raises:
+        AnchorsError: it cannot be read.
+    """
+    try:
+        found = parsed(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise AnchorsError(
+            f"{str(path)!r} does not describe a training: {brief(error)}.",
+            f"Delete {str(path.parent)!r} to begin again, or choose another --out.",
+            code="file-unreadable",
+        ) from error
+    return found
+
+
+def demand_own(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a training of another configuration.
+
+    Args:
+        path: where `claim` wrote down what the training is; without it nothing is there yet.
+        identity: all that the numbers depend on.
+
+    Raises:
+        AnchorsError: it is another one; the file cannot be read.
+    """
+    if not path.is_file():
+        return
+    before = described(path)
+    differing = _differences({name: before.get(name) for name in identity}, json.loads(json.dumps(identity)))
+    if differing:
+        name, old, new = differing[0]
+        more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+        raise AnchorsError(
+            f"{str(path)!r} is of a training with {name} = {old}, not {new}{more}.",
+            "Choose another --out, or give the same options to go on with that one.",
+            code="other-run",
+        )
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [(name, one, other)]
+    found = []
+    for key in sorted(set(one) | set(other)):
+        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    return found
+
+
+def claim(path: Path, facts: dict[str, Any]) -> None:
+    """Write down what a training is, once."""
+    if not path.is_file():
+        text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+        write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 class Team:
@@ -63,8 +121,8 @@ class Team:
         Raises:
             AnchorsError: there is no such device here; it is one card for several processes; accelerate is not installed.
         """
-        where = placed(device, "auto")[0]
-        return Several(where) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team(where)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return Several(device) if several else Team(placed(device, "auto")[0])
 
     @property
     def name(self) -> str:
@@ -75,7 +133,7 @@ class Team:
     def main(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> range:
+    def share(self, count: int) -> slice:
         """Which of the rows of a batch are this process's.
 
         Raises:
@@ -87,7 +145,7 @@ class Team:
                 f"Start at most {count}.",
                 code="option-value",
             )
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose gradients are means over all processes."""
@@ -120,7 +178,8 @@ class Team:
 class Several(Team):
     """Processes that a launcher started."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str = "auto") -> None:
+        where = placed(device, "auto")[0]
         try:
             from accelerate import PartialState
             from accelerate.utils import parse_flag_from_env
@@ -130,14 +189,14 @@ class Several(Team):
                 "pip install 'label-anchors[train]', or start just one.",
                 code="package",
             ) from error
-        if device.index is not None:
+        if where.index is not None:
             raise AnchorsError(
-                f"{os.environ['WORLD_SIZE']} processes cannot all train on {device}.",
+                f"{os.environ['WORLD_SIZE']} processes cannot all train on {where}.",
                 "Leave --device out: each has its own card; CUDA_VISIBLE_DEVICES chooses which there are.",
                 code="device",
             )
         # Only where they are and which device is whose: precision, sharding and compiling are no business of a launcher's here.
-        self.state = PartialState(cpu=device.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.state = PartialState(cpu=where.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_CPU"))
         super().__init__(self.state.device)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         if self.size != int(os.environ["WORLD_SIZE"]):
@@ -310,7 +369,7 @@ def take_steps(
     done, unseen = start
     team.demand_same(done, "checkpoint")
     model, parameters = team.wrap(_Sums(state.parameters.values(), sums)), [*state.parameters.values()]
-    measured, since = [*unseen.to(team.device)], done - len(unseen)
+    measured = [*unseen.to(team.device)]
     told(done)
     began, ran = time.perf_counter(), 0
     with between_steps(twice=team.size == 1) as asked:
@@ -331,11 +390,10 @@ def take_steps(
             if waiting:  # every look at a number makes a GPU wait
                 values = torch.stack(measured).cpu().double().numpy()
                 seconds = time.perf_counter() - began
-                state.demand_finite(values, since)
+                state.demand_finite(values, now - len(values))
                 with state.diverging(now):
                     look(now, values, ran / max(seconds, 1e-9))
                 measured.clear()
-                since = now
             number = 0 if last else team.ending(asked(), waiting)
             if now % save == 0 or last or number:
                 state.demand_sound(now)

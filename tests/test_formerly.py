@@ -21,7 +21,6 @@ MOVED = [
     ("anchors.runner", "out_of_memory", "anchors.study.engine"),
     ("anchors.summaries.nsa_probe", "probe_tables", "anchors.nsa.probing.tables"),
     ("anchors.injection.merge", "merge", "anchors.injection.merging.merge"),
-    ("anchors.injection.demo.training", "fit", "anchors.injection.demo.formerly"),
     ("anchors.nsa.team", "Team", "anchors.training"),
 ]
 SPEED = pd.DataFrame(

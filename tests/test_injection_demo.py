@@ -25,7 +25,7 @@ from anchors.injection.demo.pictures import HELD_OUT, drawn, pictures
 from anchors.injection.demo.prompts import IGNORED, Encoder, drawn_rows
 from anchors.injection.demo.scales import LARGE, SCALES, TINY, Scale, Stage, TowerSize
 from anchors.injection.demo.suite_files import SCENARIOS, examples
-from anchors.injection.demo.training import all_patches, answer_logits, answer_sums, pixel_values
+from anchors.injection.demo.training import all_patches, answer_logits, answer_loss, pixel_values
 from anchors.injection.demo.words import COLOURS, NUMBERS, in_words
 from anchors.injection.demo.world import SKILLS, Scene, world
 from anchors.pace import Interrupted
@@ -255,10 +255,10 @@ class TestBuild:
         def ended(*given: object) -> torch.Tensor:
             if next(losses) == 5:  # two steps each of base and projector, and the first one of the VLM
                 signal.raise_signal(signal.SIGTERM)
-            return answer_sums(*given)
+            return answer_loss(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(build, "answer_sums", ended)
+            patch.setattr(build, "answer_loss", ended)
             with pytest.raises(Interrupted, match="step 1 of 2 of this stage is kept"):
                 Builder(broken, scale, 5, CPU).build()
         assert (broken / "unfinished-vlm.safetensors").is_file()
@@ -286,11 +286,11 @@ class TestBuild:
     def test_another_demonstration_is_refused(self, tmp_path: Path) -> None:
         scale = short(TINY)
         Builder(tmp_path, scale, 0, CPU, upper=False)._claim()
-        with pytest.raises(AnchorsError, match="another seed"):
+        with pytest.raises(AnchorsError, match="seed = 0, not 1"):
             Builder(tmp_path, scale, 1, CPU).build()
-        with pytest.raises(AnchorsError, match="another scale"):
+        with pytest.raises(AnchorsError, match=r"scale\.base\.steps = 2, not 6"):
             Builder(tmp_path, scale.with_steps(3), 0, CPU).build()
-        with pytest.raises(AnchorsError, match="another questions"):
+        with pytest.raises(AnchorsError, match="questions = True, not False"):
             Builder(tmp_path, scale, 0, CPU, questions=False).build()
 
     def test_a_base_without_questions_learns_words_or_nothing(self, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchors._names import forwarding
 from anchors.injection.demo.pictures import Pictures
 from anchors.injection.demo.prompts import IGNORED, Prompts
 from anchors.injection.demo.scales import Scale, Stage
@@ -23,25 +22,27 @@ OFTEN, KEPT = 50, 500
 """Steps between looks at the loss, and between checkpoints."""
 
 
-def fit_stage(
+def fit(
     groups: Sequence[tuple[list[nn.Parameter], float]],
-    sums: Callable[[int], Float[Tensor, "2"]],
+    loss: Callable[[int], Tensor],
     stage: Stage,
     scale: Scale,
     told: Told,
     unfinished: Path,
-    team: Team,
+    team: Team | None = None,
+    count: Callable[[int], int | Tensor] = lambda step: 1,
 ) -> list[float]:
     """AdamW with a short warm-up and a cosine down to zero; goes on where it was broken off.
 
     Args:
         groups: parameters with their highest learning rates.
-        sums: of a step: the loss of all that is asked in this process's rows, and how much that is.
+        loss: of a step, the mean over this process's rows.
         stage: how many steps.
         scale: warm-up and longest gradient.
         told: hears of the steps that are done.
         unfinished: the file in which weights and moments are kept, now and then and when a signal asks for the end.
-        team: the processes.
+        team: the processes; just this one by default.
+        count: over how much the mean of a step is taken, by which processes are weighed.
 
     Returns:
         The mean loss of every `OFTEN` steps.
@@ -55,8 +56,16 @@ def fit_stage(
         [{"params": own, "lr": lr} for own, lr in groups], betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     parameters = {str(i): p for i, p in enumerate(p for own, _ in groups for p in own)}
+    device = parameters["0"].device
+    team = team or Team(device)
     state = State(unfinished, parameters, optimizer, "build elsewhere with another --seed")
     warmup, seen = max(1, round(scale.warmup * stage.steps)), []
+
+    def sums(step: int) -> Float[Tensor, "2"]:
+        with arithmetic(device):
+            mean = loss(step)
+        asked = torch.as_tensor(count(step), device=device).to(mean)
+        return torch.stack([mean * asked, asked])
 
     def rates(step: int) -> list[float]:
         share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / stage.steps)) / 2)
@@ -119,16 +128,12 @@ def answer_logits(
     return model.lm_head(hidden.gather(1, where))
 
 
-def answer_sums(
+def answer_loss(
     model: PreTrainedModel, prompts: Prompts, features: Float[Tensor, "pictures patches width"] | None = None
-) -> Float[Tensor, "2"]:
-    """-log p over the tokens of answers and their ends: the sum, and of how many."""
-    with arithmetic(prompts.ids.device):
-        logits = answer_logits(model, prompts, features)
-    nll = F.cross_entropy(
-        logits.flatten(0, 1).float(), prompts.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return torch.stack([nll, (prompts.targets != IGNORED).sum()])
+) -> Float[Tensor, ""]:
+    """Mean -log p over the tokens of answers and their ends."""
+    logits = answer_logits(model, prompts, features)
+    return F.cross_entropy(logits.flatten(0, 1).float(), prompts.targets.flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -183,6 +188,3 @@ def facts_of(pictures: Pictures) -> tuple[Int[Tensor, "pictures 3"], list[int]]:
     orders = [sorted(set(column), key=str) for column in columns]
     classes = [[order.index(x) for x in column] for column, order in zip(columns, orders, strict=True)]
     return torch.tensor(classes).T, [len(order) for order in orders]
-
-
-__getattr__ = forwarding(__name__)

@@ -8,7 +8,6 @@ OUT/training/log.parquet                               the log
 
 import copy
 import hashlib
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError, brief, parsed
-from anchors.study.results import read_table, write_atomic, write_table, writing
-from anchors.training import State
+from anchors.errors import AnchorsError, brief
+from anchors.study.results import read_table, write_table, writing
+from anchors.training import State, demand_own
 
 
 @dataclass(frozen=True)
@@ -49,40 +48,14 @@ class TrainingFolder:
         """Raises:
         AnchorsError: the folder holds a training of another configuration, or files of something else.
         """
-        if not self.identity.is_file():
-            if (self.folder / "config.json").is_file() or (self.folder / "model.safetensors").is_file():
-                raise AnchorsError(
-                    f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
-                    "Choose another --out.",
-                    code="would-overwrite",
-                )
-            return
-        try:
-            before = parsed(self.identity.read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise ValueError("it is no JSON object")
-        except (OSError, ValueError) as error:
+        model = any((self.folder / name).is_file() for name in ("config.json", "model.safetensors"))
+        if model and not self.identity.is_file():
             raise AnchorsError(
-                f"{str(self.identity)!r} does not describe a training: {brief(error)}.",
-                "Delete its folder to begin again, or choose another --out.",
-                code="file-unreadable",
-            ) from error
-        after = json.loads(json.dumps(identity))
-        differing = _differences(before, after)
-        if differing:
-            name, old, new = differing[0]
-            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
-            raise AnchorsError(
-                f"{str(self.folder)!r} holds a training with {name} = {old}, not {new}{more}.",
-                "Choose another --out, or give the same options to go on with that one.",
-                code="other-run",
+                f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
+                "Choose another --out.",
+                code="would-overwrite",
             )
-
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Write down what this training is, once."""
-        if not self.identity.is_file():
-            text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
-            write_atomic(self.identity, lambda draft: draft.write_text(text, encoding="utf-8"))
+        demand_own(self.identity, identity)
 
     def save(
         self,
@@ -123,15 +96,6 @@ class TrainingFolder:
                     path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [(name, one, other)]
-    found = []
-    for key in sorted(set(one) | set(other)):
-        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    return found
 
 
 def _weights(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from anchors.errors import AnchorsError, demand_seed
 from anchors.nsa.training.checkpoint import TrainingFolder, begin, digest
 from anchors.nsa.training.data import Corpus, Sequences
 from anchors.study.results import provenance, require_writable
-from anchors.training import LARGEST, State, Team, arithmetic, take_steps
+from anchors.training import LARGEST, State, Team, arithmetic, claim, take_steps
 
 Factory = Callable[[PreTrainedConfig], PreTrainedModel]
 Progress = Callable[[int, int], None]
@@ -69,30 +69,23 @@ class Training:
     grow: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be at least 1.", code="option-value"
-                )
         demand_seed(self.seed)
-        for name in ("warmup", "weight_decay", "text_weight"):
-            if not 0 <= getattr(self, name) <= LARGEST:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0, and a number of float32.",
-                    code="option-value",
-                )
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) <= LARGEST:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be above 0, and a number of float32.",
-                    code="option-value",
-                )
-        for name, what in (("grow", "the steps"), ("last_lr", "the highest learning rate")):
-            if not 0 <= getattr(self, name) <= 1:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be a share of {what}, from 0 to 1.",
-                    code="option-value",
-                )
+        bounds: dict[str, tuple[Callable[[float], bool], str]] = {
+            "steps batch": (lambda x: x >= 1, "at least 1"),
+            "warmup weight_decay text_weight": (
+                lambda x: 0 <= x <= LARGEST,
+                "at least 0, and a number of float32",
+            ),
+            "lr clip": (lambda x: 0 < x <= LARGEST, "above 0, and a number of float32"),
+            "grow": (lambda x: 0 <= x <= 1, "a share of the steps, from 0 to 1"),
+            "last_lr": (lambda x: 0 <= x <= 1, "a share of the highest learning rate, from 0 to 1"),
+        }
+        for names, (right, what) in bounds.items():
+            for name in names.split():
+                if not right(getattr(self, name)):
+                    raise AnchorsError(
+                        f"{name} is {getattr(self, name)}; it must be {what}.", code="option-value"
+                    )
 
     def lesson(self, step: int) -> int:
         """The stage of a step, from 0 on; `LESSONS` once the data is as hard as it is to be."""
@@ -212,9 +205,8 @@ def train(
     team = Team.made(device)
     team.share(recipe.batch)
     described = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-    identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe)}
-    if init is not None:
-        identity["init"] = {"folder": Path(init).name, "weights": digest(Path(init))}
+    begun = None if init is None else {"folder": Path(init).name, "weights": digest(Path(init))}
+    identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe), "init": begun}
     facts = provenance(**identity, processes=team.size, device=team.name)
     checkpoint = TrainingFolder(out)
     checkpoint.check(identity)
@@ -241,11 +233,11 @@ def train(
     def look(now: int, values: Float[np.ndarray, "steps 6"], speed: float) -> None:
         kept.training(now, values, recipe.rate(now - 1), speed * recipe.batch * data.tokens)
         if now % watch.evaluate == 0 or now == recipe.steps:
-            kept.held_out(now, evaluate(model, data, recipe, watch.held_out))
+            kept.add(now, "held_out", evaluate(model, data, recipe, watch.held_out))
 
     def keep(now: int, unlogged: list[Tensor]) -> None:
         if team.main:
-            checkpoint.claim(identity)
+            claim(checkpoint.identity, identity)
             checkpoint.save(
                 model, state, now, kept.table(), facts, unlogged, tokenizer=tokenizer, dtype=watch.dtype
             )
@@ -270,13 +262,13 @@ def train(
 
 def _batches(data: Corpus, recipe: Training, first: int, team: Team) -> Iterator[Sequences]:
     """This process's share of every batch, made one step ahead."""
-
     lessons = [data.lesson(i / LESSONS) for i in range(LESSONS)] + [data]
-    most = max(_count(recipe, data, own) for own in lessons)
+    # Of shorter sequences more, so that the tokens stay as many.
+    counts = [recipe.batch * (data.tokens // own.tokens) for own in lessons]
+    most = max(counts)
 
     def made(step: int) -> Sequences:
-        own = lessons[recipe.lesson(step)]
-        share = team.share(_count(recipe, data, own))
+        own, share = lessons[recipe.lesson(step)], team.share(counts[recipe.lesson(step)])
         return own.rows(
             recipe.seed, range(step * most + share.start, step * most + share.stop)
         )  # no number is used twice
@@ -288,11 +280,6 @@ def _batches(data: Corpus, recipe: Training, first: int, team: Team) -> Iterator
             if step + 1 < recipe.steps:
                 ahead = pool.submit(made, step + 1)
             yield rows
-
-
-def _count(recipe: Training, data: Corpus, own: Corpus) -> int:
-    """Sequences of a step: of shorter ones more, so that the tokens stay as many."""
-    return recipe.batch * (data.tokens // own.tokens)
 
 
 def _sums(model: nn.Module, rows: Sequences, device: torch.device) -> Float[Tensor, "5"]:
@@ -370,12 +357,9 @@ class Log:
         found["gradient"] = norm / len(values)
         if labels:
             found |= {"label_loss": label / labels, "accuracy": hits / labels}
-        self._add(step, "train", {(metric, "all"): value for metric, value in found.items()})
+        self.add(step, "train", {(metric, "all"): value for metric, value in found.items()})
 
-    def held_out(self, step: int, found: dict[tuple[str, str], float]) -> None:
-        self._add(step, "held_out", found)
-
-    def _add(self, step: int, split: str, found: dict[tuple[str, str], float]) -> None:
+    def add(self, step: int, split: str, found: dict[tuple[str, str], float]) -> None:
         self.rows += [
             {"step": step, "split": split, "metric": metric, "bucket": bucket, "value": float(value)}
             for (metric, bucket), value in found.items()
