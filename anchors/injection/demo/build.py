@@ -342,7 +342,9 @@ class Builder:
                 torch.add, [F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read)]
             )
 
-        groups, own = [([*tower.parameters(), *reader.parameters()], stage.lr)], rows.shape[1]
+        # The projector is given what stands before the last norm.
+        reached = [p for name, p in tower.named_parameters() if "post_layernorm" not in name]
+        groups, own = [([*reached, *reader.parameters()], stage.lr)], rows.shape[1]
         curve = fit(
             groups, loss, stage, self.scale, told, self._unfinished("vision"), self.team, lambda _: own
         )
