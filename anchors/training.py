@@ -179,7 +179,7 @@ class Several(Team):
     """Processes that a launcher started."""
 
     def __init__(self, device: str = "auto") -> None:
-        where = placed(device, "auto")[0]
+        where, count = placed(device, "auto")[0], os.environ.get("WORLD_SIZE", "1")
         try:
             from accelerate import PartialState
             from accelerate.utils import parse_flag_from_env
@@ -191,17 +191,17 @@ class Several(Team):
             ) from error
         if where.index is not None:
             raise AnchorsError(
-                f"{os.environ['WORLD_SIZE']} processes cannot all train on {where}.",
+                f"{count} processes cannot all train on {where}.",
                 "Leave --device out: each has its own card; CUDA_VISIBLE_DEVICES chooses which there are.",
                 code="device",
             )
         # Only where they are and which device is whose: precision, sharding and compiling are no business of a launcher's here.
-        self.state = PartialState(cpu=where.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_CPU"))
-        super().__init__(self.state.device)
-        self.rank, self.size = self.state.process_index, self.state.num_processes
-        if self.size != int(os.environ["WORLD_SIZE"]):
+        state = PartialState(cpu=where.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        super().__init__(state.device)
+        self.rank, self.size = state.process_index, state.num_processes
+        if self.size != int(count):
             raise AnchorsError(
-                f"{os.environ['WORLD_SIZE']} processes were started, but they do not find each other.",
+                f"{count} processes were started, but they do not find each other.",
                 "Start them with `accelerate launch` or `torchrun`.",
                 code="device",
             )
@@ -217,7 +217,7 @@ class Several(Team):
         return found
 
     def wait(self) -> None:
-        self.state.wait_for_everyone()
+        self.total(torch.zeros((), device=self.device)).item()
 
     def ending(self, number: int, waiting: bool) -> int:
         asked = waiting and self.total(torch.tensor(float(number), device=self.device)) > 0
