@@ -55,7 +55,7 @@ MODULES = {
     "anchors.nsa.probe_report": "anchors.nsa.probing.report",
     "anchors.nsa.probe_tables": "anchors.nsa.probing.tables",
     "anchors.nsa.probe_taps": "anchors.nsa.probing.taps",
-    "anchors.nsa.team": "anchors.nsa.training.team",
+    "anchors.nsa.team": "anchors.training",
     "anchors.nsa.timing": "anchors.nsa.speed.timing",
     "anchors.nsa.train": "anchors.nsa.training.train",
     "anchors.nsa.vocabulary": "anchors.nsa.training.vocabulary",

@@ -103,6 +103,7 @@ def brief(error: object, most: int = 400) -> str:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_PARTED = ("closed by peer", "reset by peer")
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate")
 
 
@@ -120,13 +121,19 @@ def full(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> AnchorsError | None:
-    """What an exception means where memory, room on a disk or a permission was lacking; None where it means something else."""
+    """What an exception means where memory, room on a disk, a permission or another process was lacking; None where it means something else."""
     said = brief(error)
     if isinstance(error, MemoryError) or any(part in str(error).lower() for part in _NO_MEMORY):
         return AnchorsError(
             f"There is not enough memory: {said}",
             "Use a smaller --batch-size, fewer tokens or a smaller model.",
             code="memory",
+        )
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in _PARTED):  # gloo's and NCCL's
+        return AnchorsError(
+            f"A process that worked with this one has ended: {said}",
+            "What it said comes first; what is finished is kept, and the same command goes on from there.",
+            code="workers",
         )
     if full(error):
         return AnchorsError(

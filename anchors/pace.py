@@ -109,18 +109,19 @@ def interruptible() -> Generator[None]:
 
 
 @contextmanager
-def between_steps() -> Generator[Callable[[], int]]:
+def between_steps(*, twice: bool = True) -> Generator[Callable[[], int]]:
     """While SIGINT and SIGTERM wait for the end of a step: what is yielded gives the signal's number, 0 while there was none.
 
-    The second one is an exception at once.
+    Args:
+        twice: whether the second one is an exception at once; it is none where a launcher passes on what a process has heard.
     """
     came: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        if came:
+        if came and twice:
             raise Interrupted(number)
         came.append(number)
-        log.info("stopping at the end of this step; asked again, at once")
+        log.info("stopping at the end of this step%s", "; asked again, at once" if twice else "")
 
     with _handled({signal.SIGINT: note, signal.SIGTERM: note}):
         yield lambda: came[0] if came else 0

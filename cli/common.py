@@ -276,6 +276,13 @@ def machines(
         yield cluster
 
 
+def first_of_several() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher started together; the others say their errors only."""
+    first = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+    err.quiet = out.quiet = not first
+    return first
+
+
 @contextmanager
 def reporting() -> Generator[None]:
     """Errors that the user can mend end in exit code 2, failed certificates in 1, Ctrl-C in 130, SIGTERM in 143."""
@@ -345,7 +352,7 @@ UNFORESEEN = 70
 
 def print_defect(error: Exception) -> None:
     """An exception that nobody foresaw: one sentence, and the path of a log with the traceback."""
-    said = f"{type(error).__name__}: {brief(error)}"
+    said, err.quiet = f"{type(error).__name__}: {brief(error)}", False
     err.print(f"[bold red]unforeseen:[/] {escape(said)}")
     try:
         handle, name = tempfile.mkstemp(prefix="anchors-", suffix=".log")
@@ -360,6 +367,7 @@ def print_defect(error: Exception) -> None:
 def print_error(error: AnchorsError, where: str = "") -> None:
     """What happened, of which kind, to what, and how to mend it."""
     code = f"[dim]{escape(f'[{error.code}]')}[/] " if error.code else ""
+    err.quiet = False
     err.print(f"[bold red]error:[/] {code}{escape(f'{where}: ' if where else '')}{escape(error.message)}")
     if error.remedy:
         err.print(f"       {escape(error.remedy)}")

@@ -59,7 +59,7 @@ def demo(
     A base language model; a LLaVA made of it in stages (vision tower, projector, then all gently); experts for following
     instructions, for other languages and for mathematics, trained on texts only; and, as an upper bound, the LLaVA
     trained on each skill with pictures. Then try: anchors inject sweep DIR/suite. A build that was broken off goes on
-    with the stage it was in.
+    with the stage it was in. Several GPUs: accelerate launch --num_processes 2 $(which anchors) inject demo ….
     """
     with common.reporting():
         if scale not in SCALES:
@@ -70,17 +70,21 @@ def demo(
                 "Leave out --base, or take 135m.",
                 code="options-together",
             )
+        speaks = common.first_of_several()
         with err.status("loading torch and transformers"):
             from transformers.utils import logging as transformers_logging
 
             from anchors.injection.demo.build import Builder
-            from anchors.nsa.training.team import Team
+            from anchors.training import Team
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         size = SCALES[scale].with_steps(steps_factor)
-        builder = Builder(to, size, seed, Team.made(device).device, base, upper, questions)
+        team = Team.made(device)
+        builder = Builder(to, size, seed, team.device, base, upper, questions, team)
         with common.progress_bar("steps", "finished stages are kept; " + GOES_ON + ".") as told:
             built = builder.build(lambda name, done, total: told(done, total, name))
+        if not speaks:
+            return
         if as_json:
             common.print_json({name: part.facts for name, part in built.items()})
             return

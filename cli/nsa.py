@@ -126,7 +126,8 @@ def train(
     """Train a small causal model, with NSA or full attention, on episodes of few-shot classification or on a text.
 
     Every episode has classes, keywords and label words of its own, so nothing can be learnt by heart. Run the same
-    command again to go on after a break. Several GPUs: accelerate launch $(which anchors) nsa train ….
+    command again to go on after a break. Several GPUs: accelerate launch --num_processes 2 $(which anchors) nsa train …; each
+    takes its share of every batch, and the curve is the same.
     """
     given = dict(locals())
     with common.reporting():
@@ -196,6 +197,7 @@ def _train(o: dict[str, Any]) -> None:
         raise AnchorsError(
             "--tokenizer is for --text; episodes have words of their own.", code="options-together"
         )
+    speaks = common.first_of_several()
     with common.err.status("loading torch and transformers"):
         from transformers.utils import logging as transformers_logging
 
@@ -215,7 +217,8 @@ def _train(o: dict[str, Any]) -> None:
             device=o["device"],
             progress=progress,
         )
-    _leave(result, o)
+    if speaks:
+        _leave(result, o)
 
 
 def _data(o: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> "Corpus":
@@ -285,11 +288,7 @@ def _config(o: dict[str, Any], vocabulary: int) -> "NSAConfig":
 
 
 def _leave(result: "Trained", o: dict[str, Any]) -> None:
-    """Figure, table, names of the files; from one process only."""
-    import os
-
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Figure, table, names of the files."""
     from anchors.figures.nsa_train import draw
     from anchors.figures.style import save
     from anchors.study.results import plain

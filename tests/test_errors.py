@@ -66,6 +66,7 @@ def test_it_is_shown_where_no_log_can_be_written(
 MACHINE = {
     "not enough memory": [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")],
     "disk is full": [OSError(28, "No space left on device"), Exception("I/O error (os error 28)")],
+    "worked with this one has ended": [RuntimeError("[gloo] Read error: Connection reset by peer. This is typically …")],
     "cannot be read or written": [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")],
 }  # fmt: skip
 

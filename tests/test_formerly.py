@@ -21,6 +21,7 @@ MOVED = [
     ("anchors.runner", "out_of_memory", "anchors.study.engine"),
     ("anchors.summaries.nsa_probe", "probe_tables", "anchors.nsa.probing.tables"),
     ("anchors.injection.merge", "merge", "anchors.injection.merging.merge"),
+    ("anchors.nsa.team", "Team", "anchors.training"),
 ]
 SPEED = pd.DataFrame(
     [

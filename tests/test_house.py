@@ -30,7 +30,7 @@ LAYERS = [
     "flow",
     "check certificate study.analysis",
     "study summaries viewer",
-    "icl readout reweighting compression diagnosis causal patching",
+    "icl readout reweighting compression diagnosis causal patching training",
     "analyses nsa injection",
     "figures",
     "experiments formerly",

@@ -286,11 +286,11 @@ class TestBuild:
     def test_another_demonstration_is_refused(self, tmp_path: Path) -> None:
         scale = short(TINY)
         Builder(tmp_path, scale, 0, CPU, upper=False)._claim()
-        with pytest.raises(AnchorsError, match="another seed"):
+        with pytest.raises(AnchorsError, match="seed = 0, not 1"):
             Builder(tmp_path, scale, 1, CPU).build()
-        with pytest.raises(AnchorsError, match="another scale"):
+        with pytest.raises(AnchorsError, match=r"scale\.base\.steps = 2, not 6"):
             Builder(tmp_path, scale.with_steps(3), 0, CPU).build()
-        with pytest.raises(AnchorsError, match="another questions"):
+        with pytest.raises(AnchorsError, match="questions = True, not False"):
             Builder(tmp_path, scale, 0, CPU, questions=False).build()
 
     def test_a_base_without_questions_learns_words_or_nothing(self, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A training that is broken off goes on as if nothing had happened, to the bit."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,11 +25,15 @@ from typer.testing import CliRunner
 
 from anchors.cli.nsa import app
 from anchors.errors import AnchorsError
+from anchors.injection.demo.build import Builder
+from anchors.injection.demo.scales import TINY, Stage
+from anchors.injection.demo.world import SKILLS
 from anchors.model.language import load
 from anchors.nsa.training.episodes import Episodes
 from anchors.nsa.training.train import Training, Watch, _optimizer, evaluate, train
 from anchors.nsa.training.vocabulary import Vocabulary
 from anchors.study.results import read_table
+from anchors.training import Team
 
 SMALL = Episodes(
     tokens=64, classes=(2, 3), words=(2, 4), keywords=2, vocabulary=Vocabulary(label_words=8, words=32)
@@ -55,6 +61,8 @@ def apart(target: Callable, said: Path, *given: object) -> BaseProcess:
             "accelerate",
             "transformers.models.llama.modeling_llama",
             "anchors.nsa.training.train",
+            "anchors.injection.demo.build",
+            "sklearn.datasets",
             "pandas",
             "pytest",
         ]
@@ -322,36 +330,111 @@ def test_what_is_logged_is_what_the_model_does():
     assert found["accuracy", "all"] == pytest.approx(np.mean(hits))
 
 
-def sharing(said: Path, out: Path, shared: dict[str, str]) -> None:
+# Several processes -------------------------------------------------------------------------------
+def together(target: Callable, said: Path, *given: object) -> list[int | None]:
+    """Two processes with what a launcher sets, for starting one takes longer than a training; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [address | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in "01"]
+    return [ended(each) for each in [apart(target, said / rank["RANK"], rank, *given) for rank in ranks]]
+
+
+def sharing(said: Path, rank: dict[str, str], out: Path, stop: int = -1) -> None:
+    def progress(done: int, total: int) -> None:
+        if done == stop and rank["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
     quietly(said)
-    os.environ.update(shared)
-    trained(out)
+    os.environ.update(rank)
+    trained(out, THIRDS, progress=progress)
+
+
+THIRDS = Training(steps=6, batch=3, warmup=2)
+"""Of three sequences one process has one, the other two, with other numbers of label words."""
+
+
+def logged(folder: Path) -> pd.DataFrame:
+    log, _ = read_table(folder / "training/log.parquet")
+    return log[log["metric"] != "tokens_per_second"].reset_index(drop=True)
 
 
 def test_several_processes_train_as_one(tmp_path):
+    """The same curve as of one process, to rounding; of two, killed and started again, to the bit."""
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What a launcher sets; starting one takes longer than the training.
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "1",
-    }
-    said = [tmp_path / f"said-{rank}" for rank in "01"]
-    ranks = [
-        apart(sharing, file, tmp_path / "two", shared | {"RANK": rank, "LOCAL_RANK": rank})
-        for file, rank in zip(said, "01", strict=True)
-    ]
-    assert [ended(rank) for rank in ranks] == [0, 0], said[0].read_text()[-3000:]
-    trained(tmp_path / "one")
-    one, two = (load_file(tmp_path / name / "training/state.safetensors") for name in ("one", "two"))
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
-    _, facts = read_table(tmp_path / "two/training/log.parquet")
-    assert facts["processes"] == 2
+    assert together(sharing, tmp_path, tmp_path / "two") == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    trained(tmp_path / "one", THIRDS)
+    pd.testing.assert_frame_equal(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-5, atol=1e-6)
+    assert read_table(tmp_path / "two/training/log.parquet")[1]["processes"] == 2
+    first, second = together(sharing, tmp_path, tmp_path / "broken", 4)
+    assert first
+    assert second == -signal.SIGKILL
+    assert step_of(tmp_path / "broken") == 3
+    assert together(sharing, tmp_path, tmp_path / "broken") == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    same(tmp_path / "two", tmp_path / "broken")
+    pd.testing.assert_frame_equal(logged(tmp_path / "two"), logged(tmp_path / "broken"))
+
+
+STEPS = Stage(steps=4, lr=1e-3, items=15, lm_lr=1e-3)
+WORLD = replace(
+    TINY, base=STEPS, classify=STEPS, project=STEPS, gentle=STEPS, experts=dict.fromkeys(SKILLS, STEPS), rows=6, copies=0,
+    held_out={"test": 8, "tune": 4, "demonstration": 4},
+)  # fmt: skip
+
+
+def building(said: Path, rank: dict[str, str], out: Path, stop: int = -1) -> None:
+    from anchors.injection.demo import training
+
+    def report(stage: str, done: int, total: int) -> None:
+        if done == stop and rank["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    quietly(said)
+    os.environ.update(rank)
+    training.OFTEN, training.KEPT = 1, 2
+    team = Team.made("cpu")
+    Builder(out, WORLD, 0, team.device, upper=False, several=team).build(report)
+
+
+def test_several_processes_build_one_world(tmp_path):
+    """Killed in a stage and started again, the same curves as of one process, to rounding."""
+    pytest.importorskip("accelerate")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert ended(apart(building, tmp_path / "0", {"RANK": "0"}, one)) == 0, (tmp_path / "0").read_text()
+    first, second = together(building, tmp_path, two, 3 * STEPS.steps + 3)
+    assert first
+    assert second == -signal.SIGKILL
+    assert [path.name for path in two.glob("unfinished-*")] == ["unfinished-vlm.safetensors"]
+    assert together(building, tmp_path, two) == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (one, two)]
+    assert files[0] == files[1]
+    stages = [file for file in files[0] if file.name == "stage.json"]
+    assert len(stages) == 8
+    for stage in stages:
+        mine, theirs = (json.loads((folder / stage).read_text()).get("loss", []) for folder in (one, two))
+        assert len(mine) == (0 if stage.parent.name == "suite" else STEPS.steps)
+        assert theirs == pytest.approx(mine, rel=1e-5)
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch):
+    team = Team(torch.device("cpu"))
+    shares = []
+    for size in (1, 3, 5):
+        for rank in range(size):
+            team.rank, team.size = rank, size
+            shares += list(range(7))[team.share(7)]
+    assert shares == 3 * list(range(7))
+    with pytest.raises(AnchorsError, match="batch of 4 cannot be divided among 5"):
+        team.share(4)
+    monkeypatch.setattr(team, "total", lambda own: own + torch.tensor([3 * 4, 3 * 4**2]))
+    team.size = 4
+    team.demand_same(4, "checkpoint")
+    with pytest.raises(AnchorsError, match="do not see the same checkpoint: 5 here"):
+        team.demand_same(5, "checkpoint")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("anchors.training.placed", lambda device, precision: (torch.device("cuda:1"), ""))
+    with pytest.raises(AnchorsError, match="2 processes cannot all train on cuda:1"):
+        Team.made("cuda:1")
 
 
 def test_lessons_grow(tmp_path):

@@ -29,10 +29,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from anchors.errors import AnchorsError, brief, parsed
+from anchors.errors import AnchorsError
 from anchors.injection.demo import models
 from anchors.injection.demo.pictures import Pictures, pictures
-from anchors.injection.demo.prompts import Encoder, Item, Prompts, drawn_rows
+from anchors.injection.demo.prompts import IGNORED, Encoder, Item, drawn_rows
 from anchors.injection.demo.scales import Scale, Stage
 from anchors.injection.demo.suite_files import HeldOut, examples, write_suite
 from anchors.injection.demo.training import (
@@ -47,7 +47,8 @@ from anchors.injection.demo.training import (
 )
 from anchors.injection.demo.world import SKILLS, QuestionKind, World, world
 from anchors.pace import Interrupted
-from anchors.study.results import provenance, require_writable, write_atomic, writing
+from anchors.study.results import provenance, require_writable, writing
+from anchors.training import Team, claim, demand_own, described
 
 Report = Callable[[str, int, int], None]
 """Told (stage, steps done, steps of all stages)."""
@@ -77,6 +78,7 @@ class Builder:
         upper: whether the upper bounds are trained, too.
         questions: whether the base learns the caption and the vision questions, in text, before it gets eyes. Without,
             the projector has to teach them, and becomes a prompt that no injection can overrule.
+        several: the processes that train it together, of which the first one writes; by default there is just this one.
     """
 
     folder: Path
@@ -86,6 +88,11 @@ class Builder:
     base: str | None = None
     upper: bool = True
     questions: bool = True
+    several: Team | None = None
+
+    @cached_property
+    def team(self) -> Team:
+        return self.several or Team(self.device)
 
     @cached_property
     def world(self) -> World:
@@ -130,8 +137,9 @@ class Builder:
         Raises:
             AnchorsError: the folder holds another demonstration, or cannot be written.
         """
-        require_writable(self.folder)
-        self._check()
+        if self.team.main:
+            require_writable(self.folder)
+        demand_own(self.folder / "demo.json", self._identity)
         stages = self.stages()
         total, before = sum(steps for steps, _ in stages.values()), 0
         built = {}
@@ -151,8 +159,9 @@ class Builder:
         """A stage's folder appears whole, or not at all."""
         target = self.folder / name
         mark = target / MARK
+        self.team.demand_same(int(mark.is_file()), f"stages of {str(self.folder)!r}")
         if mark.is_file():
-            facts = _facts(mark)
+            facts = described(mark)
             # A suite written before there were upper bounds does not name them.
             if facts.get("upper", True) or not self.upper:
                 return Built(target, facts)
@@ -162,8 +171,9 @@ class Builder:
                 "Choose another --out.",
                 code="would-overwrite",
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+        if self.team.main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent if self.team.main else None, prefix=".draft-"))
         wall, cpu = time.perf_counter(), time.process_time()
         # A stage's random numbers are its own, whichever stages ran before it.
         with torch.random.fork_rng(devices=[]):
@@ -175,21 +185,32 @@ class Builder:
                         "seconds": round(time.perf_counter() - wall, 1),
                         "cpu_seconds": round(time.process_time() - cpu, 1),
                     }
-                    (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-                    self._claim()
-                    if target.exists():
-                        shutil.rmtree(target)
-                    draft.chmod(0o755)  # mkdtemp makes private folders
-                    draft.rename(target)
-                    # Of this stage, or of one that was made from another one of these.
-                    for path in self.folder.glob(self._unfinished("*").name):
-                        path.unlink()
+                    if self.team.main:
+                        self._publish(draft, target, facts)
             except Interrupted:
                 self._claim()
                 raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return Built(target, facts)
+
+    def _publish(self, draft: Path, target: Path, facts: dict[str, Any]) -> None:
+        """Give a stage its name."""
+        (draft / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        self._claim()
+        if target.exists():
+            shutil.rmtree(target)
+        draft.chmod(0o755)  # mkdtemp makes private folders
+        draft.rename(target)
+        # Of this stage, or of one that was made from another one of these.
+        for path in self.folder.glob(self._unfinished("*").name):
+            path.unlink()
+
+    def _saved(self, draft: Path, facts: dict[str, Any], *parts: Any) -> dict[str, Any]:
+        """Models and what belongs to them, as others load them; returns the facts."""
+        for part in parts if self.team.main else ():
+            part.save_pretrained(draft)
+        return facts
 
     def _unfinished(self, name: str) -> Path:
         """What is kept of a stage that a signal ended."""
@@ -198,68 +219,60 @@ class Builder:
     @property
     def _identity(self) -> dict[str, Any]:
         return {
-            "scale": json.loads(json.dumps(asdict(self.scale))), "seed": self.seed, "base": self.base,
+            "scale": asdict(self.scale), "seed": self.seed, "base": self.base,
             "questions": self.questions,
         }  # fmt: skip
 
     def _claim(self) -> None:
         """Write down what this demonstration is, once there is something of it."""
-        path = self.folder / "demo.json"
-        if not path.is_file():
-            text = json.dumps(provenance(**self._identity), indent=1) + "\n"
-            write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
-
-    def _check(self) -> None:
-        """Raises:
-        AnchorsError: the folder holds another demonstration.
-        """
-        path = self.folder / "demo.json"
-        if not path.is_file():
-            return
-        before = _facts(path)
-        differing = [name for name, value in self._identity.items() if before.get(name) != value]
-        if differing:
-            raise AnchorsError(
-                f"{str(self.folder)!r} holds a demonstration of another {differing[0]}.",
-                "Choose another --out, or give the same options to go on with that one.",
-                code="other-run",
-            )
+        if self.team.main:
+            claim(self.folder / "demo.json", provenance(**self._identity))
 
     def _seed(self, *names: str) -> int:
         """A seed of its own for everything that is drawn."""
         return int(np.random.SeedSequence([self.seed, *"/".join(names).encode()]).generate_state(1)[0])
 
-    def _pools(self, name: str, encoder: Encoder, tasks: Weighted, seen: bool) -> list[Prompts]:
-        """Prompts to train on, about train pictures or about all scenes in words."""
+    def _taught(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        tasks: Weighted,
+        groups: Sequence[tuple[list[nn.Parameter], float]],
+        stage: Stage,
+        told: Callable[[int], None],
+        *scenarios: str,
+    ) -> dict[str, Any]:
+        """Train on questions about train pictures, or about all scenes in words; how it fell, and what is answered then."""
+        seen = encoder.image_id is not None
         rng = np.random.default_rng(self._seed(name, "rows"))
         if seen:
             scenes = [(self.pictures.scenes[i], i) for i in self.pictures.of("train")]
         else:
             scenes = [(scene, None) for scene in self.world.scenes()]
-        pools = []
-        for shots in self.scale.shots:
-            rows = drawn_rows(tasks, scenes, shots + 1, self.scale.rows, rng)
-            pools.append(encoder.prompts(rows).to(self.device))
-        return pools
-
-    def _train(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        groups: Sequence[tuple[list[nn.Parameter], float]],
-        stage: Stage,
-        pools: list[Prompts],
-        told: Callable[[int], None],
-        features: Tensor | None = None,
-    ) -> None:
-        chosen = {id(p) for own, _ in groups for p in own}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
-        draw = batches(pools, stage, self._seed(name, "batches"))
-        model.train()
-        losses = lambda step: answer_loss(model, draw(step), features)  # noqa: E731
-        fit(groups, losses, stage, self.scale, told, self._unfinished(name))
-        model.eval()
+        drawn = [
+            drawn_rows(tasks, scenes, shots + 1, self.scale.rows, rng) for shots in self.scale.shots if tasks
+        ]
+        facts = {}
+        if drawn:
+            pools = [encoder.prompts(rows).to(self.device) for rows in drawn]
+            chosen = {id(p) for own, _ in groups for p in own}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
+            draw = batches(pools, stage, self._seed(name, "batches"), self.team)
+            model.train()
+            facts["loss"] = fit(
+                groups,
+                lambda step: answer_loss(model, draw(step), self.features if seen else None),
+                stage,
+                self.scale,
+                told,
+                self._unfinished(name),
+                self.team,
+                lambda step: (draw(step).targets != IGNORED).sum(),
+            )
+            model.eval()
+        return {"seen" if seen else "text": self._accuracy(model, encoder, *scenarios)} | facts
 
     def _accuracy(self, model: PreTrainedModel, encoder: Encoder, *scenarios: str) -> dict[str, float]:
         """Exact match on the test examples; a language model is asked about the words."""
@@ -285,10 +298,11 @@ class Builder:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
         return model.to(self.device), AutoTokenizer.from_pretrained(place)
 
-    def _load_vlm(self) -> tuple[LlavaForConditionalGeneration, Any]:
-        place = self.folder / "vlm"
-        model = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
-        return model.to(self.device), AutoProcessor.from_pretrained(place)
+    def _load_seeing(self) -> tuple[LlavaForConditionalGeneration, Any]:
+        """The base, given eyes that have learnt to see, and a projector that has learnt nothing."""
+        vision = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision")
+        model, processor = models.with_eyes(self.scale, *self._load_base(), vision)
+        return model.to(self.device), processor
 
     @property
     def _lessons(self) -> list[tuple[QuestionKind, float]]:
@@ -304,14 +318,10 @@ class Builder:
             tokenizer = models.tiny_tokenizer(self.world)
             model = models.new_language_model(self.scale, tokenizer, context=256)
         model.to(self.device).eval()
-        encoder = Encoder(self.world, tokenizer)
-        if self._lessons:
-            pools = self._pools("base", encoder, self._lessons, seen=False)
-            groups = [(list(model.parameters()), self.scale.base.lr)]
-            self._train("base", model, groups, self.scale.base, pools, told)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        return {"text": self._accuracy(model, encoder, "vision", *SKILLS)}
+        encoder, stage = Encoder(self.world, tokenizer), self.scale.base
+        groups = [(list(model.parameters()), stage.lr)]
+        facts = self._taught("base", model, encoder, self._lessons, groups, stage, told, "vision", *SKILLS)
+        return self._saved(draft, facts, model, tokenizer)
 
     def _vision(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """The vision tower learns to tell number, shape and colour."""
@@ -322,9 +332,8 @@ class Builder:
         pixels = torch.from_numpy(self.pictures.pixels).to(self.device)
         classes, stage = classes.to(self.device), self.scale.classify
         generator = torch.Generator().manual_seed(self._seed("vision", "batches"))
-        rows = train[torch.randint(len(train), (stage.steps, stage.items), generator=generator)].to(
-            self.device
-        )
+        drawn = torch.randint(len(train), (stage.steps, stage.items), generator=generator)
+        rows = train[drawn[:, self.team.share(stage.items)]].to(self.device)
 
         def loss(step: int) -> Tensor:
             read = reader(patches(tower, pixels[rows[step]]))
@@ -333,68 +342,56 @@ class Builder:
                 torch.add, [F.cross_entropy(own.float(), wanted[:, i]) for i, own in enumerate(read)]
             )
 
-        groups = [([*tower.parameters(), *reader.parameters()], stage.lr)]
-        fit(groups, loss, stage, self.scale, told, self._unfinished("vision"))
-        tower.eval().save_pretrained(draft)
+        # The projector is given what stands before the last norm.
+        reached = [p for name, p in tower.named_parameters() if "post_layernorm" not in name]
+        groups, own = [([*reached, *reader.parameters()], stage.lr)], rows.shape[1]
+        curve = fit(
+            groups, loss, stage, self.scale, told, self._unfinished("vision"), self.team, lambda _: own
+        )
+        tower.eval()
         test = torch.tensor(self.pictures.of("test"), device=self.device)
         with torch.no_grad():
             read = reader(patches(tower, pixels[test]))
         hits = torch.stack([own.argmax(-1) == classes[test][:, i] for i, own in enumerate(read)])
-        return {"classified": round(float(hits.all(0).float().mean()), 4)}
+        facts = {"classified": round(float(hits.all(0).float().mean()), 4), "loss": curve}
+        return self._saved(draft, facts, tower)
 
     def _projector(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """The projector learns to speak to a language model that stays as it is."""
-        base, tokenizer = self._load_base()
-        vision = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision")
-        model, processor = models.with_eyes(self.scale, base, tokenizer, vision)
-        model.to(self.device)
-        encoder = self._seeing(model, processor)
-        groups = [(list(model.model.multi_modal_projector.parameters()), self.scale.project.lr)]
-        pools = self._pools("projector", encoder, self._plain, seen=True)
-        self._train("projector", model, groups, self.scale.project, pools, told, self.features)
+        model, processor = self._load_seeing()
+        encoder, stage = self._seeing(model, processor), self.scale.project
+        groups = [(list(model.model.multi_modal_projector.parameters()), stage.lr)]
+        facts = self._taught("projector", model, encoder, self._plain, groups, stage, told, "vision")
         save_file(model.model.multi_modal_projector.state_dict(), draft / "projector.safetensors")
-        return {"seen": self._accuracy(model, encoder, "vision")}
+        return facts
 
     def _vlm(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """Projector and language tower together, gently."""
-        base, tokenizer = self._load_base()
-        vision = SiglipVisionModel.from_pretrained(self.folder / "stages" / "vision")
-        model, processor = models.with_eyes(self.scale, base, tokenizer, vision)
+        model, processor = self._load_seeing()
         projector = load_file(self.folder / "stages" / "projector" / "projector.safetensors")
         model.model.multi_modal_projector.load_state_dict(projector)
-        model.to(self.device)
-        encoder = self._seeing(model, processor)
-        pools = self._pools("vlm", encoder, self._plain, seen=True)
-        self._train(
-            "vlm", model, self._both(model, self.scale.gentle), self.scale.gentle, pools, told, self.features
-        )
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
-        return {"seen": self._accuracy(model, encoder, "vision", *SKILLS)}
+        encoder, stage = self._seeing(model, processor), self.scale.gentle
+        groups = self._both(model, stage)
+        facts = self._taught("vlm", model, encoder, self._plain, groups, stage, told, "vision", *SKILLS)
+        return self._saved(draft, facts, model, processor)
 
     def _expert(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """A skill, from texts only."""
         model, tokenizer = self._load_base()
-        encoder = Encoder(self.world, tokenizer)
-        pools = self._pools(skill, encoder, self._mixed(skill, self.scale.replay), seen=False)
-        stage = self.scale.experts[skill]
-        self._train(skill, model, [(list(model.parameters()), stage.lr)], stage, pools, told)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        return {"text": self._accuracy(model, encoder, skill, "vision")}
+        encoder, stage = Encoder(self.world, tokenizer), self.scale.experts[skill]
+        tasks, groups = self._mixed(skill, self.scale.replay), [(list(model.parameters()), stage.lr)]
+        facts = self._taught(skill, model, encoder, tasks, groups, stage, told, skill, "vision")
+        return self._saved(draft, facts, model, tokenizer)
 
     def _upper(self, skill: str, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         """What training on pictures with the skill would reach."""
-        model, processor = self._load_vlm()
-        encoder = self._seeing(model, processor)
-        pools = self._pools(
-            f"upper-{skill}", encoder, self._mixed(skill, self.scale.vision_replay), seen=True
-        )
-        groups = self._both(model, self.scale.upper)
-        self._train(f"upper-{skill}", model, groups, self.scale.upper, pools, told, self.features)
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
-        return {"seen": self._accuracy(model, encoder, skill, "vision")}
+        place = self.folder / "vlm"
+        model = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32).to(self.device)
+        processor = AutoProcessor.from_pretrained(place)
+        encoder, stage = self._seeing(model, processor), self.scale.upper
+        tasks, groups = self._mixed(skill, self.scale.vision_replay), self._both(model, stage)
+        facts = self._taught(f"upper-{skill}", model, encoder, tasks, groups, stage, told, skill, "vision")
+        return self._saved(draft, facts, model, processor)
 
     def _suite(self, draft: Path, told: Callable[[int], None]) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -426,22 +423,3 @@ class Builder:
         if not model.config.tie_word_embeddings:
             language += model.lm_head.parameters()
         return [(list(model.model.multi_modal_projector.parameters()), stage.lr), (language, stage.lm_lr)]
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What a folder of a demonstration says of itself.
-
-    Raises:
-        AnchorsError: it cannot be read.
-    """
-    try:
-        found = parsed(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise AnchorsError(
-            f"{str(path)!r} cannot be read: {brief(error)}.",
-            f"Delete {str(path.parent)!r}: it is built anew.",
-            code="file-unreadable",
-        ) from error
-    return found

@@ -2,31 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchors.errors import AnchorsError, brief
 from anchors.injection.demo.pictures import Pictures
 from anchors.injection.demo.prompts import IGNORED, Prompts
 from anchors.injection.demo.scales import Scale, Stage
-from anchors.pace import Interrupted, between_steps
-from anchors.study.results import write_atomic
+from anchors.training import State, Team, arithmetic, take_steps
 
 Told = Callable[[int], None]
 """Told how many steps of a stage are done."""
-
-
-def arithmetic(device: torch.device) -> AbstractContextManager:
-    """bf16 products on CUDA; the weights stay float32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+OFTEN, KEPT = 50, 500
+"""Steps between looks at the loss, and between checkpoints."""
 
 
 def fit(
@@ -36,92 +29,80 @@ def fit(
     scale: Scale,
     told: Told,
     unfinished: Path,
-) -> None:
-    """AdamW with a short warm-up and a cosine down to zero; goes on where SIGINT or SIGTERM ended it.
+    team: Team | None = None,
+    count: Callable[[int], int | Tensor] = lambda step: 1,
+) -> list[float]:
+    """AdamW with a short warm-up and a cosine down to zero; goes on where it was broken off.
 
     Args:
         groups: parameters with their highest learning rates.
-        loss: of a step.
+        loss: of a step, the mean over this process's rows.
         stage: how many steps.
         scale: warm-up and longest gradient.
         told: hears of the steps that are done.
-        unfinished: the file in which weights and moments are kept when a signal asks for the end.
+        unfinished: the file in which weights and moments are kept, now and then and when a signal asks for the end.
+        team: the processes; just this one by default.
+        count: over how much the mean of a step is taken, by which processes are weighed.
+
+    Returns:
+        The mean loss of every `OFTEN` steps.
 
     Raises:
         AnchorsError: the loss is not finite; the file cannot be read.
         Interrupted: a signal asked for the end; says which step is kept.
     """
     groups = [(parameters, lr) for parameters, lr in groups if lr > 0]
-    parameters = [p for own, _ in groups for p in own]
-    device = parameters[0].device
     optimizer = torch.optim.AdamW(
         [{"params": own, "lr": lr} for own, lr in groups], betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    warmup = max(1, round(scale.warmup * stage.steps))
-    with between_steps() as asked:
-        for step in range(_restored(unfinished, optimizer, parameters), stage.steps):
-            share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / stage.steps)) / 2)
-            for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = lr * share
-            with arithmetic(device):
-                value = loss(step)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, scale.clip)
-            optimizer.step()
-            number = asked()
-            # Every look at a number makes a GPU wait.
-            if step % 50 == 49 or step + 1 == stage.steps or number:
-                if not math.isfinite(value.item()):
-                    raise AnchorsError(
-                        f"The loss at step {step + 1} is not finite.", "Take another --seed.", code="diverged"
-                    )
-                told(step + 1)
-            if number:
-                _keep(unfinished, optimizer, parameters, step + 1)
-                said = f"step {step + 1} of {stage.steps} of this stage is kept, and all stages before"
-                raise Interrupted(number, f"{said}; the same command goes on from there.")
+    parameters = {str(i): p for i, p in enumerate(p for own, _ in groups for p in own)}
+    device = parameters["0"].device
+    team = team or Team(device)
+    state = State(unfinished, parameters, optimizer, "build elsewhere with another --seed")
+    warmup, seen = max(1, round(scale.warmup * stage.steps)), []
+
+    def sums(step: int) -> Float[Tensor, "2"]:
+        with arithmetic(device):
+            mean = loss(step)
+        asked = torch.as_tensor(count(step), device=device).to(mean)
+        return torch.stack([mean * asked, asked])
+
+    def rates(step: int) -> list[float]:
+        share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / stage.steps)) / 2)
+        return [lr * share for _, lr in groups]
+
+    def keep(now: int, unseen: list[Tensor]) -> None:
+        if team.main and now < stage.steps:
+            state.save(now, [*torch.tensor(np.concatenate([*seen, np.zeros((0, 3))])).float(), *unseen])
+
+    take_steps(
+        state,
+        sums,
+        lambda own, total: own[0] / total[1],
+        rates,
+        steps=stage.steps,
+        clip=scale.clip,
+        team=team,
+        start=state.restore(),
+        due=lambda now: now % OFTEN == 0,
+        look=lambda now, values, speed: seen.append(values),
+        save=KEPT,
+        keep=keep,
+        told=told,
+        kept="step {} of {} of this stage is kept, and all stages before",
+    )
+    found = np.concatenate(seen)
+    return [float(np.divide(*found[i : i + OFTEN, :2].sum(0))) for i in range(0, len(found), OFTEN)]
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _keep(path: Path, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int) -> None:
-    tensors = {f"weight/{i}": p.detach() for i, p in enumerate(parameters)}
-    tensors |= {f"{m}/{i}": optimizer.state[p][m] for m in MOMENTS for i, p in enumerate(parameters)}
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(path, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
-
-
-def _restored(path: Path, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> int:
-    """Put weights and moments back; returns the steps done."""
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
-            step = int(file.metadata()["step"])
-            for i, parameter in enumerate(parameters):
-                parameter.copy_(file.get_tensor(f"weight/{i}"))
-                moments = {m: file.get_tensor(f"{m}/{i}").to(parameter.device) for m in MOMENTS}
-                steps = torch.tensor(float(step), device=parameter.device)  # a fused optimizer counts there
-                optimizer.state[parameter] = {"step": steps, **moments}
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AnchorsError(
-            f"{str(path)!r} cannot be used: {brief(error)}.",
-            "Delete it: the stage that it is of begins anew.",
-            code="file-unreadable",
-        ) from error
-    return step
-
-
-def batches(pools: Sequence[Prompts], stage: Stage, seed: int) -> Callable[[int], Prompts]:
-    """From a step to its rows: about `stage.items` items, from one pool drawn at random."""
+def batches(pools: Sequence[Prompts], stage: Stage, seed: int, team: Team) -> Callable[[int], Prompts]:
+    """From a step to this process's share of its rows: about `stage.items` items in all, from one pool drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     which = torch.randint(len(pools), (stage.steps,), generator=generator).tolist()
     device = pools[0].ids.device
     counts = [max(1, stage.items // pool.items) for pool in pools]
     rows = [
-        torch.randint(len(pool), (stage.steps, count), generator=generator).to(device)
+        torch.randint(len(pool), (stage.steps, count), generator=generator)[:, team.share(count)].to(device)
         for pool, count in zip(pools, counts, strict=True)
     ]
     return lambda step: pools[which[step]].take(rows[which[step]][step])

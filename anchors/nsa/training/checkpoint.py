@@ -8,25 +8,22 @@ OUT/training/log.parquet                               the log
 
 import copy
 import hashlib
-import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchors.errors import AnchorsError, brief, parsed
-from anchors.study.results import read_table, write_atomic, write_table, writing
+from anchors.errors import AnchorsError, brief
+from anchors.study.results import read_table, write_table, writing
+from anchors.training import State, demand_own
 
 
 @dataclass(frozen=True)
@@ -51,101 +48,30 @@ class TrainingFolder:
         """Raises:
         AnchorsError: the folder holds a training of another configuration, or files of something else.
         """
-        if not self.identity.is_file():
-            if (self.folder / "config.json").is_file() or (self.folder / "model.safetensors").is_file():
-                raise AnchorsError(
-                    f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
-                    "Choose another --out.",
-                    code="would-overwrite",
-                )
-            return
-        try:
-            before = parsed(self.identity.read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise ValueError("it is no JSON object")
-        except (OSError, ValueError) as error:
+        model = any((self.folder / name).is_file() for name in ("config.json", "model.safetensors"))
+        if model and not self.identity.is_file():
             raise AnchorsError(
-                f"{str(self.identity)!r} does not describe a training: {brief(error)}.",
-                "Delete its folder to begin again, or choose another --out.",
-                code="file-unreadable",
-            ) from error
-        after = json.loads(json.dumps(identity))
-        differing = _differences(before, after)
-        if differing:
-            name, old, new = differing[0]
-            more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
-            raise AnchorsError(
-                f"{str(self.folder)!r} holds a training with {name} = {old}, not {new}{more}.",
-                "Choose another --out, or give the same options to go on with that one.",
-                code="other-run",
+                f"{str(self.folder)!r} holds a model that was not trained here; it would be overwritten.",
+                "Choose another --out.",
+                code="would-overwrite",
             )
-
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Write down what this training is, once."""
-        if not self.identity.is_file():
-            text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
-            write_atomic(self.identity, lambda draft: draft.write_text(text, encoding="utf-8"))
-
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, Float[Tensor, "unlogged 6"]]:
-        """Put weights and moments back; returns the steps done, and of the last of them what no row of the log holds yet.
-
-        Without a checkpoint these are 0 and none.
-
-        Raises:
-            AnchorsError: the file cannot be read, or does not fit the model.
-        """
-        if not self.state.is_file():
-            return 0, torch.zeros(0, 6)
-        parameters = dict(model.named_parameters())
-        try:
-            with safe_open(self.state, framework="pt", device="cpu") as file:
-                step = int(file.metadata()["step"])
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(found[f"weight/{name}"])
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = next(n for n, p in parameters.items() if p is parameter)
-                    device = parameter.device
-                    optimizer.state[parameter] = {
-                        # A fused optimizer counts steps on the device.
-                        "step": torch.tensor(float(step), device=device if group.get("fused") else "cpu"),
-                        "exp_avg": found[f"first/{name}"].to(device),
-                        "exp_avg_sq": found[f"second/{name}"].to(device),
-                    }
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise AnchorsError(
-                f"The checkpoint {str(self.state)!r} cannot be used: {error}",
-                "Delete its folder to begin again.",
-                code="file-unreadable",
-            ) from error
-        return step, found.get("unlogged", torch.zeros(0, 6))
+        demand_own(self.identity, identity)
 
     def save(
         self,
         model: PreTrainedModel,
-        optimizer: Optimizer,
+        state: State,
         step: int,
         log: pd.DataFrame,
         facts: dict[str, Any],
-        unlogged: Sequence[Tensor] = (),
+        unlogged: list[Tensor],
         *,
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
     ) -> None:
         """Write log, state and model, in this order: rows past the state's step are dropped when going on."""
         write_table(self.log, log, facts | {"step": step})
-        tensors = {}
-        for name, parameter in model.named_parameters():
-            moments = optimizer.state[parameter]
-            tensors[f"weight/{name}"] = parameter.detach()
-            tensors[f"first/{name}"] = moments["exp_avg"]
-            tensors[f"second/{name}"] = moments["exp_avg_sq"]
-        if unlogged:
-            tensors["unlogged"] = torch.stack([*unlogged])
-        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        write_atomic(self.state, lambda draft: save_file(tensors, draft, metadata={"step": str(step)}))
+        state.save(step, unlogged)
         self._publish(model, tokenizer, dtype)
 
     def rows(self, until: int) -> list[dict[str, Any]]:
@@ -170,15 +96,6 @@ class TrainingFolder:
                     path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [(name, one, other)]
-    found = []
-    for key in sorted(set(one) | set(other)):
-        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    return found
 
 
 def _weights(folder: Path) -> Path:

@@ -8,11 +8,8 @@ and the gradients are those of the whole batch.
 
 import logging
 import math
-import signal
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from anchors.errors import AnchorsError, demand_seed
 from anchors.nsa.training.checkpoint import TrainingFolder, begin, digest
 from anchors.nsa.training.data import Corpus, Sequences
-from anchors.nsa.training.team import Team
-from anchors.pace import Interrupted, between_steps
 from anchors.study.results import provenance, require_writable
+from anchors.training import LARGEST, State, Team, arithmetic, claim, take_steps
 
 Factory = Callable[[PreTrainedConfig], PreTrainedModel]
 Progress = Callable[[int, int], None]
@@ -38,7 +34,6 @@ Progress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
-LARGEST = torch.finfo(torch.float32).max
 LESSONS = 4
 """Stages in which the data grows harder."""
 _FREE = ("backend", "dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
@@ -74,30 +69,23 @@ class Training:
     grow: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be at least 1.", code="option-value"
-                )
         demand_seed(self.seed)
-        for name in ("warmup", "weight_decay", "text_weight"):
-            if not 0 <= getattr(self, name) <= LARGEST:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0, and a number of float32.",
-                    code="option-value",
-                )
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) <= LARGEST:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be above 0, and a number of float32.",
-                    code="option-value",
-                )
-        for name, what in (("grow", "the steps"), ("last_lr", "the highest learning rate")):
-            if not 0 <= getattr(self, name) <= 1:
-                raise AnchorsError(
-                    f"{name} is {getattr(self, name)}; it must be a share of {what}, from 0 to 1.",
-                    code="option-value",
-                )
+        bounds: dict[str, tuple[Callable[[float], bool], str]] = {
+            "steps batch": (lambda x: x >= 1, "at least 1"),
+            "warmup weight_decay text_weight": (
+                lambda x: 0 <= x <= LARGEST,
+                "at least 0, and a number of float32",
+            ),
+            "lr clip": (lambda x: 0 < x <= LARGEST, "above 0, and a number of float32"),
+            "grow": (lambda x: 0 <= x <= 1, "a share of the steps, from 0 to 1"),
+            "last_lr": (lambda x: 0 <= x <= 1, "a share of the highest learning rate, from 0 to 1"),
+        }
+        for names, (right, what) in bounds.items():
+            for name in names.split():
+                if not right(getattr(self, name)):
+                    raise AnchorsError(
+                        f"{name} is {getattr(self, name)}; it must be {what}.", code="option-value"
+                    )
 
     def lesson(self, step: int) -> int:
         """The stage of a step, from 0 on; `LESSONS` once the data is as hard as it is to be."""
@@ -215,16 +203,10 @@ def train(
             code="length",
         )
     team = Team.made(device)
-    if recipe.batch % team.size:
-        raise AnchorsError(
-            f"A batch of {recipe.batch} cannot be divided among {team.size} processes.",
-            f"Take a multiple of {team.size}.",
-            code="option-value",
-        )
+    team.share(recipe.batch)
     described = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-    identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe)}
-    if init is not None:
-        identity["init"] = {"folder": Path(init).name, "weights": digest(Path(init))}
+    begun = None if init is None else {"folder": Path(init).name, "weights": digest(Path(init))}
+    identity = {"model": described, "data": data.facts(), "recipe": asdict(recipe), "init": begun}
     facts = provenance(**identity, processes=team.size, device=team.name)
     checkpoint = TrainingFolder(out)
     checkpoint.check(identity)
@@ -241,124 +223,85 @@ def train(
     if init is not None:
         begin(model, Path(init))
     model = model.float().to(team.device).train()
-    optimizer = _optimizer(model, recipe)
-    done, unlogged = checkpoint.restore(model, optimizer)
-    team.wait()
-    kept = Log(checkpoint.rows(done))
-    prepared = team.wrap(model)
-    pending: list[Tensor] = [*unlogged.to(team.device)]
-    since = done - len(pending)
+    mend = "train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --init"
+    state = State(checkpoint.state, dict(model.named_parameters()), _optimizer(model, recipe), mend)
+    start = state.restore()
+    kept, feed = Log(checkpoint.rows(start[0])), _batches(data, recipe, start[0], team)
+    if start[0] == recipe.steps:
+        log.info("nothing left to compute: all %d steps are kept in %s", recipe.steps, out)
 
-    def keep(now: int) -> None:
-        _demand_sound(model, now, checkpoint)
+    def look(now: int, values: Float[np.ndarray, "steps 6"], speed: float) -> None:
+        kept.training(now, values, recipe.rate(now - 1), speed * recipe.batch * data.tokens)
+        if now % watch.evaluate == 0 or now == recipe.steps:
+            kept.add(now, "held_out", evaluate(model, data, recipe, watch.held_out))
+
+    def keep(now: int, unlogged: list[Tensor]) -> None:
         if team.main:
-            checkpoint.claim(identity)
+            claim(checkpoint.identity, identity)
             checkpoint.save(
-                model, optimizer, now, kept.table(), facts, pending, tokenizer=tokenizer, dtype=watch.dtype
+                model, state, now, kept.table(), facts, unlogged, tokenizer=tokenizer, dtype=watch.dtype
             )
 
-    if done == recipe.steps:
-        log.info("nothing left to compute: all %d steps are kept in %s", done, out)
-    if progress is not None:
-        progress(done, recipe.steps)
-    began, ran = time.perf_counter(), 0
-    with between_steps() as asked:
-        for step, rows in _batches(data, recipe, done, team):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-            with _diverging(step + 1, checkpoint) if step > done else nullcontext():
-                pending.append(_step(prepared, optimizer, rows, recipe, team))
-            now, last, ran = step + 1, step + 1 == recipe.steps, ran + 1
-            if now % watch.every == 0 or now % watch.save == 0 or now % watch.evaluate == 0 or last:
-                seconds = time.perf_counter() - began
-                values = torch.stack(pending).cpu().double().numpy()
-                _demand_finite(values, since, checkpoint)
-                speed = ran * recipe.batch * data.tokens / max(seconds, 1e-9)
-                kept.training(now, values, recipe.rate(step), speed)
-                pending.clear()
-                since, ran, began = now, 0, time.perf_counter()
-            if now % watch.evaluate == 0 or last:
-                with _diverging(now, checkpoint):
-                    kept.held_out(now, evaluate(model, data, recipe, watch.held_out))
-                began = time.perf_counter()
-            ended = 0 if last else _ended(asked(), now, watch, team)
-            if now % watch.save == 0 or last or ended:
-                keep(now)
-                began = time.perf_counter()
-            if progress is not None and team.main:
-                progress(now, recipe.steps)
-            if ended:
-                team.wait()
-                raise Interrupted(
-                    ended, f"step {now} of {recipe.steps} is kept; the same command goes on from there."
-                )
-    team.wait()
+    take_steps(
+        state,
+        lambda _: _sums(model, next(feed), team.device),
+        lambda own, total: _loss(own, total, recipe.text_weight),
+        lambda step: [recipe.rate(step)] * 2,
+        steps=recipe.steps,
+        clip=recipe.clip,
+        team=team,
+        start=start,
+        due=lambda now: not all(now % often for often in (watch.every, watch.evaluate, watch.save)),
+        look=look,
+        save=watch.save,
+        keep=keep,
+        told=lambda now: progress(now, recipe.steps) if progress is not None else None,
+    )
     return Trained(out, kept.table(), facts)
 
 
-def _ended(number: int, now: int, watch: Watch, team: Team) -> int:
-    """The signal that ends a training after this step, 0 for none; several processes agree where they wait anyway."""
-    if team.size == 1:
-        return number
-    asked = now % watch.every == 0 and team.total(torch.tensor(float(number), device=team.device)) > 0
-    return (number or signal.SIGTERM) if asked else 0
-
-
-def _batches(data: Corpus, recipe: Training, first: int, team: Team) -> Iterator[tuple[int, Sequences]]:
+def _batches(data: Corpus, recipe: Training, first: int, team: Team) -> Iterator[Sequences]:
     """This process's share of every batch, made one step ahead."""
-
     lessons = [data.lesson(i / LESSONS) for i in range(LESSONS)] + [data]
-    most = max(_count(recipe, data, own) for own in lessons)
+    # Of shorter sequences more, so that the tokens stay as many.
+    counts = [recipe.batch * (data.tokens // own.tokens) for own in lessons]
+    most = max(counts)
 
     def made(step: int) -> Sequences:
-        own = lessons[recipe.lesson(step)]
-        share = _count(recipe, data, own) // team.size
-        start = step * most + team.rank * share  # no number is used twice
-        return own.rows(recipe.seed, range(start, start + share))
+        own, share = lessons[recipe.lesson(step)], team.share(counts[recipe.lesson(step)])
+        return own.rows(
+            recipe.seed, range(step * most + share.start, step * most + share.stop)
+        )  # no number is used twice
 
     with ThreadPoolExecutor(1) as pool:
-        step, ahead = first, pool.submit(made, first) if first < recipe.steps else None
-        while ahead is not None:
+        ahead = pool.submit(made, first)
+        for step in range(first, recipe.steps):
             rows = ahead.result()
-            ahead = pool.submit(made, step + 1) if step + 1 < recipe.steps else None
-            yield step, rows
-            step += 1
+            if step + 1 < recipe.steps:
+                ahead = pool.submit(made, step + 1)
+            yield rows
 
 
-def _count(recipe: Training, data: Corpus, own: Corpus) -> int:
-    """Sequences of a step: of shorter ones more, so that the tokens stay as many."""
-    return recipe.batch * (data.tokens // own.tokens)
-
-
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rows: Sequences, recipe: Training, team: Team
-) -> Tensor:
-    """One step; returns, still on the device: sums of label loss, label words, text loss, other tokens, hits, and the
-    gradient's length."""
-    ids, labels = _on(rows.ids, team.device), _on(rows.labels, team.device)
-    nll, hits = losses(model, ids)
-    where = labels[:, 1:]
-    own = torch.stack(
+def _sums(model: nn.Module, rows: Sequences, device: torch.device) -> Float[Tensor, "5"]:
+    """Over rows: label loss, label words, text loss, other tokens, hits. They stay on the device."""
+    where = _on(rows.labels, device)[:, 1:]
+    nll, hits = losses(model, _on(rows.ids, device))
+    return torch.stack(
         [(nll * where).sum(), where.sum(), (nll * ~where).sum(), (~where).sum(), (hits & where).sum()]
     )
-    sums = team.total(own.detach())
-    # Of the whole batch: processes add up, and a mean over them is taken afterwards.
-    label = own[0] / sums[1].clamp(min=1)
-    text = own[2] / sums[3].clamp(min=1)
-    weight = torch.where(sums[1] > 0, recipe.text_weight, 1.0)
-    loss = team.size * (label + weight * text)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    return torch.cat([sums, norm.detach().reshape(1).to(sums)])
+
+
+def _loss(own: Float[Tensor, "5"], total: Float[Tensor, "5"], text_weight: float) -> Float[Tensor, ""]:
+    """The mean over the label words of a batch, and of its other tokens, of which these are some."""
+    weight = torch.where(total[1] > 0, text_weight, 1.0)
+    return own[0] / total[1].clamp(min=1) + weight * (own[2] / total[3].clamp(min=1))
 
 
 def losses(
     model: nn.Module, ids: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "batch next"], Bool[Tensor, "batch next"]]:
     """For every token but the first: -log p, and whether it is the most probable one. bf16 products on CUDA."""
-    with torch.autocast("cuda", torch.bfloat16) if ids.device.type == "cuda" else nullcontext():
+    with arithmetic(ids.device):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return nll.view(ids.shape[0], -1), logits.argmax(-1) == ids[:, 1:]
@@ -414,12 +357,9 @@ class Log:
         found["gradient"] = norm / len(values)
         if labels:
             found |= {"label_loss": label / labels, "accuracy": hits / labels}
-        self._add(step, "train", {(metric, "all"): value for metric, value in found.items()})
+        self.add(step, "train", {(metric, "all"): value for metric, value in found.items()})
 
-    def held_out(self, step: int, found: dict[tuple[str, str], float]) -> None:
-        self._add(step, "held_out", found)
-
-    def _add(self, step: int, split: str, found: dict[tuple[str, str], float]) -> None:
+    def add(self, step: int, split: str, found: dict[tuple[str, str], float]) -> None:
         self.rows += [
             {"step": step, "split": split, "metric": metric, "bucket": bucket, "value": float(value)}
             for (metric, bucket), value in found.items()
@@ -443,33 +383,3 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda":  # from pinned memory the copy does not wait for the device
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-@contextmanager
-def _diverging(step: int, checkpoint: TrainingFolder) -> Generator[None]:
-    """A model that ran before refuses only numbers that are none, and cannot know that a learning rate is behind them."""
-    try:
-        yield
-    except AnchorsError as error:
-        raise _diverged("The model's own numbers are not finite", step, checkpoint) from error
-
-
-def _demand_sound(model: nn.Module, step: int, checkpoint: TrainingFolder) -> None:
-    """Refuse weights that are no numbers, or so large that their squares are infinite."""
-    if not all(float(p.detach().abs().amax()) < LARGEST**0.5 for p in model.parameters() if p.numel()):
-        raise _diverged("Weights are not finite, or huge,", step, checkpoint)
-
-
-def _demand_finite(values: Float[np.ndarray, "steps 6"], first: int, checkpoint: TrainingFolder) -> None:
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
-        raise _diverged("Loss or gradient is not finite", first + int(bad[0]) + 1, checkpoint)
-
-
-def _diverged(what: str, step: int, checkpoint: TrainingFolder) -> AnchorsError:
-    kept = "The last checkpoint is kept" if checkpoint.state.is_file() else "There is no checkpoint yet"
-    return AnchorsError(
-        f"The training diverged. {what} at step {step}.",
-        f"{kept}; train again elsewhere with a lower --lr, a longer --warmup, a smaller --clip or --init.",
-        code="diverged",
-    )
