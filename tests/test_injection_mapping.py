@@ -22,6 +22,11 @@ PUBLISHED = {
     "qwen2_vl": [("model.", "lm_head."), ("model.language_model.", "lm_head.")],
     "qwen2_5_vl": [("model.", "lm_head."), ("model.language_model.", "lm_head.")],
     "gemma3": [("language_model.model.", "language_model.lm_head.")],
+    "qwen3_vl": [("model.language_model.", "lm_head.")],
+    "qwen3_vl_moe": [("model.language_model.", "lm_head.")],
+    "internvl": [("language_model.model.", "language_model.lm_head.")],
+    "llava_onevision": [("language_model.model.", "language_model.lm_head."), ("model.", "lm_head.")],
+    "mistral3": [("language_model.model.", "language_model.lm_head.")],
 }
 
 

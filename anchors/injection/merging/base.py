@@ -19,6 +19,9 @@ DECISIVE = ("num_attention_heads", "num_key_value_heads", "head_dim", "activatio
 ADJUSTED = ("rope_theta", "rope_local_base_freq", "rope_scaling", "rms_norm_eps", "sliding_window")
 """What a longer training may have changed: weights then fit one value, the merged model has the VLM's."""
 
+_TEXT = ("text_config", "llm_config", "language_config")
+"""What configurations call the part that is the tower's, transformers' own and those of InternVL and DeepSeek."""
+
 # Sections of images' positions: a text has the same position in all.
 _NO_SCALING = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
 
@@ -93,8 +96,8 @@ def computed(config: Mapping[str, Any]) -> dict[str, Any]:
     Generations of transformers write rotary embeddings differently (`rope_theta` and `rope_scaling`, or both in
     `rope_parameters`, of Gemma for two kinds of layers); what is said in one way reads as what is said in the other.
     """
-    text = config.get("text_config")
-    text = text if isinstance(text, Mapping) and text else config
+    parts = (config.get(name) for name in _TEXT)
+    text = next((part for part in parts if isinstance(part, Mapping) and part), config)
     both = text.get("rope_parameters") or {}
     rope = both.get("full_attention", both)
     facts = {name: text.get(name) for name in (*DECISIVE, *ADJUSTED)}

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from anchors.errors import AnchorsError
 from anchors.injection.merging.base import differing, require_base
+from anchors.injection.merging.checkpoint import Checkpoint
 from anchors.injection.merging.draft import Draft, Layout, finished
 from anchors.injection.merging.recipe import Recipe, merge_tensor
 from anchors.injection.merging.sources import Source, Sources, by_rows
@@ -51,8 +52,8 @@ class MergeReport:
         seconds: what it took; of a merge that was broken off, the last part.
         memory: highest anonymous memory of this process meanwhile, in bytes (sampled; None where the system does
             not tell).
-        notes: what a reader must know: configurations that differ, shards found, a draft thrown away, a merge that was
-            done already.
+        notes: what a reader must know: configurations that differ, code that was not copied, shards found, a draft
+            thrown away, a merge that was done already.
     """
 
     out: Path
@@ -125,7 +126,7 @@ def merge(
     layout = Layout.of(sources.vlm.entries, shard_size)
     if not force:
         require_base(sources)
-    notes = differing(sources)
+    notes = differing(sources) + _own_code(sources.vlm)
     companions = _companions(sources.vlm.folder)
     identity = {
         "recipe": recipe.as_dict(),
@@ -254,6 +255,22 @@ def _companions(folder: Path) -> list[Path]:
     chosen = sorted(found - {path for pattern in _OWN for path in folder.glob(pattern)})
     require_inside(folder, chosen)
     return chosen
+
+
+def _own_code(vlm: Checkpoint) -> tuple[str, ...]:
+    """A note where a model is read by code of its own, which is never copied."""
+    named = vlm.config.get("auto_map")
+    files = (
+        {str(place).split("--")[-1].split(".")[0] + ".py" for place in named.values()}
+        if isinstance(named, Mapping)
+        else ()
+    )
+    if not files:
+        return ()
+    return (
+        f"{vlm.name!r} is read by code of its own ({', '.join(sorted(files))}), which is not copied: put it beside the "
+        "merged model if you trust it.",
+    )
 
 
 def _require_unchanged(sources: Sources, written: dict[str, Any], draft: Draft) -> None:
