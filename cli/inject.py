@@ -283,7 +283,7 @@ def _merge(
 
 def _dry_run(sources: "Sources", recipe: "Recipe", as_json: bool) -> None:
     rows = inject_show.plan(sources, recipe)
-    kept = [name for name in sources.vlm.shapes if name not in sources.pairs]
+    kept = [name for name in sources.vlm.apart.shapes if name not in sources.pairs]
     if as_json:
         common.print_json({"recipe": recipe.as_dict(), "tower": rows, "kept": kept})
         return

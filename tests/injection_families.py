@@ -69,7 +69,13 @@ _QWEN3_EYES = {
     "deepstack_visual_indexes": [0],
 }  # fmt: skip
 _CLIP = CLIPVisionConfig(**_SEEING, projection_dim=16)
-_MOE = _SIZE | {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+_MOE = _SIZE | {
+    "moe_intermediate_size": 12,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "norm_topk_prob": True,
+}
 
 
 def _language(config: type[PreTrainedConfig], size: dict, tied: bool, **more: object) -> PreTrainedConfig:
@@ -191,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-NAMES = tuple(sorted(set(FAMILIES) - {"qwen3_vl_moe"}))
+NAMES = tuple(sorted(FAMILIES))
 
 _AROUND = (
     ("model.vision_tower.", "vision_tower."),
@@ -201,6 +207,7 @@ _INSIDE = (("model.language_model.", "language_model.model."), ("lm_head.", "lan
 LAYOUTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     # The family, and beginnings of names: as transformers has them in memory, and as checkpoints of the hub do.
     "Qwen/Qwen3-VL-2B-Instruct": ("qwen3_vl", ()),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": ("qwen3_vl_moe", ()),
     "OpenGVLab/InternVL3-1B-hf": ("internvl", _INSIDE + _AROUND),
     "OpenGVLab/InternVL3-1B": (
         "internvl",

@@ -122,5 +122,6 @@ def require_siblings(suites: Sequence[Suite], scenarios: Callable[[Suite], objec
 def gap(vectors: TaskVectors, side: Any) -> float:
     """‖side − base‖ over the tower without embedding and head."""
     names = [pair.vlm for pair in vectors.pairs if pair.kind not in ("embedding", "head")]
-    gaps = [torch.dist(side[name].float(), vectors.base[name].float()) for name in names]
+    own = {name: side[name] if name in side else vectors.apart.taken(side, name) for name in names}
+    gaps = [torch.dist(own[name].float(), vectors.base[name].float()) for name in names]
     return float(torch.linalg.vector_norm(torch.stack(gaps)))

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchors.errors import AnchorsError, parsed
+from anchors.injection.merging.stacks import Apart, apart
 from anchors.places import refuse_revision, require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,6 +117,11 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
 
+    @cached_property
+    def apart(self) -> Apart:
+        """Its tensors with experts of a mixture one by one."""
+        return apart(self.shapes)
+
     @property
     def dtypes(self) -> dict[str, str]:
         return {name: entry.dtype for name, entry in self.entries.items()}
@@ -133,11 +139,13 @@ class Checkpoint:
             ) from error
 
     def weight(self, name: str) -> Tensor:
-        """A tensor that can be computed with.
+        """A tensor that can be computed with, or the matrix of one expert in a stack of them.
 
         Raises:
             AnchorsError: it is of a quantised type.
         """
+        if (place := self.apart.slices.get(name)) is not None:
+            return place.of(self.weight(place.stack)).contiguous()
         entry = self.entries[name]
         if entry.dtype not in PLAIN:
             raise AnchorsError(

@@ -189,7 +189,8 @@ def wants_change(recipe: Recipe) -> bool:
 def _made(sources: Sources, recipe: Recipe, name: str) -> tuple[Tensor, dict[str, Any]]:
     """A tensor of the result and the facts about it."""
     v = sources.vlm.tensor(name)
-    pair, _ = sources.pairs.get(name, (None, None))
+    within = sources.vlm.apart.stacks.get(name, (name,))
+    pair, _ = sources.pairs.get(within[0], (None, None))
     fact = {
         "name": name,
         "module": sources.part(name),
@@ -201,16 +202,25 @@ def _made(sources: Sources, recipe: Recipe, name: str) -> tuple[Tensor, dict[str
     }
     if pair is None:
         return v, fact
+    m = v
+    if name in sources.pairs:
+        m = _merged(sources, recipe, name)
+    elif recipe.strength_of(pair.layer) is not None:
+        m = torch.empty_like(v)
+        for own in within:
+            sources.vlm.apart.slices[own].of(m).copy_(_merged(sources, recipe, own))
+    fact |= _compared(name, m, v)
+    return m, fact
+
+
+def _merged(sources: Sources, recipe: Recipe, name: str) -> Tensor:
+    """One tensor of the tower as the recipe has it."""
+    pair, _ = sources.pairs[name]
     b, v, e = sources.weights(name)
     merged = partial(merge_tensor, recipe, pair.canonical, layer=pair.layer, dtype=v.dtype)
     if not by_rows(pair):
-        m = merged(b, v, e)
-    elif sources.rows is not None:
-        m = sources.rows.merge(b, v, e, merged)
-    else:
-        m = v
-    fact |= _compared(name, m, v)
-    return m, fact
+        return merged(b, v, e)
+    return v if sources.rows is None else sources.rows.merge(b, v, e, merged)
 
 
 def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Sources:
         vlm: the vision-language model.
         base: the language model that both others were made from.
         expert: the language model whose skill is injected.
-        pairs: by name in the vision-language model: the tensor's place in the base and in the expert.
+        pairs: by name in the vision-language model (of experts in a stack, each matrix by itself): the tensor's place in
+            the base and in the expert.
         rows: the rows of embedding and head that are merged; None where these stay as they are.
     """
 
@@ -49,7 +50,7 @@ class Sources:
         for model, role in zip(others, ("base", "expert"), strict=True):
             _require_another(own, model, role)
         towers = [
-            tower(own.shapes, model.shapes, name)
+            tower(own.apart.shapes, model.apart.shapes, name)
             for model, name in zip(others, ("the base", "the expert"), strict=True)
         ]
         if not towers[0].kept:
@@ -93,6 +94,7 @@ class Sources:
     def part(self, name: str) -> str:
         """What a tensor of the vision-language model is: attention, mlp, norm, embedding or head of the tower, or the
         name of the module outside of it."""
+        name, *_ = self.vlm.apart.stacks.get(name, (name,))
         if name in self.pairs:
             return part_of(self.pairs[name][0])
         words = [word for word in name.split(".") if word != "model"]
