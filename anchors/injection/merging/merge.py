@@ -90,7 +90,7 @@ class MergeReport:
 def merge(
     vlm: Source,
     expert: Source,
-    base: Source,
+    base: Source | None,
     recipe: Recipe | None = None,
     out: str | Path = "injected",
     *,
@@ -107,8 +107,8 @@ def merge(
 
     Args:
         vlm: the vision-language model: directory, hub id, or an open `Checkpoint`.
-        expert: the language model with the skill.
-        base: the language model that both were made from.
+        expert: the language model with the skill, or a LoRA folder of peft (`open_expert`).
+        base: the language model that both were made from; None is the one that an adapter was trained on.
         recipe: method, strengths, layers, embeddings; task arithmetic at strength 1 by default.
         out: folder to be; must not be there, or be empty.
         shard_size: largest file of weights, e.g. 500MB; memory does not depend on it.
@@ -126,7 +126,7 @@ def merge(
     layout = Layout.of(sources.vlm.entries, shard_size)
     if not force:
         require_base(sources)
-    notes = differing(sources) + _own_code(sources.vlm)
+    notes = differing(sources) + _own_code(sources.vlm) + sources.expert.notes
     companions = _companions(sources.vlm.folder)
     identity = {
         "recipe": recipe.as_dict(),

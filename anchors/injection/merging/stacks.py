@@ -78,7 +78,7 @@ def apart(shapes: Mapping[str, Shape]) -> Apart:
     slices: dict[str, Slice] = {}
     for name in shapes:
         found = _STACK.fullmatch(name)
-        down = found and f"{found['prefix']}down_proj"
+        down = f"{found['prefix']}down_proj" if found else ""
         # Gates and ups that alternate, as in GPT-OSS, come with biases.
         if found is None or down not in shapes or f"{name}_bias" in shapes:
             continue
