@@ -12,6 +12,7 @@ import pytest
 import torch
 from injection_families import Saved, saved
 from injection_merging import same, weights
+from injection_suites import build, tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,10 +20,14 @@ from typer.testing import CliRunner
 
 from anchors.cli.inject import app
 from anchors.errors import AnchorsError
+from anchors.injection.asking.suite import Suite
+from anchors.injection.asking.vlm import load_vlm
 from anchors.injection.merging.adapter import Adapted, open_expert
 from anchors.injection.merging.checkpoint import SINGLE, Checkpoint
+from anchors.injection.merging.memory import inject
 from anchors.injection.merging.merge import merge
 from anchors.injection.merging.recipe import Recipe
+from anchors.injection.suites import SuiteModels
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -282,3 +287,31 @@ def test_what_is_not_understood_is_refused(
     assert error.value.remedy
     assert not (tmp_path / "out").exists()
     assert SINGLE not in {path.name for path in lora.iterdir()}
+
+
+@torch.no_grad()
+def test_a_suites_expert_may_be_an_adapter(tmp_path: Path) -> None:
+    """The text is answered by peft's layers, the pictures by the merged tower: one expert."""
+    suite = Suite.open(build(tmp_path))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"])
+    )
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        weight.add_(0.2 * torch.randn_like(weight))
+    folder = tmp_path / "experts" / "instruction"
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    vlm = load_vlm(suite.model("vlm"), device="cpu", precision="float32")
+    world = SuiteModels(suite, None, vlm)
+    expert = world.language_model("experts", "instruction")
+    ids = torch.tensor([[2, 3, 7, 9]])
+    torch.testing.assert_close(expert.model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    vectors = world.task_vectors(expert, "instruction")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with inject(vlm.model, vectors, "swap", embeddings="shared-rows"):
+        seen = vlm.model(input_ids=ids).logits
+    torch.testing.assert_close(seen, expert.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert (seen - plain(input_ids=ids).logits).abs().max() > 0.01
