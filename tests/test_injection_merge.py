@@ -115,6 +115,52 @@ def test_published_layouts_merge_to_what_plain_python_makes(layout: str, tmp_pat
     assert report.changed == len(before.entries) - sum(not tower for tower in report.tensors["tower"])
 
 
+_LIKE_INTERNLM2 = (
+    ("embed_tokens", "tok_embeddings"), ("self_attn.o_proj", "attention.wo"), ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.down_proj", "feed_forward.w2"), ("mlp.up_proj", "feed_forward.w3"), ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"), ("lm_head", "output"), ("self_attn.q_proj", "attention.wqkv"),
+)  # fmt: skip
+
+
+def internlm2(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A language model as InternLM2 names it, with queries, keys and values of a group in one tensor; without biases."""
+    held = {
+        name: tensor for name, tensor in held.items() if "vision_model" in name or "proj.bias" not in name
+    }
+    for name in [name for name in held if name.endswith("self_attn.q_proj.weight")]:
+        q, k, v = (held.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv")
+        held[name] = torch.cat([q, k, v])  # one group: one head of keys
+    for old, new in _LIKE_INTERNLM2:
+        held = {n if "vision_model" in n else n.replace(old, new): t for n, t in held.items()}
+    return held
+
+
+def test_a_tower_with_the_names_of_internlm2(tmp_path: Path) -> None:
+    """OpenGVLab/InternVL2_5-8B: other names and fused projections, the same sums."""
+    paths, recipe = saved("internvl"), Recipe(strength=0.7, embeddings="shared-rows")
+    plain = {
+        "vlm": published("OpenGVLab/InternVL3-1B"),
+        "base": weights(paths.base),
+        "expert": weights(paths.expert),
+    }
+    for role, held in plain.items():
+        shutil.copytree(getattr(paths, role), tmp_path / role)
+        save_file(internlm2(held), tmp_path / role / SINGLE)
+    names = set(weights(tmp_path / "base"))
+    assert {"model.tok_embeddings.weight", "output.weight", "model.layers.1.attention.wqkv.weight"} < names
+    assert "language_model.output.weight" in weights(tmp_path / "vlm")
+    merge(*(tmp_path / role for role in ("vlm", "expert", "base")), recipe, tmp_path / "out")
+    shutil.copytree(paths.vlm, tmp_path / "original")
+    save_file(plain["vlm"], tmp_path / "original" / SINGLE)
+    merge(tmp_path / "original", paths.expert, paths.base, recipe, tmp_path / "wanted")
+    found, wanted = weights(tmp_path / "out"), internlm2(weights(tmp_path / "wanted"))
+    assert same(found, wanted)
+    before = weights(tmp_path / "vlm")
+    assert sum(not torch.equal(found[name], before[name]) for name in found) == len(names)
+    with pytest.raises(AnchorsError, match="missing in the tower"):
+        merge(tmp_path / "vlm", paths.expert, paths.base, recipe, tmp_path / "no")
+
+
 def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
     """As the original InternVL: its configuration is read under its own names, its code is left behind, which is said."""
     paths = saved("internvl")
