@@ -120,10 +120,16 @@ def test_an_adapter_answers_as_in_pefts_forward_pass(name: str, tmp_path: Path) 
     assert expert.fingerprint not in (base.fingerprint, expert.lora.fingerprint)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    trained(KINDS["plain"], folder)
+    return folder
+
+
 @pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    trained(KINDS["plain"], tmp_path / "lora")
-    return tmp_path / "lora"
+def lora(once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(once, tmp_path / "lora")
 
 
 @pytest.fixture
