@@ -74,11 +74,20 @@ def merge(
     ] = None,
     expert: Annotated[
         str | None,
-        typer.Argument(metavar="EXPERT", show_default=False, help="Language model with the skill: the same."),
+        typer.Argument(
+            metavar="EXPERT",
+            show_default=False,
+            help="Language model with the skill, or a LoRA folder that makes one: the same.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        common.option("Models", "Language model that both were made from: the same.", "--base", "-b"),
+        common.option(
+            "Models",
+            "Language model that both were made from: the same. A LoRA folder may name it itself.",
+            "--base",
+            "-b",
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -167,9 +176,10 @@ def merge(
         if method == "help":
             _methods(as_json)
             return
-        missing = {"VLM": vlm, "EXPERT": expert, "--base": base, "--out": to or inspect or dry_run or None}
+        named = base or ((expert and (Path(expert) / "adapter_config.json").is_file()) or None)
+        missing = {"VLM": vlm, "EXPERT": expert, "--base": named, "--out": to or inspect or dry_run or None}
         absent = [name for name, value in missing.items() if value is None]
-        if vlm is None or expert is None or base is None or absent:
+        if vlm is None or expert is None or absent:
             raise AnchorsError(
                 f"{' and '.join(absent)} must be given.",
                 "For example: anchors inject VLM EXPERT --base LLM --out DIR; anchors inject --help lists all.",
@@ -197,8 +207,10 @@ def merge(
             options=tuple(_pair(text) for text in option or ()),
         )
         with err.status("opening the models"):
-            models = _opened(vlm), _opened(expert), _opened(base)
+            below = None if base is None else _opened(base)
+            models = _opened(vlm), _opened(expert, below, expert=True), below
             sources = Sources.open(*models, embeddings=embeddings if dry_run else "keep")
+            models = models[0], models[1], sources.base
         recipe.require_depth(sources.n_layers)
         if inspect:
             if to is not None or shard_size != SHARD_SIZE:
@@ -208,19 +220,21 @@ def merge(
         if dry_run:
             if not force:
                 require_base(sources)
+            common.print_notes(list(sources.expert.notes))
             _dry_run(sources, recipe, as_json)
         elif to is not None:
             _merge(models, recipe, to, shard_size, force, as_json)
 
 
-def _opened(source: str) -> "Checkpoint":
-    """A directory, a hub id, or a hub id with a revision."""
+def _opened(source: str, base: "Checkpoint | None" = None, expert: bool = False) -> "Checkpoint":
+    """A directory, a hub id, or a hub id with a revision; an expert may be an adapter of a base."""
+    from anchors.injection.merging.adapter import open_expert
     from anchors.injection.merging.checkpoint import Checkpoint
 
     name, at, revision = source.rpartition("@")
-    if at and not Path(source).is_dir():
-        return Checkpoint.open(name, revision)
-    return Checkpoint.open(source)
+    if not at or Path(source).is_dir():
+        name, revision = source, None
+    return open_expert(name, base, revision) if expert else Checkpoint.open(name, revision)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -283,7 +297,7 @@ def _merge(
 
 def _dry_run(sources: "Sources", recipe: "Recipe", as_json: bool) -> None:
     rows = inject_show.plan(sources, recipe)
-    kept = [name for name in sources.vlm.shapes if name not in sources.pairs]
+    kept = [name for name in sources.vlm.apart.shapes if name not in sources.pairs]
     if as_json:
         common.print_json({"recipe": recipe.as_dict(), "tower": rows, "kept": kept})
         return

@@ -35,8 +35,11 @@ def methods(known: "Mapping[str, Method]") -> Grid:
 
 
 def plan(sources: "Sources", recipe: "Recipe") -> list[dict[str, Any]]:
-    """Each tensor of the tower: its names in all three models, its shape, and what would happen to it."""
-    merged, rows = set(sources.merged()), []
+    """Each tensor of the tower: its names in all three models, its shape, and what would happen to it.
+
+    A matrix of an expert that the vision-language model has in a stack goes by the stack's name there.
+    """
+    merged, rows, slices = set(sources.merged()), [], sources.vlm.apart.slices
     for name, (pair, other) in sources.pairs.items():
         change = "no"
         if name in merged and recipe.strength_of(pair.layer) is not None:
@@ -45,12 +48,12 @@ def plan(sources: "Sources", recipe: "Recipe") -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": pair.canonical,
-                "vlm": name,
+                "vlm": slices[name].stack if name in slices else name,
                 "base": pair.llm,
                 "expert": other.llm,
                 "layer": pair.layer,
                 "kind": pair.kind,
-                "shape": list(sources.vlm.shapes[name]),
+                "shape": list(sources.vlm.apart.shapes[name]),
                 "change": change,
             }
         )
@@ -58,7 +61,7 @@ def plan(sources: "Sources", recipe: "Recipe") -> list[dict[str, Any]]:
 
 
 def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Grid:
-    """The same, a tensor of all layers in one row."""
+    """The same, a tensor of all layers, and of all experts, in one row."""
     table = _table(
         f"What would change: {recipe.label()}",
         "{…}: one in each of these layers, as the base counts",
@@ -66,13 +69,14 @@ def plan_table(rows: list[dict[str, Any]], recipe: "Recipe") -> Grid:
         "its shape",
         "change",
     )
-    groups: dict[tuple[str, ...], list[int]] = {}
+    groups: dict[tuple[str, ...], set[int]] = {}
     for row in rows:
         names = (re.sub(r"(?<=layers\.)\d+", "{}", row[key], count=1) for key in ("base", "vlm"))
+        names = (re.sub(r"(?<=\bexperts\.)\d+", "*", name) for name in names)
         key = (*names, "×".join(map(str, row["shape"])), row["change"])
-        groups.setdefault(key, []).append(row["layer"])
+        groups.setdefault(key, set()).update([] if row["layer"] is None else [row["layer"]])
     for (own, theirs, shape, change), layers in groups.items():
-        if layers != [None]:
+        if layers:
             own = own.replace("{}", f"{{{_ranges(layers)}}}")
             theirs = theirs.replace("{}", "{…}")
         table.add_row(escape(f"{own}\n  {theirs}"), shape, change if change != "no" else "[dim]no[/]")

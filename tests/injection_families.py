@@ -21,9 +21,12 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Idefics3Config,
+    InternVLConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Mistral3Config,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +34,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
@@ -57,7 +64,18 @@ _SEEING = {
 }  # fmt: skip
 _QWEN_EYES = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_QWEN3_EYES = {
+    "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 16, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}  # fmt: skip
 _CLIP = CLIPVisionConfig(**_SEEING, projection_dim=16)
+_MOE = _SIZE | {
+    "moe_intermediate_size": 12,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "norm_topk_prob": True,
+}
 
 
 def _language(config: type[PreTrainedConfig], size: dict, tied: bool, **more: object) -> PreTrainedConfig:
@@ -146,9 +164,79 @@ FAMILIES: dict[str, Family] = {
             tie_word_embeddings=tied,
         ),
     ),
+    "qwen3_vl": Family(
+        _language(Qwen3Config, _SIZE | {"head_dim": 8}, tied=True), True, _qwen(Qwen3VLConfig, _QWEN3_EYES)
+    ),
+    "qwen3_vl_moe": Family(
+        _language(Qwen3MoeConfig, _MOE, tied=False), False, _qwen(Qwen3VLMoeConfig, _QWEN3_EYES)
+    ),
+    "internvl": Family(
+        _language(Qwen2Config, _SIZE, tied=False),
+        False,
+        lambda language, tied: InternVLConfig(
+            vision_config=_SEEING | {"image_size": [16, 16], "patch_size": [4, 4]}, text_config=_text(language),
+            image_token_id=IMAGE, image_seq_length=4, tie_word_embeddings=tied,
+        ),
+    ),
+    "llava_onevision": Family(
+        _language(Qwen2Config, _SIZE, tied=True),
+        True,
+        lambda language, tied: LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**_SEEING, vision_use_head=False).to_dict(), text_config=_text(language),
+            image_token_id=IMAGE, video_token_id=IMAGE + 1, image_grid_pinpoints=[[16, 16]], vision_feature_layer=-1,
+            tie_word_embeddings=tied,
+        ),
+    ),
+    "mistral3": Family(
+        _language(MistralConfig, _SIZE | {"head_dim": 8}, tied=False),
+        False,
+        lambda language, tied: Mistral3Config(
+            vision_config={"model_type": "pixtral", **_SEEING, "head_dim": 8}, text_config=_text(language),
+            image_token_index=IMAGE, vision_feature_layer=-1, tie_word_embeddings=tied,
+        ),
+    ),
 }  # fmt: skip
 
 NAMES = tuple(sorted(FAMILIES))
+
+_AROUND = (
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+_INSIDE = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+LAYOUTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    # The family, and beginnings of names: as transformers has them in memory, and as checkpoints of the hub do.
+    "Qwen/Qwen3-VL-2B-Instruct": ("qwen3_vl", ()),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": ("qwen3_vl_moe", ()),
+    "OpenGVLab/InternVL3-1B-hf": ("internvl", _INSIDE + _AROUND),
+    "OpenGVLab/InternVL3-1B": (
+        "internvl",
+        (
+            *_INSIDE,
+            ("model.vision_tower.", "vision_model."),
+            ("model.multi_modal_projector.layer_norm.", "mlp1.0."),
+            ("model.multi_modal_projector.linear_1.", "mlp1.1."),
+            ("model.multi_modal_projector.linear_2.", "mlp1.3."),
+        ),
+    ),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (
+        "llava_onevision",
+        (
+            *_INSIDE,
+            ("model.image_newline", "image_newline"),
+            ("model.vision_tower.", "vision_tower.vision_model."),
+            _AROUND[1],
+        ),
+    ),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": ("mistral3", _INSIDE + _AROUND),
+}
+"""Whole vision-language checkpoints as published, one tiny one of each."""
+_ORIGINAL_EYES = (
+    ("encoder.layer.", "encoder.layers."), ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("position_embeddings", "position_embedding"), ("patch_embeddings.projection", "patch_embedding"),
+    ("lambda_", "ls"), ("attention.projection_layer", "attn.proj"), ("attention.", "attn."),
+    ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,6 +291,30 @@ def saved(family: str, dtype: torch.dtype = torch.float32, shard: str = "1GB") -
         tokenizer(*(["<image>"] if name == "vlm" else [])).save_pretrained(folder / name)
         paths.append(folder / name)
     return Saved(*paths)
+
+
+def published(layout: str, fused: bool = True) -> dict[str, torch.Tensor]:
+    """The vision-language model's tensors as the checkpoint of the hub holds them.
+
+    By hand, from its index and transformers' own conversions; tests let transformers read it. `fused` is how the original
+    InternVL holds queries, keys and values of its eyes.
+    """
+    family, renamed = LAYOUTS[layout]
+    found = {}
+    own = models(family).vlm.state_dict()
+    if FAMILIES[family].tied:
+        del own["lm_head.weight"]
+    for name, tensor in own.items():
+        if ".experts." in name:
+            tensor = tensor.transpose(1, 2).contiguous()  # [expert, in, out]
+        name = next((new + name.removeprefix(old) for old, new in renamed if name.startswith(old)), name)
+        for old, new in _ORIGINAL_EYES if name.startswith("vision_model.") else ():
+            name = name.replace(old, new)
+        found[name] = tensor
+    for name in [name for name in found if fused and name.startswith("vision_model.") and ".q_proj." in name]:
+        own = [found.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv"]
+        found[name.replace("q_proj", "qkv")] = torch.cat(own)
+    return found
 
 
 def tokenizer(*more: str, order: Callable[[list[str]], list[str]] = list) -> PreTrainedTokenizerFast:

@@ -32,6 +32,8 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -44,6 +46,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -58,6 +62,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
@@ -77,6 +82,8 @@ MORE = (
     "internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "paligemma", "idefics3-tiles", "smolvlm-tiles",
 )  # fmt: skip
 """Families of which the flow and the places of patches are tried, too."""
+MERGED = ("internvl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "mistral3")
+"""Families of which merges and the flow through them are tried."""
 
 
 def tokenizer(special: dict[str, str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -203,9 +210,26 @@ def _later_qwen(kind: str):
     if old:
         config, processor = Qwen2_5_VLConfig(**made), images_only(Qwen2_5_VLProcessor)(images, words)
         return Qwen2_5_VLForConditionalGeneration(config), processor
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), images_only(Qwen3VLProcessor)(
-        images, words
+    processor = images_only(Qwen3VLProcessor)(images, words)
+    if kind == "qwen3_vl":
+        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), processor
+    made["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**made)), processor
+
+
+def _mistral3():
+    """Its own processor demands torchvision: LLaVA's takes its place, which puts no breaks between rows of patches."""
+    words = tokenizer({"image_token": "[IMG]"})
+    eyes = {"model_type": "pixtral", **EYES, "head_dim": 8, "image_size": 16, "patch_size": 4}
+    config = Mistral3Config(
+        vision_config=eyes, text_config={"model_type": "mistral", **TEXT, "head_dim": 8, "vocab_size": len(words)},
+        image_token_index=words.convert_tokens_to_ids("[IMG]"), spatial_merge_size=2, vision_feature_layer=-1,
+    )  # fmt: skip
+    images = PixtralImageProcessorPil(size={"longest_edge": 16}, patch_size=4)
+    processor = LlavaProcessor(
+        images, words, patch_size=8, vision_feature_select_strategy="full", num_additional_image_tokens=0
     )
+    return Mistral3ForConditionalGeneration(config), processor
 
 
 def _internvl():
@@ -291,16 +315,16 @@ def blip(kind: str = "blip_2", text: dict = _OPT):
 
 BUILDERS = {
     "idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip, "internvl": _internvl,
-    "llava_onevision": _llava_onevision, "paligemma": _paligemma,
+    "llava_onevision": _llava_onevision, "paligemma": _paligemma, "mistral3": _mistral3,
     **{kind: partial(_idefics3, kind) for kind in ("idefics3-tiles", "smolvlm-tiles")},
-    **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl")},
+    **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
 }  # fmt: skip
 
 
 @cache
 def make_vlm(family: str, routed: bool = True) -> VisionLanguageModel:
     """A random model of a family, with weights large enough for attention to be far from uniform."""
-    torch.manual_seed((*FAMILIES, *ONE_IMAGE, *MORE).index(family))
+    torch.manual_seed((*FAMILIES, *ONE_IMAGE, *MORE, *MERGED).index(family))
     model, processor = BUILDERS[family]() if family in BUILDERS else _llava(family)
     enliven(model)
     return prepare_vlm(model, processor, f"tiny {family}", "float32", routed=routed)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from injection_vlms import FAMILIES, ONE_IMAGE, T5, blip, enliven, make_vlm, picture
+from injection_vlms import FAMILIES, MERGED, ONE_IMAGE, T5, blip, enliven, make_vlm, picture
 from PIL import Image
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -87,7 +87,7 @@ def loops(flow, ids, labels, target, begins, image_id, both_ways):
 @pytest.mark.parametrize(
     ("family", "words"),
     [(family, words) for words in (("red", "blue"), ()) for family in FAMILIES]
-    + [(f, ()) for f in ONE_IMAGE],
+    + [(f, ()) for f in (*ONE_IMAGE, *MERGED)],
 )
 def test_sums_are_those_of_materialised_attention(family, words):
     vlm = make_vlm(family)

@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from injection_families import FAMILIES, NAMES, ROWS, TOKENS, VLM_ROWS, models, saved, shapes, tokenizer
+from injection_families import FAMILIES, ROWS, TOKENS, VLM_ROWS, models, saved, shapes, tokenizer
+from injection_families import NAMES as ALL
 from safetensors.torch import load_file
 
 from anchors.errors import AnchorsError
@@ -22,7 +23,14 @@ PUBLISHED = {
     "qwen2_vl": [("model.", "lm_head."), ("model.language_model.", "lm_head.")],
     "qwen2_5_vl": [("model.", "lm_head."), ("model.language_model.", "lm_head.")],
     "gemma3": [("language_model.model.", "language_model.lm_head.")],
+    "qwen3_vl": [("model.language_model.", "lm_head.")],
+    "internvl": [("language_model.model.", "language_model.lm_head.")],
+    "llava_onevision": [("language_model.model.", "language_model.lm_head."), ("model.", "lm_head.")],
+    "mistral3": [("language_model.model.", "language_model.lm_head.")],
 }
+
+NAMES = tuple(name for name in ALL if name != "qwen3_vl_moe")
+"""Towers that hold tensor by tensor what their language models do; of stacked experts see test_injection_stacks."""
 
 
 @pytest.fixture(params=NAMES)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from injection_families import NAMES, ROWS, Saved, saved
+from injection_families import LAYOUTS, NAMES, ROWS, TOKENS, Saved, published, saved
+from injection_families import models as models_of
 from injection_merging import BF16, SHARD, copies, models, nothing_at, rewrite, run, same, weights  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -68,6 +69,120 @@ def test_reloads_and_equals_the_one_in_memory(family: str, tmp_path: Path) -> No
     assert report.changed + report.kept == len(before.entries)
     assert set(report.tensors.loc[report.tensors["changed"], "tower"]) == {True}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["<image>"] == 60
+
+
+def as_transformers_has_it(layout: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers reads from a checkpoint of this layout, with no key missing and none unexpected.
+
+    The original InternVL is read by code of its own; there the names are led back by hand, as its authors' script does.
+    """
+    if layout != "OpenGVLab/InternVL3-1B":
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="auto", output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return dict(model.state_dict())
+    held, own = weights(folder), models_of("internvl").vlm.state_dict()
+    for name in [name for name in held if ".qkv." in name]:
+        for which, part in zip("qkv", held.pop(name).chunk(3), strict=True):
+            held[name.replace("qkv", f"{which}_proj")] = part
+    back = dict(zip(published(layout, fused=False), own, strict=True))
+    assert held.keys() == back.keys()
+    return {back[name]: tensor for name, tensor in held.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_merge_to_what_plain_python_makes(layout: str, tmp_path: Path) -> None:
+    family, _ = LAYOUTS[layout]
+    own, paths = models_of(family), saved(family)
+    shutil.copytree(paths.vlm, tmp_path / "vlm")
+    save_file(published(layout), tmp_path / "vlm" / SINGLE)
+    v, b, e = (dict(model.state_dict()) for model in (own.vlm, own.base, own.expert))
+    assert same(as_transformers_has_it(layout, tmp_path / "vlm"), v)  # the layout is what transformers knows
+    report = merge(tmp_path / "vlm", paths.expert, paths.base, Recipe(strength=0.7, embeddings="shared-rows"),
+                   tmp_path / "out")  # fmt: skip
+    before, after = Checkpoint.open(tmp_path / "vlm"), Checkpoint.open(tmp_path / "out")
+    assert (before.shapes, before.dtypes) == (after.shapes, after.dtypes)
+    merged, touched = as_transformers_has_it(layout, tmp_path / "out"), set()
+    for name, tensor in v.items():
+        wanted, inside = tensor.clone(), name.replace("model.language_model.", "model.")
+        if "visual" not in name and inside in b:
+            rows = slice(TOKENS if inside in ("model.embed_tokens.weight", "lm_head.weight") else None)
+            wanted[rows] += 0.7 * (e[inside][rows] - b[inside][rows])
+            touched.add(inside)
+        torch.testing.assert_close(merged[name], wanted, rtol=0, atol=5e-7)
+    assert touched == set(b)
+    assert report.changed == len(before.entries) - sum(not tower for tower in report.tensors["tower"])
+
+
+_LIKE_INTERNLM2 = (
+    ("embed_tokens", "tok_embeddings"), ("self_attn.o_proj", "attention.wo"), ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.down_proj", "feed_forward.w2"), ("mlp.up_proj", "feed_forward.w3"), ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"), ("lm_head", "output"), ("self_attn.q_proj", "attention.wqkv"),
+)  # fmt: skip
+
+
+def internlm2(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A language model as InternLM2 names it, with queries, keys and values of a group in one tensor; without biases."""
+    held = {
+        name: tensor for name, tensor in held.items() if "vision_model" in name or "proj.bias" not in name
+    }
+    for name in [name for name in held if name.endswith("self_attn.q_proj.weight")]:
+        q, k, v = (held.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv")
+        held[name] = torch.cat([q, k, v])  # one group: one head of keys
+    for old, new in _LIKE_INTERNLM2:
+        held = {n if "vision_model" in n else n.replace(old, new): t for n, t in held.items()}
+    return held
+
+
+def test_a_tower_with_the_names_of_internlm2(tmp_path: Path) -> None:
+    """OpenGVLab/InternVL2_5-8B: other names and fused projections, the same sums."""
+    paths, recipe = saved("internvl"), Recipe(strength=0.7, embeddings="shared-rows")
+    plain = {
+        "vlm": published("OpenGVLab/InternVL3-1B"),
+        "base": weights(paths.base),
+        "expert": weights(paths.expert),
+    }
+    for role, held in plain.items():
+        shutil.copytree(getattr(paths, role), tmp_path / role)
+        save_file(internlm2(held), tmp_path / role / SINGLE)
+    names = set(weights(tmp_path / "base"))
+    assert {"model.tok_embeddings.weight", "output.weight", "model.layers.1.attention.wqkv.weight"} < names
+    assert "language_model.output.weight" in weights(tmp_path / "vlm")
+    merge(*(tmp_path / role for role in ("vlm", "expert", "base")), recipe, tmp_path / "out")
+    shutil.copytree(paths.vlm, tmp_path / "original")
+    save_file(plain["vlm"], tmp_path / "original" / SINGLE)
+    merge(tmp_path / "original", paths.expert, paths.base, recipe, tmp_path / "wanted")
+    found, wanted = weights(tmp_path / "out"), internlm2(weights(tmp_path / "wanted"))
+    assert same(found, wanted)
+    before = weights(tmp_path / "vlm")
+    assert sum(not torch.equal(found[name], before[name]) for name in found) == len(names)
+    with pytest.raises(AnchorsError, match="missing in the tower"):
+        merge(tmp_path / "vlm", paths.expert, paths.base, recipe, tmp_path / "no")
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
+    """As the original InternVL: its configuration is read under its own names, its code is left behind, which is said."""
+    paths = saved("internvl")
+    vlm = tmp_path / "vlm"
+    shutil.copytree(paths.vlm, vlm)
+    save_file(published("OpenGVLab/InternVL3-1B"), vlm / SINGLE)
+    config = json.loads((vlm / "config.json").read_text())
+    config |= {
+        "model_type": "internvl_chat",
+        "llm_config": config.pop("text_config"),
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+    }
+    (vlm / "config.json").write_text(json.dumps(config))
+    (vlm / "modeling_internvl_chat.py").write_text("raise SystemExit")
+    report = merge(vlm, paths.expert, paths.base, Recipe(strength=0.5), tmp_path / "out")
+    (note,) = report.notes
+    assert "(modeling_internvl_chat.py), which is not copied" in note
+    assert not list((tmp_path / "out").glob("*.py"))
+    config["llm_config"]["num_attention_heads"] = 1
+    (vlm / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AnchorsError, match="num_attention_heads 2, not 1"):
+        merge(vlm, paths.expert, paths.base, Recipe(strength=0.5), tmp_path / "another")
 
 
 @pytest.mark.parametrize("name", RECIPES)

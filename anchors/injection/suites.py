@@ -12,7 +12,9 @@ import torch
 from anchors.errors import AnchorsError
 from anchors.injection.asking.suite import Suite
 from anchors.injection.asking.vlm import VisionLanguageModel
-from anchors.injection.merging.memory import TaskVectors
+from anchors.injection.merging.adapter import open_expert
+from anchors.injection.merging.checkpoint import ADAPTER
+from anchors.injection.merging.memory import TaskVectors, Weights
 from anchors.model.language import LanguageModel, load
 from anchors.study.cluster import Cluster, Gathered
 from anchors.study.engine import Stretch, carry_out, silent, told
@@ -44,10 +46,15 @@ class SuiteModels:
         precision = "tf32" if half else self.vlm.precision
         return load(self.suite.model(*named), device=str(self.vlm.device), precision=precision)
 
-    def task_vectors(self, expert: LanguageModel) -> TaskVectors:
-        """τ_v and τ_e, of the VLM's tower and of an expert."""
-        models = (self.vlm, self.base, expert)
-        return TaskVectors.of(*(m.model for m in models), tokenizers=tuple(m.tokenizer for m in models))
+    def task_vectors(self, expert: LanguageModel, scenario: str) -> TaskVectors:
+        """τ_v and τ_e, of the VLM's tower and of the expert of a scenario."""
+        models, source = (self.vlm, self.base, expert), Path(self.suite.model("experts", scenario))
+        own: list[Weights] = [model.model for model in models]
+        if (source / ADAPTER).is_file():
+            # In the model that answers peft's layers stand in the place of matrices.
+            found = open_expert(source, self.suite.model("base"))
+            own[2] = {name: found.weight(name) for name in found.apart.shapes}
+        return TaskVectors.of(*own, tokenizers=tuple(model.tokenizer for model in models))
 
 
 @dataclass(frozen=True)
@@ -122,5 +129,6 @@ def require_siblings(suites: Sequence[Suite], scenarios: Callable[[Suite], objec
 def gap(vectors: TaskVectors, side: Any) -> float:
     """‖side − base‖ over the tower without embedding and head."""
     names = [pair.vlm for pair in vectors.pairs if pair.kind not in ("embedding", "head")]
-    gaps = [torch.dist(side[name].float(), vectors.base[name].float()) for name in names]
+    own = {name: side[name] if name in side else vectors.apart.taken(side, name) for name in names}
+    gaps = [torch.dist(own[name].float(), vectors.base[name].float()) for name in names]
     return float(torch.linalg.vector_norm(torch.stack(gaps)))

@@ -195,7 +195,7 @@ class FlowModels(SuiteModels):
             return None, {}
         model = self.language_model("experts", expert)
         prints = {"base": dict(self.base.identity.parts), "expert": dict(model.identity.parts)}
-        return self.task_vectors(model), prints
+        return self.task_vectors(model, expert), prints
 
     def config(self, expert: str, prints: dict[str, Any]) -> dict[str, Any]:
         """What the rows depend on, beside the unit."""

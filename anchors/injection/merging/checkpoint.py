@@ -19,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchors.errors import AnchorsError, parsed
+from anchors.injection.merging.stacks import Apart, apart
 from anchors.places import refuse_revision, require_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What peft writes."""
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 """Types whose numbers mean what they are, as safetensors calls them: narrower floats go with scales."""
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -61,6 +64,7 @@ class Checkpoint:
         entries: its tensors in the order of files and of places in them, which is the quickest to read.
         config: its config.json.
         commit: of a hub model, else None.
+        notes: what whoever uses it must know.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     commit: str | None
     _files: Mapping[Path, Any] = field(repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, source: "str | Path | Checkpoint", revision: str | None = None) -> "Checkpoint":
@@ -80,19 +85,28 @@ class Checkpoint:
 
         Raises:
             AnchorsError: nothing there; no safetensors; a shard is missing or cannot be read; index and shards
-                disagree; the weights are quantised.
+                disagree; the weights are quantised; it is an adapter, or has one beside it.
         """
         if isinstance(source, Checkpoint):
             return source
-        refuse_revision(source, revision)
-        here = Path(source).is_dir()
-        folder = Path(source) if here else _downloaded(str(source), revision)
-        config = _json(folder / "config.json", "Give the folder that save_pretrained wrote.")
+        folder, commit = located(source, revision)
+        if (folder / ADAPTER).is_file():
+            raise AnchorsError(
+                f"{str(source)!r} holds an adapter ({ADAPTER}), which is no whole model and would be left out.",
+                "Only an expert may be an adapter; as another model give it merged and saved, or the folder without it.",
+                code="adapter",
+            )
+        return cls.whole(str(source), folder, commit)
+
+    @classmethod
+    def whole(cls, source: str, folder: Path, commit: str | None) -> "Checkpoint":
+        """Open the whole model in a folder, whatever lies beside it; see `open`."""
+        config = read_json(folder / "config.json", "Give the folder that save_pretrained wrote.")
         quantised = config.get("quantization_config")
         if quantised:
             how = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
             raise AnchorsError(
-                f"{str(source)!r} is quantised ({how}); its tensors are not weights that can be added up.",
+                f"{source!r} is quantised ({how}); its tensors are not weights that can be added up.",
                 "Give the model it was quantised from, in bfloat16, float16 or float32.",
                 code="quantised",
             )
@@ -110,11 +124,16 @@ class Checkpoint:
                     code="model-not-whole",
                 )
             entries |= {name: entry for name, entry in found.items() if wanted is None or name in wanted}
-        return cls(str(source), folder, entries, config, None if here else folder.name, files)
+        return Checkpoint(source, folder, entries, config, commit, files)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    @cached_property
+    def apart(self) -> Apart:
+        """Its tensors with experts of a mixture one by one."""
+        return apart(self.shapes)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -133,11 +152,13 @@ class Checkpoint:
             ) from error
 
     def weight(self, name: str) -> Tensor:
-        """A tensor that can be computed with.
+        """A tensor that can be computed with, or the matrix of one expert in a stack of them.
 
         Raises:
             AnchorsError: it is of a quantised type.
         """
+        if (place := self.apart.slices.get(name)) is not None:
+            return place.of(self.weight(place.stack)).contiguous()
         entry = self.entries[name]
         if entry.dtype not in PLAIN:
             raise AnchorsError(
@@ -194,7 +215,7 @@ def _weights(folder: Path) -> Mapping[Path, set[str] | None]:
             "Give the folder of a whole model.",
             code="model-not-whole",
         )
-    index = _json(folder / INDEX, "Download the model again.")
+    index = read_json(folder / INDEX, "Download the model again.")
     held: dict[Path, set[str]] = {}
     try:
         for name, file in index["weight_map"].items():
@@ -243,7 +264,12 @@ def opened(file: Path) -> tuple[Any, dict[str, Entry]]:
     }
 
 
-def _json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        AnchorsError: it does not, or is not there.
+    """
     try:
         found = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -255,6 +281,15 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AnchorsError(f"{str(path)!r} holds no JSON object.", remedy, code="model-broken")
     return found
+
+
+def located(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a model, downloaded if need be, and its commit on the hub."""
+    refuse_revision(source, revision)
+    if Path(source).is_dir():
+        return Path(source), None
+    folder = _downloaded(str(source), revision)
+    return folder, folder.name
 
 
 def _downloaded(source: str, revision: str | None) -> Path:

@@ -58,7 +58,12 @@ class Inspection:
 
 
 def inspect(
-    vlm: Source, expert: Source, base: Source, *, embeddings: str = "keep", report: Report | None = None
+    vlm: Source,
+    expert: Source,
+    base: Source | None,
+    *,
+    embeddings: str = "keep",
+    report: Report | None = None,
 ) -> Inspection:
     """Measure both task vectors, layer by layer, and look for signs of a wrong base.
 
@@ -93,7 +98,7 @@ def inspect(
         ).reset_index(),
         _measures(layers.groupby("layer").sum(skipna=False)).reset_index(),
         total,
-        (*_damaged(broken), *differing(sources), *warnings_of(total)),
+        (*_damaged(broken), *differing(sources), *sources.expert.notes, *warnings_of(total)),
     )
 
 

@@ -20,10 +20,12 @@ Kind = Literal["layer", "norm", "embedding", "head"]
 Shape = Sequence[int]
 
 _EMBEDDING = "embed_tokens.weight"
-_HOME = re.compile(r"(?P<prefix>(?:.+\.)?)embed_tokens\.weight")
+_HOME = re.compile(r"(?P<prefix>(?:.+\.)?)(?:embed_tokens|tok_embeddings)\.weight")
 _PLAIN = re.compile(r"(?P<prefix>(?:(?:model|language_model|text_model)\.)*)(?:layers|norm)\..+")
 """Prefixes that say no more than "the language model"; a second one in a model is a second tower."""
-_HEAD = re.compile(r"(?:.+\.)?(?P<tail>lm_head\..+)")
+_HEAD = re.compile(r"(?:.+\.)?(?P<tail>lm_head\..+)|(?:language_model\.)?output\.weight")
+_OTHERWISE = {"tok_embeddings.weight": _EMBEDDING}
+"""InternLM2's names of what all others call alike; its head is `output`."""
 _SEEING = re.compile(r"(?:^|\.)(?:vision|visual|image|mm_|multi_modal|connector)")
 """Modules that never are part of a language model, where a checkpoint puts them behind the same prefix."""
 _BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
@@ -185,11 +187,12 @@ def _names(model: Mapping[str, Shape]) -> _Names:
     for name in names:
         home = next((prefix for prefix in homes if name.startswith(prefix)), None)
         if head := _HEAD.fullmatch(name):
-            tails[head["tail"]].append(name)
+            tails[head["tail"] or "lm_head.weight"].append(name)
         elif home is None or _SEEING.search(name):
             others.append(name)
         else:
-            split[name] = home, name.removeprefix(home)
+            tail = name.removeprefix(home)
+            split[name] = home, _OTHERWISE.get(tail, tail)
     numbers = {home: _numbers(tail for prefix, tail in split.values() if prefix == home) for home in homes}
     for name, (home, tail) in split.items():
         if (layer := _layer(tail)) is None:

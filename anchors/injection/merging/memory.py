@@ -10,7 +10,7 @@ not depend on λ is kept between calls that differ in λ only; another method, d
 """
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ from anchors.errors import AnchorsError
 from anchors.injection.merging.embeddings import SharedRows, Vocabulary, align
 from anchors.injection.merging.mapping import Pair, Tower, agree, tower
 from anchors.injection.merging.recipe import Prepared, Recipe, merge_tensor
+from anchors.injection.merging.stacks import Apart, apart
 
 Weights = nn.Module | Mapping[str, Tensor]
 """A model of transformers, or its state dict."""
@@ -65,11 +66,12 @@ class TaskVectors:
     """Base and expert, tensor by tensor of a vision-language model's tower.
 
     Attributes:
-        pairs: the tensors of the tower.
+        pairs: the tensors of the tower; of experts in a stack, each matrix by itself.
         base: the base's, by the names of the vision-language model.
         expert: the expert's, by the same names.
         vocabularies: token strings to rows of vision-language model, base and expert; None where unknown.
         untied: why embeddings cannot be merged, where a head of its own has no place in the tower; else empty.
+        apart: which of the tower's tensors lie in stacks of experts.
     """
 
     pairs: tuple[Pair, ...]
@@ -77,6 +79,7 @@ class TaskVectors:
     expert: Mapping[str, Tensor]
     vocabularies: tuple[Vocabulary, ...] | None = None
     untied: str = ""
+    apart: Apart = field(default_factory=lambda: apart({}))
     _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     @classmethod
@@ -99,10 +102,12 @@ class TaskVectors:
             AnchorsError: base or expert do not fit the language tower.
         """
         own, ours, theirs = (_weights(side) for side in (vlm, base, expert))
-        shapes = {name: own[name].shape for name in _once(own)}
+        seen, *places = (
+            apart({name: side[name].shape for name in _once(side)}) for side in (own, ours, theirs)
+        )
         towers = [
-            tower(shapes, {name: side[name].shape for name in _once(side)}, name)
-            for side, name in ((ours, "the base"), (theirs, "the expert"))
+            tower(seen.shapes, place.shapes, name)
+            for place, name in zip(places, ("the base", "the expert"), strict=True)
         ]
         both = agree(*towers)
         untied = _untied(towers[0], ours, "base") or _untied(towers[1], theirs, "expert")
@@ -119,18 +124,46 @@ class TaskVectors:
                 else (pair, other)
                 for pair, other in both
             ]
+        devices = {pair.vlm: seen.taken(own, pair.vlm).device for pair, _ in both}
         return cls(
             pairs=tuple(pair for pair, _ in both),
-            base={pair.vlm: ours[pair.llm].to(own[pair.vlm].device) for pair, _ in both},
-            expert={pair.vlm: theirs[other.llm].to(own[pair.vlm].device) for pair, other in both},
+            base={pair.vlm: places[0].taken(ours, pair.llm).to(devices[pair.vlm]) for pair, _ in both},
+            expert={
+                pair.vlm: places[1].taken(theirs, other.llm).to(devices[pair.vlm]) for pair, other in both
+            },
             vocabularies=None if tokenizers is None else tuple(own.get_vocab() for own in tokenizers),
             untied=untied,
+            apart=seen,
         )
 
     @property
     def n_layers(self) -> int:
         """Layers of the tower."""
         return 1 + max(pair.layer for pair in self.pairs if pair.layer is not None)
+
+    @property
+    def homes(self) -> dict[str, list[Pair]]:
+        """By name in the vision-language model: the tensors of the tower that are there, of a stack several."""
+        found: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            place = self.apart.slices.get(pair.vlm)
+            found.setdefault(pair.vlm if place is None else place.stack, []).append(pair)
+        return found
+
+    def whole(
+        self, recipe: Recipe, pairs: Sequence[Pair], v: Tensor, cache: Prepared | None = None
+    ) -> Tensor:
+        """The same as `merged`, of all tensors of one home."""
+        if pairs[0].vlm not in self.apart.slices:
+            return self.merged(recipe, pairs[0], v, cache)
+        new = v
+        for pair in pairs:
+            place = self.apart.slices[pair.vlm]
+            own = place.of(v)
+            if (made := self.merged(recipe, pair, own, cache)) is not own:
+                new = v.clone() if new is v else new
+                place.of(new).copy_(made)
+        return new
 
     def merged(self, recipe: Recipe, pair: Pair, v: Tensor, cache: Prepared | None = None) -> Tensor:
         """One tensor of the merged tower, of the type of `v`; `v` itself where the recipe leaves it alone."""
@@ -195,23 +228,24 @@ def inject(
     """
     recipe = _recipe(method, strength, fields)
     recipe.require_depth(vectors.n_layers)
-    homes = _homes(model, vectors)
+    within = vectors.homes
+    homes = _homes(model, within)
     others = [side[pair.vlm] for side in (vectors.base, vectors.expert) for pair in vectors.pairs]
-    cache = vectors._kept.of(recipe, [homes[pair.vlm][0].data for pair in vectors.pairs], others)
+    cache = vectors._kept.of(recipe, [homes[name][0].data for name in within], others)
     before: list[tuple[nn.Parameter, Tensor]] = []
     norms: list[Tensor] = []
     try:
         with torch.no_grad():
-            for pair in vectors.pairs:
-                old = homes[pair.vlm][0].data
-                new = vectors.merged(recipe, pair, old, cache)
+            for name, pairs in within.items():
+                old = homes[name][0].data
+                new = vectors.whole(recipe, pairs, old, cache)
                 if new is old:
                     continue
                 norms.append(_norm(new.float() - old.float()))
-                for parameter in homes[pair.vlm]:
+                for parameter in homes[name]:
                     before.append((parameter, parameter.data))
                     parameter.data = new
-        yield _injected(recipe, norms, vectors)
+        yield _injected(recipe, norms, vectors, len(within))
     finally:
         for parameter, old in reversed(before):
             parameter.data = old
@@ -223,12 +257,12 @@ def _recipe(method: str | Recipe, strength: float | None, fields: Mapping[str, A
     return replace(method, **({} if strength is None else {"strength": strength}), **fields)
 
 
-def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors) -> Injected:
+def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors, count: int) -> Injected:
     changes = [change for change in torch.stack(norms).tolist() if change] if norms else []
     strengths = recipe.per_layer or (recipe.strength,)
     if not changes and any(strengths):
         raise AnchorsError(
-            f"The injection {recipe.label()!r} changes none of the tower's {len(vectors.pairs)} tensors.",
+            f"The injection {recipe.label()!r} changes none of the tower's {count} tensors.",
             "The expert is its own base there, the density drops everything, or the change is too small for the type "
             "of the weights.",
             code="without-effect",
@@ -240,8 +274,7 @@ def _injected(recipe: Recipe, norms: list[Tensor], vectors: TaskVectors) -> Inje
             "Lower the strength.",
             code="not-finite",
         )
-    kept = len(vectors.pairs) - len(changes)
-    return Injected(recipe, len(changes), kept, norm, norm / (vectors._kept.size or 1.0))
+    return Injected(recipe, len(changes), count - len(changes), norm, norm / (vectors._kept.size or 1.0))
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -272,10 +305,10 @@ def _untied(own: Tower, weights: Mapping[str, Tensor], name: str) -> str:
     return _UNTIED.format(name)
 
 
-def _homes(model: nn.Module, vectors: TaskVectors) -> dict[str, list[nn.Parameter]]:
-    """By name of the tower: all parameters that are that memory, once each."""
+def _homes(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """By name: all parameters that are that memory, once each."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    if missing := [pair.vlm for pair in vectors.pairs if pair.vlm not in named]:
+    if missing := [name for name in names if name not in named]:
         raise AnchorsError(
             f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} are missing).",
             "Inject into the model that the task vectors were made of.",
@@ -284,4 +317,4 @@ def _homes(model: nn.Module, vectors: TaskVectors) -> dict[str, list[nn.Paramete
     owners: dict[tuple, dict[int, nn.Parameter]] = {}
     for parameter in named.values():
         owners.setdefault(_mark(parameter), {})[id(parameter)] = parameter
-    return {pair.vlm: list(owners[_mark(named[pair.vlm])].values()) for pair in vectors.pairs}
+    return {name: list(owners[_mark(named[name])].values()) for name in names}

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from anchors.errors import AnchorsError
 from anchors.injection.merging.base import differing, require_base
+from anchors.injection.merging.checkpoint import Checkpoint
 from anchors.injection.merging.draft import Draft, Layout, finished
 from anchors.injection.merging.recipe import Recipe, merge_tensor
 from anchors.injection.merging.sources import Source, Sources, by_rows
@@ -51,8 +52,8 @@ class MergeReport:
         seconds: what it took; of a merge that was broken off, the last part.
         memory: highest anonymous memory of this process meanwhile, in bytes (sampled; None where the system does
             not tell).
-        notes: what a reader must know: configurations that differ, shards found, a draft thrown away, a merge that was
-            done already.
+        notes: what a reader must know: configurations that differ, code that was not copied, shards found, a draft
+            thrown away, a merge that was done already.
     """
 
     out: Path
@@ -89,7 +90,7 @@ class MergeReport:
 def merge(
     vlm: Source,
     expert: Source,
-    base: Source,
+    base: Source | None,
     recipe: Recipe | None = None,
     out: str | Path = "injected",
     *,
@@ -106,8 +107,8 @@ def merge(
 
     Args:
         vlm: the vision-language model: directory, hub id, or an open `Checkpoint`.
-        expert: the language model with the skill.
-        base: the language model that both were made from.
+        expert: the language model with the skill, or a LoRA folder of peft (`open_expert`).
+        base: the language model that both were made from; None is the one that an adapter was trained on.
         recipe: method, strengths, layers, embeddings; task arithmetic at strength 1 by default.
         out: folder to be; must not be there, or be empty.
         shard_size: largest file of weights, e.g. 500MB; memory does not depend on it.
@@ -125,7 +126,7 @@ def merge(
     layout = Layout.of(sources.vlm.entries, shard_size)
     if not force:
         require_base(sources)
-    notes = differing(sources)
+    notes = differing(sources) + _own_code(sources.vlm) + sources.expert.notes
     companions = _companions(sources.vlm.folder)
     identity = {
         "recipe": recipe.as_dict(),
@@ -188,7 +189,8 @@ def wants_change(recipe: Recipe) -> bool:
 def _made(sources: Sources, recipe: Recipe, name: str) -> tuple[Tensor, dict[str, Any]]:
     """A tensor of the result and the facts about it."""
     v = sources.vlm.tensor(name)
-    pair, _ = sources.pairs.get(name, (None, None))
+    within = sources.vlm.apart.stacks.get(name, (name,))
+    pair, _ = sources.pairs.get(within[0], (None, None))
     fact = {
         "name": name,
         "module": sources.part(name),
@@ -200,16 +202,25 @@ def _made(sources: Sources, recipe: Recipe, name: str) -> tuple[Tensor, dict[str
     }
     if pair is None:
         return v, fact
+    m = v
+    if name in sources.pairs:
+        m = _merged(sources, recipe, name)
+    elif recipe.strength_of(pair.layer) is not None:
+        m = torch.empty_like(v)
+        for own in within:
+            sources.vlm.apart.slices[own].of(m).copy_(_merged(sources, recipe, own))
+    fact |= _compared(name, m, v)
+    return m, fact
+
+
+def _merged(sources: Sources, recipe: Recipe, name: str) -> Tensor:
+    """One tensor of the tower as the recipe has it."""
+    pair, _ = sources.pairs[name]
     b, v, e = sources.weights(name)
     merged = partial(merge_tensor, recipe, pair.canonical, layer=pair.layer, dtype=v.dtype)
     if not by_rows(pair):
-        m = merged(b, v, e)
-    elif sources.rows is not None:
-        m = sources.rows.merge(b, v, e, merged)
-    else:
-        m = v
-    fact |= _compared(name, m, v)
-    return m, fact
+        return merged(b, v, e)
+    return v if sources.rows is None else sources.rows.merge(b, v, e, merged)
 
 
 def _compared(name: str, m: Tensor, v: Tensor) -> dict[str, Any]:
@@ -254,6 +265,22 @@ def _companions(folder: Path) -> list[Path]:
     chosen = sorted(found - {path for pattern in _OWN for path in folder.glob(pattern)})
     require_inside(folder, chosen)
     return chosen
+
+
+def _own_code(vlm: Checkpoint) -> tuple[str, ...]:
+    """A note where a model is read by code of its own, which is never copied."""
+    named = vlm.config.get("auto_map")
+    files = (
+        {str(place).split("--")[-1].split(".")[0] + ".py" for place in named.values()}
+        if isinstance(named, Mapping)
+        else ()
+    )
+    if not files:
+        return ()
+    return (
+        f"{vlm.name!r} is read by code of its own ({', '.join(sorted(files))}), which is not copied: put it beside the "
+        "merged model if you trust it.",
+    )
 
 
 def _require_unchanged(sources: Sources, written: dict[str, Any], draft: Draft) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anchors.errors import AnchorsError
+from anchors.injection.merging.adapter import Adapted, open_expert
 from anchors.injection.merging.checkpoint import Checkpoint
 from anchors.injection.merging.embeddings import POLICIES, SharedRows, Vocabulary, align
 from anchors.injection.merging.mapping import Pair, Tower, agree, tower
@@ -26,8 +27,9 @@ class Sources:
     Attributes:
         vlm: the vision-language model.
         base: the language model that both others were made from.
-        expert: the language model whose skill is injected.
-        pairs: by name in the vision-language model: the tensor's place in the base and in the expert.
+        expert: the language model whose skill is injected, or a LoRA folder that makes one of the base.
+        pairs: by name in the vision-language model (of experts in a stack, each matrix by itself): the tensor's place in
+            the base and in the expert.
         rows: the rows of embedding and head that are merged; None where these stay as they are.
     """
 
@@ -38,18 +40,29 @@ class Sources:
     rows: SharedRows | None
 
     @classmethod
-    def open(cls, vlm: Source, expert: Source, base: Source, embeddings: str = "keep") -> "Sources":
+    def open(cls, vlm: Source, expert: Source, base: Source | None, embeddings: str = "keep") -> "Sources":
         """Open the three and find out how they belong together; weights only where tied heads must be told.
+
+        Without a base it is the model that the expert, an adapter, was trained on.
 
         Raises:
             AnchorsError: a model cannot be opened; one is given twice; the vision-language model is a language model;
                 base or expert do not fit the tower; no such policy, or one that these models do not allow.
         """
-        own, *others = (Checkpoint.open(source) for source in (vlm, base, expert))
+        own, theirs = Checkpoint.open(vlm), open_expert(expert, base)
+        if base is None:
+            if not isinstance(theirs, Adapted):
+                raise AnchorsError(
+                    f"{theirs.name!r} is no adapter, so what it was made from must be said.",
+                    "Give the language model that both were made from as --base.",
+                    code="option-value",
+                )
+            base = theirs.base
+        others = (Checkpoint.open(base), theirs)
         for model, role in zip(others, ("base", "expert"), strict=True):
             _require_another(own, model, role)
         towers = [
-            tower(own.shapes, model.shapes, name)
+            tower(own.apart.shapes, model.apart.shapes, name)
             for model, name in zip(others, ("the base", "the expert"), strict=True)
         ]
         if not towers[0].kept:
@@ -93,6 +106,7 @@ class Sources:
     def part(self, name: str) -> str:
         """What a tensor of the vision-language model is: attention, mlp, norm, embedding or head of the tower, or the
         name of the module outside of it."""
+        name, *_ = self.vlm.apart.stacks.get(name, (name,))
         if name in self.pairs:
             return part_of(self.pairs[name][0])
         words = [word for word in name.split(".") if word != "model"]
@@ -152,13 +166,18 @@ def _tied(
     twins = head is not None and torch.equal(vlm.tensor(embedding), vlm.tensor(head))
     for i, (model, place) in enumerate(zip(others, towers, strict=True)):
         own = pairs[head][i].llm if twins else place.tied
-        if own is not None and not torch.equal(model.tensor(own), model.tensor(pairs[embedding][i].llm)):
+        if own is not None and not _equal(model.weight(own), model.weight(pairs[embedding][i].llm)):
             raise AnchorsError(
                 f"The head of {vlm.name!r} is its embedding, but {model.name!r} has a head of its own.",
                 "Take --embeddings keep.",
                 code="merge-layout",
             )
     return {**pairs, head: pairs[embedding]} if twins else dict(pairs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bits."""
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _rows(

@@ -266,7 +266,7 @@ class Bench:
 
     @cached_property
     def vectors(self) -> TaskVectors:
-        return self.world.task_vectors(self.expert)
+        return self.world.task_vectors(self.expert, self.skill)
 
     @cached_property
     def size(self) -> float:
