@@ -34,6 +34,43 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What is differentiated: log probabilities of tokens that may come after the target, summed.
+
+        L = Σ_k w_k log p(t_k)
+
+    Attributes:
+        tokens: t_k, as ids.
+        weights: w_k.
+        whole: whether p is over the whole vocabulary, or over these tokens alone.
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    whole: bool = True
+
+    @classmethod
+    def of_class(cls, label_ids: tuple[int, ...], gold: int) -> "Loss":
+        """The cross-entropy over label words: −log p of the right one, p over label words alone (2.1)."""
+        return cls(label_ids, tuple(-float(c == gold) for c in range(len(label_ids))), whole=False)
+
+    @classmethod
+    def of_token(cls, token: int, against: int | None = None) -> "Loss":
+        """−log p(token), p over the whole vocabulary; against another token minus their log-odds, log p(against) − log p(token).
+
+        Raises:
+            AnchorsError: both are the same token.
+        """
+        if against == token:
+            raise AnchorsError(
+                f"The target and what it stands against are one token, #{token}: their log-odds are always 0.",
+                "Name two tokens.",
+                code="target",
+            )
+        return cls((token,), (-1.0,)) if against is None else cls((token, against), (-1.0, 1.0))
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt and its positions, all counted from 0.
 
@@ -49,6 +86,7 @@ class Prompt:
         gold: class of the query, or None when it is not known.
         spans: per token, where its characters stand in the text (first, after last); empty where they are those of the
             text tokenised by itself.
+        aim: what is differentiated instead of the cross-entropy over the label words, or None.
     """
 
     text: str
@@ -60,6 +98,12 @@ class Prompt:
     label_ids: tuple[int, ...]
     gold: int | None
     spans: tuple[tuple[int, int], ...] = ()
+    aim: Loss | None = None
+
+    @property
+    def loss(self) -> Loss | None:
+        """What is differentiated; None where neither a right answer nor an aim is known."""
+        return self.aim or (None if self.gold is None else Loss.of_class(self.label_ids, self.gold))
 
     @property
     def target(self) -> int:
