@@ -296,11 +296,11 @@ def _lot(
 
     def measured(state: Any, part: Sequence[Unit]) -> pd.DataFrame:
         drawn = [units[unit] for unit in part]
-        return _frame(part, [d.example for d in drawn], analysis.measure(model, state, cell.task, drawn))
+        return frame(part, [d.example for d in drawn], analysis.measure(model, state, cell.task, drawn))
 
     def said(state: Any) -> pd.DataFrame:
         found = analysis.once(model, state, cell) or [Record("prompts", len(units))]
-        return _frame([whole], [-1], [found])
+        return frame([whole], [-1], [found])
 
     def too_large(unit: Unit | None) -> AnchorsError:
         if unit is not None:
@@ -327,7 +327,7 @@ def _lot(
     )
 
 
-def _frame(
+def frame(
     units: Sequence[Unit], examples: Sequence[int], records: Sequence[Sequence[Record]]
 ) -> pd.DataFrame:
     table = [

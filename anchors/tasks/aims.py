@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,15 @@ TOP = "top"
 
 Likeliest = Callable[[Sequence[int]], Sequence[int]]
 """From the ids of a prompt to the tokens that the model finds most likely after it, the likeliest first."""
+
+
+class Asked(NamedTuple):
+    """A row of a file of prompts: its text, what is aimed at, where it stands."""
+
+    text: str
+    target: str
+    against: str | None
+    place: str
 
 
 @dataclass(frozen=True)
