@@ -195,6 +195,7 @@ BUILT_IN: dict[str, Study] = {
             "anchors.analyses.targets:TargetFlow",
             "Measure which tokens flow into the last one of any prompts, by layer, when the model predicts a token that is named.",
             tables=f"{_TABLES}.targets:target_tables",
+            figure=f"{_FIGURES}.flow_prompts:draw",
             shown=f"{_CLI}.flow_prompts:shown",
             view=f"{_CLI}.flow:View",
             sentences=f"{_SAID}:flow_prompts",

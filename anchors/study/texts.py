@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from anchors.flow.saliency import flow
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel
 from anchors.model.source import Source
-from anchors.study.analysis import Pass, Record
+from anchors.study.analysis import Described, Pass, Record
 from anchors.study.engine import Lot, Progress, Stretch, Unit, carry_out, demand_same
 from anchors.study.helpers import helpers
 from anchors.study.plan import Outlook, foretold
@@ -31,9 +31,6 @@ from anchors.tasks.drawing import Drawn, within_context
 from anchors.tasks.task import Chat
 from anchors.viewer import render_page
 from anchors.viewer.payload import payload, prompt_payload
-
-if TYPE_CHECKING:
-    from anchors.study.analysis import Analysis
 
 SOURCES = 10
 """Tokens of each layer, those that give the target most, of which rows keep how much."""
@@ -106,7 +103,7 @@ class TextFlow(Inquiry):
     """
 
     model: LanguageModel
-    study: "Analysis"
+    study: Described
     texts: Texts
 
     @cached_property
@@ -218,7 +215,7 @@ class TextFlow(Inquiry):
         return {"": render_page(made)} if shown else {}
 
 
-def _lots_of(source: Source, study: "Analysis", texts: Texts, run: Run, device: str) -> list[Lot]:
+def _lots_of(source: Source, study: Described, texts: Texts, run: Run, device: str) -> list[Lot]:
     """The lots of a measurement, in another process."""
     own = TextFlow(source.on(device).load(), study, texts)
     demand_same(run, own.stretch().config)
