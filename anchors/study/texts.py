@@ -75,7 +75,7 @@ class Texts:
                     prompt, place, model.tokenizer, one.target, one.against, likeliest=likeliest(model)
                 )
             except AnchorsError as error:
-                raise AnchorsError(f"{one.place}: {error.message}", error.remedy, code=error.code) from error
+                raise error.at(one.place) from error
             drawn.append(Drawn(number, prompt))
             if len(drawn) <= TOLD:
                 told = aim_said(model, prompt.aim, likelihoods(model, prompt.ids)) if prompt.aim else ""
