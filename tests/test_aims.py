@@ -156,6 +156,17 @@ def test_the_certificate_is_asked_of_such_prompts_and_hidden_tokens_are_told(tok
     assert hidden_labels(window, [plain(window, text="the best")]) is None
 
 
+@pytest.mark.parametrize("text", ["a film", "a film of"])
+def test_prompts_of_two_and_three_tokens_are_certified_and_shown(gpt2, text):
+    prompt = plain(gpt2, text=text)
+    assert len(prompt.ids) == len(text.split())
+    assert 0 <= demand(gpt2, [prompt]) < 1e-3
+    shown = prompt_payload(gpt2, None, prompt, "a", gpt2.layers)
+    assert shown["pairs"] == {"tq": prompt.target, "ww": prompt.target - 1}
+    assert max(shown["s_tq"]) > 0
+    render_page(payload("a", gpt2, None, [shown], {}))
+
+
 def test_losses_of_two_kinds_share_no_batch(gpt2, prompts):
     with pytest.raises(AnchorsError, match="over the whole vocabulary"):
         flow(gpt2, [prompts[0], plain(gpt2)])

@@ -96,7 +96,7 @@ def prompt_payload(
         classes[position] = label
     target = prompt.roles.index("target")
     groups = flows(classes, target) if task else into_target(target)
-    if aim is None:
+    if aim is None and task is not None:
         answers = _shown(task.labels, result.probabilities[0])
     if task is None:
         tq, ww = target_sums(result.into, result.total, torch.tensor([target]))
