@@ -9,7 +9,6 @@ import transformers as hf
 from families import WIDE, make, randomised
 from test_lengths import LATENT, SMALL
 from test_viewer import embedded
-from test_viewer_browser import quiet, viewer  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
@@ -369,34 +368,6 @@ def test_view_names_the_target_as_the_mend(model_directory, tmp_path):
     done = view(TEXT, "--target", "top", "--dry-run", *out)
     assert done.exit_code == 0
     assert "flow" in done.stdout
-
-
-def test_the_page_of_any_text_in_a_browser(viewer, gpt2):
-    from anchors.study.results import provenance
-
-    prompt = plain(gpt2, "the", "and")
-    shown = prompt_payload(gpt2, None, prompt, "a", gpt2.layers)
-    viewer.open(payload("Information flow", gpt2, None, [shown], provenance()), "#layer=1&arcs=5")
-    viewer.settle()
-    assert viewer.each("#flows button") == ["tokens → target", "other"]
-    assert viewer.text("#answers") == "Likely next tokens"
-    assert sorted(viewer.each("#bars .aim")) == ["against", "aimed at"]
-    q = prompt.target
-    into = {(i, j) for i, j, kind in viewer.arcs if kind == "tq"}
-    right = sorted(range(1, q), key=lambda j: -float(mapped(gpt2, prompt)[0][1, q, j]))[:5]
-    assert into == {(q, j) for j in right}
-    assert {kind for _, _, kind in viewer.arcs} == {"tq", "ww"}
-    assert "Share of the two flows" in viewer.js(
-        "document.querySelector('#chart svg').getAttribute('aria-label')"
-    )
-    viewer.keys("h")
-    assert not viewer.js("document.getElementById('of-target').hidden")
-    for other in ("of-words", "of-labels", "of-pictures", "intos"):
-        assert viewer.js("document.getElementById(arguments[0]).hidden", other)
-    assert "label word" not in viewer.text("#legend")
-    viewer.keys("k")
-    assert viewer.layer == "2"
-    assert viewer.text("#status").startswith("Layer 2: ")
 
 
 def test_the_page_from_python_says_what_is_lacking(gpt2):
