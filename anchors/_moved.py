@@ -102,6 +102,7 @@ NAMES = {
     },
     "anchors.diagnosis": {"Diagnosis": "anchors.analyses.diagnosis"},
     "anchors.icl": dict.fromkeys(("CONTENT_FREE", "Classification"), "anchors.analyses.classification"),
+    "anchors.flow.saliency": {"label_loss": "anchors.flow.saliency:target_loss"},
     "anchors.injection.anchor": {"require_anchor": "anchors.injection.merging.base:require_base"},
     "anchors.injection.flow_prompts": {
         "Drawn": "anchors.injection.image_flow.prompts:ImagePrompts",

@@ -102,6 +102,8 @@ def _relative(one: Tensor, other: Tensor) -> float:
 
 def _shared(model: LanguageModel, prompt: Prompt) -> tuple[bool | None, str]:
     """The answer on demonstrations that were run once, against the witness on the whole prompt."""
+    if not prompt.query:
+        return None, "the prompt has no demonstrations"
     try:
         context = encode(model, prompt.ids[: prompt.query])
         ours = answer(model, context, queries([prompt], prompt.query, model.device))[0]
@@ -117,7 +119,7 @@ def _shared(model: LanguageModel, prompt: Prompt) -> tuple[bool | None, str]:
 def arithmetic_error(
     model: LanguageModel, prompt: Prompt, own: Float[Tensor, "rows vocabulary"] | None = None
 ) -> float | None:
-    """How far the label words' logits are from the witness's: what rounding does, in nats; None where the prompt is too
+    """How far the logits of the label words, or of what the prompt aims at, are from the witness's: what rounding does, in nats; None where the prompt is too
     long for the witness.
 
     Two losses of a prompt that differ by no more than twice as much may be the same.
@@ -133,8 +135,8 @@ def arithmetic_error(
     batch = collate([prompt], model.device)
     with torch.no_grad():
         ours = model.logits_at(batch.ids, batch.target)[0]
-    labels = list(prompt.label_ids)
-    return float((ours[labels].double() - said[-1].to(ours.device)[labels].double()).abs().max())
+    asked = list(prompt.aim.tokens if prompt.aim else prompt.label_ids)
+    return float((ours[asked].double() - said[-1].to(ours.device)[asked].double()).abs().max())
 
 
 def _identity(model: LanguageModel, prompts: list[Prompt]) -> tuple[bool, str]:

@@ -34,6 +34,10 @@ class AnchorsError(ValueError):
         self.remedy = remedy
         self.code = KINDS[code].code if code else self.code
 
+    def at(self, place: str) -> "AnchorsError":
+        """The same, with where it happened before the message."""
+        return type(self)(f"{place}: {self.message}", self.remedy, code=self.code)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """An error of another process says the same."""
         return partial(type(self), code=self.code), (self.message, self.remedy)

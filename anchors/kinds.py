@@ -165,6 +165,13 @@ KINDS = {
             "Choose other label words (--labels), or put a colon before {label} and a line break after it.",
         ),
         Kind(
+            "target",
+            "What is to come after a prompt (--target, --against) is not one token of the model.",
+            "A word of several tokens, one that melts with the end of the prompt, an id that the tokenizer does not have, or the same "
+            "token twice.",
+            "Give the first token of the word, with its space in quotation marks where it has one, or its id as #1234.",
+        ),
+        Kind(
             "chat-template",
             "Prompts cannot go through the model's chat template.",
             "The tokenizer has none, or it refuses a system's text or these turns, changes what they say, or puts something "

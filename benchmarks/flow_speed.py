@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from anchors.flow.metrics import Sums, flow_sums
-from anchors.flow.saliency import collate, flow, label_loss
+from anchors.flow.saliency import collate, flow, target_loss
 from anchors.model.language import DTYPES, LanguageModel, prepare
 from anchors.tasks.prompts import Prompt
 
@@ -72,7 +72,7 @@ def plain(model, prompt: Prompt, device: str) -> Sums:
     # Without a parameter that needs a gradient, the embedding is what the graph starts from.
     embedded = model.get_input_embeddings()(batch.ids).requires_grad_()
     output = model(inputs_embeds=embedded, output_attentions=True, use_cache=False)
-    loss, _ = label_loss(output.logits[:, -1], batch)
+    loss, _ = target_loss(output.logits[:, -1], batch)
     gradients = torch.autograd.grad(loss.sum(), output.attentions)
     rows, totals, target = [], [], []
     for attention, gradient in zip(output.attentions, gradients, strict=True):

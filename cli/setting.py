@@ -15,6 +15,7 @@ from anchors.errors import AnchorsError, nearest, whole_number
 from anchors.study.registry import Study
 
 if TYPE_CHECKING:
+    from anchors.analyses.targets import TargetFlow
     from anchors.injection.study import InjectFlow, InjectSweep
     from anchors.injection.suites import SuiteInquiry
     from anchors.model.source import Source
@@ -103,17 +104,36 @@ class Always:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting(Always):
-    """What a measurement is made on and how. The fields' annotations are the options' help."""
+class Modelled(Always):
+    """What every study of prompts of a language model takes."""
 
     model: common.Model = None
+    chat: common.ChatForm = None
+    system: common.System = None
+    skip_too_long: TooLong = False
+    batch_size: BatchSize = "auto"
+    device_map: common.DeviceMap = None
+    revision: common.Revision = None
+    trust_remote_code: common.Remote = False
+
+    def source(self) -> "Source":
+        """See `Always.source`."""
+        common.load_libraries()
+        from anchors.model.source import Source
+
+        where = (self.places[0], self.precision, self.device_map, self.revision, self.trust_remote_code)
+        return Source(self.model, *where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Modelled):
+    """What a measurement is made on and how. The fields' annotations are the options' help."""
+
     task: TaskNames = None
     data: DataSource = None
     template: common.Template = None
     labels: common.Labels = None
     policy: common.Policy = None
-    chat: common.ChatForm = None
-    system: common.System = None
     shots: Annotated[
         int, typer.Option(min=1, help="Demonstrations per class.", rich_help_panel="Protocol")
     ] = 1
@@ -136,19 +156,6 @@ class Setting(Always):
             rich_help_panel="Protocol",
         ),
     ] = "none"
-    skip_too_long: TooLong = False
-    batch_size: BatchSize = "auto"
-    device_map: common.DeviceMap = None
-    revision: common.Revision = None
-    trust_remote_code: common.Remote = False
-
-    def source(self) -> "Source":
-        """See `Always.source`."""
-        common.load_libraries()
-        from anchors.model.source import Source
-
-        where = (self.places[0], self.precision, self.device_map, self.revision, self.trust_remote_code)
-        return Source(self.model, *where)
 
     def tasks(self, default: str = "sst2") -> "list[Task]":
         chat = common.chat_from(self.chat, self.system)
@@ -193,6 +200,18 @@ class Setting(Always):
         how, pairs = self.sample(), list(zip(tasks, sets, strict=True))
         parts = [Part(analysis, task, data, how) for analysis in studies for task, data in pairs]
         return Prompted(model, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSetting(Modelled):
+    """A file of prompts without label words; which one is a setting of the study."""
+
+    def inquiry(self, line: Study, studies: "list[TargetFlow]") -> "Inquiry":
+        """The study of a model."""
+        size, chat = batch(self.batch_size), common.chat_from(self.chat, self.system)
+        studies[0].asked()  # what is wrong with the file is said before a model is loaded
+        model = common.load_model(*vars(self.source()).values())
+        return studies[0].on(model, chat=chat, batch_size=size, skip_too_long=self.skip_too_long)
 
 
 COMES_ALONG = Path(__file__).parents[1] / "experiments" / "nsa" / "checkpoint"
@@ -264,7 +283,7 @@ class SuiteSetting(Always):
                 yield helped
 
 
-SETTINGS = {"prompts": Setting, "episodes": EpisodeSetting, "suites": SuiteSetting}
+SETTINGS = {"prompts": Setting, "texts": TextSetting, "episodes": EpisodeSetting, "suites": SuiteSetting}
 """By what a study is asked of."""
 
 

@@ -50,7 +50,7 @@ class Verb(TyperCommand):
 
 def add_verbs(group: TyperGroup, name: str = "") -> None:
     """Put the verbs of studies of a group before the others."""
-    verbs = [Verb(line) for line in BUILT_IN.values() if line.verb and line.group == name]
+    verbs = [Verb(line) for line in BUILT_IN.values() if line.verb and not line.within and line.group == name]
     group.commands = {str(verb.name): verb for verb in verbs} | dict(group.commands)
 
 
@@ -104,21 +104,58 @@ def command_of(line: Study) -> Any:
     places = inspect.signature(kind).parameters.values()
     last = inspect.signature(Always).parameters
     shared = [_shared(line, place) for place in sorted(places, key=lambda p: p.name in last)]
-    _refuse_doubles(line, [*own, *view], shared)
+    inner = next((one for one in BUILT_IN.values() if one.within == line.name), None)
+    theirs = [] if inner is None else options_of(inner.resolve(inner.settings), "Any prompts")
+    _refuse_doubles(line, [*own, *theirs, *view], shared)
 
     def command(**given: Any) -> None:
         with common.reporting():
             common.demand_bounded(given)
+            other = {o.field: o.read(given.pop(o.field)) for o in theirs}
+            if inner is not None and any(value is not None for value in other.values()):
+                usual = {place.name: place.default for place in (*shared, *(o.parameter for o in view))}
+                _measure_within(inner, other, given, usual)
+                return
             setting = kind(**{p.name: given.pop(p.name) for p in shared})
             settings, seen = ({o.field: o.read(given.pop(o.field)) for o in part} for part in (own, view))
             look = line.resolve(line.view)(**seen) if line.view else None
             measure(line, setting, _analyses(line, settings, beside=any(given.values())), look)
 
-    every = [*(o.parameter for o in own), *_beside(line), *(o.parameter for o in view), *shared]
+    every = [*(o.parameter for o in (*own, *theirs)), *_beside(line)]
+    every += [*(o.parameter for o in view), *shared]
     vars(command)["__signature__"] = inspect.Signature(every)
     command.__annotations__ = {p.name: p.annotation for p in every}
     command.__name__ = line.name.replace("-", "_")
     return command
+
+
+def _measure_within(
+    line: Study, settings: dict[str, Any], given: dict[str, Any], usual: dict[str, Any]
+) -> None:
+    """Measure a study by another one's verb.
+
+    Args:
+        line: the study.
+        settings: its own.
+        given: the verb's other options, of which it takes those that it knows.
+        usual: their defaults.
+
+    Raises:
+        AnchorsError: an option is given that the study does not take.
+    """
+    kind = SETTINGS[line.asked]
+    taken = inspect.signature(kind).parameters
+    view = options_of(line.resolve(line.view), "Output") if line.view else []
+    seen = {o.field: o.read(given.pop(o.field)) for o in view}
+    if lost := [name for name in given if name not in taken and given[name] != usual[name]]:
+        raise AnchorsError(
+            f"--{lost[0].replace('_', '-')} is not for `anchors {line.command}`.",
+            "Leave it out.",
+            code="options-together",
+        )
+    setting = kind(**{name: value for name, value in given.items() if name in taken})
+    look = line.resolve(line.view)(**seen) if line.view else None
+    measure(line, setting, [line.make(**settings)], look)
 
 
 def _shared(line: Study, place: inspect.Parameter) -> inspect.Parameter:

@@ -1,8 +1,10 @@
 """`anchors view`: the page for a prompt of one's own."""
 
+import errno
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,12 +12,15 @@ from anchors.cli import common
 from anchors.cli.common import err, shown
 from anchors.cli.setting import DryRun
 
+if TYPE_CHECKING:
+    from anchors.tasks.task import Task
+
 
 def view(
     prompt: Annotated[
         str,
         typer.Argument(
-            help="Text file with demonstrations and query, or - for standard input. With --ask a picture or a folder of some; "
+            help="Text file with demonstrations and query, or with any text and --target; the text itself; or - for standard input. With --ask a picture or a folder of some; "
             "or questions about pictures: a .jsonl file, or tiny-vlm."
         ),
     ],
@@ -36,6 +41,21 @@ def view(
         typer.Option(
             help="The right label; without it the loss is that of the model's own prediction.",
             rich_help_panel="Task",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the flow of −log p of this next token instead of that of the loss over label words, which the prompt then need "
+            "not have: a text, #1234 (an id), or top (the model's own next token).",
+            rich_help_panel="Target",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target: the flow of the log-odds of that token against this one (top: the likeliest other one).",
+            rich_help_panel="Target",
         ),
     ] = None,
     ask: Annotated[
@@ -81,6 +101,9 @@ def view(
     Label words are found where the template puts them, e.g. after "\\nSentiment:". With --labels and no --template,
     what stands before them is the prompt's last line.
 
+    With --target any text will do, and label words are looked for only where --task, --template or --labels name them: the page
+    shows what flows into the last token, from every token, when the model predicts the one that is named.
+
     Questions about pictures go to a vision-language model (without --model: tiny-vlm, which reads handwritten digits, and
     comes along): the page shows on the picture how much flows from each patch to the answer, layer by layer. There --truth
     is the right answer, and --template holds <image>, {question} and {answer}.
@@ -91,7 +114,7 @@ def view(
 
         if ask is not None or demonstrations is not None or view_pictures.about_pictures(prompt):
             only = {
-                "--task": task, "--labels": labels, "--policy": policy, "--chat": chat, "--system": system, "--maps": maps,
+                "--target": target, "--against": against, "--task": task, "--labels": labels, "--policy": policy, "--chat": chat, "--system": system, "--maps": maps,
                 "--device-map": device_map,
                 "--trust-remote-code": trust_remote_code or None, "--dry-run": dry_run or None,
             }  # fmt: skip
@@ -105,41 +128,25 @@ def view(
             view_pictures.view(asked, model, device, precision, revision, layers, to)
             return
 
-        try:
-            content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
-        except OSError as error:
+        if against is not None and target is None:
             raise AnchorsError(
-                f"The prompt {prompt!r} cannot be read: {error.strerror}.",
-                "Name a text file, or give - and the prompt on standard input.",
-                code="file-unreadable",
-            ) from error
-        from anchors.tasks.files import decode
+                "--against without --target: there is nothing to hold against it.",
+                "Add --target, such as --target top.",
+                code="options-together",
+            )
+        text, name = _read(prompt)
+        form = common.chat_from(chat, system)
+        chosen = None
+        if target is None or any(own is not None for own in (task, template, labels, policy, truth)):
+            chosen = _task(text, task, template, labels, policy)
+            from anchors.tasks.prompts import found_in
 
-        text = decode(content, f"The prompt {prompt!r}").replace("\r\n", "\n").replace("\r", "\n")
-        if not text.strip():
-            raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.", code="prompt")
-        if labels is not None and template is None and task is None:
-            from anchors.tasks.prompts import task_of
-
-            chosen = task_of(text, [word.strip() for word in labels.split(",")], policy)
-        else:
-            chosen, *others = common.tasks_from([task] if task else [], template, labels, policy)
-            if others:
-                raise AnchorsError(
-                    f"A page shows one prompt of one task; --task {task!r} names several.",
-                    "Name one.",
-                    code="options-together",
-                )
-        from dataclasses import replace
-
-        from anchors.tasks.prompts import found_in
-
-        chosen = replace(chosen, chat=common.chat_from(chat, system))
-        found_in(text, chosen, truth)
+            chosen = replace(chosen, chat=form)
+            found_in(text, chosen, truth)
         from anchors.places import require_another
         from anchors.study.results import provenance, require_writable, write_atomic
 
-        read = [None if prompt == "-" else prompt, task, model]
+        read = [None if name is None else prompt, task, model]
         require_another(to, read)
         if to.suffix != ".html" or to.is_dir():
             to = to / "view.html"
@@ -154,32 +161,47 @@ def view(
                 )
             require_writable(maps.parent)
         require_writable(to.parent)
-        lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code, [chosen])
+        lm = common.load_model(
+            model, device, precision, device_map, revision, trust_remote_code, [chosen] if chosen else []
+        )
+        from anchors.flow.aiming import likeliest, spaced
+        from anchors.tasks import aims
         from anchors.tasks.drawing import Drawn, within_context
         from anchors.tasks.prompts import from_text
         from anchors.viewer import render_page
         from anchors.viewer.payload import payload, prompt_payload
 
-        built = from_text(text, chosen, lm.tokenizer, truth=truth)
+        if chosen is None:
+            built, place = aims.of_text(text.removesuffix("\n"), lm.tokenizer, form)
+        else:
+            built = from_text(text, chosen, lm.tokenizer, truth=truth)
+            place = aims.of_task(built, chosen, lm.tokenizer)
         within_context([Drawn(0, built)], lm.context)
+        notes = []
+        if target is not None:
+            built = aims.aimed(built, place, lm.tokenizer, target, against, likeliest=likeliest(lm))
+            notes = spaced(lm, built, place, (target, against))
         if dry_run:
             from anchors.study.plan import of_prompt
 
-            told = of_prompt(lm, chosen.called, len(built.ids), 1 + (built.gold is None) + (maps is not None))
+            called = "prompt" if chosen is None else chosen.called
+            told = of_prompt(lm, called, len(built.ids), 1 + (built.loss is None) + (maps is not None))
             common.print_outlook({"view": [told]}, as_json=False)
             return
         from anchors.certificate.sight import hidden_labels
         from anchors.check import demand
 
         # Without a right answer, the identity holds for any class.
-        demand(lm, [built if built.gold is not None else replace(built, gold=0)])
+        demand(lm, [built if built.loss is not None else replace(built, gold=0)])
         common.print_notes([note for note in [lm.beside_attention, hidden_labels(lm, [built])] if note])
         facts = provenance(
             model=lm.name, fingerprint=lm.fingerprint, precision=lm.precision, device=str(lm.device)
         )
         wanted = common.layers_from(layers, lm.layers)
-        name = "standard input" if prompt == "-" else Path(prompt).name
-        shown_prompt = prompt_payload(lm, chosen, built, name, wanted)
+        called = name or ("standard input" if prompt == "-" else "prompt")
+        shown_prompt = prompt_payload(lm, chosen, built, called, wanted, notes)
+        if target is not None:
+            common.print_notes([note for note in shown_prompt["notes"] if note != lm.beside_attention])
         page = render_page(payload("Information flow", lm, chosen, [shown_prompt], facts))
         write_atomic(to, lambda draft: draft.write_text(page, encoding="utf-8"))
         err.print(shown(to))
@@ -188,8 +210,50 @@ def view(
 
             from anchors.flow import flow
 
-            gold = shown_prompt["predicted"] if built.gold is None else built.gold
-            full = flow(lm, [replace(built, gold=gold)], maps=wanted).maps
+            known = built if built.loss is not None else replace(built, gold=shown_prompt["predicted"])
+            full = flow(lm, [known], maps=wanted).maps
             tensors = {f"layer_{layer}": full[layer][0].contiguous() for layer in wanted}
             write_atomic(maps, lambda draft: save_file(tensors, draft))
             err.print(shown(maps))
+
+
+def _read(prompt: str) -> tuple[str, str | None]:
+    """The prompt's text, and the name of its file; None where it was given as it is."""
+    from anchors.errors import AnchorsError
+    from anchors.tasks.files import decode
+
+    try:
+        content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
+    except OSError as error:
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+        if absent and any(map(str.isspace, prompt)) and not prompt.endswith(".txt"):
+            return prompt, None
+        raise AnchorsError(
+            f"The prompt {prompt!r} cannot be read: {error.strerror}.",
+            "Name a text file, write a text of several words, or give - and the prompt on standard input.",
+            code="file-unreadable",
+        ) from error
+    text = decode(content, f"The prompt {prompt!r}").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise AnchorsError("The prompt is empty.", "Give demonstrations and a query.", code="prompt")
+    return text, None if prompt == "-" else Path(prompt).name
+
+
+def _task(
+    text: str, task: str | None, template: str | None, labels: str | None, policy: str | None
+) -> "Task":
+    """Whose label words the prompt has."""
+    from anchors.errors import AnchorsError
+
+    if labels is not None and template is None and task is None:
+        from anchors.tasks.prompts import task_of
+
+        return task_of(text, [word.strip() for word in labels.split(",")], policy)
+    chosen, *others = common.tasks_from([task] if task else [], template, labels, policy)
+    if others:
+        raise AnchorsError(
+            f"A page shows one prompt of one task; --task {task!r} names several.",
+            "Name one.",
+            code="options-together",
+        )
+    return chosen

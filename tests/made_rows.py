@@ -138,6 +138,27 @@ def mapped(texts, roles, layers=(1, 5)):
     return found
 
 
+def aimed(words, layers=3, prompts=2, against=" no"):
+    """Flow into the last of some tokens, from each of the others its number + 1 in every layer; more is the first prompt's."""
+    found = []
+    for n in range(prompts):
+        told = {"loss": 1.5, "probability": 0.25, "predicted": 7, "tokens": len(words), "target/ yes": 8}
+        told |= {f"against/{against}": 9} if n == 0 else {}
+        found += [(n, "none", None, metric, value) for metric, value in told.items()]
+        found += [(n, "none", None, f"token/{j}/{word}", 10 + j) for j, word in enumerate(words)]
+        row = np.arange(1, len(words)) / (n + 1)
+        for layer in range(layers):
+            by_layer = {
+                "s_tq": row.mean(),
+                "s_ww": 0.5,
+                "first_token": row[0] / row.sum(),
+                "entropy": 1.0 + layer,
+            }
+            by_layer |= {f"source/{j}": value for j, value in enumerate(row)}
+            found += [(n, "none", layer, metric, value) for metric, value in by_layer.items()]
+    return found
+
+
 def worded(words):
     return [
         (n, condition, None, f"word/{rank}/{word}", 1 / (rank + n + 1))

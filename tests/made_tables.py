@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from made_rows import (
+    aimed,
     attended,
     classified,
     compressed,
@@ -66,6 +67,7 @@ def tables(kind: str) -> dict[str, pd.DataFrame]:
         "diagnose": lambda: rows(diagnosed(TREC), "trec"),
         "words": lambda: rows(worded([" good", " bad", " great", " terrible", " a", " nice"])),
         "map": lambda: rows(mapped(*_prompt(3))),
+        "flow_prompts": lambda: rows(aimed(_prompt(2)[0][:-1], 12, 5, " Negative"), "questions-of-my-own"),
     }
     if kind == "flow":
         return {"summary": summary(("sst2", "my-reviews-of-films"), layers=12)}
@@ -225,6 +227,7 @@ def figures() -> dict[str, Figure]:
             "causal",
             "map",
             "words",
+            "flow_prompts",
         )
     }
     one = {
@@ -252,6 +255,7 @@ def shown() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name in (
         "flow",
+        "flow_prompts",
         "classify",
         "isolate",
         "readout",

@@ -34,7 +34,7 @@ def invoke(*arguments: object):
     return runner.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
-VERBS = {name for name, study in BUILT_IN.items() if study.verb and not study.group} | {
+VERBS = {name for name, study in BUILT_IN.items() if study.verb and not (study.group or study.within)} | {
     "run",
     "ls",
     "compare",

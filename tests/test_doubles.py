@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 from made_rows import (
+    aimed,
     attended,
     classified,
     compressed,
@@ -40,6 +41,7 @@ ROWS = {
     "speed": lambda: rows(timed()),
     "diagnose": lambda: rows(diagnosed(LABELS)),
     "causal": lambda: patched([[4, 3, 0], [1, 0, 0]], [4, 1], [1, 0], [[1, 0, 0], [1, 1, 1]]),
+    "flow_prompts": lambda: rows(aimed(["a", " b", "c"])),
     "nsa_probe": probed,
     "inject-sweep": lambda: swept(TRUTH).rows,
     "inject-flow": lambda: flowed().rows,

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from made_rows import (
     AWKWARD,
+    aimed,
     attended,
     classified,
     compressed,
@@ -331,6 +332,7 @@ def test_drawing_loads_no_torch(tmp_path):
         "diagnose": diagnosed("xyz"),
         "map": mapped("ab:", ["text", "label", "target"]),
         "words": worded("ab"),
+        "flow_prompts": aimed(AWKWARD),
         "nsa_probe": SUMMARIES["nsa_probe"](probed()),
     }
     tables = {k: p if isinstance(p, dict) else SUMMARIES[k](rows(p)) for k, p in parts.items()}

@@ -13,7 +13,7 @@ from anchors.attention import streaming
 from anchors.errors import AnchorsError, CertificateError
 from anchors.flow import flow, literal_flow
 from anchors.flow.metrics import map_sums
-from anchors.flow.saliency import collate, label_loss
+from anchors.flow.saliency import collate, target_loss
 from anchors.model.language import load
 from anchors.stats import flow_summary
 from anchors.tasks.data import read
@@ -47,7 +47,7 @@ def test_literal_flow_equals_the_gradient_of_transformers_own_attention(family, 
     batch = collate([prompt])
     embedded = plain.get_input_embeddings()(batch.ids).requires_grad_()
     output = plain(inputs_embeds=embedded, output_attentions=True, use_cache=False)
-    loss, _ = label_loss(output.logits[:, -1], batch)
+    loss, _ = target_loss(output.logits[:, -1], batch)
     gradients = torch.autograd.grad(loss.sum(), output.attentions)
     expected = torch.stack(
         [(a * g)[0].sum(0).abs().fill_diagonal_(0) for a, g in zip(output.attentions, gradients, strict=True)]
@@ -201,7 +201,7 @@ def test_transformer_lens_finds_the_same_saliency(family_name, tokenizer, prompt
         logits = bridge.run_with_hooks(
             torch.tensor([prompt.ids]), fwd_hooks=[(lambda name: name.endswith("attn.hook_pattern"), keep)]
         )
-        loss, _ = label_loss(logits[:, prompt.target], collate([prompt]))
+        loss, _ = target_loss(logits[:, prompt.target], collate([prompt]))
         loss.sum().backward()
     assert len(patterns) == lm.n_layers
     maps = stacked(lm, flow(lm, [prompt], maps=range(lm.n_layers)))[0]

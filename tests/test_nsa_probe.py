@@ -13,7 +13,7 @@ from anchors.attention.seam import seam
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.flow.metrics import map_sums
-from anchors.flow.saliency import collate, label_loss
+from anchors.flow.saliency import collate, target_loss
 from anchors.nsa import reference
 from anchors.nsa.attention import BRANCHES, SLC
 from anchors.nsa.call import Intervention
@@ -137,7 +137,7 @@ def test_flow_splits_by_branch_as_the_whole_maps_do(lm, prompt, found, places):
 
     batch = collate([prompt])
     with torch.enable_grad(), seam(lm.modules, taps=[Whole()]):
-        label_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum().backward()
+        target_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum().backward()
     whole = flow(lm, [prompt]).sums
     for (name, layer), matrix in maps.items():
         sums = map_sums(matrix[None], list(prompt.label_positions), prompt.target)
@@ -254,7 +254,7 @@ def test_gates_and_their_saliency_are_derivatives(lm, prompt, found, places, cal
     ]
     batch = collate([prompt])
     with torch.enable_grad(), seam(lm.modules, edits=edits):
-        loss = label_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum()
+        loss = target_loss(lm.logits_at(batch.ids, batch.target), batch)[0].sum()
         slopes = torch.autograd.grad(loss, factors)
     for layer, slope in enumerate(slopes):
         gates = calls[layer].sparse.gates[0]

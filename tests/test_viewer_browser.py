@@ -660,3 +660,34 @@ def test_long_prompts_stay_quick(viewer):
         return (performance.now() - start) / 3; })()"""
     )
     assert spent < 1000  # a few tens of milliseconds where nothing else runs
+
+
+def test_the_page_of_any_text_in_a_browser(viewer, gpt2):
+    from test_aims import mapped, plain
+
+    from anchors.viewer.payload import payload as whole
+    from anchors.viewer.payload import prompt_payload
+
+    prompt = plain(gpt2, "the", "and")
+    shown = prompt_payload(gpt2, None, prompt, "a", gpt2.layers)
+    viewer.open(whole("Information flow", gpt2, None, [shown], {}), "#layer=1&arcs=5")
+    viewer.settle()
+    assert viewer.each("#flows button") == ["tokens → target", "other"]
+    assert viewer.text("#answers") == "Likely next tokens"
+    assert sorted(viewer.each("#bars .aim")) == ["against", "aimed at"]
+    q = prompt.target
+    into = {(i, j) for i, j, kind in viewer.arcs if kind == "tq"}
+    right = sorted(range(1, q), key=lambda j: -float(mapped(gpt2, prompt)[0][1, q, j]))[:5]
+    assert into == {(q, j) for j in right}
+    assert {kind for _, _, kind in viewer.arcs} == {"tq", "ww"}
+    assert "Share of the two flows" in viewer.js(
+        "document.querySelector('#chart svg').getAttribute('aria-label')"
+    )
+    viewer.keys("h")
+    assert not viewer.js("document.getElementById('of-target').hidden")
+    for other in ("of-words", "of-labels", "of-pictures", "intos"):
+        assert viewer.js("document.getElementById(arguments[0]).hidden", other)
+    assert "label word" not in viewer.text("#legend")
+    viewer.keys("k")
+    assert viewer.layer == "2"
+    assert viewer.text("#status").startswith("Layer 2: ")

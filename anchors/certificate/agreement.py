@@ -226,7 +226,7 @@ def _shorter(
     alike = [row for row in rows if len(row) < len(long) and side(found, len(row)) == side(found, len(long))]
     if alike:
         return min(alike, key=len)
-    half = long[: max(1, len(long) // 2)]
+    half = long[: max(2, len(long) // 2)]  # whose first token sees nothing of another last one
     return half if side(found, len(half)) == side(found, len(long)) else long
 
 

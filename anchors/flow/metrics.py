@@ -76,6 +76,24 @@ def left_out(
     return whole / (labels >= 0).sum(-1, keepdim=True).clamp(min=1)
 
 
+def target_sums(
+    target_row: Float[Tensor, "batch layers key"],
+    total: Float[Tensor, "batch layers"],
+    target: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch layers"], Float[Tensor, "batch layers"]]:
+    """S_tq and S_ww of prompts without label words.
+
+        S_tq = Σ_{j<q} I_l[q, j] / q                        S_ww = Σ_{j<i<q} I_l[i, j] / (q (q − 1) / 2)
+
+    Args:
+        target_row: I_l[q, ·].
+        total: Σ_{j<i≤q} I_l[i, j].
+        target: q.
+    """
+    into, q = target_row.sum(-1), target[:, None]
+    return into / q, (total - into).clamp(min=0) / (q * (q - 1) // 2).clamp(min=1)
+
+
 def map_sums(flow: Float[Tensor, "layers query key"], labels: list[int], target: int) -> Sums:
     """The same sums from the whole map of one example, as literal loops over pairs."""
     wp, pq, ww = (torch.zeros(len(flow), dtype=torch.float64) for _ in range(3))

@@ -6,12 +6,14 @@ Source: Wang et al., "Label Words are Anchors" (EMNLP 2023), section 2.1.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from anchors._names import forwarding
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
 from anchors.attention.seam import seam
@@ -40,38 +42,55 @@ class Batch:
         ids: token ids; padding repeats the row's last token and is seen by no real one.
         target: q of each row.
         labels: label-word positions, ascending; -1 where a row has fewer.
-        label_ids: per class, the token that stands for it.
-        gold: class of the query.
+        tokens, weights: of each row's loss, see `anchors.tasks.prompts.Loss`.
+        whole: whether their probabilities are over the whole vocabulary.
     """
 
     ids: Int[Tensor, "batch tokens"]
     target: Int[Tensor, " batch"]
     labels: Int[Tensor, "batch labels"]
-    label_ids: Int[Tensor, "batch classes"]
-    gold: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch classes"]
+    weights: Float[Tensor, "batch classes"]
+    whole: bool
 
 
 def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu", width: int = 0) -> Batch:
-    """Pad prompts on the right, to `width` tokens at least. Needs the right answer of each, for the loss."""
-    nameless = [i for i, prompt in enumerate(prompts) if prompt.gold is None]
+    """Pad prompts on the right, to `width` tokens at least.
+
+    Raises:
+        AnchorsError: a prompt has neither a right answer nor an aim, so that it has no loss; losses of several kinds.
+    """
+    losses = [prompt.loss for prompt in prompts]
+    nameless = [i for i, loss in enumerate(losses) if loss is None]
     if nameless:
         raise AnchorsError(
             f"Prompts {nameless} have no right answer, so they have no loss.",
             "Give each a label.",
             code="prompt",
         )
+    known = [loss for loss in losses if loss is not None]
+    if len({loss.whole or len(loss.tokens) for loss in known}) > 1:
+        raise AnchorsError(
+            "Prompts of one batch have losses over other label words, or over label words and over the whole vocabulary.",
+            "Measure each kind by itself.",
+            code="mixed",
+        )
     length = max(width, *(len(prompt.ids) for prompt in prompts))
     count = max(len(prompt.label_positions) for prompt in prompts)
+    most = max(len(loss.tokens) for loss in known)
 
-    def padded(row: Sequence[int], size: int, fill: int) -> list[int]:
+    def padded(row: Sequence[Any], size: int, fill: Any) -> list[Any]:
         return [*row, *[fill] * (size - len(row))]
 
     return Batch(
         ids=torch.tensor([padded(p.ids, length, p.ids[-1]) for p in prompts], device=device),
         target=torch.tensor([p.target for p in prompts], device=device),
-        labels=torch.tensor([padded(p.label_positions, count, -1) for p in prompts], device=device),
-        label_ids=torch.tensor([p.label_ids for p in prompts], device=device),
-        gold=torch.tensor([p.gold for p in prompts], device=device),
+        labels=torch.tensor(
+            [padded(p.label_positions, count, -1) for p in prompts], dtype=torch.long, device=device
+        ),
+        tokens=torch.tensor([padded(x.tokens, most, x.tokens[0]) for x in known], device=device),
+        weights=torch.tensor([padded(x.weights, most, 0.0) for x in known], device=device),
+        whole=known[0].whole,
     )
 
 
@@ -175,31 +194,44 @@ class Flow:
         sums: S_wp, S_pq and S_ww per example and layer.
         rest: flow from the label words' other tokens to the target per example and layer, see
             `anchors.flow.metrics.left_out`.
-        probabilities: softmax over the label words' logits at the target.
-        loss: cross-entropy over the label words' logits against the right answer, in nats.
+        into: I_l[q, ·] per example and layer: what flows from each token into the target.
+        total: Σ_{j<i≤q} I_l[i, j], all that flows, per example and layer.
+        probabilities: of the loss's tokens: softmax over the label words' logits at the target; of an aim over the whole
+            vocabulary.
+        loss: by default the cross-entropy over the label words' logits against the right answer, in nats; see
+            `anchors.tasks.prompts.Loss`.
         identity_error: per layer, the certificate's relative error (see `FlowTap.error`).
         maps: by requested layer, I_l: row = the position that receives, column = the one that gives.
     """
 
     sums: Sums
     rest: Float[Tensor, "batch layers"]
+    into: Float[Tensor, "batch layers key"]
+    total: Float[Tensor, "batch layers"]
     probabilities: Float[Tensor, "batch classes"]
     loss: Float[Tensor, " batch"]
     identity_error: Float[Tensor, " layers"]
     maps: dict[int, Float[Tensor, "batch query key"]]
 
 
-def _over_labels(
-    logits: Float[Tensor, "batch vocabulary"], label_ids: Tensor
+def _read(
+    logits: Float[Tensor, "batch vocabulary"], tokens: Tensor, whole: bool
 ) -> Float[Tensor, "batch classes"]:
-    over_labels = logits.gather(1, label_ids.to(logits.device))
-    return over_labels.to(torch.promote_types(logits.dtype, torch.float32))
+    """What a loss is made of: the logits of its tokens, or their log probabilities over the whole vocabulary."""
+    wide, tokens = torch.promote_types(logits.dtype, torch.float32), tokens.to(logits.device)
+    if whole:
+        return logits.to(wide).log_softmax(-1).gather(1, tokens)
+    return logits.gather(1, tokens).to(wide)
 
 
 def _loss(
-    over_labels: Float[Tensor, "batch classes"], gold: Int[Tensor, " batch"]
+    read: Float[Tensor, "batch classes"], weights: Float[Tensor, "batch classes"], whole: bool
 ) -> Float[Tensor, " batch"]:
-    return F.cross_entropy(over_labels, gold, reduction="none")
+    return (weights.to(read) * (read if whole else read.log_softmax(-1))).sum(-1)
+
+
+def _probabilities(read: Float[Tensor, "batch classes"], whole: bool) -> Float[Tensor, "batch classes"]:
+    return read.exp() if whole else read.softmax(-1)
 
 
 def demand_finite(loss: Float[Tensor, " batch"]) -> None:
@@ -217,18 +249,22 @@ def demand_finite(loss: Float[Tensor, " batch"]) -> None:
         )
 
 
-def label_loss(
+def target_loss(
     logits: Float[Tensor, "batch vocabulary"], batch: Batch
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch classes"]]:
-    """L(x): cross-entropy over the label words' logits only, and the label probabilities.
+    """L(x) of each prompt (`anchors.tasks.prompts.Loss`), and the probabilities of its tokens.
+
+    Args:
+        logits: at the target.
+        batch: whose losses they are: by default the cross-entropy over the label words' logits only.
 
     Raises:
         AnchorsError: a loss that is not a number.
     """
-    over_labels = _over_labels(logits, batch.label_ids)
-    loss = _loss(over_labels, batch.gold.to(logits.device))
+    read = _read(logits, batch.tokens, batch.whole)
+    loss = _loss(read, batch.weights, batch.whole)
     demand_finite(loss)
-    return loss, over_labels.detach().softmax(-1)
+    return loss, _probabilities(read.detach(), batch.whole)
 
 
 def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int] = ()) -> Flow:
@@ -241,7 +277,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
 
     Args:
         model: on the seam.
-        prompts: with their right answers; run as one batch, or as several where the family encodes positions by the
+        prompts: with their right answers or aims; run as one batch, or as several where the family encodes positions by the
             length of the longest row (longrope, dynamic NTK).
         maps: layers whose whole T × T map is wanted.
 
@@ -264,19 +300,19 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     columns = [*targets, *targets[-1:] * (_rounded(len(targets)) - len(targets))]
     where = [targets.index(prompt.target) for prompt in prompts]
     inputs = (
-        batch.ids, batch.labels, batch.target, batch.label_ids,
-        torch.tensor(columns, device=model.device), torch.tensor(where, device=model.device), batch.gold,
+        batch.ids, batch.labels, batch.target, batch.tokens,
+        torch.tensor(columns, device=model.device), torch.tensor(where, device=model.device), batch.weights,
         uncounted(prompts, batch.ids.shape[1]).to(model.device),
     )  # fmt: skip
     whole = tuple(maps)
-    step = partial(_step, model, whole)
+    step = partial(_step, model, whole, batch.whole)
     if batch.ids.numel() <= TOKENS and triton_runs(model.device):
-        found = replayed(model.model, ("flow", model.precision, whole), step, inputs)
+        found = replayed(model.model, ("flow", model.precision, whole, batch.whole), step, inputs)
     else:
         with recomputed(model, batch.ids.numel()):
             found = step(*inputs)
-    s_wp, s_pq, s_ww, rest, errors, over_labels, *full = found
-    demand_finite(loss := _loss(over_labels, batch.gold.to(over_labels.device)))
+    s_wp, s_pq, s_ww, rest, into, total, errors, read, *full = found
+    demand_finite(loss := _loss(read, batch.weights, batch.whole))
     errors = errors.cpu().double()
     relative = errors[:, 0] / errors[:, 1].clamp(min=torch.finfo(torch.float64).tiny)
     if not (relative <= TOLERANCE[model.precision]).all():
@@ -290,30 +326,32 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     return Flow(
         sums=Sums(s_wp.cpu(), s_pq.cpu(), s_ww.cpu()),
         rest=rest.cpu(),
-        probabilities=over_labels.softmax(-1).float().cpu(),
+        into=into[..., :length].cpu(),
+        total=total.cpu(),
+        probabilities=_probabilities(read, batch.whole).float().cpu(),
         loss=loss.float().cpu(),
         identity_error=relative,
         maps={layer: m[:, :length, :length].float().cpu() for layer, m in zip(whole, full, strict=True)},
     )
 
 
-def _step(model: LanguageModel, maps: tuple[int, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+def _step(model: LanguageModel, maps: tuple[int, ...], whole: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward pass of a batch, without waiting for the GPU anywhere.
 
     Returns:
-        The three sums, the flow that S_pq leaves out, the certificate's numbers by layer, the logits of the label words, and
-        the wanted maps.
+        The three sums, the flow that S_pq leaves out, that into the target, that of all pairs, the certificate's numbers by
+        layer, what the loss is made of, and the wanted maps.
 
     Raises:
         CertificateError: a layer that no gradient reached.
     """
-    ids, labels, target, label_ids, columns, where, gold, others = inputs
+    ids, labels, target, tokens, columns, where, weights, others = inputs
     tap = FlowTap(frozenset(model.layers), torch.cat([labels, target[:, None]], dim=1), frozenset(maps))
     with torch.enable_grad(), seam(model.modules, taps=[tap]), model.arithmetic():
         logits = model.logits(ids, columns)
         chosen = logits[torch.arange(len(ids), device=logits.device), where.to(logits.device)]
-        over_labels = _over_labels(chosen, label_ids)
-        _loss(over_labels, gold.to(logits.device)).sum().backward()
+        read = _read(chosen, tokens, whole)
+        _loss(read, weights, whole).sum().backward()
     layers = model.layers
     if lost := [layer for layer in layers if layer not in tap.total]:
         raise CertificateError(f"No gradient reached the attention of layers {lost}.", code="no-gradient")
@@ -329,7 +367,7 @@ def _step(model: LanguageModel, maps: tuple[int, ...], *inputs: Tensor) -> tuple
     rest = left_out(rows[:, :, -1], others.to(home), labels)
     errors = together({layer: torch.stack(tap.error[layer]) for layer in layers}, 0)
     full = (tap.full[layer] for layer in maps)
-    return sums.s_wp, sums.s_pq, sums.s_ww, rest, errors, over_labels.detach(), *full
+    return sums.s_wp, sums.s_pq, sums.s_ww, rest, rows[:, :, -1], total, errors, read.detach(), *full
 
 
 def _width(model: LanguageModel, rows: int, length: int) -> int:
@@ -356,10 +394,12 @@ def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:
         missing = width - maps.shape[-1]
         return F.pad(maps, (0, missing, 0, missing))
 
-    width = max((m.shape[-1] for one in found for m in one.maps.values()), default=0)
+    width = max(one.into.shape[-1] for one in found)
     return Flow(
         sums=Sums(*(put([getattr(one.sums, name) for one in found]) for name in ("s_wp", "s_pq", "s_ww"))),
         rest=put([one.rest for one in found]),
+        into=put([F.pad(one.into, (0, width - one.into.shape[-1])) for one in found]),
+        total=put([one.total for one in found]),
         probabilities=put([one.probabilities for one in found]),
         loss=put([one.loss for one in found]),
         identity_error=torch.stack([one.identity_error for one in found]).amax(0),
@@ -380,6 +420,9 @@ def literal_flow(model: LanguageModel, prompt: Prompt) -> Float[Tensor, "layers 
         for layer, weight in zip(model.layers, ones, strict=True)
     ]
     with torch.enable_grad(), seam(model.modules, edits=edits):
-        loss, _ = label_loss(model.logits_at(batch.ids, batch.target), batch)
+        loss, _ = target_loss(model.logits_at(batch.ids, batch.target), batch)
         gradients = torch.autograd.grad(loss.sum(), ones)
     return torch.stack([g.abs().fill_diagonal_(0) for g in gradients]).cpu()
+
+
+__getattr__ = forwarding(__name__)

@@ -125,25 +125,32 @@ def costs_of(analysis: "Analysis", sizes: Sizes) -> Costs:
 
 
 @runtime_checkable
-class Analysis(Protocol):
-    """What is measured on a prompt. A frozen data class: its fields are its settings.
-
-    The module it stands in imports torch in `prepare`, `once` and `measure` only, so that listing studies and their options
-    needs none.
+class Described(Protocol):
+    """What a study of prompts says of itself.
 
     Attributes:
         kind: short name; of its verb and its results, too.
         version: raised whenever its numbers change for the same settings.
         fresh: whether every prompt shows demonstrations of its own, see `anchors.tasks.drawing.Draw`.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    fresh: ClassVar[bool]
+
+
+@runtime_checkable
+class Analysis(Described, Protocol):
+    """What is measured on a prompt. A frozen data class: its fields are its settings.
+
+    The module it stands in imports torch in `prepare`, `once` and `measure` only, so that listing studies and their options
+    needs none.
 
     What it costs is foretold from a method `costs(sizes)`, which gives its `Costs`, or from `passes`: about how many forward passes
     a prompt takes.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    kind: ClassVar[str]
-    version: ClassVar[int]
-    fresh: ClassVar[bool]
 
     def prepare(self, model: "LanguageModel", cell: Cell) -> Any:
         """What the prompts of a seed share, computed once (the demonstrations' cache, a fitted β)."""

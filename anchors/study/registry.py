@@ -51,8 +51,8 @@ class Study:
             the option that refuses it bears the study's name, and this is its help.
         view: a frozen class of options that change no rows, only what is shown and drawn of them.
         task, examples: what is measured on where nothing else is said.
-        asked: what it is asked of: prompts of tasks (`anchors.study.analysis.Analysis`), episodes of a model of `anchors nsa
-            train`, or suites of `anchors inject`; the settings of these two have `on`, which makes an
+        asked: what it is asked of: prompts of tasks (`anchors.study.analysis.Analysis`), a file of texts, episodes of a model of
+            `anchors nsa train`, or suites of `anchors inject`; the settings of these three have `on`, which makes an
             `anchors.study.report.Inquiry` of them.
         units: what its progress counts.
         more: what is kept with its rows, by name; `tables` then takes these by their names and the provenance as `facts`.
@@ -60,6 +60,7 @@ class Study:
         columns: of its rows, where they are not those of prompts; the last one is the value.
         group: of verbs, in which its verb is what its name has after this; by default there is none.
         verb: whether there is a verb of its name.
+        within: the study whose verb measures it instead, where an option of its settings is given; by default none.
         home: which package brings it.
         formerly: what names of its tables' files began with in 0.4.0, before a hyphen, where they did not as they do now.
     """
@@ -80,13 +81,14 @@ class Study:
     view: str | None = None
     task: str = "sst2"
     examples: int = 60
-    asked: Literal["prompts", "episodes", "suites"] = "prompts"
+    asked: Literal["prompts", "texts", "episodes", "suites"] = "prompts"
     units: str = "prompts"
     more: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     group: str = ""
     verb: bool = True
+    within: str = ""
     home: str = "label-anchors"
     formerly: str = ""
 
@@ -107,13 +109,15 @@ class Study:
 
     @property
     def command(self) -> str:
-        """Its verb, with the group in which it stands."""
+        """Its verb, with the group in which it stands, or the option with which another one's verb measures it."""
+        if self.within:
+            return f"{self.within} --{self.name[len(self.within) + 1 :]} FILE"
         return f"{self.group} {self.name[len(self.group) + 1 :]}" if self.group else self.name
 
     @property
     def folder(self) -> str:
         """Of its results."""
-        return self.command.replace(" ", "-")
+        return self.name.replace("_", "-") if self.within else self.command.replace(" ", "-")
 
     @property
     def stems(self) -> dict[str, str]:
@@ -185,6 +189,19 @@ BUILT_IN: dict[str, Study] = {
             view=f"{_CLI}.flow:View",
             sentences=f"{_SAID}:flow",
             interval=("s_pq", "share"),
+        ),
+        Study(
+            "flow_prompts",
+            "anchors.analyses.targets:TargetFlow",
+            "Measure which tokens flow into the last one of any prompts, by layer, when the model predicts a token that is named.",
+            tables=f"{_TABLES}.targets:target_tables",
+            figure=f"{_FIGURES}.flow_prompts:draw",
+            shown=f"{_CLI}.flow_prompts:shown",
+            view=f"{_CLI}.flow:View",
+            sentences=f"{_SAID}:flow_prompts",
+            metrics=("s_tq", "first_token", "entropy"),
+            asked="texts",
+            within="flow",
         ),
         Study(
             "map",

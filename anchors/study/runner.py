@@ -16,7 +16,7 @@ from anchors.model.identity import Identity, held, software
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import alike, numbers
 from anchors.model.source import Source
-from anchors.study.analysis import Analysis, Cell, Record
+from anchors.study.analysis import Analysis, Cell, Described, Record
 from anchors.study.engine import Lot, Progress, Stretch, carry_out, demand_same, watched
 from anchors.study.helpers import helpers
 from anchors.study.report import pictured
@@ -296,11 +296,11 @@ def _lot(
 
     def measured(state: Any, part: Sequence[Unit]) -> pd.DataFrame:
         drawn = [units[unit] for unit in part]
-        return _frame(part, [d.example for d in drawn], analysis.measure(model, state, cell.task, drawn))
+        return frame(part, [d.example for d in drawn], analysis.measure(model, state, cell.task, drawn))
 
     def said(state: Any) -> pd.DataFrame:
         found = analysis.once(model, state, cell) or [Record("prompts", len(units))]
-        return _frame([whole], [-1], [found])
+        return frame([whole], [-1], [found])
 
     def too_large(unit: Unit | None) -> AnchorsError:
         if unit is not None:
@@ -327,7 +327,7 @@ def _lot(
     )
 
 
-def _frame(
+def frame(
     units: Sequence[Unit], examples: Sequence[int], records: Sequence[Sequence[Record]]
 ) -> pd.DataFrame:
     table = [
@@ -339,13 +339,13 @@ def _frame(
     return pd.DataFrame(table, columns=columns).astype({"layer": "Int32"})
 
 
-def width(analysis: Analysis, drawn: Drawn) -> int:
+def width(analysis: Described, drawn: Drawn) -> int:
     """Tokens that are run for a prompt: all of them, or only those after the shared demonstrations."""
     return len(drawn.prompt.ids) - (0 if analysis.fresh else drawn.prompt.query)
 
 
 def batches(
-    model: LanguageModel, analysis: Analysis, units: dict[Unit, Drawn], pending: list[Unit], size: int | None
+    model: LanguageModel, analysis: Described, units: dict[Unit, Drawn], pending: list[Unit], size: int | None
 ) -> Iterator[list[Unit]]:
     """Neighbours in length share a batch, within windows, so that little is padded and progress stays even.
 

@@ -471,3 +471,17 @@ def explained(condition: str) -> str:
     if found := re.fullmatch(r"components-(\d+)", condition):
         return f"keys seen along the queries' first {found[1]} principal components"
     return NAMES.get(condition, "")
+
+
+def flow_prompts(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Where most flows into the target, and how much of that comes from the first token."""
+    found = []
+    for task, part in tables["summary"].groupby("task", sort=False):
+        by = part.set_index(["metric", "layer"])
+        most = by.loc["s_tq", "value"].astype(float).idxmax()
+        n = int(part["examples"].iloc[0])
+        found.append(
+            f"{task}: most flows into the target in layer {most} (S_tq {span(by.loc[('s_tq', most)])}); there {span(by.loc[('first_token', most)])} of it "
+            f"comes from the first token (n = {n}). A flow says what is read, and not that it is needed."
+        )
+    return found

@@ -172,10 +172,19 @@ def within_context(
     fitting = [d for d in drawn if len(d.prompt.ids) <= context]
     if len(fitting) < len(drawn) and not skip:
         longest = max(drawn, key=lambda d: len(d.prompt.ids))
+        said = (
+            f"{len(drawn) - len(fitting)} of {len(drawn)} prompts are longer than the model's context of {context} "
+            f"tokens; the longest "
+        )
+        if not longest.prompt.label_positions:
+            raise AnchorsError(
+                f"{said}has {len(longest.prompt.ids)} tokens.",
+                "Shorten it, or leave such prompts of a file out with --skip-too-long.",
+                code="length",
+            )
         number, tokens = _longest_demonstration(longest.prompt)
         raise AnchorsError(
-            f"{len(drawn) - len(fitting)} of {len(drawn)} prompts are longer than the model's context of {context} "
-            f"tokens; the longest (test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
+            f"{said}(test example {longest.example}) has {len(longest.prompt.ids)} tokens, "
             f"{tokens} of them in its demonstration number {number}.",
             "Use fewer --shots, or --skip-too-long to leave such examples out.",
             code="length",

@@ -67,6 +67,99 @@ def rows(path: Path) -> list[Row]:
     return found
 
 
+def named(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """The rows of a file by the names of their columns, each with the place where it stands.
+
+    CSV and TSV are read as in `rows`; of plain text every line that is not blank is the first column; JSON lines hold objects.
+    An empty field, and null, is left out; other columns are not read.
+
+    Args:
+        path: a file; its suffix says which format it has.
+        columns: what is read; the first one must be there.
+
+    Raises:
+        AnchorsError: another format, not UTF-8, a row without the first column or with another number of fields, a value that is
+            no string.
+    """
+    reader = _NAMED.get(path.suffix.lower())
+    if reader is None:
+        raise AnchorsError(
+            f"Files ending in {path.suffix!r} are not read as prompts.",
+            nearest(path.suffix, _NAMED),
+            code="data-file",
+        )
+    try:
+        text = decode(path.read_bytes(), repr(str(path)))
+    except OSError as error:
+        raise AnchorsError(f"The file {str(path)!r} cannot be read: {error}", code="data-file") from error
+    found = []
+    for place, own in reader(text, path, columns):
+        found.append((place, {name: own[name] for name in columns if own.get(name)}))
+        if columns[0] not in found[-1][1]:
+            raise AnchorsError(
+                f"{place} of {path.name} has no {columns[0]!r}.",
+                f"Each row needs {columns[0]!r}; in CSV and TSV the header names the columns.",
+                code="data-row",
+            )
+    if not found:
+        raise AnchorsError(
+            f"The file {str(path)!r} has no rows.", f"Each row needs {columns[0]!r}.", code="data-file"
+        )
+    return found
+
+
+Places = Iterator[tuple[str, dict[str, str]]]
+
+
+def _lines(text: str, path: Path, columns: Sequence[str]) -> Places:
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        if line.strip():
+            yield f"Line {number}", {columns[0]: line}
+
+
+def _fields(text: str, path: Path, columns: Sequence[str]) -> Places:
+    names: list[str] = []
+    for line, fields, _ in _records(text, "\t" if path.suffix.lower() == ".tsv" else ",", path.name):
+        if names and fields != [""] and len(fields) != len(names):
+            raise AnchorsError(
+                f"Line {line} of {path.name} has {len(fields)} fields, but the header has {len(names)}: {names}.",
+                'A text that holds a separator is quoted as a whole: "…", with quotation marks in it doubled.',
+                code="data-row",
+            )
+        if names and fields != [""]:
+            yield f"Line {line}", dict(zip(names, fields, strict=True))
+        names = names or fields
+        if twice := [name for name in columns if names.count(name) > 1]:
+            raise AnchorsError(
+                f"The file {str(path)!r} has several columns called {twice}.", "Rename one.", code="data-file"
+            )
+
+
+def _objects(text: str, path: Path, columns: Sequence[str]) -> Places:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parsed(line, object_pairs_hook=once)
+            if not isinstance(value, dict):
+                raise ValueError(f"it is {_kind(value)}")
+            for name in columns:
+                if not isinstance(value.get(name), str | None):
+                    raise ValueError(f"{name!r} is {_kind(value[name])}")
+                (value.get(name) or "").encode()
+        except ValueError as error:
+            raise AnchorsError(
+                f"Line {number} of {path.name} cannot be read: {error}.",
+                'Each line is an object of texts, such as {"prompt": "…", "target": "…"}.',
+                code="data-row",
+            ) from error
+        yield f"Line {number}", value
+
+
+_NAMED = {".txt": _lines, ".jsonl": _objects, ".csv": _fields, ".tsv": _fields}
+"""Readers of `named` by suffix."""
+
+
 def decode(content: bytes, name: str) -> str:
     """UTF-8 as text; a byte order mark in front is no part of it.
 

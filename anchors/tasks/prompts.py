@@ -34,6 +34,43 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What is differentiated: log probabilities of tokens that may come after the target, summed.
+
+        L = Σ_k w_k log p(t_k)
+
+    Attributes:
+        tokens: t_k, as ids.
+        weights: w_k.
+        whole: whether p is over the whole vocabulary, or over these tokens alone.
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    whole: bool = True
+
+    @classmethod
+    def of_class(cls, label_ids: tuple[int, ...], gold: int) -> "Loss":
+        """The cross-entropy over label words: −log p of the right one, p over label words alone (2.1)."""
+        return cls(label_ids, tuple(-float(c == gold) for c in range(len(label_ids))), whole=False)
+
+    @classmethod
+    def of_token(cls, token: int, against: int | None = None) -> "Loss":
+        """−log p(token), p over the whole vocabulary; against another token minus their log-odds, log p(against) − log p(token).
+
+        Raises:
+            AnchorsError: both are the same token.
+        """
+        if against == token:
+            raise AnchorsError(
+                f"The target and what it stands against are one token, #{token}: their log-odds are always 0.",
+                "Name two tokens.",
+                code="target",
+            )
+        return cls((token,), (-1.0,)) if against is None else cls((token, against), (-1.0, 1.0))
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt and its positions, all counted from 0.
 
@@ -49,6 +86,7 @@ class Prompt:
         gold: class of the query, or None when it is not known.
         spans: per token, where its characters stand in the text (first, after last); empty where they are those of the
             text tokenised by itself.
+        aim: what is differentiated instead of the cross-entropy over the label words, or None.
     """
 
     text: str
@@ -60,6 +98,12 @@ class Prompt:
     label_ids: tuple[int, ...]
     gold: int | None
     spans: tuple[tuple[int, int], ...] = ()
+    aim: Loss | None = None
+
+    @property
+    def loss(self) -> Loss | None:
+        """What is differentiated; None where neither a right answer nor an aim is known."""
+        return self.aim or (None if self.gold is None else Loss.of_class(self.label_ids, self.gold))
 
     @property
     def target(self) -> int:
@@ -141,13 +185,7 @@ def _in_place(
     word = around.space + task.labels[label]
     start, end = len(text), len(text) + len(word)
     whole = text + word + around.tail
-    ids, spans = _encode(tokenizer, whole, special=task.chat is None)
-    if any(b > len(whole) for _, b in spans):
-        raise AnchorsError(
-            "The tokenizer's offsets run past the text.",
-            "Its offset mapping cannot be used.",
-            code="tokenizer",
-        )
+    ids, spans = encoded(tokenizer, whole, special=task.chat is None)
     seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
     first = 1 + max((i for i, a, _ in seen if a < start), default=-1)
     last = 1 + max((i for i, a, _ in seen if a < end), default=-1)
@@ -195,12 +233,23 @@ def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: li
                 )
 
 
-def _encode(
+def encoded(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and spans; a chat template writes its special tokens itself."""
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    """Tokens of a text, and where each stands in it; a chat template writes its special tokens itself.
+
+    Raises:
+        AnchorsError: they stand where there is no text.
+    """
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    if any(b > len(text) for _, b in spans):
+        raise AnchorsError(
+            "The tokenizer's offsets run past the text.",
+            "Its offset mapping cannot be used.",
+            code="tokenizer",
+        )
+    return ids, spans
 
 
 def tokenise(
@@ -234,7 +283,7 @@ def tokenise(
     ids, spans, (first, last) = _in_place(text, task, 0, tokenizer, around)
     _demand_same(ids[first:last], task, 0, tokenizer, answers)
     ids, spans = ids[:first], spans[:first]
-    _refuse_controls(text, ids, spans, [] if typed else [pieces[p].role == "text" for p in owner], tokenizer)
+    refuse_controls(text, ids, spans, [] if typed else [pieces[p].role == "text" for p in owner], tokenizer)
     roles: list[Role] = []
     demonstrations: list[int] = []
     members: dict[int, list[int]] = {}
@@ -296,7 +345,7 @@ def _demand_same(
         )
 
 
-def _refuse_controls(
+def refuse_controls(
     text: str,
     ids: Sequence[int],
     spans: Sequence[tuple[int, int]],
@@ -453,7 +502,8 @@ def found_in(text: str, task: Task, truth: str | None = None) -> list[Piece]:
     if not body.endswith(closing):
         raise AnchorsError(
             f"The prompt must end with the template's {closing!r}; it ends with {body[-20:]!r}.",
-            "The label is predicted after the last character of the prompt.",
+            "The label is predicted after the last character of the prompt. A prompt without label words needs --target TOKEN, "
+            "such as --target top.",
             code="prompt",
         )
     if truth is not None and truth not in task.labels:
@@ -484,7 +534,7 @@ def found_in(text: str, task: Task, truth: str | None = None) -> list[Piece]:
     if not number:
         raise AnchorsError(
             "The prompt holds no demonstration: no label word stands after the template's prefix.",
-            f"Write each demonstration as {task.template!r}.",
+            f"Write each demonstration as {task.template!r}; a prompt without label words needs --target TOKEN, such as --target top.",
             code="prompt",
         )
     return [part for part in parts if part.text]
@@ -521,7 +571,8 @@ def task_of(text: str, labels: Sequence[str], policy: str | None = None) -> Task
     if not before:
         raise AnchorsError(
             f"The prompt is one line, {last[-40:]!r}; no demonstration stands before it.",
-            "Put each demonstration on lines of its own, or say with --template how they are written.",
+            "Put each demonstration on lines of its own, or say with --template how they are written; a prompt without label words "
+            "needs --target TOKEN in place of --labels.",
             code="prompt",
         )
     words = "|".join(re.escape(word) for word in sorted(labels, key=len, reverse=True))

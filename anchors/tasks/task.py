@@ -171,7 +171,7 @@ class Task:
     def space(self) -> str:
         """The white space that a label word carries in front: what the template says, or a space after a colon."""
         between = self.template.split("{text}")[1].split("{label}")[0]
-        if between.endswith(":") and self.colon_space and not all(map(_without_spaces, self.labels)):
+        if between.endswith(":") and self.colon_space and not all(map(without_spaces, self.labels)):
             return " "
         return between[len(between.rstrip(" \t")) :]
 
@@ -201,7 +201,7 @@ class Task:
         return facts if self.space or between.endswith("\n") else facts | {"space": ""}
 
 
-def _without_spaces(word: str) -> bool:
+def without_spaces(word: str) -> bool:
     """Whether a word begins in a script whose letters are full-width, which writes no spaces."""
     return unicodedata.east_asian_width(word[0]) in "WF"
 

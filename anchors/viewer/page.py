@@ -13,7 +13,7 @@ import numpy as np
 _ROLES = ("text", "format", "label", "target", "image")
 _SUMS = ("s_wp", "s_pq", "s_ww")
 _KINDS = ("ip", "tp", "iq", "pq", "tq", "ww")
-"""Kinds of flow on a page with pictures, where `kinds` names those that its prompts have."""
+"""Kinds of flow on a page with pictures, or of prompts without label words, where `kinds` names those that its prompts have."""
 _REST = "s_pq_rest"
 # Escaped, these cannot end the script element, and the page stays plain ASCII where the data lies.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -76,6 +76,14 @@ def flows(classes: Sequence[int | None], target: int) -> np.ndarray:
     found[target] = 2 * counted
     if not counted[0]:
         found[:, 0] += 3
+    return found
+
+
+def into_target(target: int) -> np.ndarray:
+    """The same of a prompt without label words: 0 other, 1 into the target; 3 more from the first token, [T, T]."""
+    found = np.zeros((target + 1, target + 1), np.int8)
+    found[target] = 1
+    found[:, 0] += 3
     return found
 
 
@@ -159,7 +167,11 @@ def _faults(prompt: dict[str, Any], sums: Sequence[str]) -> Iterator[tuple[str, 
             yield "roles", f"holds {role!r}; known are {', '.join(_ROLES)}"
     if prompt["predicted"] not in labels:
         yield "predicted", f"holds {prompt['predicted']}, no index of its labels"
-    for field, used in (("gold", [prompt["gold"]]), ("classes", prompt["classes"])):
+    for field, used in (
+        ("gold", [prompt["gold"]]),
+        ("classes", prompt["classes"]),
+        ("aims", prompt.get("aims", [])),
+    ):
         for index in used:
             if index is not None and index not in labels:
                 yield field, f"holds {index}, no index of its labels"

@@ -20,7 +20,7 @@ import torch
 
 from anchors.attention.seam import seam
 from anchors.errors import AnchorsError, CertificateError, demand_seed
-from anchors.flow.saliency import TOLERANCE, collate, label_loss
+from anchors.flow.saliency import TOLERANCE, collate, target_loss
 from anchors.model.identity import software
 from anchors.model.language import LanguageModel, load
 from anchors.model.source import Source
@@ -212,7 +212,7 @@ def probe_prompt(
     tap = BranchTap(layers, places, look)
     batch = collate([prompt], model.device)
     with torch.enable_grad(), seam(model.modules, taps=[tap], probes=[look]), model.arithmetic():
-        loss, probabilities = label_loss(model.logits_at(batch.ids, batch.target), batch)
+        loss, probabilities = target_loss(model.logits_at(batch.ids, batch.target), batch)
         loss.sum().backward()
     error = tap.certificate()
     if not error <= TOLERANCE[model.precision]:
