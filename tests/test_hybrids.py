@@ -16,11 +16,12 @@ from anchors.analyses.readout import Readout
 from anchors.attention.edits import isolate
 from anchors.attention.layers import attending, beside_attention, ranges
 from anchors.attention.seam import seam
-from anchors.context import answer, encode, queries
+from anchors.context import answer, cache_argument, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.model.language import load
 from anchors.model.loading import without_gpu_kernels
+from anchors.model.witness import apart
 from anchors.study.prompted import Part, notes_on
 from anchors.study.runner import Sample, measure
 from anchors.viewer.payload import prompt_payload
@@ -50,6 +51,30 @@ def test_what_a_model_carries_on_is_found_out(hybrid, name):
 def test_a_lost_state_is_noticed_in_half_precision(hybrid):
     assert not hybrid("jamba", "bfloat16").carries
     assert hybrid("lfm2", "bfloat16").carries
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_after_a_state_is_that_of_the_prompt(tokenizer, batch):
+    """Nemotron-H keeps its time step above a limit for several tokens and not for one; the limit is made to tell."""
+    with without_gpu_kernels():
+        own = tiny.wide(tiny.build("nemotron_h", len(tokenizer), 400))
+    for module in own.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.1, float("inf"))
+    lm = load(own, tokenizer=tokenizer, device="cpu")
+    ids = torch.arange(30, 54).expand(batch, -1)
+    context = encode(lm, ids[0, :-1].tolist())
+    whole = lm.witness.logits(ids)[:, -1:]
+    with torch.no_grad():
+        past = {cache_argument(own): context.cache(batch), **lm.positions(ids[:, -1:], context)}
+        alone = own(input_ids=ids[:, -1:], use_cache=True, **past).logits
+        found = lm.logits(ids[:, -1:], None, context)
+    assert lm.carries
+    assert apart(alone, whole) > 3e-4
+    assert apart(found, whole) < 1e-5
+    with pytest.raises(AnchorsError, match="one token on"):
+        encode(lm, [5], context)
+    assert encode(lm, [5, 6], context).length == context.length + 2
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
