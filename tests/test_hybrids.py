@@ -16,12 +16,13 @@ from anchors.analyses.readout import Readout
 from anchors.attention.edits import isolate
 from anchors.attention.layers import attending, beside_attention, ranges
 from anchors.attention.seam import seam
+from anchors.certificate.agreement import beside_witness
 from anchors.context import answer, cache_argument, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.model.language import load
 from anchors.model.loading import without_gpu_kernels
-from anchors.model.witness import apart
+from anchors.model.witness import ROWS, apart
 from anchors.study.prompted import Part, notes_on
 from anchors.study.runner import Sample, measure
 from anchors.viewer.payload import prompt_payload
@@ -75,6 +76,25 @@ def test_one_token_after_a_state_is_that_of_the_prompt(tokenizer, batch):
     with pytest.raises(AnchorsError, match="one token on"):
         encode(lm, [5], context)
     assert encode(lm, [5, 6], context).length == context.length + 2
+
+
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "roberta", "bart"])
+def test_the_witness_of_a_long_prompts_end_counts_on(hybrid, name):
+    """Bamba counts from zero again after its cache, RoBERTa from two, and BART takes no positions."""
+    lm, ids = hybrid(name), torch.arange(10, 160)[None]
+    own = lm.witness.logits(ids)[:, -ROWS:]
+    assert apart(lm.witness.last_logits(ids, lm.first_position), own) < 1e-5
+    assert name != "bamba" or apart(lm.witness.last_logits(ids), own) > 0.1
+
+
+def test_a_lost_state_is_no_witness(hybrid, monkeypatch):
+    monkeypatch.setattr("anchors.certificate.agreement.EAGER_BYTES", 1 << 20)
+    row = range(10, 160)
+    found = {name: beside_witness(hybrid(name), "long", row) for name in ("jamba", "bamba")}
+    assert found["jamba"].ok is None
+    assert "does not go on from its recurrent state" in found["jamba"].detail
+    assert found["bamba"].ok
+    assert "its last 64 rows" in found["bamba"].detail
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
