@@ -9,10 +9,15 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from sweep import tiny
+from torch.utils.flop_counter import FlopCounterMode
 
+from anchors import task as task_of
+from anchors.analyses.classification import Classification
 from anchors.analyses.compression import Compression
+from anchors.analyses.flow import InformationFlow
 from anchors.analyses.isolation import Isolation
 from anchors.analyses.readout import Readout
+from anchors.analyses.reweighting import Reweighting
 from anchors.attention.edits import isolate
 from anchors.attention.layers import attending, beside_attention, ranges
 from anchors.attention.seam import seam
@@ -23,8 +28,11 @@ from anchors.flow import flow
 from anchors.model.language import load
 from anchors.model.loading import without_gpu_kernels
 from anchors.model.witness import ROWS, apart
+from anchors.study.cost import Cost
+from anchors.study.plan import outlook
 from anchors.study.prompted import Part, notes_on
 from anchors.study.runner import Sample, measure
+from anchors.tasks.data import read
 from anchors.viewer.payload import prompt_payload
 
 CARRIED = {"lfm2": True, "qwen3_next": True, "nemotron_h": True, "falcon_h1": True, "jamba": False}
@@ -157,3 +165,24 @@ def test_layers_are_those_of_the_configuration():
     assert attending(tiny.config("gemma2", 100, 400)) == (0, 1, 2, 3)
     assert beside_attention(tiny.config("llama", 100, 400)) is None
     assert ranges((0, 1, 2, 4, 6, 7)) == "0 to 2, 4, 6, 7"
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [InformationFlow(), Classification(), Reweighting(epochs=2, per_class=6)],
+    ids=lambda own: own.kind,
+)
+def test_what_runs_is_what_was_foretold(hybrid, tmp_path, monkeypatch, analysis):
+    """No gradient goes below the first layer that attends, and a step of re-weighting is a whole prompt."""
+    lm, task = hybrid("lfm2"), task_of("sst2")
+    monkeypatch.setattr(Cost, "seconds", lambda *_: 0.0)
+    monkeypatch.setattr(Cost, "activations", dict.fromkeys(("forward", "saved", "backward"), 1.0))
+    part = Part(analysis, task, read(task), Sample(shots=1, examples=6, seeds=(1,)))
+    (foretold,) = outlook(lm, [part], tmp_path)
+    with FlopCounterMode(display=False) as counter:
+        found = measure(lm, analysis, task, part.data, part.how, out=tmp_path)
+    # Examples that β is fitted on are as long as those that are asked, on average.
+    rough = 0.15 if analysis.kind == "reweight" else 0.02
+    assert foretold.flop == pytest.approx(counter.get_total_flops(), rel=rough)
+    said = [note for note in notes_on(lm, part, found) if "steps of re-weighting run whole prompts" in note]
+    assert len(said) == (analysis.kind == "reweight")
