@@ -9,6 +9,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from sweep import tiny
+from test_viewer_browser import quiet, viewer  # noqa: F401 - fixtures
 from torch.utils.flop_counter import FlopCounterMode
 
 from anchors import task as task_of
@@ -33,7 +34,7 @@ from anchors.study.plan import outlook
 from anchors.study.prompted import Part, notes_on
 from anchors.study.runner import Sample, measure
 from anchors.tasks.data import read
-from anchors.viewer.payload import prompt_payload
+from anchors.viewer.payload import payload, prompt_payload
 
 CARRIED = {"lfm2": True, "qwen3_next": True, "nemotron_h": True, "falcon_h1": True, "jamba": False}
 
@@ -132,6 +133,36 @@ def test_rows_have_the_numbers_of_the_layers(hybrid, make_cell):
     shown = prompt_payload(lm, cell.task, cell.prompts[0].prompt, "a prompt", lm.layers)
     assert [value is None for value in shown["s_wp"]] == [True, True, False, True]
     assert shown["notes"] == [lm.beside_attention]
+
+
+def test_the_page_keys_through_the_layers_that_attend(hybrid, make_cell, viewer):
+    """Two prompts side by side: no layer without attention is stopped at, and its row says so."""
+    lm, cell = hybrid("lfm2"), make_cell(examples=2)
+    made = [
+        prompt_payload(lm, cell.task, d.prompt, f"prompt {n}", lm.layers) for n, d in enumerate(cell.prompts)
+    ]
+    viewer.open(payload("a hybrid", lm, cell.task, made, {}), "#prompt=1&layer=1&beside=2:3")
+    assert viewer.text("#at") == "1 / 3"
+    assert viewer.text("#at2") == "3 / 3"
+    for key, layer in (("k", "3"), ("k", "3"), ("j", "1"), ("j", "1")):
+        viewer.keys(key)
+        viewer.settle()
+        assert viewer.layer == layer
+        assert viewer.arcs
+    assert viewer.text("#status").startswith("Layer 1: ")
+    rows = viewer.each("#sums tbody tr", "[...e.children].map(c => c.textContent)")
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[1:] == ["no attention"] for row in rows] == [True, False, True, False]
+    shown = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+    for layer in (1, 3):
+        value = float(rows[layer][2].translate(shown).replace("×10", "e"))
+        assert value == pytest.approx(made[0]["s_pq"][layer], rel=0.01)
+    ticks = viewer.each("#chart svg text[text-anchor=middle]")
+    assert ticks == ["1", "3", "layer"]
+    viewer.keys("b", "c", "f")
+    assert viewer.text("#notes").startswith("Tokens reach later ones through a recurrent state")
+    viewer.open(payload("a hybrid", lm, cell.task, made, {}), "#layer=0")
+    assert viewer.layer in ("1", "3")
 
 
 def test_layers_without_attention_are_refused_by_number(hybrid, make_cell):
