@@ -359,7 +359,7 @@ def _parts(drawn: ImagePrompts, size: int) -> Iterator[list[Any]]:
 
 def _rows(vlm: VisionLanguageModel, batch: ImageBatch, numbers: Sequence[int]) -> pd.DataFrame:
     found = image_flow(vlm, batch)
-    layers = range(vlm.n_layers)
+    layers = vlm.layers
     tables = [
         pd.DataFrame(x.numpy(), index=pd.Index(numbers, name="number"), columns=layers)
         .rename_axis(columns="layer")
