@@ -154,7 +154,12 @@ def test_the_label_ids_are_what_the_model_would_say_next(chatty, style, form):
         (None, "no chat template"),
         (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "not what comes next"),
         (CHATML.replace("{% if add_generation_prompt", "{% if false"), "not what comes next"),
+        ("{{ ['a', 'b'] | random }}" + CHATML, "at random"),
+        ("{{ lipsum(n=1, min=2, max=3) }}" + CHATML, "at random"),
+        ("{{ now() }}" + CHATML, "'now' is undefined"),
         ("{% set day = '%d' %}{{ strftime_now(day) }}" + CHATML, "date of today"),
+        ("{% set now = strftime_now %}{{ now('%d') }}" + CHATML, "date of today"),
+        ("{{ strftime_now('%d' ~ '%b') }}" + CHATML, "date of today"),
         (CHATML.replace("m.content", "m.content | upper"), "leaves out, repeats"),
         (CHATML.replace("m.content }}", "m.content }}{{ m.content }}"), "leaves out, repeats"),
         (
@@ -169,6 +174,20 @@ def test_what_is_not_understood_is_refused(chatty, template, said):
         label_tokens(replace(TASKS["sst2"], chat=Chat()), words)
     assert refused.value.code == "chat-template"
     assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        '{{ strftime_now ( format = "%d %b %Y" ) }}',
+        "{% macro day() %}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{% endmacro %}{{ day() }}",
+    ],
+)
+def test_the_day_is_the_same_tomorrow_however_the_template_asks(chatty, asked):
+    words = with_template(chatty, f"On {asked}:" + CHATML)
+    prompt = build(replace(TASKS["sst2"], chat=Chat()), words, [Example("a", 0), Example("b", 1)], "c", 0)
+    assert prompt.text.startswith("On 26 Jul 2024:<|im_start|>")
 
 
 def test_an_empty_thought_may_stand_before_the_answer(chatty):
