@@ -205,7 +205,7 @@ def test_runs_of_a_model_are_told_apart_by_their_chats(tmp_path):
     table = compared(found)
     own = table[table["metric"] == "accuracy"].set_index("run")
     assert own["value"].to_dict() == {"m": 0, "m, chat": 1, "m, chat, one turn, system": 1}
-    assert own.loc["m, chat", "gap"] == 1
+    assert own.loc["m, chat", "difference"] == 1
 
 
 def test_an_experiment_is_no_study(tmp_path):
