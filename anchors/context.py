@@ -221,7 +221,7 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
 
     Raises:
         AnchorsError: the model's cache holds other things than the keys and values of these tokens, or `context`
-            cannot be continued that far (see `LanguageModel.demand_one_side`).
+            cannot be continued that far (see `LanguageModel.demand_one_side`), or by one token from a recurrent state.
     """
     start = 0 if context is None else context.next
     model.demand_one_side([start + len(ids)], None if context is None else context.length)
@@ -229,6 +229,13 @@ def encode(model: "LanguageModel", ids: Sequence[int], context: Context | None =
     positions = model.positions(tokens, context)
     if not model.carries:
         return _run_again(model, tokens, context)
+    if len(ids) == 1 and context is not None and any(context.states):
+        raise AnchorsError(
+            f"A state that {model.name} has run to cannot be kept one token on: some recurrent families step a single token in other "
+            "arithmetic than several (Nemotron-H).",
+            "Run the tokens with those before them, or several at once.",
+            code="no-shared-context",
+        )
     # A tensor: with a number some families drop positions on the way, and their keys would be missing.
     last = torch.tensor([len(ids) - 1], device=model.device)
     cache = fresh_cache(model.model) if context is None else context.cache()

@@ -1,6 +1,7 @@
 """`anchors check`: certify that the analyses are exact on a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,8 @@ def check(
     template: common.Template = None,
     labels: common.Labels = None,
     policy: common.Policy = None,
+    chat: common.ChatForm = None,
+    system: common.System = None,
     device: common.Device = "auto",
     precision: common.Precision = "auto",
     device_map: common.DeviceMap = None,
@@ -45,7 +48,8 @@ def check(
     """Certify a model, against itself as it came: logits, causality, positions, both sides of every length at which its
     attention changes; edits, saliency against its definition, batching, shared demonstrations, label words.
 
-    A dot marks what could not be asked, and says why. Exit code 1 if one fails.
+    With --chat its prompts go through the model's chat template. A dot marks what could not be asked, and says why. Exit code 1 if
+    one fails.
     """
     if families:
         with common.reporting():
@@ -56,14 +60,15 @@ def check(
         from anchors.tasks.task import TASKS
 
         own = template is not None or labels is not None
-        tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy)
+        told = common.chat_from(chat, system)
+        tasks = common.tasks_from(task or ([] if own else list(TASKS)), template, labels, policy, chat=told)
         lm = common.load_model(model, device, precision, device_map, revision, trust_remote_code)
         from anchors.check import check as certify
         from anchors.check import failed
         from anchors.tasks.data import read
         from anchors.tasks.drawing import Draw, draw
 
-        sst2 = TASKS["sst2"]
+        sst2 = replace(TASKS["sst2"], chat=told)
         prompts = [d.prompt for d in draw(sst2, read(sst2), lm.tokenizer, Draw(), 3)]
         with common.err.status("checking"):
             findings = certify(lm, prompts, tasks)

@@ -63,7 +63,7 @@ def view(
     require_writable(to.parent)
     with err.status(f"loading {name}"):
         vlm = load_vlm(name, device=device, precision=precision, revision=revision, routed=True)
-    wanted = common.layers_from(layers, range(vlm.n_layers))
+    wanted = common.layers_from(layers, vlm.layers)
     for prompt in prompts.values():
         demand(vlm, [prompt])
     facts = provenance(

@@ -122,12 +122,21 @@ def curve(
     style: str = "-",
     band: bool = True,
 ) -> None:
-    """A curve with its interval as a band, or as two thin lines."""
+    """A curve with its interval as a band, or as two thin lines.
+
+    Over layers some of which were not measured (they do not attend), points that a thin line joins, each with its own interval: a
+    curve would go on where there is nothing.
+    """
     table = table.sort_values(by)
     x = table[by].astype(int).to_numpy()
     value, low, high = (table[c].astype(float).to_numpy() for c in columns)
-    axes.plot(x, value, color=colour, marker=marker, markersize=3, label=name, linestyle=style)
-    if band:
+    apart = by == "layer" and bool((np.diff(x) > 1).any())
+    thin = {"linestyle": ":" if style == "-" else style, "linewidth": 0.8}
+    joined: dict[str, Any] = thin if apart else {"linestyle": style}
+    axes.plot(x, value, color=colour, marker=marker, markersize=3, label=name, **joined)
+    if apart:
+        axes.vlines(x, low, high, color=colour, alpha=0.6, linewidth=1.2)
+    elif band:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     else:
         for bound in (low, high):

@@ -68,6 +68,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm import processing_smolvlm
 
 from anchors.injection.asking.vlm import VisionLanguageModel, prepare_vlm
+from anchors.model.loading import without_gpu_kernels
 
 WORDS = ["what", "is", "it", "big", "yes", "no", "red", "blue", "seven", "one", "=", "?", ":", "#"]
 TEXT = {
@@ -78,8 +79,11 @@ EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num
 FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_vl", "gemma3")
 ONE_IMAGE = ("blip_2",)
 """Families whose forward demands a picture and whose processor puts it before the text."""
+HYBRIDS = ("qwen3_5",)
+"""Families whose layers do not all attend."""
 MORE = (
     "internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "paligemma", "idefics3-tiles", "smolvlm-tiles",
+    *HYBRIDS,
 )  # fmt: skip
 """Families of which the flow and the places of patches are tried, too."""
 MERGED = ("internvl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "mistral3")
@@ -179,7 +183,7 @@ def _qwen2_vl():
 
 
 def _later_qwen(kind: str):
-    """Qwen2.5-VL and Qwen3-VL: their own eyes behind the processor of Qwen2-VL."""
+    """Qwen2.5-VL, Qwen3-VL and Qwen3.5: their own eyes behind the processor of Qwen2-VL."""
     words = tokenizer(
         {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
          "vision_end_token": "<|vision_end|>"}
@@ -199,8 +203,14 @@ def _later_qwen(kind: str):
     more = (
         {"fullatt_block_indexes": [1], "window_size": 16}
         if old
-        else {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+        else {"num_position_embeddings": 64} | ({} if kind in HYBRIDS else {"deepstack_visual_indexes": [0]})
     )
+    if kind in HYBRIDS:
+        text |= {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        }  # fmt: skip
+        text["rope_parameters"] |= {"partial_rotary_factor": 1.0}
     made = {
         "vision_config": {**eyes, **more}, "text_config": text if old else {**text, "head_dim": 8},
         "image_token_id": at("<|image_pad|>"), "video_token_id": at("<|video_pad|>"),
@@ -211,6 +221,11 @@ def _later_qwen(kind: str):
         config, processor = Qwen2_5_VLConfig(**made), images_only(Qwen2_5_VLProcessor)(images, words)
         return Qwen2_5_VLForConditionalGeneration(config), processor
     processor = images_only(Qwen3VLProcessor)(images, words)
+    if kind in HYBRIDS:
+        with without_gpu_kernels():  # which are chosen when the family's code is first read
+            from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+            return Qwen3_5ForConditionalGeneration(Qwen3_5Config(**made)), processor
     if kind == "qwen3_vl":
         return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)), processor
     made["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -317,7 +332,7 @@ BUILDERS = {
     "idefics3": _idefics3, "qwen2_vl": _qwen2_vl, "gemma3": _gemma3, "blip_2": blip, "internvl": _internvl,
     "llava_onevision": _llava_onevision, "paligemma": _paligemma, "mistral3": _mistral3,
     **{kind: partial(_idefics3, kind) for kind in ("idefics3-tiles", "smolvlm-tiles")},
-    **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
+    **{kind: partial(_later_qwen, kind) for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS)},
 }  # fmt: skip
 
 

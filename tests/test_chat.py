@@ -4,18 +4,22 @@ import copy
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from anchors.cli import app
 from anchors.context import answer, encode, queries, shared_demonstrations
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.model.language import load
-from anchors.tasks.data import Example
+from anchors.tasks.data import Example, read
+from anchors.tasks.drawing import Draw, draw
 from anchors.tasks.prompts import QUERY, build, from_text, label_tokens
 from anchors.tasks.task import TASKS, Chat
 
@@ -54,6 +58,7 @@ CONTROLS = (
     "[INST]",
     "[/INST]",
 )
+RUNNER = CliRunner()
 SYSTEM = "You name the mood of a review."
 
 
@@ -154,7 +159,12 @@ def test_the_label_ids_are_what_the_model_would_say_next(chatty, style, form):
         (None, "no chat template"),
         (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "not what comes next"),
         (CHATML.replace("{% if add_generation_prompt", "{% if false"), "not what comes next"),
+        ("{{ ['a', 'b'] | random }}" + CHATML, "at random"),
+        ("{{ lipsum(n=1, min=2, max=3) }}" + CHATML, "at random"),
+        ("{{ now() }}" + CHATML, "'now' is undefined"),
         ("{% set day = '%d' %}{{ strftime_now(day) }}" + CHATML, "date of today"),
+        ("{% set now = strftime_now %}{{ now('%d') }}" + CHATML, "date of today"),
+        ("{{ strftime_now('%d' ~ '%b') }}" + CHATML, "date of today"),
         (CHATML.replace("m.content", "m.content | upper"), "leaves out, repeats"),
         (CHATML.replace("m.content }}", "m.content }}{{ m.content }}"), "leaves out, repeats"),
         (
@@ -169,6 +179,20 @@ def test_what_is_not_understood_is_refused(chatty, template, said):
         label_tokens(replace(TASKS["sst2"], chat=Chat()), words)
     assert refused.value.code == "chat-template"
     assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        '{{ strftime_now ( format = "%d %b %Y" ) }}',
+        "{% macro day() %}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{% endmacro %}{{ day() }}",
+    ],
+)
+def test_the_day_is_the_same_tomorrow_however_the_template_asks(chatty, asked):
+    words = with_template(chatty, f"On {asked}:" + CHATML)
+    prompt = build(replace(TASKS["sst2"], chat=Chat()), words, [Example("a", 0), Example("b", 1)], "c", 0)
+    assert prompt.text.startswith("On 26 Jul 2024:<|im_start|>")
 
 
 def test_an_empty_thought_may_stand_before_the_answer(chatty):
@@ -249,6 +273,82 @@ def test_shared_demonstrations_of_a_chat_give_the_logits_of_whole_prompts(chatty
             torch.testing.assert_close(
                 row, eager(torch.tensor([prompt.ids])).logits[0, -1], rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.fixture(scope="module")
+def conversing(chatty, tmp_path_factory):
+    """A tiny model with a chat template, in a folder."""
+    folder = tmp_path_factory.mktemp("models") / "conversing"
+    _, own = _twins(chatty, "chatml")
+    own.save_pretrained(folder)
+    with_template(chatty, CHATML).save_pretrained(folder)
+    return folder
+
+
+RUN = {
+    "classify": ("--calibrate",),
+    "readout": (),
+    "reweight": ("--epochs", 1, "--per-class", 1),
+    "compress": ("--draws", 1),
+    "diagnose": ("--components", 2, "-t", "sst2"),
+}
+
+
+@pytest.mark.parametrize("verb", RUN)
+def test_every_study_runs_on_a_chat_and_says_so(conversing, tmp_path, verb):
+    """The prompts it asked are those of the template: the tokens of the run are theirs, and the loss is their own."""
+    how = (
+        "--model",
+        conversing,
+        "--device",
+        "cpu",
+        "-n",
+        2,
+        "--chat",
+        "turns",
+        "--system",
+        SYSTEM,
+        "-o",
+        tmp_path,
+    )
+    done = RUNNER.invoke(app, [verb, *map(str, (*how, *RUN[verb]))], env={"COLUMNS": "180"})
+    assert done.exit_code == 0, done.output
+    assert "sst2 (chat, system)" in done.stdout
+    rows = pd.read_parquet(tmp_path / f"{verb}.parquet")
+    assert set(rows["task"]) == {"sst2 (chat, system)"}
+    if verb == "classify":
+        model, task = load(conversing, device="cpu"), replace(TASKS["sst2"], chat=Chat(system=SYSTEM))
+        drawn = draw(task, read(task), model.tokenizer, Draw(fresh=False, seed=int(rows["seed"].iloc[0])), 2)
+        for one in drawn:
+            said = model.witness.logits(torch.tensor([one.prompt.ids]))[0, -1, list(one.prompt.label_ids)]
+            own = rows[
+                (rows["example"] == one.example) & (rows["metric"] == "loss") & (rows["condition"] == "none")
+            ]
+            assert own["value"].item() == pytest.approx(
+                float(-said.log_softmax(0)[one.prompt.gold]), rel=1e-3
+            )
+
+
+def test_an_experiment_runs_on_a_chat(conversing, tmp_path):
+    how = ("--model", conversing, "--device", "cpu", "-n", 1, "--chat", "one", "-t", "sst2", "-o", tmp_path)
+    done = RUNNER.invoke(app, ["run", "many-shot", *map(str, how)])
+    assert done.exit_code == 0, done.output
+    (rows,) = tmp_path.rglob("classify.parquet")
+    assert set(pd.read_parquet(rows)["task"]) == {"sst2 (chat, one turn)"}
+
+
+def test_a_chat_is_certified(conversing):
+    """The prompts of the check are those of the template, of which the longest is said."""
+    lengths = {}
+    for name, chat in {"plain": (), "chat": ("--chat", "turns")}.items():
+        done = RUNNER.invoke(
+            app, ["check", str(conversing), "--device", "cpu", "-t", "sst2", *chat, "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        found = {one["name"]: one for one in json.loads(done.stdout)}
+        assert all(one["ok"] is not False for one in found.values())
+        lengths[name] = int(found["logits are the model's own"]["detail"].split()[0])
+    assert lengths["chat"] > lengths["plain"] + 20
 
 
 def _twins(chatty, style):

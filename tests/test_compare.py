@@ -189,6 +189,25 @@ def test_runs_are_told_apart(two):
         compared(found[:1])
 
 
+def test_runs_of_a_model_are_told_apart_by_their_chats(tmp_path):
+    """And paired on their prompts: a chat is what may differ."""
+    for name, chat in {
+        "": None,
+        " (chat)": {"form": "turns"},
+        " (chat, one turn, system)": {"form": "one", "system": "s"},
+    }.items():
+        own = answered(dict.fromkeys(range(4), len(name) % 2)).assign(task=f"a{name}")
+        lay(
+            tmp_path / f"run{len(name)}", "classify", own, "m", examples=4, **({"chat": chat} if chat else {})
+        )
+    found = sorted(gather([tmp_path]), key=lambda own: own.tasks)
+    assert labels_of(found) == ["m", "m, chat", "m, chat, one turn, system"]
+    table = compared(found)
+    own = table[table["metric"] == "accuracy"].set_index("run")
+    assert own["value"].to_dict() == {"m": 0, "m, chat": 1, "m, chat, one turn, system": 1}
+    assert own.loc["m, chat", "difference"] == 1
+
+
 def test_an_experiment_is_no_study(tmp_path):
     made = rows(classified("xy"))
     lay(tmp_path / "table1", "classify", made, "m")

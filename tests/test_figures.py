@@ -70,6 +70,25 @@ def test_the_flow_draws_every_curve_with_its_values(tmp_path):
         assert path.stat().st_size > 5000
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1, 5, 7)])
+def test_no_band_goes_over_layers_without_attention(layers):
+    """Where some layers are missing each point has its own interval, at its true layer."""
+    table = summary()
+    table = table[table["layer"] < 3].assign(layer=lambda own: own["layer"].map(dict(enumerate(layers))))
+    figure = draw("flow", {"summary": table}, "a model")
+    axes, apart = figure.axes[0], layers[0] == 1
+    assert all(np.array_equal(line.get_xdata(), layers) for line in axes.lines)
+    bars = [own for own in axes.collections if isinstance(own, LineCollection)]
+    assert [bool(bars), len(axes.collections)] == [apart, 3]
+    own = table[(table["task"] == "a") & (table["metric"] == SUMS[1])].sort_values("layer")
+    if apart:
+        expected = [
+            [[x, low], [x, high]]
+            for x, low, high in zip(layers, own["share_low"], own["share_high"], strict=True)
+        ]
+        assert np.allclose(bars[1].get_segments(), expected)
+
+
 def test_the_papers_pattern_in_numbers():
     found = flow_pattern(summary(tasks=("a",))).iloc[0]
     assert found["s_pq_leads_from"] == 3

@@ -1,6 +1,7 @@
 """Models whose layers do not all attend: true layer numbers, states carried on or prompts run whole, and what is refused."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,32 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from sweep import tiny
+from test_viewer_browser import quiet, viewer  # noqa: F401 - fixtures
+from torch.utils.flop_counter import FlopCounterMode
 
+from anchors import task as task_of
+from anchors.analyses.classification import Classification
 from anchors.analyses.compression import Compression
+from anchors.analyses.flow import InformationFlow
 from anchors.analyses.isolation import Isolation
 from anchors.analyses.readout import Readout
+from anchors.analyses.reweighting import Reweighting
 from anchors.attention.edits import isolate
 from anchors.attention.layers import attending, beside_attention, ranges
 from anchors.attention.seam import seam
-from anchors.context import answer, encode, queries
+from anchors.certificate.agreement import beside_witness
+from anchors.context import answer, cache_argument, encode, queries
 from anchors.errors import AnchorsError
 from anchors.flow import flow
 from anchors.model.language import load
 from anchors.model.loading import without_gpu_kernels
+from anchors.model.witness import ROWS, TOLERANCE, apart
+from anchors.study.cost import Cost
+from anchors.study.plan import outlook
 from anchors.study.prompted import Part, notes_on
 from anchors.study.runner import Sample, measure
-from anchors.viewer.payload import prompt_payload
+from anchors.tasks.data import read
+from anchors.viewer.payload import payload, prompt_payload
 
 CARRIED = {"lfm2": True, "qwen3_next": True, "nemotron_h": True, "falcon_h1": True, "jamba": False}
 
@@ -47,9 +59,64 @@ def test_what_a_model_carries_on_is_found_out(hybrid, name):
     assert hybrid(name).carries == CARRIED[name]
 
 
-def test_a_lost_state_is_noticed_in_half_precision(hybrid):
-    assert not hybrid("jamba", "bfloat16").carries
-    assert hybrid("lfm2", "bfloat16").carries
+@pytest.mark.parametrize(("name", "said"), [("jamba", 0.1), ("lfm2", 1.0)])
+def test_a_lost_state_is_noticed_where_its_loss_drowns_in_rounding(tokenizer, name, said):
+    """Recurrent layers that say little: in bfloat16 Jamba's logits without their state are within tolerance of those with it."""
+    with without_gpu_kernels():
+        own = tiny.wide(tiny.build(name, len(tokenizer), 400))
+    for part, weight in own.named_parameters():
+        if "mamba.out_proj" in part or "conv.out_proj" in part:
+            weight.data *= said
+    lm = load(own, tokenizer=tokenizer, device="cpu", precision="bfloat16")
+    ids = torch.arange(10, 90)[None]
+    context = encode(replace(lm, carries=True), ids[0, :67].tolist())
+    with torch.no_grad():
+        found = lm.logits(ids[:, 67:], None, context)
+    assert apart(found, lm.witness.logits(ids)[:, 67:]) <= TOLERANCE["bfloat16"]
+    assert lm.carries == CARRIED[name]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_after_a_state_is_that_of_the_prompt(tokenizer, batch):
+    """Nemotron-H keeps its time step above a limit for several tokens and not for one; the limit is made to tell."""
+    with without_gpu_kernels():
+        own = tiny.wide(tiny.build("nemotron_h", len(tokenizer), 400))
+    for module in own.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.1, float("inf"))
+    lm = load(own, tokenizer=tokenizer, device="cpu")
+    ids = torch.arange(30, 54).expand(batch, -1)
+    context = encode(lm, ids[0, :-1].tolist())
+    whole = lm.witness.logits(ids)[:, -1:]
+    with torch.no_grad():
+        past = {cache_argument(own): context.cache(batch), **lm.positions(ids[:, -1:], context)}
+        alone = own(input_ids=ids[:, -1:], use_cache=True, **past).logits
+        found = lm.logits(ids[:, -1:], None, context)
+    assert lm.carries
+    assert apart(alone, whole) > 3e-4
+    assert apart(found, whole) < 1e-5
+    with pytest.raises(AnchorsError, match="one token on"):
+        encode(lm, [5], context)
+    assert encode(lm, [5, 6], context).length == context.length + 2
+
+
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "roberta", "bart"])
+def test_the_witness_of_a_long_prompts_end_counts_on(hybrid, name):
+    """Bamba counts from zero again after its cache, RoBERTa from two, and BART takes no positions."""
+    lm, ids = hybrid(name), torch.arange(10, 160)[None]
+    own = lm.witness.logits(ids)[:, -ROWS:]
+    assert apart(lm.witness.last_logits(ids, lm.first_position), own) < 1e-5
+    assert name != "bamba" or apart(lm.witness.last_logits(ids), own) > 0.1
+
+
+def test_a_lost_state_is_no_witness(hybrid, monkeypatch):
+    monkeypatch.setattr("anchors.certificate.agreement.EAGER_BYTES", 1 << 20)
+    row = range(10, 160)
+    found = {name: beside_witness(hybrid(name), "long", row) for name in ("jamba", "bamba")}
+    assert found["jamba"].ok is None
+    assert "does not go on from its recurrent state" in found["jamba"].detail
+    assert found["bamba"].ok
+    assert "its last 64 rows" in found["bamba"].detail
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
@@ -79,6 +146,36 @@ def test_rows_have_the_numbers_of_the_layers(hybrid, make_cell):
     shown = prompt_payload(lm, cell.task, cell.prompts[0].prompt, "a prompt", lm.layers)
     assert [value is None for value in shown["s_wp"]] == [True, True, False, True]
     assert shown["notes"] == [lm.beside_attention]
+
+
+def test_the_page_keys_through_the_layers_that_attend(hybrid, make_cell, viewer):
+    """Two prompts side by side: no layer without attention is stopped at, and its row says so."""
+    lm, cell = hybrid("lfm2"), make_cell(examples=2)
+    made = [
+        prompt_payload(lm, cell.task, d.prompt, f"prompt {n}", lm.layers) for n, d in enumerate(cell.prompts)
+    ]
+    viewer.open(payload("a hybrid", lm, cell.task, made, {}), "#prompt=1&layer=1&beside=2:3")
+    assert viewer.text("#at") == "1 / 3"
+    assert viewer.text("#at2") == "3 / 3"
+    for key, layer in (("k", "3"), ("k", "3"), ("j", "1"), ("j", "1")):
+        viewer.keys(key)
+        viewer.settle()
+        assert viewer.layer == layer
+        assert viewer.arcs
+    assert viewer.text("#status").startswith("Layer 1: ")
+    rows = viewer.each("#sums tbody tr", "[...e.children].map(c => c.textContent)")
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[1:] == ["no attention"] for row in rows] == [True, False, True, False]
+    shown = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+    for layer in (1, 3):
+        value = float(rows[layer][2].translate(shown).replace("×10", "e"))
+        assert value == pytest.approx(made[0]["s_pq"][layer], rel=0.01)
+    ticks = viewer.each("#chart svg text[text-anchor=middle]")
+    assert ticks == ["1", "3", "layer"]
+    viewer.keys("b", "c", "f")
+    assert viewer.text("#notes").startswith("Tokens reach later ones through a recurrent state")
+    viewer.open(payload("a hybrid", lm, cell.task, made, {}), "#layer=0")
+    assert viewer.layer in ("1", "3")
 
 
 def test_layers_without_attention_are_refused_by_number(hybrid, make_cell):
@@ -112,3 +209,24 @@ def test_layers_are_those_of_the_configuration():
     assert attending(tiny.config("gemma2", 100, 400)) == (0, 1, 2, 3)
     assert beside_attention(tiny.config("llama", 100, 400)) is None
     assert ranges((0, 1, 2, 4, 6, 7)) == "0 to 2, 4, 6, 7"
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [InformationFlow(), Classification(), Reweighting(epochs=2, per_class=6)],
+    ids=lambda own: own.kind,
+)
+def test_what_runs_is_what_was_foretold(hybrid, tmp_path, monkeypatch, analysis):
+    """No gradient goes below the first layer that attends, and a step of re-weighting is a whole prompt."""
+    lm, task = hybrid("lfm2"), task_of("sst2")
+    monkeypatch.setattr(Cost, "seconds", lambda *_: 0.0)
+    monkeypatch.setattr(Cost, "activations", dict.fromkeys(("forward", "saved", "backward"), 1.0))
+    part = Part(analysis, task, read(task), Sample(shots=1, examples=6, seeds=(1,)))
+    (foretold,) = outlook(lm, [part], tmp_path)
+    with FlopCounterMode(display=False) as counter:
+        found = measure(lm, analysis, task, part.data, part.how, out=tmp_path)
+    # Examples that β is fitted on are as long as those that are asked, on average.
+    rough = 0.15 if analysis.kind == "reweight" else 0.02
+    assert foretold.flop == pytest.approx(counter.get_total_flops(), rel=rough)
+    said = [note for note in notes_on(lm, part, found) if "steps of re-weighting run whole prompts" in note]
+    assert len(said) == (analysis.kind == "reweight")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from injection_vlms import FAMILIES, MERGED, ONE_IMAGE, T5, blip, enliven, make_vlm, picture
+from injection_vlms import FAMILIES, HYBRIDS, MERGED, ONE_IMAGE, T5, blip, enliven, make_vlm, picture
 from PIL import Image
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -86,7 +86,7 @@ def loops(flow, ids, labels, target, begins, image_id, both_ways):
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [(family, words) for words in (("red", "blue"), ()) for family in FAMILIES]
+    [(family, words) for words in (("red", "blue"), ()) for family in (*FAMILIES, *HYBRIDS)]
     + [(f, ()) for f in (*ONE_IMAGE, *MERGED)],
 )
 def test_sums_are_those_of_materialised_attention(family, words):
@@ -136,7 +136,7 @@ def test_only_the_language_tower_is_on_the_seam(family):
     assert {m.config._attn_implementation for m in others} == {"sdpa"}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *ONE_IMAGE])
+@pytest.mark.parametrize("family", [*FAMILIES, *ONE_IMAGE, *HYBRIDS])
 def test_the_witness_is_the_model_s_own_eager_attention(family):
     """Images and all, with the processor's mask, before and after the tower was put on the seam."""
     vlm = make_vlm(family)

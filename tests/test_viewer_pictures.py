@@ -18,7 +18,7 @@ from anchors.injection.image_flow.flow import collate, image_flow
 from anchors.injection.image_flow.shown import inlined, picture_page, prompt_payload
 from anchors.viewer import render_page
 
-TOWERS = ("qwen2_vl", "llava", "gemma3", "internvl", "idefics3", "llava_next")
+TOWERS = ("qwen2_vl", "llava", "gemma3", "internvl", "idefics3", "llava_next", "qwen3_5")
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -30,7 +30,7 @@ def test_patch_flows_are_the_gradient_of_materialised_attention(family, words, m
     batch = collate(vlm, [asked])
     maps, _ = literal(vlm, batch)
     whole, target = maps[0].detach(), int(batch.target[0])
-    made = prompt_payload(vlm, asked, "a", range(vlm.n_layers))
+    made = prompt_payload(vlm, asked, "a", vlm.layers)
     ids, labels = batch.tensors["input_ids"][0].tolist(), batch.labels[0].tolist()
     image = torch.tensor([i == vlm.image_token_id for i in ids])
     assert made["patches"] == image.nonzero().flatten().tolist()
@@ -47,9 +47,11 @@ def test_patch_flows_are_the_gradient_of_materialised_attention(family, words, m
     for kind in [kind for kind in KINDS if labels or kind in ("iq", "tq", "ww")]:
         assert sums[f"s_{kind}"].max() > 0
         torch.testing.assert_close(
-            torch.tensor(made[f"s_{kind}"], dtype=torch.float64), sums[f"s_{kind}"], **near
+            torch.tensor(attended(vlm, made[f"s_{kind}"]), dtype=torch.float64), sums[f"s_{kind}"], **near
         )
-    total = sum(counts[kind] * torch.tensor(made[f"s_{kind}"], dtype=torch.float64) for kind in counts)
+    total = sum(
+        counts[kind] * torch.tensor(attended(vlm, made[f"s_{kind}"]), dtype=torch.float64) for kind in counts
+    )
     torch.testing.assert_close(total, whole.sum((1, 2)), rtol=1e-4, atol=0)
     torch.testing.assert_close(
         torch.tensor(made["first"], dtype=torch.float64), whole[:, :, 0].sum(1), rtol=1e-4, atol=1e-12
@@ -63,6 +65,25 @@ def test_patch_flows_are_the_gradient_of_materialised_attention(family, words, m
         assert set(found) == set(expected)
         assert list(found.values()) == sorted(found.values(), reverse=True)
         assert found == pytest.approx(expected, rel=2e-3, abs=near["atol"])
+
+
+def attended(vlm, values):
+    """The values of the layers that attend; the others have none."""
+    assert [layer for layer, value in enumerate(values) if value is not None] == list(vlm.layers)
+    return [value for value in values if value is not None]
+
+
+def test_the_page_of_a_hybrid_stops_at_the_layers_that_attend(viewer):
+    vlm = make_vlm("qwen3_5")
+    page = picture_page(vlm, {"one": prompt(), "two": prompt(seed=5)}, {})
+    viewer.open(json.loads(embedded(page)), "#prompt=1&layer=0&beside=2:0")
+    assert vlm.layers == (1,)
+    for key in ("k", "j", "c", "b", "f"):
+        viewer.keys(key)
+        assert viewer.text("#at") == "1 / 2"
+    rows = viewer.each("#sums tbody tr", "[...e.children].map(c => c.textContent)")
+    assert [row[1:] == ["no attention"] for row in rows] == [True, False, True]
+    assert any("recurrent state, too (in layers 0, 2)" in note for note in viewer.each("#notes li"))
 
 
 def test_only_the_strongest_arcs_are_kept_whatever_the_tiles(monkeypatch):

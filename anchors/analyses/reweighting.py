@@ -53,9 +53,17 @@ class Reweighting:
     def costs(self, sizes: Sizes) -> Costs:
         examples = 0 if self.beta is not None else self.per_class * sizes.classes
         before = sizes.shared + sizes.mean - 1
+        new, step = (before, before + 1) if sizes.states else (sizes.mean - 1, 1)
         fitted = (
-            Pass(sizes.mean - 1, sizes.shared, times=examples, kept=True),
-            Pass(1, before, times=examples * self.epochs, backward=True, edited=sizes.layers, columns=0),
+            Pass(new, before - new, times=examples, kept=True),
+            Pass(
+                step,
+                before + 1 - step,
+                times=examples * self.epochs,
+                backward=True,
+                edited=sizes.layers,
+                columns=0,
+            ),
         )
         return Costs(
             (sizes.asked(), sizes.asked(edited=sizes.layers)),
@@ -81,6 +89,14 @@ class Reweighting:
                 "Give the .safetensors file that `anchors reweight` left in its run.",
                 code="beta",
             ) from error
+
+    def notes(self, model: "LanguageModel") -> list[str]:
+        """Where fitting runs more than a reader expects."""
+        if self.beta is not None or not model.beside_attention or not model.carries:
+            return []
+        return [
+            "The steps of re-weighting run whole prompts: a step of one token would write over recurrent states that its gradient reads."
+        ]
 
     def kept(self, folder: Path, seeds: "Sequence[int]") -> list[Path]:
         """The files of β that fitting left in a run's folder."""

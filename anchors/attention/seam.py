@@ -345,8 +345,11 @@ def seam(
     edits: Iterable[Edit] = (),
     taps: Iterable[Tap] = (),
     probes: Iterable[Probe] = (),
-) -> Generator[None]:
+) -> Generator[list[nn.Module]]:
     """Apply edits, taps and probes to the attention of a routed model, as returned by `route`.
+
+    Yields:
+        The modules whose attention arrives, in order, as they do.
 
     Raises:
         RoutingError: on leaving, when one of them did not fire in a layer it names.
@@ -355,7 +358,7 @@ def seam(
     session = _Session(_numbered(modules), tuple(edits), tuple(taps), tuple(probes))
     token = _active.set(session)
     try:
-        yield
+        yield session.reached
     finally:
         _active.reset(token)
     session.verify()

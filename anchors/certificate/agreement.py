@@ -178,7 +178,9 @@ def last_rows(model: LanguageModel, row: Sequence[int]) -> Float[Tensor, "rows v
         return witness.logits(ids)[0]
     if crossed := [c for c in changes(model.model.config) if c.rotary and _cut_by(c, len(row))]:
         return f"{len(row)} tokens at once are too many, and {crossed[0].what} allows no cut before the last"
-    return witness.last_logits(ids)[0]
+    if not model.carries:
+        return f"{len(row)} tokens at once are too many, and the cache of {model.name} does not go on from its recurrent state"
+    return witness.last_logits(ids, model.first_position)[0]
 
 
 def _cut_by(change: Change, length: int) -> bool:

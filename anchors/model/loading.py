@@ -183,7 +183,8 @@ def vision_language_model(origin: Origin, **options: Any) -> PreTrainedModel:
             else "Give a model that takes images and answers in text.",
             code="model-kind",
         )
-    return _whole(AutoModelForImageTextToText, origin, method, options)
+    with without_gpu_kernels():
+        return _whole(AutoModelForImageTextToText, origin, method, options)
 
 
 def configuration(origin: Origin) -> PreTrainedConfig:

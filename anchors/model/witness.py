@@ -111,10 +111,17 @@ class Witness:
             return model(input_ids=ids, attention_mask=mask).logits
 
     @torch.no_grad()
-    def last_logits(self, ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 rows vocabulary"]:
+    def last_logits(
+        self, ids: Int[Tensor, "1 tokens"], first: int | None = None
+    ) -> Float[Tensor, "1 rows vocabulary"]:
         """Logits of the last `ROWS` tokens of a long prompt, whose attention matrices are the only ones formed.
 
         The tokens before them go into the model's own cache through transformers' own fused attention.
+
+        Args:
+            ids: the prompt.
+            first: the position of its first token (`first_position`), from which those of the last ones are counted: after a cache
+                a family may begin anew without (Bamba). None where positions cannot be set.
 
         Raises:
             AnchorsError: the model by itself does not run, or keeps no cache.
@@ -122,17 +129,21 @@ class Witness:
         mask, before = torch.ones_like(ids), ids.shape[1] - ROWS
         fused = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
         with self.untouched(fused) as model, _by_itself(model):
-            past = model.base_model(
+            said = model.base_model(
                 input_ids=ids[:, :before], attention_mask=mask[:, :before], use_cache=True
-            ).past_key_values
+            )
+        past = getattr(said, "past_key_values", None)
         if past is None:
             raise AnchorsError(
                 f"{type(self.model).__name__} by itself keeps no cache of a prompt's beginning.",
                 code="no-shared-context",
             )
+        where = {}
+        if first is not None:
+            where["position_ids"] = torch.arange(before, ids.shape[1], device=ids.device)[None] + first
         with self.untouched() as model, _by_itself(model):
             return model(
-                input_ids=ids[:, before:], attention_mask=mask, **{cache_argument(model): past}
+                input_ids=ids[:, before:], attention_mask=mask, **where, **{cache_argument(model): past}
             ).logits
 
     @torch.no_grad()

@@ -81,6 +81,7 @@ class Sizes(NamedTuple):
         columns: different lengths among them.
         anchors: label words and format tokens of the demonstrations.
         mean: tokens of its prompts on average, without the shared ones.
+        states: whether the model has recurrent layers, whose states no gradient passes.
     """
 
     layers: int
@@ -91,6 +92,7 @@ class Sizes(NamedTuple):
     columns: int
     anchors: int
     mean: int
+    states: bool = False
 
     def asked(self, past: int | None = None, **how: Any) -> Pass:
         """The batch run once, on the shared demonstrations or as many keys as are given."""
@@ -147,7 +149,8 @@ class Analysis(Described, Protocol):
     needs none.
 
     What it costs is foretold from a method `costs(sizes)`, which gives its `Costs`, or from `passes`: about how many forward passes
-    a prompt takes.
+    a prompt takes. What a reader must know of its numbers on a model, beside what is said of every one, comes from a method
+    `notes(model)`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]

@@ -5,7 +5,10 @@ logits and P parameters that every token is multiplied with:
 
     FLOP, forward    2 P B T + 2 V D B U + 4 n H d B T S
     FLOP, backward   as much again without the parameters' own gradients, and 10 H d in place of 4 for every pair of the tiles;
-                     2 P B T more where blocks are computed twice (anchors.model.memory)
+                     2 P B T more where blocks are computed twice (anchors.model.memory); none of layers below the
+                     first that attends
+
+The products of recurrent states among themselves are not in P, and left out: some hundredths of a hybrid's.
 
 What it holds is a sum of named terms, see `Peak`. How fast it is nobody can know: it is timed here.
 """
@@ -173,19 +176,31 @@ class Cost:
 
         None where nobody knows how many are chosen.
         """
+        return None if self._each is None else sum(self._each.values())
+
+    @cached_property
+    def _below(self) -> float:
+        """Those of the layers below the first that attends, of which a hybrid has some."""
+        first = self.model.layers[0]
+        home = next(name for name, m in self.model.model.named_modules() if m is self.model.modules[first])
+        before = tuple(f"{home.partition(f'.{first}.')[0]}.{layer}." for layer in range(first))
+        return sum(size for name, size in (self._each or {}).items() if name.startswith(before))
+
+    @cached_property
+    def _each(self) -> dict[str, float] | None:
         net = self.model.model
         tables = [m for m in net.modules() if isinstance(m, torch.nn.Embedding)]
         tables += [head] if (head := net.get_output_embeddings()) is not None else []
         left_out = {id(p) for table in tables for p in table.parameters()}
-        total = 0.0
+        found = {}
         for name, weight in net.named_parameters():
             if weight.dim() < 2 or id(weight) in left_out:
                 continue
             share = _chosen(net.config.get_text_config()) if ".experts." in name else 1.0
             if share is None:
                 return None
-            total += share * weight.numel()
-        return total
+            found[name] = share * weight.numel()
+        return found
 
     @cached_property
     def heads(self) -> dict[int, Heads]:
@@ -244,7 +259,7 @@ class Cost:
                 back += h.heads * seen * (4.0 * h.dim + 2.0 * h.dim_v)
             else:  # nothing below the first layer's attention asks for a gradient
                 width = h.heads * h.dim + h.groups * (h.dim + h.dim_v)
-                back -= 2.0 * tokens * config.hidden_size * width
+                back -= 2.0 * tokens * (config.hidden_size * width + self._below)
         return forward + back
 
     def _tile(self, p: Pass, h: Heads) -> int:

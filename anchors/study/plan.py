@@ -173,6 +173,7 @@ def _sizes(model: LanguageModel, part: "Part", drawn: Sequence[Any]) -> Sizes:
         len(set(widths)),
         anchors,
         round(sum(widths) / len(widths)),
+        model.beside_attention is not None,
     )
 
 

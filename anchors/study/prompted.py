@@ -298,6 +298,7 @@ def notes_on(model: LanguageModel, part: Part, found: Measured) -> list[str]:
         notes.append(beside)
     if not model.carries and not part.analysis.fresh:
         notes.append(WHOLE.format(name=type(model.model).__name__))
+    notes += getattr(part.analysis, "notes", lambda _: [])(model)
     if hidden := hidden_labels(model, [d.prompt for d in found.first]):
         notes.append(f"{task.name}: {hidden}")
     return notes

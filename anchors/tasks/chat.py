@@ -15,7 +15,10 @@ from anchors.tasks.task import Chat
 TODAY = datetime(2024, 7, 26)
 """The day that templates are told, so that prompts are the same tomorrow."""
 
-_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
+_DATE = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
+_ASKED = re.compile(r"strftime_now\s+is\s+(?:not\s+)?defined")
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\b")
+"""What Jinja has of chance."""
 _EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
 
 
@@ -29,9 +32,11 @@ class Turn(NamedTuple):
 def render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that the chat template makes of messages, up to where the model is to answer.
 
+    The only clock that transformers gives to templates is `strftime_now`, which says `TODAY`.
+
     Raises:
-        AnchorsError: the tokenizer has no chat template, it refuses the messages, or it asks for the date in a way that is not
-            seen through.
+        AnchorsError: the tokenizer has no chat template, it refuses the messages, draws at random, or asks for the date in a way
+            that is not seen through.
     """
     if not tokenizer.chat_template:
         raise AnchorsError(
@@ -40,10 +45,16 @@ def render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
             code="chat-template",
         )
     template = _DATE.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
-    if "strftime_now(" in template:
+    if "strftime_now" in _ASKED.sub("", template):
         raise AnchorsError(
             "The chat template puts the date of today into the prompt: tomorrow's numbers would be others.",
             "Save the tokenizer with a template that names a fixed day.",
+            code="chat-template",
+        )
+    if _CHANCE.search(template):
+        raise AnchorsError(
+            "The chat template draws at random: the same prompt would be another the next time.",
+            "Save the tokenizer with a template that does not.",
             code="chat-template",
         )
     messages = [turn._asdict() for turn in turns]

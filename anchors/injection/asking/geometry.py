@@ -202,7 +202,7 @@ def _packed(vlm: VisionLanguageModel, probes: list[dict[str, Tensor]], count: in
 LAYOUTS: dict[str, Callable[[VisionLanguageModel, list[dict[str, Tensor]], int], Layout]] = {
     **dict.fromkeys(("llava", "gemma3", "idefics3", "internvl", "paligemma", "smolvlm"), _tiled),
     **dict.fromkeys(("llava_next", "llava_onevision"), _packed),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _merged),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), _merged),
 }
 """By a model's `model_type`."""
 _QUERIES = (

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchors.attention.form import Call
+from anchors.attention.layers import attending, ranges
 from anchors.attention.seam import NAME, seam
 from anchors.errors import AnchorsError, RoutingError
 from anchors.families import known
@@ -80,8 +80,9 @@ def _attends(modules: set[nn.Module]) -> bool:
     )
 
 
-def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Put the language tower of a model on the seam, and nothing else; returns its attention modules, by layer.
+def route_tower(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
+    """Put the language tower of a model on the seam, and nothing else; returns its attention modules, by layer: None for a layer
+    that has none by its configuration.
 
     Raises:
         RoutingError: the family computes attention in its own code, or not once in each layer.
@@ -94,15 +95,25 @@ def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             known("image-text"),
         )
     decoder.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    layers, places = config.num_hidden_layers, attending(config)
+    # A recurrent layer may call itself an attention, too; `demand_each_layer` sees whether it arrives at the seam.
     found = [
-        m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+        m
+        for m in decoder.modules()
+        if getattr(m, "layer_idx", None) in places and type(m).__name__.endswith("Attention")
     ]
-    found.sort(key=lambda module: module.layer_idx)
-    layers = model.config.get_text_config().num_hidden_layers
-    if [module.layer_idx for module in found] != list(range(layers)):
+    there = sorted(module.layer_idx for module in found)
+    if there != list(places):
+        told = (
+            f"{layers} layers"
+            if len(places) == layers
+            else f"attention in layers {ranges(places)} of {layers}"
+        )
         raise RoutingError(
-            f"{type(decoder).__name__} has {layers} layers, but {len(found)} attention modules were found in it.",
-            "Models with recurrent or shared layers cannot be analysed.",
+            f"{type(decoder).__name__} has {told} by its configuration, but {len(found)} attention modules were found in it"
+            f"{f' (of layers {ranges(sorted(set(there)))})' if there else ''}.",
+            "Models in which every layer that attends does so once can be analysed.",
         )
     inside = set(decoder.modules())
     others = [
@@ -118,18 +129,8 @@ def route_tower(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             f"Setting the attention of {type(decoder).__name__} set that of {', '.join(others)}, too.",
             "The language tower must have a configuration of its own.",
         )
-    return tuple(found)
-
-
-class _Count:
-    """How often each layer's attention arrived at the seam."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers = frozenset(range(layers))
-        self.times = [0] * layers
-
-    def see(self, call: Call) -> None:
-        self.times[call.layer] += 1
+    own = {module.layer_idx: module for module in found}
+    return tuple(own.get(layer) for layer in range(layers))
 
 
 def _reads_alone(vlm: "VisionLanguageModel") -> bool:
@@ -168,16 +169,16 @@ def demand_each_layer(vlm: "VisionLanguageModel", tensors: dict[str, Tensor], wh
     Raises:
         RoutingError: one did not.
     """
-    count, logits = _Count(vlm.n_layers), None
-    try:
-        with torch.no_grad(), seam(vlm.modules, probes=[count]), vlm.arithmetic():
-            logits = vlm.model(**tensors, use_cache=False).logits
-    except RoutingError:  # of layers that were missed; said below with all counts
-        if logits is None:
-            raise
-    if logits is None or set(count.times) != {1}:
+    with torch.no_grad(), seam(vlm.modules) as reached, vlm.arithmetic():
+        logits = vlm.model(**tensors, use_cache=False).logits
+    times = [reached.count(module) for module in vlm.modules if module is not None]
+    if set(times) != {1} or len(reached) != len(times):
+        other = sorted(
+            {type(module).__name__ for module in reached} - {type(m).__name__ for m in vlm.modules}
+        )
         raise RoutingError(
-            f"In a run of {vlm.name!r} with {what}, its layers arrived at the seam {count.times} times.",
+            f"In a run of {vlm.name!r} with {what}, its layers {ranges(vlm.layers)} arrived at the seam {times} times"
+            f"{', and ' + ', '.join(other) if other else ''}.",
             "Each must arrive exactly once: layers with attention of another kind, or with none, cannot be analysed.",
         )
     return logits

@@ -71,7 +71,7 @@ def _with_before(table: pd.DataFrame) -> pd.DataFrame:
 def losses(measured: MeasuredFlow, labels: str = GOLD) -> pd.DataFrame:
     """Relative loss of image flow, 1 − S(λ) / S(0), of every training, expert, λ > 0, measure, metric and half.
 
-    Metric `s_ip+s_iq` adds both profiles; halves are the first and the last half of the layers.
+    Metric `s_ip+s_iq` adds both profiles; halves are the first and the last half of the layers that attend.
     """
     found = []
     for measure, table in profiles(measured.rows, labels, measured.vision).items():
@@ -83,7 +83,8 @@ def losses(measured: MeasuredFlow, labels: str = GOLD) -> pd.DataFrame:
         )
         if table["metric"].nunique() > 1:
             table = pd.concat([table, both], ignore_index=True)
-        middle = (table["layer"].max() + 1) // 2
+        own = sorted(table["layer"].unique())
+        middle = own[len(own) // 2]
         table = table.assign(part=np.where(table["layer"] < middle, "shallow", "deep"))
         total = table.groupby([*KEY, "metric", "part", "strength"])["value"].sum().unstack("strength")
         lost = (1 - total.div(total[0.0], axis=0)).drop(columns=0.0).stack().rename("lost").reset_index()

@@ -298,7 +298,7 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch, taps: Sequence[Tap] 
         >>> found.sums["s_ip"].shape                       # prompts × layers
     """
     _ready(vlm, batch)
-    layers = range(vlm.n_layers)
+    layers = vlm.layers
     tap = FlowTap(frozenset(layers), torch.cat([batch.labels, batch.target[:, None]], dim=1))
     with torch.enable_grad(), seam(vlm.modules, taps=[tap, *taps]), vlm.arithmetic():
         logits = at_targets(vlm, batch)
@@ -329,7 +329,7 @@ def image_flow(vlm: VisionLanguageModel, batch: ImageBatch, taps: Sequence[Tap] 
     if not (relative <= TOLERANCE[vlm.precision]).all():
         worst = int(relative.nan_to_num(torch.inf).argmax())
         raise CertificateError(
-            f"In layer {worst} of {vlm.name} Σ_j A_ij ∂L/∂A_ij differs from ⟨z_i, ∂L/∂z_i⟩ by "
+            f"In layer {layers[worst]} of {vlm.name} Σ_j A_ij ∂L/∂A_ij differs from ⟨z_i, ∂L/∂z_i⟩ by "
             f"{relative[worst]:.1e} of its size: the recomputed attention is not the model's.",
             f"Allowed at {vlm.precision}: {TOLERANCE[vlm.precision]:.0e}. Try --precision float32.",
         )

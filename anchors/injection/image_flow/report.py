@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from anchors.attention.layers import beside_attention
 from anchors.errors import AnchorsError
 from anchors.injection.asking.evaluate import Prepared, prepare, score
 from anchors.injection.asking.suite import Suite
@@ -27,6 +28,7 @@ from anchors.injection.merging.memory import TaskVectors, inject
 from anchors.injection.merging.recipe import Recipe
 from anchors.injection.suites import SuiteModels, gap, require_siblings
 from anchors.model.identity import software
+from anchors.model.loading import Origin, configuration
 from anchors.study.engine import Lot, Progress, Spent, Stretch, Unit, carry_out, demand_same, silent, told
 from anchors.study.plan import PROMPTS, held_bytes, sampled
 from anchors.study.results import Run
@@ -127,7 +129,11 @@ def measure(
         stretches(suites, wanted, ratios, device=device, precision=precision), out, progress
     )
     configs = [run.config for run in runs]
-    return MeasuredFlow(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(told(runs)))
+    towers = [
+        configuration(Origin(str(suite.model("vlm")), suite.name)).get_text_config() for suite in suites
+    ]
+    notes = [*told(runs), *dict.fromkeys(filter(None, map(beside_attention, towers)))]
+    return MeasuredFlow(rows, pd.DataFrame(ratios), suites[0].vision, configs, tuple(notes))
 
 
 def stretches(
@@ -359,7 +365,7 @@ def _parts(drawn: ImagePrompts, size: int) -> Iterator[list[Any]]:
 
 def _rows(vlm: VisionLanguageModel, batch: ImageBatch, numbers: Sequence[int]) -> pd.DataFrame:
     found = image_flow(vlm, batch)
-    layers = range(vlm.n_layers)
+    layers = vlm.layers
     tables = [
         pd.DataFrame(x.numpy(), index=pd.Index(numbers, name="number"), columns=layers)
         .rename_axis(columns="layer")

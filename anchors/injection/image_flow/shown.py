@@ -54,7 +54,7 @@ def prompt_payload(
         layers: that are shown.
     """
     batch = collate(vlm, [prompt])
-    tap = ArcTap(batch, frozenset(range(vlm.n_layers)), KEEP)
+    tap = ArcTap(batch, frozenset(vlm.layers), KEEP)
     found = image_flow(vlm, batch, [tap])
     surprise, target = float(found.surprise[0]), int(batch.target[0])
     ids = batch.tensors["input_ids"][0, : target + 1].tolist()
@@ -69,11 +69,17 @@ def prompt_payload(
     rows: dict[str, Mapping[int, Tensor]] = {"target": tap.target, "later": tap.given}
     if labels:
         rows["labels"] = tap.labels
-    told = _said(vlm, prompt, notes)
+    told = _said(vlm, prompt, [*notes, *([vlm.beside_attention] if vlm.beside_attention else [])])
     answers = _answers(
         vlm, batch, {ids[at]: prompt.text[slice(*own)] for at, own in zip(labels, prompt.labels, strict=True)}
     )
     first = {token: n for n, token in enumerate(answers["tokens"])}
+
+    def by_layer(values: Tensor) -> list[float | None]:
+        """Of every layer; None where there is no attention."""
+        own = dict(zip(vlm.layers, (max(float(x), 0.0) for x in values), strict=True))
+        return [own.get(layer) for layer in range(vlm.n_layers)]
+
     return {
         "name": name,
         "tokens": _pieces(vlm, ids, names),
@@ -96,7 +102,7 @@ def prompt_payload(
             for kind, row in rows.items()
         },
         "pictures": pictures,
-    } | {f"s_{kind}": [max(float(x), 0.0) for x in found.sums[f"s_{kind}"][0]] for kind in shown}
+    } | {f"s_{kind}": by_layer(found.sums[f"s_{kind}"][0]) for kind in shown}
 
 
 def kinds_of(prompt: ImagePrompt) -> tuple[str, ...]:
@@ -231,14 +237,14 @@ def picture_page(
         vlm: with its tower on the seam.
         prompts: by the name that they get on the page.
         facts: provenance (`anchors.study.results.provenance`).
-        layers: that are shown; all by default.
+        layers: that are shown; all that attend by default.
 
     Example:
         >>> vlm = load_vlm("tiny-vlm", routed=True)
         >>> asked = ImagePrompt("<image> name =", (picture,), (), 0, None)
         >>> picture_page(vlm, {"a digit": asked}, provenance())
     """
-    every = range(vlm.n_layers) if layers is None else layers
+    every = vlm.layers if layers is None else layers
     shown = [prompt_payload(vlm, prompt, name, every) for name, prompt in prompts.items()]
     flat = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
     flat |= {f"version of {k}": v for k, v in facts.get("versions", {}).items()}

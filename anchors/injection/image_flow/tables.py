@@ -49,9 +49,8 @@ def tables(rows: pd.DataFrame, resamples: int = 1000) -> dict[str, pd.DataFrame]
             metrics = np.array(list(own))
             values = np.stack(list(own.values()), axis=1)  # resamples, metrics, layers
             origin = np.stack([first[m] for m in metrics], axis=1)
-            layers = range(values.shape[2])
             named = facts | {"measure": measure}
-            flows.append(_long(named, metrics, "layer", layers, _three(values, "value", "low", "high")))
+            flows.append(_long(named, metrics, "layer", data.layers, _three(values, "value", "low", "high")))
             halves, origin = (
                 np.stack([_half(x, p, measure) for p in PARTS], axis=-1) for x in (values, origin)
             )
@@ -103,9 +102,20 @@ class _Flow:
     """Resampled flow of one setting."""
 
     def __init__(
-        self, units: pd.DataFrame, weights: np.ndarray, sums: dict[str, np.ndarray], surprise: np.ndarray
+        self,
+        units: pd.DataFrame,
+        weights: np.ndarray,
+        sums: dict[str, np.ndarray],
+        surprise: np.ndarray,
+        layers: list[int],
     ):
-        self.units, self.weights, self.sums, self.surprise = units, weights, sums, surprise
+        self.units, self.weights, self.sums, self.surprise, self.layers = (
+            units,
+            weights,
+            sums,
+            surprise,
+            layers,
+        )
         self._known: dict[str, dict[str, np.ndarray]] = {}
 
     @classmethod
@@ -117,7 +127,7 @@ class _Flow:
         units = wide.index.to_frame(index=False)
         sums = {m: wide[m].sort_index(axis=1).to_numpy() for m in wide.columns.unique(0)}
         weights = resampling(units, resamples if len(units) > 1 else 0)
-        return cls(units, weights, sums, one.to_numpy())
+        return cls(units, weights, sums, one.to_numpy(), sorted(wide.columns.unique(1)))
 
     def of_measure(self, measure: str) -> dict[str, np.ndarray]:
         """By metric [1 + resamples, layers]."""
@@ -165,8 +175,6 @@ def profiles(rows: pd.DataFrame, labels: str, scenario: str) -> dict[str, pd.Dat
                 if metric in ("s_ip", "s_iq"):
                     facts = {"seed": seed, "expert": expert, "strength": strength, "metric": metric}
                     found[measure].append(
-                        pd.DataFrame(
-                            facts | {"layer": range(values.shape[1]), "value": np.nan_to_num(values[0])}
-                        )
+                        pd.DataFrame(facts | {"layer": data.layers, "value": np.nan_to_num(values[0])})
                     )
     return {measure: pd.concat(parts, ignore_index=True) for measure, parts in found.items() if parts}
