@@ -96,7 +96,7 @@ class Replays:
     def _recorded(self, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> _Record | None:
         if waiting := [layer for layer, width in self._widths[key].items() if width is None]:
             self.refused[key] = (
-                f"the attention of layers {waiting} is computed in tiles, which waits for the GPU"
+                f"the attention of layers {waiting} waits for the GPU: it is computed in tiles, or its mask is no band"
             )
             return None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
