@@ -208,7 +208,7 @@ def test_a_changed_model_is_not_replayed(tokenizer, prompts) -> None:
     assert not torch.equal(flow(lm, prompts[:1]).loss, before)
     assert not kind.recorded
     weight.data = kept
-    assert torch.equal(recorded().loss, before)
+    assert apart(recorded().loss, before) < 1e-6
     handle = block.register_forward_hook(
         lambda _, __, y: 2 * y if isinstance(y, torch.Tensor) else (2 * y[0], *y[1:])
     )
@@ -219,7 +219,9 @@ def test_a_changed_model_is_not_replayed(tokenizer, prompts) -> None:
     changed = flow(lm, prompts[:1]).loss
     assert not torch.equal(changed, before)
     replay.replays_of(lm.model).forget()
-    assert torch.equal(flow(lm, prompts[:1]).loss, changed)
+    assert (
+        apart(flow(lm, prompts[:1]).loss, changed) < 1e-6
+    )  # while work is recorded masks are made that are not made else
 
 
 @needs_cuda
