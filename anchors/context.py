@@ -358,14 +358,14 @@ def on_context(
     """
     if not _replayable(model, context):
         return step(context, *inputs)
-    layers = len(context.keys)
+    layers, held = len(context.keys), [x for x in (*context.keys, *context.values) if x is not None]
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         own = replace(context, keys=given[:layers], values=given[layers : 2 * layers])
         return step(own, *given[2 * layers :])
 
     key = name, model.precision, context.positions, context.next, context.length, context.kinds
-    return replayed(model.model, key, run, (*context.keys, *context.values, *inputs))
+    return replayed(model.model, key, run, (*held, *inputs))
 
 
 def _replayable(model: "LanguageModel", context: Context) -> bool:
