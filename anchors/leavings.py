@@ -210,7 +210,7 @@ def tables_in(folder: Path) -> Iterator[TablesAlone]:
         stem = line.stems[line.name]
         if not line.verb or (folder / f"{stem}.parquet").is_file():
             continue
-        found = {f"{stem}_": sorted(folder.glob(f"{stem}_*.parquet"))}
+        found = {f"{stem}_": line.tables_in(folder)}
         if line.formerly:
             old = sorted(folder.glob(f"{line.formerly}-*.parquet"))
             found[f"{line.formerly}-"] = [p for p in old if read_table(p)[1].get("kind") == line.name]

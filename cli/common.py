@@ -650,7 +650,11 @@ def layers_from(text: str | None, own: Sequence[int]) -> list[int]:
                 code="layers",
             )
         if last >= count:
-            raise AnchorsError(f"--layers {text!r}: the model has layers 0 to {count - 1}.", code="layers")
+            whole = list(own) == list(range(count))
+            there = (
+                f"the model has layers 0 to {count - 1}" if whole else f"attention stands in {ranges(own)}"
+            )
+            raise AnchorsError(f"--layers {text!r}: {there}.", code="layers")
         found |= set(range(first, last + 1))
     if not found & set(own):
         raise AnchorsError(

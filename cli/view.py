@@ -172,7 +172,7 @@ def view(
         from anchors.viewer.payload import payload, prompt_payload
 
         if chosen is None:
-            built, place = aims.of_text(text.removesuffix("\n"), lm.tokenizer, form)
+            built, place = aims.of_text(text.removesuffix("\n"), lm.tokenizer, form, before=(target, against))
         else:
             built = from_text(text, chosen, lm.tokenizer, truth=truth)
             place = aims.of_task(built, chosen, lm.tokenizer)

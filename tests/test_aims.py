@@ -244,6 +244,20 @@ def test_a_token_stands_not_against_itself(gpt2):
     assert Loss.of_token(3, 4) == Loss((3, 4), (-1.0, 1.0))
 
 
+@pytest.mark.parametrize("wanted", ["top", "#16"])
+def test_spaces_at_the_end_are_the_prompts_where_no_text_comes_after(gpt2, wanted):
+    ids = gpt2.tokenizer("2 + 2 = ").input_ids
+    prompt, place = of_text("2 + 2 = ", gpt2.tokenizer, before=(wanted, None))
+    assert list(prompt.ids) == ids
+    own = gpt2.model(input_ids=torch.tensor([ids])).logits[0, -1]
+    found = aimed(prompt, place, gpt2.tokenizer, wanted, likeliest=likeliest(gpt2))
+    assert found.loss.tokens == (16 if wanted == "#16" else int(own.argmax()),)
+    assert (
+        list(of_text("2 + 2 = ", gpt2.tokenizer, before=("4", None))[0].ids)
+        == gpt2.tokenizer("2 + 2 =").input_ids
+    )
+
+
 def test_top_is_the_models_own_next_token(gpt2):
     prompt = plain(gpt2, "top", "top")
     with torch.no_grad():

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from anchors.analyses.targets import TargetFlow
 from anchors.cli import app
 from anchors.errors import AnchorsError
+from anchors.leavings import tables_in
 from anchors.model.language import load
 from anchors.model.source import Source
 from anchors.study.report import conclude
@@ -139,6 +140,7 @@ def test_the_verb_measures_takes_up_again_and_draws_again(model_directory, file,
     told = json.loads((out / "flow_prompts.json").read_text())
     assert {"notes", "versions", "parts", "arithmetic_error"} <= set(told)
     assert set(pd.read_parquet(out / "flow_prompts_prompts.parquet")["target"]) == {" in", " the"}
+    assert not [*tables_in(out)]  # none of a study without rows
     picture = out / "flow_prompts.png"
     before = picture.read_bytes()
     picture.unlink()
@@ -202,6 +204,12 @@ def test_files_of_prompts(tmp_path, name, content, rows):
         ("a.csv", "text\na\n", "Line 2 of a.csv has no 'prompt'"),
         ("a.csv", "prompt,target\na\n", "Line 2 of a.csv has 1 fields, but the header has 2"),
         ("a.csv", "prompt,prompt\na,b\n", "several columns"),
+        ("a.csv", "prompt,target,Against\na,b,c\n", "a column 'Against', which is not read"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "target": "b", "agianst": "c"}',
+            "a column 'agianst', which is not read",
+        ),
         (
             "a.jsonl",
             '{"prompt": "a"}\n{"prompt": 3}',

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anchors.errors import AnchorsError, brief, nearest
@@ -125,6 +126,17 @@ class Study:
         stem = self.name.replace("-", "_")
         beside = {self.beside[0]: f"{stem}_{self.beside[0]}_rows"} if self.beside else {}
         return {self.name: stem, **beside, **{name: f"{stem}_{name}" for name in self.more}}
+
+    def tables_in(self, folder: Path) -> list[Path]:
+        """Tables of this study there, those of others left out whose names begin like its own (`flow` and `flow-prompts`)."""
+        own = self.stems[self.name]
+        others = tuple(
+            stem for line in STUDIES.values() if (stem := line.stems[line.name]).startswith(f"{own}_")
+        )
+        found = sorted(folder.glob(f"{own}_*.parquet"))
+        return [
+            p for p in found if not any(p.stem == stem or p.stem.startswith(f"{stem}_") for stem in others)
+        ]
 
     def make(self, **settings: Any) -> "Analysis":
         """The study with these settings."""

@@ -217,10 +217,9 @@ def near(out: Path, name: str, facts: Mapping[str, Any]) -> Tables:
     for folder in sorted({place, *(path.parent for path in place.glob(f"*/{stem}.json"))}):
         told = facts_beside(folder / f"{stem}.json")
         if told and asked(facts) and asked(facts) <= asked(told):
-            files = folder.glob(f"{stem}_*.parquet")
             return {
                 f"{other.name}_{path.stem.removeprefix(f'{stem}_')}": read_table(path)[0]
-                for path in sorted(files)
+                for path in other.tables_in(folder)
             }
     return {}
 

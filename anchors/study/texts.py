@@ -67,7 +67,9 @@ class Texts:
         drawn, notes = [], []
         for number, one in enumerate(self.asked):
             try:
-                prompt, place = of_text(one.text, model.tokenizer, self.chat)
+                prompt, place = of_text(
+                    one.text, model.tokenizer, self.chat, before=(one.target, one.against)
+                )
                 if self.skip_too_long and model.context is not None and len(prompt.ids) > model.context:
                     continue
                 within_context([Drawn(number, prompt)], model.context)

@@ -43,13 +43,22 @@ class Place:
     special: bool = True
 
 
-def of_text(text: str, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> tuple[Prompt, Place]:
-    """A prompt of any text, in the tokens that the text has by itself; spaces at its end belong to what comes after it.
+def of_text(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat | None = None,
+    *,
+    before: Sequence[str | None] = ("",),
+) -> tuple[Prompt, Place]:
+    """A prompt of any text, in the tokens that the text has by itself.
+
+    Spaces at its end belong to the text that comes after it; where none does, only an id or `top`, they are the prompt's.
 
     Args:
         text: as it stands; with a chat, what the user says.
         tokenizer: the model's.
         chat: through the model's own chat template, or None.
+        before: what is aimed at, and what that stands against, see `aimed`; by default some text.
 
     Raises:
         AnchorsError: it is empty, or holds a control token that the tokenizer puts in front by itself; the template refuses it.
@@ -57,7 +66,7 @@ def of_text(text: str, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = N
     if not text.strip():
         raise AnchorsError("The prompt is empty.", "Give some text.", code="prompt")
     if chat is None:
-        body = text.rstrip(" ")
+        body = text.rstrip(" ") if any(one is not None and not _given(one) for one in before) else text
         place, inside = Place(body, text[len(body) :] or None), (0, len(body))
     else:
         said = text.strip()
@@ -80,6 +89,11 @@ def of_text(text: str, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = N
     return Prompt(
         place.text, tuple(ids), tuple(roles), (QUERY,) * len(ids), (), (), (), None, tuple(spans)
     ), place
+
+
+def _given(wanted: str) -> bool:
+    """Whether a token is named by its id, or by the model, so that no text says how it is written."""
+    return wanted == TOP or (wanted.startswith("#") and wanted[1:].isdecimal())
 
 
 def of_task(prompt: Prompt, task: Task, tokenizer: PreTrainedTokenizerBase) -> Place:
@@ -135,7 +149,7 @@ def next_token(place: Place, wanted: str, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         AnchorsError: it is several tokens, melts with the prompt's end, or is none at all.
     """
-    if wanted.startswith("#") and wanted[1:].isdecimal():
+    if wanted != TOP and _given(wanted):
         token = int(wanted[1:])
         if token >= len(tokenizer):
             raise AnchorsError(
@@ -190,7 +204,7 @@ def spacing(place: Place, wanted: str) -> str:
 
 def otherwise(place: Place, wanted: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
     """The same text with a space before it where none was put, or without one: as text, and its token if it is one."""
-    if wanted == TOP or wanted.startswith("#"):
+    if _given(wanted):
         return None
     space = spacing(place, wanted)
     bare = wanted.lstrip(" ")

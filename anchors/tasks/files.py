@@ -6,6 +6,7 @@ A column is text whatever it looks like: `NA`, `1.0` and `True` stay these words
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ def named(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]
     """The rows of a file by the names of their columns, each with the place where it stands.
 
     CSV and TSV are read as in `rows`; of plain text every line that is not blank is the first column; JSON lines hold objects.
-    An empty field, and null, is left out; other columns are not read.
+    An empty field, and null, is left out. Other columns are not read, unless their names are nearly those of columns that are
+    lacking.
 
     Args:
         path: a file; its suffix says which format it has.
@@ -94,6 +96,14 @@ def named(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]
         raise AnchorsError(f"The file {str(path)!r} cannot be read: {error}", code="data-file") from error
     found = []
     for place, own in reader(text, path, columns):
+        lacking = [name for name in columns if name not in own]
+        for other in set(own) - set(columns):
+            if near := get_close_matches(other.strip().casefold(), lacking, 1, 0.75):
+                raise AnchorsError(
+                    f"{path.name} has a column {other!r}, which is not read.",
+                    f"Did you mean {near[0]!r}? Call it so, or by a name that is less like it.",
+                    code="data-file",
+                )
         found.append((place, {name: own[name] for name in columns if own.get(name)}))
         if columns[0] not in found[-1][1]:
             raise AnchorsError(
