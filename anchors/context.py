@@ -19,7 +19,7 @@ from anchors.attention.seam import editing, idle
 from anchors.attention.selection import untied
 from anchors.errors import AnchorsError
 from anchors.model.lengths import CHOOSING
-from anchors.model.replay import TOKENS, replayed
+from anchors.model.replay import TOKENS, replayed, told_apart
 from anchors.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -418,8 +418,5 @@ def _bucketed(model: "LanguageModel", context: Context, batch: Queries) -> tuple
     if model.context is not None:
         width = max(batch.ids.shape[1], min(width, model.context - context.next))
     ids = torch.cat([batch.ids, batch.ids[:, -1:].expand(-1, width - batch.ids.shape[1])], 1)
-    asked = batch.target.tolist()
-    targets = sorted(set(asked))
-    columns = [*targets, *targets[-1:] * ((1 << (len(targets) - 1).bit_length()) - len(targets))]
-    where = [targets.index(target) for target in asked]
+    columns, where = told_apart(batch.target.tolist())
     return ids, torch.tensor(columns, device=ids.device), torch.tensor(where, device=ids.device)

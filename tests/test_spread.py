@@ -72,6 +72,7 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
         if one[name].dtype.kind != "f":
             assert list(one[name]) == list(other[name]), name
     for metric, a in one[one["metric"] != "identity_error"].groupby("metric")["value"]:
+        assert a.isna().equals(other.loc[a.index, "value"].isna()), metric
         apart = float((a - other.loc[a.index, "value"]).abs().max() / a.abs().max())
         allowed = 1e-4 if metric in ("follow", "shift") else 1e-5  # shares of a difference of logits
         assert not apart > allowed, (metric, apart)

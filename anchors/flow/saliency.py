@@ -24,7 +24,7 @@ from anchors.flow.metrics import Sums, flow_sums, left_out
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import groups
 from anchors.model.memory import recomputed
-from anchors.model.replay import TOKENS, replayed
+from anchors.model.replay import TOKENS, replayed, told_apart
 from anchors.tasks.prompts import Prompt
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
@@ -296,9 +296,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     length = max(len(prompt.ids) for prompt in prompts)
     batch = collate(prompts, model.device, _width(model, len(prompts), length))
     # Their columns are told apart here, where no kernel has to be waited for.
-    targets = sorted({prompt.target for prompt in prompts})
-    columns = [*targets, *targets[-1:] * (_rounded(len(targets)) - len(targets))]
-    where = [targets.index(prompt.target) for prompt in prompts]
+    columns, where = told_apart([prompt.target for prompt in prompts])
     inputs = (
         batch.ids, batch.labels, batch.target, batch.tokens,
         torch.tensor(columns, device=model.device), torch.tensor(where, device=model.device), batch.weights,
@@ -377,10 +375,6 @@ def _width(model: LanguageModel, rows: int, length: int) -> int:
     fits = model.context is None or wide <= model.context
     small = triton_runs(model.device) and rows * wide <= TOKENS
     return wide if small and fits and not model.changes else length
-
-
-def _rounded(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def _joined(found: Sequence[Flow], parts: Sequence[Sequence[int]]) -> Flow:

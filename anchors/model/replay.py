@@ -29,6 +29,14 @@ PLAIN_RUNS = 2
 Step = Callable[..., tuple[Tensor, ...]]
 
 
+def told_apart(columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The different columns that rows ask for, the last one again up to a power of two, so that there are few shapes; and which of
+    them each row asks for."""
+    found = sorted(set(columns))
+    padded = [*found, *found[-1:] * ((1 << (len(found) - 1).bit_length()) - len(found))]
+    return padded, [found.index(column) for column in columns]
+
+
 class _Record:
     """A step as a graph, its inputs and outputs at fixed addresses."""
 
