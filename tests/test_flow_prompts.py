@@ -187,6 +187,7 @@ def test_prompts_that_are_too_long_are_refused_or_left_out(gpt2, tmp_path):
         ("a.csv", "target,prompt,id\n Paris,\"it, is\",1\n,\"a\nb\",2\n",
          [("Line 2", {"prompt": "it, is", "target": " Paris"}), ("Line 3", {"prompt": "a\nb"})]),
         ("a.tsv", "prompt\tagainst\nit, is\tno\n", [("Line 2", {"prompt": "it, is", "against": "no"})]),
+        ("a.csv", "prompt;target\nit, is;no\n", [("Line 2", {"prompt": "it, is", "target": "no"})]),
         ("a.jsonl", '{"prompt": "a", "target": null, "n": 3}\n\n{"prompt": "b", "target": "c"}',
          [("Line 1", {"prompt": "a"}), ("Line 3", {"prompt": "b", "target": "c"})]),
     ],
@@ -202,7 +203,7 @@ def test_files_of_prompts(tmp_path, name, content, rows):
         ("a.txt", "\n \n", "has no rows"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "text\na\n", "Line 2 of a.csv has no 'prompt'"),
-        ("a.csv", "prompt,target\na\n", "Line 2 of a.csv has 1 fields, but the header has 2"),
+        ("a.csv", "prompt,target\na\n", "Line 2 of a.csv has 1 field, but the header has 2"),
         ("a.csv", "prompt,prompt\na,b\n", "several columns"),
         ("a.csv", "prompt,target,Against\na,b,c\n", "a column 'Against', which is not read"),
         (

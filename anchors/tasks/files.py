@@ -128,21 +128,13 @@ def _lines(text: str, path: Path, columns: Sequence[str]) -> Places:
 
 
 def _fields(text: str, path: Path, columns: Sequence[str]) -> Places:
-    names: list[str] = []
-    for line, fields, _ in _records(text, "\t" if path.suffix.lower() == ".tsv" else ",", path.name):
-        if names and fields != [""] and len(fields) != len(names):
-            raise AnchorsError(
-                f"Line {line} of {path.name} has {len(fields)} fields, but the header has {len(names)}: {names}.",
-                'A text that holds a separator is quoted as a whole: "…", with quotation marks in it doubled.',
-                code="data-row",
-            )
-        if names and fields != [""]:
-            yield f"Line {line}", dict(zip(names, fields, strict=True))
-        names = names or fields
-        if twice := [name for name in columns if names.count(name) > 1]:
-            raise AnchorsError(
-                f"The file {str(path)!r} has several columns called {twice}.", "Rename one.", code="data-file"
-            )
+    names, _, found = _table(text, path, {columns[0]})
+    if twice := [name for name in columns if names.count(name) > 1]:
+        raise AnchorsError(
+            f"The file {str(path)!r} has several columns called {twice}.", "Rename one.", code="data-file"
+        )
+    for line, fields, _ in found:
+        yield f"Line {line}", dict(zip(names, fields, strict=True))
 
 
 def _objects(text: str, path: Path, columns: Sequence[str]) -> Places:
@@ -244,29 +236,41 @@ def _records(text: str, delimiter: str, name: str) -> Iterator[tuple[int, list[s
         at, line = closing.end(), line + len(lines)
 
 
+def _table(
+    text: str, path: Path, wanted: set[str]
+) -> tuple[list[str], str, Iterator[tuple[int, list[str], list[str]]]]:
+    """Names of the columns, the delimiter (that under which the wanted ones are there), and the records behind the header."""
+    own = "\t" if path.suffix.lower() == ".tsv" else ","
+    headers = {d: next(_records(text, d, path.name), (1, [], []))[1] for d in (own, ",", ";", "\t")}
+    delimiter = next((d for d, names in headers.items() if wanted <= set(names)), own)
+    names = headers[delimiter]
+
+    def behind() -> Iterator[tuple[int, list[str], list[str]]]:
+        for line, fields, lines in itertools.islice(_records(text, delimiter, path.name), 1, None):
+            if fields == [""]:
+                continue
+            if len(fields) != len(names):
+                raise AnchorsError(
+                    f"Line {line} of {path.name} has {len(fields)} field{'s' * (len(fields) > 1)}, but the header has "
+                    f"{len(names)}: {names}.",
+                    f'A text that holds {delimiter!r} is quoted as a whole: "…", with quotation marks in it doubled.',
+                    code="data-row",
+                )
+            yield line, fields, lines
+
+    return names, delimiter, behind()
+
+
 def _delimited(path: Path) -> list[Row]:
     """Rows of CSV or TSV.
 
     A text of several lines may be two rows in which one text begins and another ends with a quotation mark; whether
     its lines could be rows depends on the labels, which are handed on as `Row.others`.
     """
-    text = decode(path.read_bytes(), repr(str(path)))
-    own = "\t" if path.suffix.lower() == ".tsv" else ","
-    headers = {d: next(_records(text, d, path.name), (1, [], []))[1] for d in (own, ",", ";", "\t")}
-    delimiter = next((d for d, names in headers.items() if set(COLUMNS) <= set(names)), own)
-    names = headers[delimiter]
+    names, delimiter, records = _table(decode(path.read_bytes(), repr(str(path))), path, set(COLUMNS))
     text_at, label_at = _columns(names, path)
     found = []
-    for line, fields, lines in itertools.islice(_records(text, delimiter, path.name), 1, None):
-        if fields == [""]:
-            continue
-        if len(fields) != len(names):
-            raise AnchorsError(
-                f"Line {line} of {path.name} has {len(fields)} field{'s' * (len(fields) > 1)}, but the header has "
-                f"{len(names)}: {names}.",
-                f'A text that holds {delimiter!r} is quoted as a whole: "…", with quotation marks in it doubled.',
-                code="data-row",
-            )
+    for line, fields, lines in records:
         alone = [each.split(delimiter) for each in (lines[0], lines[-1])] if len(lines) > 1 else []
         others = tuple(cells[label_at] for cells in alone if len(cells) == len(names))
         found.append(
