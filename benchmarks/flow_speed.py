@@ -186,6 +186,9 @@ def main() -> None:
     parser.add_argument(
         "--alone", action="store_true", help="only our side (for lengths the plain way cannot hold)"
     )
+    parser.add_argument(
+        "--kernels", action="store_true", help="with --alone: where the time goes, by torch's profiler"
+    )
     arguments = parser.parse_args()
     device = arguments.device
     for length in arguments.lengths:
@@ -197,13 +200,14 @@ def main() -> None:
             routed_model = make_model(arguments.shape, device, length, DTYPES[precision], arguments.gain)
             routed = ours(routed_model, precision)
             batch = prompts[: arguments.batch]
-            flow(routed, batch)
+            before = timed(partial(flow, routed, batch), device)[0]
             row = {
                 "shape": arguments.shape,
                 "device": device,
                 "T": length,
                 "precision": precision,
                 "batch": len(batch),
+                "first_ms": 1e3 * before,
             }
             if arguments.alone:
                 times = [timed(partial(flow, routed, batch), device)[0] for _ in range(arguments.repeats)]
@@ -211,6 +215,11 @@ def main() -> None:
                 if device == "cuda":
                     row["ours_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 print(json.dumps(row), flush=True)
+                if arguments.kernels:
+                    with torch.profiler.profile() as seen:
+                        timed(partial(flow, routed, batch), device)
+                    by = f"self_{device}_time_total"
+                    print(seen.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=80))
                 continue
             plain(base, prompts[0], device)
             sides: dict[str, list[float]] = {"plain": [], "ours": []}
