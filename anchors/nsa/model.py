@@ -2,8 +2,8 @@
 
 The model is transformers' Llama with another attention, so that saving, loading, generating with a cache, and every
 analysis of this toolkit work as on any other. Keys and values of the three branches are independent (section 3.3.3,
-"to prevent shortcut learning") and share one query. In a cache they lie side by side as 3 · groups heads; compressed
-keys are made from them when needed.
+"to prevent shortcut learning") and share one query. In a cache they lie side by side as 3 · groups heads, and what is
+compressed from them beside (`anchors.nsa.cache`).
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """
@@ -29,6 +29,7 @@ from anchors.attention import seam
 from anchors.errors import AnchorsError
 from anchors.nsa import phi
 from anchors.nsa.attention import Branches, nsa_attention
+from anchors.nsa.cache import NSALayer, Pair, remembering
 from anchors.nsa.call import NSACall, Sparse
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.reference import compress
@@ -166,8 +167,9 @@ class NativeSparseAttention(nn.Module):
         if rope == "inner":
             raw = _rotate(raw, cos, sin)
         keys = torch.stack([raw, *(_rotate(keys[:, :, c], cos, sin) for c in (1, 2))], dim=2)
-        positions = position_ids
+        positions, kept = position_ids, None
         if cache is not None and cached is not None:
+            kept = remembering(cache, self.layer_idx)
             keys, values = cache.update(
                 keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
             )
@@ -182,7 +184,7 @@ class NativeSparseAttention(nn.Module):
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
             vars(cache.layers[self.layer_idx])["positions"] = positions
         sparse = Sparse(
-            kv=self._branches(keys, values, positions, hidden_states),
+            kv=self._branches(keys, values, positions, hidden_states, kept),
             v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
             geometry=self.geometry, past=past, backend=self.config.backend,
         )  # fmt: skip
@@ -195,17 +197,29 @@ class NativeSparseAttention(nn.Module):
         )  # fmt: skip
         return self.o_proj(o.reshape(batch, tokens, -1)), None
 
-    def _branches(self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor) -> Branches:
+    def _branches(
+        self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor, kept: NSALayer | None
+    ) -> Branches:
+        def make(first: int) -> Pair:
+            start = first * self.geometry.d
+            return self._compressed(keys[:, start:, 0], values[:, start:, 0], positions[:, start:], like)
+
+        if kept is None:
+            kc, vc = make(0)
+        else:
+            kc, vc = kept.compressed(self.geometry, (id(self), self.config.compressed_rope), make)
+        return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
+
+    def _compressed(self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor) -> Pair:
+        """φ of every complete block of some raw keys and values (Eq. 7), the first of which begins at the first of them."""
         l, d = self.geometry.l, self.geometry.d
-        kc = compress(keys[:, :, 0], self.phi_k, l=l, d=d)
-        vc = compress(values[:, :, 0], self.phi_v, l=l, d=d)
+        kc, vc = compress(keys, self.phi_k, l=l, d=d), compress(values, self.phi_v, l=l, d=d)
         rope = self.config.compressed_rope
         if rope in ("block_centre", "block_start") and kc.shape[1]:
             block = positions.float().unfold(-1, l, d)
             cos, sin = self.rotary_emb(like, block.mean(-1) if rope == "block_centre" else block[..., 0])
             kc = _rotate(kc, cos, sin)
-        kc, vc = kc.to(keys.dtype), vc.to(values.dtype)
-        return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
+        return kc.to(keys.dtype), vc.to(values.dtype)
 
 
 def _rotate(x: Float[Tensor, "batch tokens heads dim"], cos: Tensor, sin: Tensor) -> Tensor:
