@@ -33,12 +33,13 @@ from anchors.nsa.kernels.tiles import (
     load_rows,
     query_rows,
     save_rows,
+    spanned,
     tile_bounds,
     times,
     tuned,
-    visible,
     widths,
 )
+from anchors.nsa.texts import Spans
 
 Tuning = dict[str, Any] | None
 
@@ -82,13 +83,17 @@ class Branch:
     def sizes(self) -> tuple[int, int, int]:
         return self.l, self.d, self.w
 
+    def bounded(self, spans: Spans | None) -> bool:
+        """Whether the first keys that a query sees, and the last queries that see a key, must be looked for."""
+        return self.name == "window" or (self.name == "compressed" and spans is not None)
+
 
 @triton.jit
 @no_type_check
 def _step(
     q_tile, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
-    BRANCH: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k_tile = load_rows(k, key_offsets(start, k_stride, keys, KEYS, MASKED), DIM, WIDTH, PRECISION)
     v_tile = load_rows(v, key_offsets(start, v_stride, keys, KEYS, MASKED), DIM_V, WIDTH_V, PRECISION)
@@ -96,7 +101,7 @@ def _step(
     if MASKED:
         columns = start + tl.arange(0, KEYS)
         seen = columns[None, :] < high[:, None]
-        if BRANCH == "window":
+        if LOW:
             seen &= columns[None, :] >= low[:, None]
         scores = tl.where(seen, scores, float("-inf"))
     peak = tl.max(scores, 1) * factor
@@ -116,11 +121,11 @@ def _step(
 @triton.jit
 @no_type_check
 def _attend(
-    q, k, v, o, lse, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
+    q, k, v, o, lse, spans, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -138,21 +143,23 @@ def _attend(
         blocks += listed * entries
         members += listed * entries
     q_tile = load_rows(q, query.to(tl.int64) * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
-    low, high = visible(query + past, keys, size, stride, reach, BRANCH)
+    if spans is not None:
+        spans += example * (length + past) * 2
+    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
     bounds = tile_bounds(
-        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, keys, size, stride, reach,
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
         blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
     top = tl.full([TILE * GROUP], -NEVER, tl.float32)
     mass = tl.zeros([TILE * GROUP], tl.float32)
     total = tl.zeros([TILE * GROUP, WIDTH_V], tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or BRANCH == "window":
+        if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
-                start, member = key_tile(index, inner, blocks, members, BRANCH, KEYS, PARTS)
+                start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
                 top, mass, total = _step(
                     q_tile, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
-                    BRANCH, KEYS, part != 1, DIM, DIM_V, WIDTH, WIDTH_V, PRECISION,
+                    BRANCH, LOW, KEYS, part != 1, DIM, DIM_V, WIDTH, WIDTH_V, PRECISION,
                 )  # fmt: skip
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
@@ -190,18 +197,21 @@ def attend(
     past: int = 0,
     idx: Int[Tensor, "batch query groups n"] | None = None,
     union: Any = None,
+    spans: Spans | None = None,
     tuning: Tuning = None,
 ) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
     """Output and natural log-sum-exp of one branch; a row that sees nothing has o = 0 and lse = −∞.
 
     Args:
         idx: the chosen blocks, of the selected branch.
+        spans: who sees whom in this branch, where several texts lie in a row; `idx` then names blocks by their first
+            tokens (`anchors.nsa.texts`).
         union: `lists.union(idx, tile)` where it is known; `tile` must be `tile_of(...)`.
         tuning: settings put over those of `TUNING`, by kernel.
     """
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _launch(branch, q, k, v, o, lse, None, None, scale, past, idx, union, tuning)
+    _launch(branch, q, k, v, o, lse, None, None, scale, past, idx, union, spans, tuning)
     return o, lse
 
 
@@ -216,6 +226,7 @@ def attend_last(
     scale: float,
     past: int = 0,
     keep: bool = True,
+    spans: Spans | None = None,
     tuning: Tuning = None,
 ) -> tuple[Float[Tensor, "batch query heads dim_v"], Tensor | None, Tensor | None]:
     """Σ_c g^c o^c (Eq. 5) with this branch as the last; and its own output and log-sum-exp, if they are to be kept.
@@ -227,7 +238,7 @@ def attend_last(
     z = q.new_empty(*q.shape[:3], v.shape[-1])
     o = torch.empty_like(z) if keep else None
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if keep else None
-    _launch(branch, q, k, v, o, lse, z, (*others, g.contiguous()), scale, past, None, None, tuning)
+    _launch(branch, q, k, v, o, lse, z, (*others, g.contiguous()), scale, past, None, None, spans, tuning)
     return z, o, lse
 
 
@@ -239,7 +250,12 @@ def tile_of(branch: Branch, kernel: str, q: Tensor, v: Tensor, groups: int, tuni
     return branch.tile(groups, settings["rows"])[0]
 
 
-def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, tuning) -> None:
+def seen_spans(spans: Spans | None, tokens: int) -> Tensor | None:
+    """The keys that each of the first tokens sees, as the kernels read them."""
+    return None if spans is None else spans.seen[:, :tokens].contiguous()
+
+
+def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, tuning) -> None:
     groups = demand(q, k, v, scale)
     q, k, v = map(dense, (q, k, v))
     batch, length, _, _ = q.shape
@@ -250,9 +266,9 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, tuning)
     listed, entries, padded = walked(branch, idx, tile, union)
     with torch.cuda.device_of(q):
         _attend[triton.cdiv(length, tile), batch * k.shape[2]](
-            q, k, v, o, lse, *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
+            q, k, v, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
-            BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
+            BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
             ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip

@@ -17,9 +17,9 @@ from anchors.nsa.kernels.tiles import (
     load_rows,
     query_rows,
     save_rows,
+    spanned,
     tile_bounds,
     times,
-    visible,
 )
 
 
@@ -45,11 +45,11 @@ def inner_kernel(
 @triton.jit
 @no_type_check
 def query_kernel(
-    q, k, v, dz, dq, masses, inner, gate, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dq, masses, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, entries, inner_step, gate_step,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -72,16 +72,18 @@ def query_kernel(
     dz_tile = load_rows(dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION)
     mass = tl.where(inside, tl.load(masses + line), NEVER)
     mean = tl.load(inner + line * inner_step)
-    low, high = visible(query + past, keys, size, stride, reach, BRANCH)
+    if spans is not None:
+        spans += example * (length + past) * 2
+    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
     bounds = tile_bounds(
-        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, keys, size, stride, reach,
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
         blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
     total = tl.zeros([TILE * GROUP, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or BRANCH == "window":
+        if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
-                start, member = key_tile(index, within, blocks, members, BRANCH, KEYS, PARTS)
+                start, member = key_tile(index, within, spans, blocks, members, BRANCH, KEYS, PARTS)
                 k_tile = load_rows(
                     k, key_offsets(start, k_strides[1], keys, KEYS, part != 1), DIM, WIDTH, PRECISION
                 )
@@ -95,7 +97,7 @@ def query_kernel(
                 if part != 1:
                     columns = start + tl.arange(0, KEYS)
                     seen = columns[None, :] < high[:, None]
-                    if BRANCH == "window":
+                    if LOW:
                         seen &= columns[None, :] >= low[:, None]
                     pattern = tl.where(seen, pattern, 0.0)
                 total = times(pattern * (slope - mean[:, None]), k_tile, total, PRECISION, False)
@@ -110,11 +112,11 @@ def query_kernel(
 @triton.jit
 @no_type_check
 def key_kernel(
-    q, k, v, dz, dk, dv, masses, inner, gate, queries, items, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dk, dv, masses, inner, gate, spans, queries, items, bases, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, inner_step, gate_step,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, UNTIL: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.arange(0, TILE * GROUP), tl.arange(0, KEYS)
     if BRANCH == "selected":
@@ -123,7 +125,7 @@ def key_kernel(
         if pair < 0:
             return
         begin, stop = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
-        start = (block * PARTS + part) * KEYS
+        start = (block * PARTS + part) * KEYS if spans is None else block + part * KEYS
         listed = begin + tl.arange(0, SPLIT)
         # The list ascends: those that do not see the tile whole stand first.
         some = (
@@ -131,14 +133,24 @@ def key_kernel(
         )
         tiles = tl.cdiv(stop - begin, TILE)
         masked, whole = tl.cdiv(tl.sum(some.to(tl.int32)), TILE), tiles
-        place = item * PARTS + part
-        out, kept = place * KEYS + column, column < KEYS
+        if spans is None:
+            place = item * PARTS + part
+            out, kept = place * KEYS + column, column < KEYS
+        else:
+            out = tl.load(bases + item) + part * KEYS + column
+            stop_key = tl.load(spans + ((pair // heads).to(tl.int64) * keys + block) * 2 + 1)
+            kept = start + column < stop_key
     else:
         # The first keys have the longest walks; all parts of them start first.
         start, part = tl.program_id(0) // SPLITS * KEYS, tl.program_id(0) % SPLITS
         pair = tl.program_id(1)
         last = tl.minimum(start + KEYS, keys) - 1
-        if BRANCH == "compressed":
+        if spans is not None:
+            spans += (pair // heads).to(tl.int64) * keys * 2
+            since, since_all = tl.load(spans + start * 2), tl.load(spans + last * 2)
+            until = tl.minimum(tl.maximum(tl.load(spans + last * 2 + 1) - past, 0), length)
+            until_all = tl.minimum(tl.maximum(tl.load(spans + start * 2 + 1) - past, 0), length)
+        elif BRANCH == "compressed":
             since, since_all, until, until_all = (
                 start * stride + size - 1,
                 last * stride + size - 1,
@@ -153,7 +165,7 @@ def key_kernel(
         tiles = tl.cdiv(tl.maximum(stop - begin, 0), TILE)
         masked = tl.minimum(tl.cdiv(tl.maximum(since_all - past - begin, 0), TILE), tiles)
         whole = tiles
-        if BRANCH == "window":
+        if UNTIL:
             whole = tl.maximum(tl.maximum(until_all - begin, 0) // TILE, masked)
         out = ((pair // heads).to(tl.int64) * keys + start + column) * heads + pair % heads
         out += part.to(tl.int64) * (tl.num_programs(1) // heads) * keys * heads
@@ -170,6 +182,9 @@ def key_kernel(
     key = start + column
     since = key * stride + size - 1 if BRANCH == "compressed" else key
     until = key + reach
+    if spans is not None and BRANCH != "selected":
+        row_of_key = tl.minimum(key, keys - 1) * 2
+        since, until = tl.load(spans + row_of_key), tl.load(spans + row_of_key + 1)
     q += example * q_strides[0]
     dz += example * dz_strides[0]
     k += example * k_strides[0] + group * k_strides[2]
@@ -181,7 +196,7 @@ def key_kernel(
     dk_total = tl.zeros([KEYS, WIDTH], tl.float32)
     dv_total = tl.zeros([KEYS, WIDTH_V], tl.float32)
     for section in tl.static_range(3):
-        if section < 2 or BRANCH == "window":
+        if section < 2 or UNTIL:
             for index in range(bounds[section], bounds[section + 1]):
                 query = begin + index * TILE + row // GROUP
                 inside = (query < stop) & real
@@ -202,7 +217,7 @@ def key_kernel(
                 if section != 1:
                     position = query + past
                     seen = position[None, :] >= since[:, None]
-                    if BRANCH == "window":
+                    if UNTIL:
                         seen &= position[None, :] < until[:, None]
                     pattern = tl.where(seen, pattern, 0.0)
                 pattern *= weight[None, :]
@@ -232,3 +247,31 @@ def sum_kernel(
     key = block * size + row
     line = ((pair // heads).to(tl.int64) * keys + key) * heads + pair % heads
     save_rows(total, line * DIM, (row < size) & (key < keys), tile, DIM, WIDTH)
+
+
+@triton.jit
+@no_type_check
+def text_sum_kernel(
+    parts, total, seen, number, extra, heads, keys, size,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`sum_kernel` where several texts lie in a row: by tokens, for their blocks begin anywhere."""
+    pair = tl.program_id(1).to(tl.int64)
+    key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    inside = key < keys
+    begin = tl.load(seen + (pair // heads * keys + key) * 2, mask=inside, other=0)
+    within = (key - begin) % size
+    listed = pair * keys + key - within
+    count = tl.load(number + listed, mask=inside, other=0)
+    # The first piece of a block lies where its tokens do, the others behind all tokens.
+    behind = tl.num_programs(1).to(tl.int64) * keys
+    behind += tl.load(extra + listed, mask=inside, other=0).to(tl.int64) * size + within
+    place = pair * keys + key
+    tile = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in range(tl.max(count, 0)):
+        held = (index < count)[:, None] & (columns < DIM)[None, :]
+        tile += tl.load(parts + (place * DIM)[:, None] + columns[None, :], mask=held, other=0.0)
+        place = behind + index * size
+    line = (pair // heads * keys + key) * heads + pair % heads
+    save_rows(total, line * DIM, inside, tile, DIM, WIDTH)

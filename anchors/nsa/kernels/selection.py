@@ -28,6 +28,7 @@ from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
 from anchors.nsa.kernels.tiles import load_rows, query_rows
+from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
 
@@ -91,11 +92,46 @@ def _shares(
 
 @triton.jit
 @no_type_check
-def _score(
-    q, kc, lse, scores, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
-    l, d, lp, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+def _walk(
+    q_main, q_tail, mass, seen, kc, k_stride, scores, inside, full, stop, compressed, columns, scale,
+    PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
     SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Importance of all blocks for a tile of queries, of which those `inside` are stored."""
+    order = tl.arange(0, BLOCKS)
+    turn = tl.zeros([TILE, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
+    before = tl.zeros([TILE, BLOCKS], tl.float32)
+    for tile in range(full):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_stride, tile * BLOCKS, compressed, scale, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=inside[:, None])
+    for tile in range(full, stop):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_stride, tile * BLOCKS, compressed, scale, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        block = tile * BLOCKS + order
+        tl.store(scores[:, None] + block[None, :], here, mask=inside[:, None] & (block < columns)[None, :])
+
+
+@triton.jit
+@no_type_check
+def _score(
+    q, kc, lse, scores, texts, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
+    l, d, lp, length, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last queries see most and start first.
     start = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -114,48 +150,50 @@ def _score(
     query = start * TILE + tl.arange(0, TILE)
     earliest = past + first + start * TILE
     latest = past + first + tl.minimum(start * TILE + TILE, rows) - 1
-    seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
-    full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
-    stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
     scores += ((example * rows + query) * tl.num_programs(1) + group) * columns
-    order = tl.arange(0, BLOCKS)
-    turn = tl.zeros([TILE, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
-    before = tl.zeros([TILE, BLOCKS], tl.float32)
-    for tile in range(full):
-        here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
-            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
+    if texts is None:
+        seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
+        full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
+        stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
+        _walk(
+            q_main, q_tail, mass, seen, kc, k_strides[1], scores, query < rows, full, stop, compressed, columns, scale,
+            PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
         )  # fmt: skip
-        if REACH > 1:
-            turned = tl.gather(there, turn, 1)
-            here += tl.where(order[None, :] == 0, before, turned)
-            before = turned
-        tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=(query < rows)[:, None])
-    for tile in range(full, stop):
-        here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
-            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
-        )  # fmt: skip
-        if REACH > 1:
-            turned = tl.gather(there, turn, 1)
-            here += tl.where(order[None, :] == 0, before, turned)
-            before = turned
-        block = tile * BLOCKS + order
-        inside = (query < rows)[:, None] & (block < columns)[None, :]
-        tl.store(scores[:, None] + block[None, :], here, mask=inside)
+    else:
+        texts += example * (past + length) * 3
+        # Text by text: a tile of queries lies in one mostly, and blocks are counted within it.
+        while earliest <= latest:
+            begin, end = tl.load(texts + earliest * 3), tl.load(texts + earliest * 3 + 1)
+            ahead = tl.load(texts + earliest * 3 + 2)
+            last = tl.minimum(latest, end - 1)
+            position = past + first + query
+            seen = tl.maximum(position - begin + 1 - l + d, 0) // d
+            full = tl.minimum(
+                tl.maximum(earliest - begin + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS
+            )
+            stop = tl.cdiv(tl.minimum((last - begin) // lp + 1, columns), BLOCKS)
+            _walk(
+                q_main, q_tail, mass, seen, kc + ahead.to(tl.int64) * k_strides[1], k_strides[1], scores,
+                (position >= begin) & (position <= last), full, stop, compressed - ahead, columns, scale,
+                PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
+            )  # fmt: skip
+            earliest = end
 
 
 @triton.jit
 @no_type_check
 def _topn(
-    scores, idx, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
+    scores, idx, texts, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
     past, columns, lp, n_init, n_local, N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, query = line % groups, first + line // groups % rows
     example = (line // groups // rows).to(tl.int64)
     j = tl.arange(0, WIDTH)
-    own = (past + query) // lp
+    own = past + query
+    if texts is not None:
+        own -= tl.load(texts + (example * (past + queries) + own) * 3, mask=line < lines, other=0)
+    own = own // lp
     candidate = (line < lines)[:, None] & (j < columns)[None, :] & (j[None, :] <= own[:, None])
     forced = (j < n_init)[None, :] | (j[None, :] > own[:, None] - n_local)
     if force is not None:
@@ -233,7 +271,7 @@ def block_importance(
     scores = torch.zeros(
         batch, queries, kc.shape[2], geometry.blocks(tokens), dtype=torch.float32, device=q.device
     )
-    _launch_score(q, kc, lse, scores, 0, geometry, scale, past, tuning)
+    _launch_score(q, kc, lse, scores, None, 0, geometry, scale, past, tuning)
     return scores
 
 
@@ -264,7 +302,9 @@ def select(
     wishes = _wishes(importance.shape, force, ban, bias)
     idx = _empty_choice(importance, importance.shape[1], importance.shape[2], geometry.n)
     scores = importance.float().contiguous()
-    _launch_topn(scores, idx, wishes, 0, importance.shape[1], importance.shape[-1], geometry, past, tuning)
+    _launch_topn(
+        scores, idx, None, wishes, 0, importance.shape[1], importance.shape[-1], geometry, past, tuning
+    )
     return idx
 
 
@@ -281,6 +321,7 @@ def select_blocks(
     force: Tensor | None = None,
     ban: Tensor | None = None,
     bias: Tensor | None = None,
+    layout: Layout | None = None,
     chunk_bytes: int = 256 << 20,
     tuning: Tuning | None = None,
 ) -> Int[Tensor, "batch query groups n"]:
@@ -290,6 +331,7 @@ def select_blocks(
         lse: natural log Σ exp of the scaled scores of the compressed branch; −∞ where a query sees nothing.
         tokens, past: keys there are, and how many of them come before the first query.
         force, ban, bias: as in `select`.
+        layout: several texts in a row; blocks are then counted within a query's own.
         chunk_bytes: importance that exists at a time.
         tuning: overrides of `TUNING`.
     """
@@ -298,23 +340,24 @@ def select_blocks(
     wishes = _wishes((batch, queries, groups, blocks), force, ban, bias)
     idx = _empty_choice(q, queries, groups, geometry.n)
     # Queries that see n blocks or fewer choose them all.
+    texts = None if layout is None else layout.tokens[:, : past + queries].contiguous()
     early = min(queries, max(0, geometry.n * geometry.lp - past))
     if early:
         columns = min(blocks, geometry.n)
-        _launch_topn(None, idx, wishes, 0, early, columns, geometry, past, tuning)
+        _launch_topn(None, idx, texts, wishes, 0, early, columns, geometry, past, tuning)
     buffer = None
     for start, stop, columns in _chunks(early, queries, batch * groups, past, geometry.lp, chunk_bytes):
         size = batch * (stop - start) * groups * columns
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.float32, device=q.device)
         scores = buffer[:size].view(batch, stop - start, groups, columns)
-        _launch_score(q, kc, lse, scores, start, geometry, scale, past, tuning)
-        _launch_topn(scores, idx, wishes, start, stop, columns, geometry, past, tuning)
+        _launch_score(q, kc, lse, scores, texts, start, geometry, scale, past, tuning)
+        _launch_topn(scores, idx, texts, wishes, start, stop, columns, geometry, past, tuning)
     return idx
 
 
 def _launch_score(
-    q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, first: int, geometry: Geometry,
+    q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, texts: Tensor | None, first: int, geometry: Geometry,
     scale: float, past: int, tuning: Tuning | None,
 ) -> None:  # fmt: skip
     """Fills scores [batch, rows, groups, columns] for the query rows from `first` on."""
@@ -332,8 +375,8 @@ def _launch_score(
     width, tail = _widths(dim)
     with torch.cuda.device_of(q):
         _score[triton.cdiv(rows, tile), groups, batch](
-            q, kc, lse, scores, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
-            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp,
+            q, kc, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
+            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1],
             PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
             BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
             PRECISION=precision_of(q.dtype), **table,
@@ -341,7 +384,7 @@ def _launch_score(
 
 
 def _launch_topn(
-    scores: Tensor | None, idx: Tensor, wishes: tuple[Tensor | None, ...], start: int, stop: int, columns: int,
+    scores: Tensor | None, idx: Tensor, texts: Tensor | None, wishes: tuple[Tensor | None, ...], start: int, stop: int, columns: int,
     geometry: Geometry, past: int, tuning: Tuning | None,
 ) -> None:  # fmt: skip
     batch, queries, groups, n = idx.shape
@@ -353,7 +396,7 @@ def _launch_topn(
     strides = (wish.stride() if wish is not None else (0, 0, 0, 0) for wish in wishes)
     with torch.cuda.device_of(idx):
         _topn[(triton.cdiv(lines, rows),)](
-            scores, idx, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
+            scores, idx, texts, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
             geometry.lp, geometry.n_init, geometry.n_local,
             N=n, PLACES=triton.next_power_of_2(n), ROWS=rows, WIDTH=width, num_warps=warps, **table,
         )  # fmt: skip

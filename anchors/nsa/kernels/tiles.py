@@ -25,8 +25,8 @@ NEVER = tl.constexpr(1e30)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = 128
 """The most query heads of a group: the rows of one tile."""
-UNION = 32
-"""The most positions of a query tile of the selected branch: a bit of an int32 each."""
+UNION = 64
+"""The most positions of a query tile of the selected branch: a bit each."""
 
 Settings = dict[str, int]
 NARROW, USUAL, WIDE = 64, 128, 256
@@ -187,23 +187,38 @@ def visible(position, keys, size, stride, reach, BRANCH: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def spanned(position, spans, keys, size, stride, reach, BRANCH: tl.constexpr):
+    """`visible`, where several texts lie in a row: [low, high) stands written for each position."""
+    if spans is None or BRANCH == "selected":
+        low, high = visible(position, keys, size, stride, reach, BRANCH)
+    else:
+        low, high = tl.load(spans + position * 2), tl.load(spans + position * 2 + 1)
+    return low, high
+
+
+@triton.jit
+@no_type_check
 def tile_bounds(
-    lowest, highest, keys, size, stride, reach, blocks, count,
+    lowest, highest, spans, keys, size, stride, reach, blocks, count,
     BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Key tiles of a query tile: [0] to [1] and [2] to [3] need a mask, every row sees those between whole.
 
-    Tiles are counted along the keys; in the selected branch along the list of blocks, `PARTS` to a block.
+    Tiles are counted along the keys; in the selected branch along the list of blocks, `PARTS` to a block. Where several
+    texts lie in a row, the list names a block by its first token.
     """
     if BRANCH == "selected":
         entry = tl.arange(0, ENTRIES)
         block = tl.load(blocks + entry, mask=entry < count, other=2147483647)
         first, stop = count * 0, count * PARTS
         start = first
-        end = tl.sum((block < (lowest + 1) // (KEYS * PARTS)).to(tl.int32)) * PARTS
+        if spans is None:
+            end = tl.sum((block < (lowest + 1) // (KEYS * PARTS)).to(tl.int32)) * PARTS
+        else:
+            end = tl.sum((block <= lowest + 1 - KEYS * PARTS).to(tl.int32)) * PARTS
     else:
-        low, high_all = visible(lowest, keys, size, stride, reach, BRANCH)
-        low_all, high = visible(highest, keys, size, stride, reach, BRANCH)
+        low, high_all = spanned(lowest, spans, keys, size, stride, reach, BRANCH)
+        low_all, high = spanned(highest, spans, keys, size, stride, reach, BRANCH)
         first, stop = low // KEYS, tl.cdiv(high, KEYS)
         start = tl.minimum(tl.cdiv(low_all, KEYS), stop)
         end = tl.maximum(high_all // KEYS, start)
@@ -214,10 +229,15 @@ def tile_bounds(
 
 @triton.jit
 @no_type_check
-def key_tile(index, tile, blocks, members, BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr):
+def key_tile(
+    index, tile, spans, blocks, members, BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr
+):
     """The first key of a tile, and the rows of the query tile that chose its block."""
     if BRANCH == "selected":
-        start = tl.load(blocks + index // PARTS) * (KEYS * PARTS) + index % PARTS * KEYS
+        if spans is None:
+            start = tl.load(blocks + index // PARTS) * (KEYS * PARTS) + index % PARTS * KEYS
+        else:
+            start = tl.load(blocks + index // PARTS) + index % PARTS * KEYS
         member = ((tl.load(members + index // PARTS) >> tile) & 1) > 0
     else:
         start = index * KEYS
