@@ -25,6 +25,7 @@ from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.phi import Phi
+from anchors.nsa.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Sparse:
     past: int = 0
     q_cmp: Float[Tensor, "batch query heads dim"] | None = None
     backend: str = "auto"
+    texts: Texts | None = None
+    """Several texts in a row; at the seam there is one."""
 
 
 BlockField = Callable[["NSACall"], Tensor]
