@@ -4,7 +4,8 @@
     uv run benchmarks/kernels_built.py dense --csv built.csv
 
 The kernels' own Python launches them on tensors of the CPU; instead of a launch each is compiled, with the tiles that an H100
-gets. `stack` is what a thread keeps outside its registers (cuobjdump): spilled values, mostly.
+gets. `stack` is what a thread keeps outside its registers (cuobjdump): spilled values, mostly; `wgmma` counts products of whole
+groups of warps, which tiles of fewer than 64 rows and those of float32 do not get.
 """
 
 import argparse
@@ -140,7 +141,7 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
             meta = made.metadata
             yield {
                 "case": case, "kernel": meta.name, "warps": meta.num_warps, "stages": meta.num_stages, "registers": registers,
-                "stack": stack, "shared": meta.shared, "seconds": round(taken, 1),
+                "stack": stack, "shared": meta.shared, "wgmma": made.asm["ptx"].count("wgmma.mma_async"), "seconds": round(taken, 1),
                 "failed": "" if meta.shared <= MEMORY else "more shared memory than there is",
             }  # fmt: skip
 

@@ -45,7 +45,7 @@ def tuning(**sizes: int) -> dict[str, dict[str, int]]:
 TINY = [
     pytest.param(Shape(1, 53, 6, 2, 16, 24, small(16, 2, 21)), torch.float32, id="groups-of-3"),
     pytest.param(
-        Shape(1, 45, 2, 2, 20, 16, small(32, 2, 100), past=7, own=True), torch.float32, id="groups-of-1"
+        Shape(1, 45, 2, 2, 40, 16, small(32, 2, 100), past=7, own=True), torch.float32, id="groups-of-1"
     ),
     pytest.param(Shape(1, 44, 4, 1, 16, 16, small(16, 2, 9)), torch.float16, id="half"),
 ]
@@ -60,6 +60,8 @@ LARGE = [
     Shape(1, 640, 8, 4, 128, 64, PAPER, past=3, own=True),
     Shape(1, 1030, 4, 4, 64, 128, PAPER),
     Shape(1, 500, 32, 4, 192, 128, Geometry(lp=64, n=4, w=512)),
+    Shape(1, 700, 2, 2, 96, 96, PAPER),
+    Shape(1, 700, 4, 2, 192, 128, PAPER),
 ]
 
 

@@ -179,6 +179,12 @@ def trace(
         texts: as of `nsa_attention`, of which importance and choices count blocks within each.
     """
     past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx, texts)
+    if texts is not None and token_bias is not None:
+        raise AnchorsError(
+            "Scores of pairs of tokens were to be changed where several texts lie in a row.",
+            "Give one text a row.",
+            code="shape",
+        )
     _numbers(q=q, gates=gates, **vars(kv))
     g, groups, queries = geometry, kv.k_slc.shape[2], q.shape[1]
     q_cmp = q if q_cmp is None else q_cmp

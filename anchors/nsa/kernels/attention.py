@@ -31,12 +31,15 @@ from anchors.nsa.kernels.tiles import (
     key_offsets,
     key_tile,
     load_rows,
+    load_tail,
+    products,
     query_rows,
     save_rows,
     spanned,
     tile_bounds,
     times,
     tuned,
+    widest,
     widths,
 )
 from anchors.nsa.texts import Spans
@@ -91,13 +94,15 @@ class Branch:
 @triton.jit
 @no_type_check
 def _step(
-    q_tile, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
+    q_tile, q_tail, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
     BRANCH: tl.constexpr, LOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_tile = load_rows(k, key_offsets(start, k_stride, keys, KEYS, MASKED), DIM, WIDTH, PRECISION)
+    places = key_offsets(start, k_stride, keys, KEYS, MASKED)
+    k_tile = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
+    k_tail = load_tail(k, places, k_tile, DIM, WIDTH, TAIL, PRECISION)
     v_tile = load_rows(v, key_offsets(start, v_stride, keys, KEYS, MASKED), DIM_V, WIDTH_V, PRECISION)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
     if MASKED:
         columns = start + tl.arange(0, KEYS)
         seen = columns[None, :] < high[:, None]
@@ -125,7 +130,7 @@ def _attend(
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
     BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -142,7 +147,9 @@ def _attend(
         count = tl.load(counts + listed)
         blocks += listed * entries
         members += listed * entries
-    q_tile = load_rows(q, query.to(tl.int64) * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+    places = query.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
+    q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
     if spans is not None:
         spans += example * (length + past) * 2
     low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
@@ -158,8 +165,8 @@ def _attend(
             for index in range(bounds[part], bounds[part + 1]):
                 start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
                 top, mass, total = _step(
-                    q_tile, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
-                    BRANCH, LOW, KEYS, part != 1, DIM, DIM_V, WIDTH, WIDTH_V, PRECISION,
+                    q_tile, q_tail, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
+                    BRANCH, LOW, KEYS, part != 1, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
                 )  # fmt: skip
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
@@ -244,9 +251,7 @@ def attend_last(
 
 def tile_of(branch: Branch, kernel: str, q: Tensor, v: Tensor, groups: int, tuning: Tuning) -> int:
     """Positions of a query tile of a kernel."""
-    settings = tuned(
-        kernel, q, max(widths(q.shape[-1], v.shape[-1])[x] for x in ("WIDTH", "WIDTH_V")), tuning
-    )
+    settings = tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning)
     return branch.tile(groups, settings["rows"])[0]
 
 
@@ -260,7 +265,7 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, 
     q, k, v = map(dense, (q, k, v))
     batch, length, _, _ = q.shape
     shape = widths(q.shape[-1], v.shape[-1])
-    settings = tuned(f"forward.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    settings = tuned(f"forward.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)

@@ -15,6 +15,8 @@ from anchors.nsa.kernels.tiles import (
     key_offsets,
     key_tile,
     load_rows,
+    load_tail,
+    products,
     query_rows,
     save_rows,
     spanned,
@@ -44,12 +46,24 @@ def inner_kernel(
 
 @triton.jit
 @no_type_check
+def _add_rows(
+    pointer, offsets, inside, tile, ACCUMULATE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    if ACCUMULATE:
+        columns = tl.arange(0, WIDTH)
+        kept = inside[:, None] & (columns < DIM)[None, :]
+        tile += tl.load(pointer + offsets[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
+    save_rows(pointer, offsets, inside, tile, DIM, WIDTH)
+
+
+@triton.jit
+@no_type_check
 def query_kernel(
     q, k, v, dz, dq, masses, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, entries, inner_step, gate_step,
     BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -68,7 +82,9 @@ def query_kernel(
         members += listed * entries
     long = query.to(tl.int64)
     line = (example * length + query) * (heads * groups) + head
-    q_tile = load_rows(q, long * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+    own = long * q_strides[1] + head * q_strides[2]
+    q_tile = load_rows(q, own, min(DIM, WIDTH), WIDTH, PRECISION)
+    q_tail = load_tail(q, own, q_tile, DIM, WIDTH, TAIL, PRECISION)
     dz_tile = load_rows(dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION)
     mass = tl.where(inside, tl.load(masses + line), NEVER)
     mean = tl.load(inner + line * inner_step)
@@ -80,17 +96,19 @@ def query_kernel(
         blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
     total = tl.zeros([TILE * GROUP, WIDTH], tl.float32)
+    if TAIL > 0:
+        rest = tl.zeros([TILE * GROUP, TAIL], tl.float32)
     for part in tl.static_range(3):
         if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
                 start, member = key_tile(index, within, spans, blocks, members, BRANCH, KEYS, PARTS)
-                k_tile = load_rows(
-                    k, key_offsets(start, k_strides[1], keys, KEYS, part != 1), DIM, WIDTH, PRECISION
-                )
+                places = key_offsets(start, k_strides[1], keys, KEYS, part != 1)
+                k_tile = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
+                k_tail = load_tail(k, places, k_tile, DIM, WIDTH, TAIL, PRECISION)
                 v_tile = load_rows(
                     v, key_offsets(start, v_strides[1], keys, KEYS, part != 1), DIM_V, WIDTH_V, PRECISION
                 )
-                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
                 slope = tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
                 base = tl.where(member, mass, NEVER) if BRANCH == "selected" else mass
                 pattern = tl.exp2(scores * factor - base[:, None])
@@ -100,13 +118,14 @@ def query_kernel(
                     if LOW:
                         seen &= columns[None, :] >= low[:, None]
                     pattern = tl.where(seen, pattern, 0.0)
-                total = times(pattern * (slope - mean[:, None]), k_tile, total, PRECISION, False)
-    total *= (tl.load(gate + line * gate_step) * scale)[:, None]
-    if ACCUMULATE:
-        columns = tl.arange(0, WIDTH)
-        kept = inside[:, None] & (columns < DIM)[None, :]
-        total += tl.load(dq + (line * DIM)[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-    save_rows(dq, line * DIM, inside, total, DIM, WIDTH)
+                slope = pattern * (slope - mean[:, None])
+                total = times(slope, k_tile, total, PRECISION, False)
+                if TAIL > 0:
+                    rest = times(slope, k_tail, rest, PRECISION, False)
+    weight = tl.load(gate + line * gate_step) * scale
+    _add_rows(dq, line * DIM, inside, total * weight[:, None], ACCUMULATE, min(DIM, WIDTH), WIDTH)
+    if TAIL > 0:
+        _add_rows(dq + WIDTH, line * DIM, inside, rest * weight[:, None], ACCUMULATE, DIM - WIDTH, TAIL)
 
 
 @triton.jit
@@ -116,7 +135,7 @@ def key_kernel(
     length, keys, past, scale, factor, heads, groups, size, stride, reach, inner_step, gate_step,
     BRANCH: tl.constexpr, UNTIL: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.arange(0, TILE * GROUP), tl.arange(0, KEYS)
     if BRANCH == "selected":
@@ -189,11 +208,15 @@ def key_kernel(
     dz += example * dz_strides[0]
     k += example * k_strides[0] + group * k_strides[2]
     v += example * v_strides[0] + group * v_strides[2]
-    k_tile = load_rows(k, key_offsets(start, k_strides[1], keys, KEYS, True), DIM, WIDTH, PRECISION)
+    own = key_offsets(start, k_strides[1], keys, KEYS, True)
+    k_tile = load_rows(k, own, min(DIM, WIDTH), WIDTH, PRECISION)
+    k_tail = load_tail(k, own, k_tile, DIM, WIDTH, TAIL, PRECISION)
     v_tile = load_rows(v, key_offsets(start, v_strides[1], keys, KEYS, True), DIM_V, WIDTH_V, PRECISION)
     head = group * groups + tl.minimum(row % GROUP, groups - 1)
     real = row % GROUP < groups
     dk_total = tl.zeros([KEYS, WIDTH], tl.float32)
+    if TAIL > 0:
+        dk_rest = tl.zeros([KEYS, TAIL], tl.float32)
     dv_total = tl.zeros([KEYS, WIDTH_V], tl.float32)
     for section in tl.static_range(3):
         if section < 2 or UNTIL:
@@ -205,14 +228,16 @@ def key_kernel(
                     query = tl.load(queries + query)
                 long = query.to(tl.int64)
                 line = (example * length + query) * (heads * groups) + head
-                q_tile = load_rows(q, long * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+                places = long * q_strides[1] + head * q_strides[2]
+                q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
+                q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
                 dz_tile = load_rows(
                     dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION
                 )
                 mass = tl.where(inside, tl.load(masses + line), NEVER)
                 mean = tl.load(inner + line * inner_step)
                 weight = tl.load(gate + line * gate_step)
-                scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                scores = products(k_tile, k_tail, q_tile, q_tail, TAIL, PRECISION)
                 pattern = tl.exp2(scores * factor - mass[None, :])
                 if section != 1:
                     position = query + past
@@ -223,8 +248,13 @@ def key_kernel(
                 pattern *= weight[None, :]
                 dv_total = times(pattern, dz_tile, dv_total, PRECISION, False)
                 slope = tl.dot(v_tile, tl.trans(dz_tile), input_precision=PRECISION) - mean[None, :]
-                dk_total = times(pattern * slope, q_tile, dk_total, PRECISION, False)
-    save_rows(dk, out * DIM, kept, dk_total * scale, DIM, WIDTH)
+                slope = pattern * slope
+                dk_total = times(slope, q_tile, dk_total, PRECISION, False)
+                if TAIL > 0:
+                    dk_rest = times(slope, q_tail, dk_rest, PRECISION, False)
+    save_rows(dk, out * DIM, kept, dk_total * scale, min(DIM, WIDTH), WIDTH)
+    if TAIL > 0:
+        save_rows(dk + WIDTH, out * DIM, kept, dk_rest * scale, DIM - WIDTH, TAIL)
     save_rows(dv, out * DIM_V, kept, dv_total, DIM_V, WIDTH_V)
 
 

@@ -27,7 +27,7 @@ from anchors.attention.kernels import LOG2E, dense, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
-from anchors.nsa.kernels.tiles import load_rows, query_rows
+from anchors.nsa.kernels.tiles import load_rows, parted, query_rows
 from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
@@ -37,6 +37,8 @@ Tuning = Mapping[str, Mapping[str, Any]]
 TUNING: Tuning = {
     # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product.
     "score": {"rows": 128, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
+    # One or two heads a group: more positions in as many rows, and more sums to hold.
+    "score.few": {"rows": 64, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
     "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
     # Scores that a program (one row at least) and a warp hold in registers.
     "topn": {"scores": 1024, "per_warp": 1024},
@@ -367,12 +369,13 @@ def _launch_score(
         return
     q, kc = dense(q), dense(kc)
     heads, dim = q.shape[2] // groups, q.shape[3]
-    table = _table("score.float32" if q.dtype == torch.float32 else "score", tuning)
     group = triton.next_power_of_2(heads)
+    kind = "score.float32" if q.dtype == torch.float32 else "score.few" if group <= 2 else "score"
+    table = _table(kind, tuning)
     tile = max(1, table.pop("rows") // group)
     per = geometry.lp // geometry.d
     slots = triton.next_power_of_2(per)
-    width, tail = _widths(dim)
+    width, tail = parted(dim)
     with torch.cuda.device_of(q):
         _score[triton.cdiv(rows, tile), groups, batch](
             q, kc, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
@@ -427,14 +430,6 @@ def _wishes(shape: tuple[int, ...], *wishes: Tensor | None) -> tuple[Tensor | No
 
 def _empty_choice(like: Tensor, queries: int, groups: int, n: int) -> Tensor:
     return torch.empty(like.shape[0], queries, groups, n, dtype=torch.int32, device=like.device)
-
-
-def _widths(dim: int) -> tuple[int, int]:
-    """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
-    whole = max(16, triton.next_power_of_2(dim))
-    half = whole // 2
-    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
-    return (half, tail) if half + tail < whole else (whole, 0)
 
 
 def _table(kernel: str, tuning: Tuning | None) -> dict[str, Any]:

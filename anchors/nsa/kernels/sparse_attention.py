@@ -27,7 +27,7 @@ from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import lists, selection
 from anchors.nsa.kernels.attention import Branch, Tuning, attend, attend_last, seen_spans, tile_of, walked
 from anchors.nsa.kernels.backward import inner_kernel, key_kernel, query_kernel, sum_kernel, text_sum_kernel
-from anchors.nsa.kernels.tiles import NEVER, demand, tuned, widths
+from anchors.nsa.kernels.tiles import NEVER, demand, tuned, widest, widths
 from anchors.nsa.texts import Spans, Texts
 
 
@@ -85,7 +85,7 @@ def query_gradient(
     groups = demand(q, k, v, scale)
     q, k, v, dz = map(dense, (q, k, v, dz))
     shape = widths(q.shape[-1], v.shape[-1])
-    settings = tuned(f"query.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    settings = tuned(f"query.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
@@ -124,7 +124,7 @@ def key_gradients(
     q, k, v, dz = map(dense, (q, k, v, dz))
     batch, keys, heads, dim = k.shape
     shape = widths(dim, v.shape[-1])
-    settings = tuned(f"keys.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    settings = tuned(f"keys.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
     _, group = branch.tile(groups, settings["rows"])
     tile, columns = max(1, settings["rows"] // group), branch.keys(settings["keys"])
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))

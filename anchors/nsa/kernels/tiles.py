@@ -43,7 +43,7 @@ def _exact(rows: int, keys: int, warps: int = 4, **more: int) -> Settings:
 
 
 TUNING: dict[tuple[str, str, int], Settings] = {
-    ("forward.compressed", "bfloat16", NARROW): _sizes(128, 64, 4, 3, peel=1),
+    ("forward.compressed", "bfloat16", NARROW): _sizes(128, 64, 8, 3, peel=1),
     ("forward.compressed", "bfloat16", USUAL): _sizes(128, 128, 8, 3, peel=1),
     ("forward.compressed", "bfloat16", WIDE): _sizes(64, 64, 4, 2, peel=1),
     ("forward.selected", "bfloat16", NARROW): _sizes(64, 64, 4, 3, peel=1),
@@ -62,13 +62,13 @@ TUNING: dict[tuple[str, str, int], Settings] = {
     ("query.window", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("query.window", "bfloat16", WIDE): _sizes(64, 32, 4, 2, peel=1),
     ("keys.compressed", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, splits=4),
-    ("keys.compressed", "bfloat16", USUAL): _sizes(64, 128, 8, 2, peel=1, splits=4),
+    ("keys.compressed", "bfloat16", USUAL): _sizes(32, 64, 4, 3, peel=1, splits=4),
     ("keys.compressed", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, splits=4),
     ("keys.selected", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, split=1024),
     ("keys.selected", "bfloat16", USUAL): _sizes(32, 64, 4, 2, peel=1, split=1024),
     ("keys.selected", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, split=1024),
     ("keys.window", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, splits=1),
-    ("keys.window", "bfloat16", USUAL): _sizes(64, 128, 8, 1, peel=0, splits=1),
+    ("keys.window", "bfloat16", USUAL): _sizes(32, 64, 4, 2, peel=1, splits=1),
     ("keys.window", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, splits=1),
 }
 """Sizes by kernel, dtype and head width.
@@ -101,10 +101,23 @@ def tuned(kernel: str, like: Tensor, width: int, tuning: dict[str, Any] | None) 
     return settings | ({} if tuning is None else tuning.get(kernel, {}))
 
 
+def parted(dim: int) -> tuple[int, int]:
+    """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
+    whole = max(16, triton.next_power_of_2(dim))
+    half = whole // 2
+    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
+    return (half, tail) if half + tail < whole else (whole, 0)
+
+
 def widths(dim: int, dim_v: int) -> dict[str, int]:
-    """The compile-time head widths of a kernel: real, and padded to powers of two."""
-    width, width_v = width_of(dim), width_of(dim_v)
-    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v}
+    """The compile-time head widths of a kernel: real, and padded to powers of two, of a key to two of them."""
+    width, tail = parted(dim)
+    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "TAIL": tail, "WIDTH_V": width_of(dim_v)}
+
+
+def widest(dim: int, dim_v: int) -> int:
+    """The width by which a row of `TUNING` is chosen."""
+    return max(width_of(dim), width_of(dim_v))
 
 
 def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
@@ -147,6 +160,34 @@ def save_rows(pointer, offsets, inside, tile, DIM: tl.constexpr, WIDTH: tl.const
     columns = tl.arange(0, WIDTH)
     kept = inside[:, None] & (columns < DIM)[None, :]
     tl.store(pointer + offsets[:, None] + columns[None, :], tile.to(pointer.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+@no_type_check
+def load_tail(
+    pointer,
+    offsets,
+    main,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The columns behind the first `WIDTH`, where a head is parted in two; else `main` again, which nobody uses."""
+    tile = main
+    if TAIL > 0:
+        tile = load_rows(pointer + WIDTH, offsets, DIM - WIDTH, TAIL, PRECISION)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def products(left, left_tail, right, right_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """left · rightᵀ over both parts of a head."""
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    if TAIL > 0:
+        scores = tl.dot(left_tail, tl.trans(right_tail), scores, input_precision=PRECISION)
+    return scores
 
 
 @triton.jit
