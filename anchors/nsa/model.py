@@ -185,7 +185,7 @@ class NativeSparseAttention(nn.Module):
         # Any other implementation would compute dense attention of one branch, and say nothing.
         name = seam.NAME if self.config._attn_implementation == seam.NAME else NATIVE
         if texts is not None:
-            texts = texts.expanded(batch)
+            texts = texts.expanded(batch, home)
             if name == seam.NAME:
                 raise AnchorsError(
                     "An analysis of NSA was given several texts in a row, or padding.",
@@ -301,15 +301,23 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         """As LlamaModel's. `cu_seqlens` are the bounds of texts packed into one row."""
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        # Its name since transformers 5.24 is another.
+        cached = any(isinstance(value, Cache) for value in kwargs.values())
         if cu_seqlens is not None and (
-            past_key_values is not None or len(given) != 1 or self.config.attention != "nsa"
+            cached
+            or attention_mask is not None
+            or given is None
+            or len(given) != 1
+            or self.config.attention != "nsa"
         ):
             raise AnchorsError(
-                "Packed sequences come as one row, without a cache, to a model with native sparse attention.",
+                "Packed sequences come as one row, without a cache or a mask, to a model with native sparse attention.",
                 "Reshape to [1, tokens].",
                 code="shape",
             )
-        packed = past_key_values is None and self.config._attn_implementation == NATIVE
+        packed = given is not None and not cached and self.config._attn_implementation == NATIVE
         if cu_seqlens is not None:
             texts = Texts.of_bounds(cu_seqlens, given.shape[1])
         else:
@@ -319,7 +327,7 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
             position_ids = texts.position if position_ids is None else position_ids
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs,
+            inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
 
 

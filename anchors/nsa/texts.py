@@ -130,15 +130,15 @@ class Texts:
     def _begins(self) -> Bool[Tensor, "batch tokens"]:
         return self.position == 0
 
-    def expanded(self, batch: int) -> "Texts":
-        """The same texts in every example."""
-        if len(self.start) == batch:
+    def expanded(self, batch: int, device: torch.device | None = None) -> "Texts":
+        """The same texts in every example, on the device of a layer; made once for all layers that ask."""
+        device = self.start.device if device is None else device
+        if len(self.start) == batch and self.start.device == device:
             return self
-        key = "expanded", batch
-        if key not in self._laid:
-            parts = (x.expand(batch, *x.shape[1:]).contiguous() for x in (self.start, self.end, self.sound))
-            self._laid[key] = Texts(*parts)
-        return self._laid[key]
+        if (batch, device) not in self._laid:
+            parts = (x.to(device).expand(batch, *x.shape[1:]) for x in (self.start, self.end, self.sound))
+            self._laid[batch, device] = Texts(*(x.contiguous() for x in parts))
+        return self._laid[batch, device]
 
     def laid(self, geometry: Geometry) -> "Layout":
         """Where blocks lie; made once for all layers that ask."""
