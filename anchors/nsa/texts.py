@@ -215,9 +215,14 @@ class Layout:
     def blocks_at(
         self, idx: Int[Tensor, "batch query groups n"], past: int = 0
     ) -> Int[Tensor, "batch query groups n"]:
-        """The first token of each chosen block in place of its number in its text; −1 stays."""
-        start = self.texts.start[:, past : past + idx.shape[1], None, None]
-        return (idx * self.geometry.lp + start).where(idx >= 0, -1).int()
+        """The first token of each chosen block in place of its number in its text; −1 stays.
+
+        A block in a query's future, of which it sees nothing, becomes −1: it may lie in another text.
+        """
+        rows = slice(past, past + idx.shape[1])
+        start, position = (x[:, rows, None, None] for x in (self.texts.start, self.texts.position))
+        within = idx * self.geometry.lp
+        return (within + start).where((idx >= 0) & (within <= position), -1).int()
 
     def _block_rows(self) -> Int[Tensor, "batch compressed l"]:
         last = max(0, self.texts.tokens - self.geometry.l)
