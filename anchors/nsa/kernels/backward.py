@@ -155,10 +155,6 @@ def key_kernel(
         if spans is None:
             place = item * PARTS + part
             out, kept = place * KEYS + column, column < KEYS
-        else:
-            out = tl.load(bases + item) + part * KEYS + column
-            stop_key = tl.load(spans + ((pair // heads).to(tl.int64) * keys + block) * 2 + 1)
-            kept = start + column < stop_key
     else:
         # The first keys have the longest walks; all parts of them start first.
         start, part = tl.program_id(0) // SPLITS * KEYS, tl.program_id(0) % SPLITS
@@ -252,6 +248,10 @@ def key_kernel(
                 dk_total = times(slope, q_tile, dk_total, PRECISION, False)
                 if TAIL > 0:
                     dk_rest = times(slope, q_tail, dk_rest, PRECISION, False)
+    if spans is not None and BRANCH == "selected":
+        # Here, for they would be held through the loops.
+        out = tl.load(bases + item) + part * KEYS + column
+        kept = start + column < tl.load(spans + (example * keys + block) * 2 + 1)
     save_rows(dk, out * DIM, kept, dk_total * scale, min(DIM, WIDTH), WIDTH)
     if TAIL > 0:
         save_rows(dk + WIDTH, out * DIM, kept, dk_rest * scale, DIM - WIDTH, TAIL)
