@@ -13,6 +13,7 @@ encoding of φ adds belongs to no token and is spread evenly over the block, so 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -96,7 +97,7 @@ class NSACall(Call):
         with torch.no_grad():
             return self._trace(slice(0, self.q.shape[2]), idx=self.idx)
 
-    def _trace(self, rows: slice, **options: Tensor | None) -> Trace:
+    def _trace(self, rows: slice, **options: Any) -> Trace:
         s, dtype = self.sparse, self.compute_dtype
         kv = Branches(**{name: x.to(dtype) for name, x in vars(s.kv).items()})
         return trace(

@@ -317,11 +317,11 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
                 "Reshape to [1, tokens].",
                 code="shape",
             )
-        packed = given is not None and not cached and self.config._attn_implementation == NATIVE
-        if cu_seqlens is not None:
+        texts = None
+        if cu_seqlens is not None and given is not None:
             texts = Texts.of_bounds(cu_seqlens, given.shape[1])
-        else:
-            texts = _texts(attention_mask, position_ids, given.shape[1]) if packed else None
+        elif given is not None and not cached and self.config._attn_implementation == NATIVE:
+            texts = _texts(attention_mask, position_ids, given.shape[1])
         if texts is not None:
             attention_mask, kwargs = None, kwargs | {"texts": texts}
             position_ids = texts.position if position_ids is None else position_ids

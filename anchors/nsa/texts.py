@@ -136,8 +136,11 @@ class Texts:
         if len(self.start) == batch and self.start.device == device:
             return self
         if (batch, device) not in self._laid:
-            parts = (x.to(device).expand(batch, *x.shape[1:]) for x in (self.start, self.end, self.sound))
-            self._laid[batch, device] = Texts(*(x.contiguous() for x in parts))
+            start, end, sound = (
+                x.to(device).expand(batch, *x.shape[1:]).contiguous()
+                for x in (self.start, self.end, self.sound)
+            )
+            self._laid[batch, device] = Texts(start, end, sound)
         return self._laid[batch, device]
 
     def laid(self, geometry: Geometry) -> "Layout":

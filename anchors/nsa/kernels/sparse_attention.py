@@ -165,7 +165,7 @@ def key_gradients(
             for part, total in zip(parts, (dk, dv), strict=True):
                 width = max(16, triton.next_power_of_2(total.shape[-1]))
                 common = {"DIM": total.shape[-1], "WIDTH": width, "ROWS": 16}
-                if rows is None:
+                if rows is None or spans is None:
                     sum_kernel[-(-keys // branch.lp), batch * heads, triton.cdiv(branch.lp, 16)](
                         part, total, inverse.first, inverse.number, heads, keys, branch.lp, **common
                     )
