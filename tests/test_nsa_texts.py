@@ -13,7 +13,9 @@ from torch import Tensor
 from anchors.errors import AnchorsError
 from anchors.nsa import phi, reference
 from anchors.nsa.attention import Branches, nsa_attention
+from anchors.nsa.config import NSAConfig
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.model import NativeSparseAttention
 from anchors.nsa.texts import Texts
 
 SMALL = Geometry(l=8, d=4, lp=16, n=3, w=12, n_init=1, n_local=1)
@@ -321,6 +323,30 @@ def test_nothing_waits_for_the_device(way):
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(o).all()
     assert all(torch.isfinite(x.grad).all() for x in found)
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.parametrize("given", ["cu_seqlens", "attention_mask"])
+def test_a_layer_does_not_wait_for_the_device(given):
+    layer = NativeSparseAttention(
+        NSAConfig(
+            hidden_size=64, num_attention_heads=16, num_key_value_heads=1, head_dim=128, n=6, w=100,
+            backend="triton", compressed_rope="block_centre",
+        )
+    ).to("cuda", torch.bfloat16)  # fmt: skip
+    x = torch.randn(1, 700, 64, device="cuda", dtype=torch.bfloat16)
+    texts = {
+        "cu_seqlens": torch.tensor([0, 40, 41, 500, 700]),
+        "attention_mask": (torch.arange(700) >= 33)[None],
+    }[given].cuda()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            layer(x, **{given: texts})[0].sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(weight.grad).all() for weight in layer.parameters())
 
 
 @needs_triton
