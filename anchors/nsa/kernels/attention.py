@@ -22,13 +22,13 @@ from torch import Tensor
 
 from anchors.attention.kernels import LOG2E, dense, precision_of, strides
 from anchors.errors import AnchorsError
-from anchors.nsa.kernels import lists
+from anchors.nsa.kernels import lists, ranges
 from anchors.nsa.kernels.tiles import (
     LN2,
     NEVER,
     UNION,
     demand,
-    key_offsets,
+    key_rows,
     key_tile,
     load_rows,
     load_tail,
@@ -94,14 +94,16 @@ class Branch:
 @triton.jit
 @no_type_check
 def _step(
-    q_tile, q_tail, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
-    BRANCH: tl.constexpr, LOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    q_tile, q_tail, k, v, k_stride, v_stride, example, group, start, keys, member, low, high, factor, top, mass, total,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    places = key_offsets(start, k_stride, keys, KEYS, MASKED)
-    k_tile = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
-    k_tail = load_tail(k, places, k_tile, DIM, WIDTH, TAIL, PRECISION)
-    v_tile = load_rows(v, key_offsets(start, v_stride, keys, KEYS, MASKED), DIM_V, WIDTH_V, PRECISION)
+    k_tile, k_tail = key_rows(
+        k, k_stride, example, group, start, keys, KEYS, MASKED, BOXES, DIM, WIDTH, TAIL, PRECISION
+    )
+    v_tile, _ = key_rows(
+        v, v_stride, example, group, start, keys, KEYS, MASKED, BOXES, DIM_V, WIDTH_V, 0, PRECISION
+    )
     scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
     if MASKED:
         columns = start + tl.arange(0, KEYS)
@@ -129,7 +131,7 @@ def _attend(
     q, k, v, o, lse, spans, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
     BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
@@ -139,8 +141,9 @@ def _attend(
         tile = tl.num_programs(0) - 1 - tile
     inner, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
     q += example * q_strides[0]
-    k += example * k_strides[0] + group * k_strides[2]
-    v += example * v_strides[0] + group * v_strides[2]
+    if not BOXES:
+        k += example * k_strides[0] + group * k_strides[2]
+        v += example * v_strides[0] + group * v_strides[2]
     count = 0
     if BRANCH == "selected":
         listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
@@ -165,8 +168,8 @@ def _attend(
             for index in range(bounds[part], bounds[part + 1]):
                 start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
                 top, mass, total = _step(
-                    q_tile, q_tail, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
-                    BRANCH, LOW, KEYS, part != 1, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
+                    q_tile, q_tail, k, v, k_strides[1], v_strides[1], example, group, start, keys, member, low, high,
+                    factor, top, mass, total, BRANCH, LOW, KEYS, part != 1, BOXES, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
                 )  # fmt: skip
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
@@ -269,14 +272,24 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, 
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
+    sources, boxes = key_sources(k, v, columns, shape, settings)
     with torch.cuda.device_of(q):
         _attend[triton.cdiv(length, tile), batch * k.shape[2]](
-            q, k, v, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
+            q, *sources, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
-            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision_of(q.dtype),
+            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
+
+
+def key_sources(
+    k: Tensor, v: Tensor, columns: int, shape: dict[str, int], settings: dict[str, Any]
+) -> tuple[tuple[Any, Any], bool]:
+    """Keys and values as a kernel reads them, and whether that is in boxes."""
+    if settings.get("boxes") and ranges.fits(shape, k, v):
+        return (ranges.boxes(k, columns), ranges.boxes(v, columns)), True
+    return (k, v), False
 
 
 def compressed_attention(

@@ -13,6 +13,7 @@ import triton.language as tl
 from anchors.nsa.kernels.tiles import (
     NEVER,
     key_offsets,
+    key_rows,
     key_tile,
     load_rows,
     load_tail,
@@ -62,8 +63,8 @@ def query_kernel(
     q, k, v, dz, dq, masses, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, entries, inner_step, gate_step,
     BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -72,8 +73,9 @@ def query_kernel(
     within, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
     q += example * q_strides[0]
     dz += example * dz_strides[0]
-    k += example * k_strides[0] + group * k_strides[2]
-    v += example * v_strides[0] + group * v_strides[2]
+    if not BOXES:
+        k += example * k_strides[0] + group * k_strides[2]
+        v += example * v_strides[0] + group * v_strides[2]
     count = 0
     if BRANCH == "selected":
         listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
@@ -102,12 +104,12 @@ def query_kernel(
         if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
                 start, member = key_tile(index, within, spans, blocks, members, BRANCH, KEYS, PARTS)
-                places = key_offsets(start, k_strides[1], keys, KEYS, part != 1)
-                k_tile = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
-                k_tail = load_tail(k, places, k_tile, DIM, WIDTH, TAIL, PRECISION)
-                v_tile = load_rows(
-                    v, key_offsets(start, v_strides[1], keys, KEYS, part != 1), DIM_V, WIDTH_V, PRECISION
-                )
+                k_tile, k_tail = key_rows(
+                    k, k_strides[1], example, group, start, keys, KEYS, part != 1, BOXES, DIM, WIDTH, TAIL, PRECISION
+                )  # fmt: skip
+                v_tile, _ = key_rows(
+                    v, v_strides[1], example, group, start, keys, KEYS, part != 1, BOXES, DIM_V, WIDTH_V, 0, PRECISION
+                )  # fmt: skip
                 scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
                 slope = tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
                 base = tl.where(member, mass, NEVER) if BRANCH == "selected" else mass

@@ -24,8 +24,17 @@ from torch import Tensor
 
 from anchors.attention.kernels import LOG2E, dense, precision_of, strides
 from anchors.nsa.geometry import Geometry
-from anchors.nsa.kernels import lists, selection
-from anchors.nsa.kernels.attention import Branch, Tuning, attend, attend_last, seen_spans, tile_of, walked
+from anchors.nsa.kernels import lists, ranges, selection
+from anchors.nsa.kernels.attention import (
+    Branch,
+    Tuning,
+    attend,
+    attend_last,
+    key_sources,
+    seen_spans,
+    tile_of,
+    walked,
+)
 from anchors.nsa.kernels.backward import inner_kernel, key_kernel, query_kernel, sum_kernel, text_sum_kernel
 from anchors.nsa.kernels.tiles import NEVER, demand, tuned, widest, widths
 from anchors.nsa.texts import Spans, Texts
@@ -90,14 +99,15 @@ def query_gradient(
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if onto is None else onto
+    sources, boxes = key_sources(k, v, columns, shape, settings)
     with torch.cuda.device_of(q):
         query_kernel[triton.cdiv(q.shape[1], tile), q.shape[0] * k.shape[2]](
-            q, k, v, dz, dq, _masses(lse), inner, gate, seen_spans(spans, past + q.shape[1]), *listed,
+            q, *sources, dz, dq, _masses(lse), inner, gate, seen_spans(spans, past + q.shape[1]), *listed,
             *map(strides, (q, k, v, dz)),
             q.shape[1], k.shape[1], past, scale, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             inner.stride(-1), gate.stride(-1), BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group,
             KEYS=columns, PARTS=max(1, branch.lp // columns), ENTRIES=padded, PEEL=bool(settings["peel"]),
-            ACCUMULATE=onto is not None, **shape, PRECISION=precision_of(q.dtype),
+            ACCUMULATE=onto is not None, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
     return dq
@@ -135,7 +145,8 @@ def key_gradients(
     if branch.name == "selected":
         # Blocks of texts are named by their first tokens: any token may begin one.
         blocks = -(-keys // branch.lp) if spans is None else keys
-        inverse = lists.inverse(cast(Tensor, idx), blocks, settings["split"])
+        invert = lists.counted if settings.get("counted") else lists.inverse
+        inverse = invert(cast(Tensor, idx), blocks, settings["split"])
         rows = (
             None
             if spans is None
@@ -150,17 +161,35 @@ def key_gradients(
             [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k, v)] if splits > 1 else [dk, dv]
         )
         grid, listed = (triton.cdiv(keys, columns) * splits, batch * heads), (None, None, None)
+    seers = None if spans is None else spans.seers
+    if branch.name != "selected" and settings.get("way", "tiles") != "tiles":
+        _range_gradients(
+            branch, q, k, v, dz, lse, inner, gate, seers, parts, scale, past, shape, settings, splits
+        )
+        if splits > 1:
+            dk, dv = (part.sum(0).to(x.dtype) for part, x in zip(parts, (k, v), strict=True))
+        return dk, dv
     with torch.cuda.device_of(q):
-        key_kernel[grid](
-            q, k, v, dz, *parts, _masses(lse), inner, gate, None if spans is None else spans.seers, *listed,
-            *map(strides, (q, k, v, dz)),
-            q.shape[1], keys, past, scale, scale * LOG2E.value, heads, groups, *branch.sizes,
-            inner.stride(-1), gate.stride(-1), BRANCH=branch.name, UNTIL=branch.bounded(spans), TILE=tile, GROUP=group,
-            KEYS=columns, PARTS=max(1, branch.lp // columns), SPLITS=splits,
-            SPLIT=triton.next_power_of_2(settings.get("split", 1)),
-            PEEL=bool(settings["peel"]), **shape, PRECISION=precision_of(q.dtype),
-            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
-        )  # fmt: skip
+        if branch.name == "selected" and settings.get("way") == "rows":
+            masses, means, signs = ranges.rows_by_head(lse, inner, gate)
+            ranges.list_kernel[grid](
+                q, k, v, dz, *parts, masses, means, signs, gate.amin(), seers, *listed, *map(strides, (q, k, v, dz)),
+                masses.shape[-1], keys, past, scale, scale * LOG2E.value, heads, HEADS=groups, ROWS=settings["rows"],
+                KEYS=columns, PARTS=max(1, branch.lp // columns),
+                SPLIT=triton.next_power_of_2(settings.get("split", 1)), **shape, PRECISION=precision_of(q.dtype),
+                num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+            )  # fmt: skip
+        else:
+            key_kernel[grid](
+                q, k, v, dz, *parts, _masses(lse), inner, gate, seers, *listed,
+                *map(strides, (q, k, v, dz)),
+                q.shape[1], keys, past, scale, scale * LOG2E.value, heads, groups, *branch.sizes,
+                inner.stride(-1), gate.stride(-1), BRANCH=branch.name, UNTIL=branch.bounded(spans), TILE=tile, GROUP=group,
+                KEYS=columns, PARTS=max(1, branch.lp // columns), SPLITS=splits,
+                SPLIT=triton.next_power_of_2(settings.get("split", 1)),
+                PEEL=bool(settings["peel"]), **shape, PRECISION=precision_of(q.dtype),
+                num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+            )  # fmt: skip
         if branch.name == "selected":
             for part, total in zip(parts, (dk, dv), strict=True):
                 width = max(16, triton.next_power_of_2(total.shape[-1]))
@@ -176,6 +205,28 @@ def key_gradients(
     if splits > 1:
         dk, dv = (part.sum(0).to(x.dtype) for part, x in zip(parts, (k, v), strict=True))
     return dk, dv
+
+
+def _range_gradients(
+    branch, q, k, v, dz, lse, inner, gate, seers, parts, scale, past, shape, settings, splits
+) -> None:
+    batch, length, heads, _ = q.shape
+    keys, groups = k.shape[1], k.shape[2]
+    rows, columns = settings["rows"], settings["keys"]
+    masses, means, signs = ranges.rows_by_head(lse, inner, gate)
+    sources = (q, dz, masses, means)
+    if boxes := settings["way"] == "boxes" and ranges.fits(shape, q, dz):
+        sources = (
+            *(ranges.boxes(x, rows) for x in (q, dz)), *(ranges.line_boxes(x, rows) for x in (masses, means))
+        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        ranges.range_kernel[triton.cdiv(keys, columns) * splits, batch * groups](
+            sources[0], k, v, sources[1], *parts, *sources[2:], signs, gate.amin(), seers, *map(strides, (q, k, v, dz)),
+            length, masses.shape[-1], keys, past, scale, scale * LOG2E.value, groups, *branch.sizes,
+            BRANCH=branch.name, UNTIL=seers is not None or branch.name == "window", HEADS=heads // groups, ROWS=rows,
+            KEYS=columns, SPLITS=splits, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
+            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+        )  # fmt: skip
 
 
 class _SparseAttention(torch.autograd.Function):

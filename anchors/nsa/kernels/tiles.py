@@ -148,7 +148,8 @@ def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
 @no_type_check
 def load_rows(pointer, offsets, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     columns = tl.arange(0, WIDTH)
-    places = pointer + offsets[:, None] + columns[None, :]
+    # The pointer last: what is behind it does not change along many loops.
+    places = pointer + (offsets[:, None] + columns[None, :])
     if DIM == WIDTH:
         return nearest(tl.load(places), PRECISION)
     return nearest(tl.load(places, mask=(columns < DIM)[None, :], other=0.0), PRECISION)
@@ -294,3 +295,20 @@ def key_offsets(start, stride, keys, KEYS: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         row = tl.minimum(row, keys - 1 - start)
     return (tl.full([1], 0, tl.int64) + start) * stride + row * stride
+
+
+@triton.jit
+@no_type_check
+def key_rows(
+    pointer, stride, example, group, start, keys, KEYS: tl.constexpr, MASKED: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a key tile; past the end the last key again, or zeros where the copy engine reads."""
+    if BOXES:
+        tile = tl.reshape(pointer.load([example.to(tl.int32), start, group, 0]), [KEYS, WIDTH])
+        tail = tile
+    else:
+        places = key_offsets(start, stride, keys, KEYS, MASKED)
+        tile = load_rows(pointer, places, min(DIM, WIDTH), WIDTH, PRECISION)
+        tail = load_tail(pointer, places, tile, DIM, WIDTH, TAIL, PRECISION)
+    return tile, tail
