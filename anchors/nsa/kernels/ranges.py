@@ -17,7 +17,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from anchors.attention.kernels import LOG2E
-from anchors.nsa.kernels.tiles import NEVER, key_offsets, load_rows, load_tail, products, save_rows, times
+from anchors.nsa.kernels.tiles import (
+    NEVER,
+    key_offsets,
+    load_rows,
+    load_tail,
+    load_tile,
+    products,
+    save_rows,
+    times,
+)
 
 PAD = 128
 """Positions are padded to a multiple of this, at least the rows of any tile."""
@@ -217,14 +226,20 @@ def list_kernel(
             query = tl.load(queries + (place if section == 1 else tl.minimum(place, stop - 1)))
             long = query.to(tl.int64)
             # What depends on the list is found once for all heads.
-            q_places, dz_places = long * q_strides[1], long * dz_strides[1]
+            q_rows = q + (long * q_strides[1])[:, None]
+            dz_rows = dz + (long * dz_strides[1])[:, None]
+            q_main, q_rest = q_rows + tl.arange(0, WIDTH)[None, :], q_rows
+            if TAIL > 0:
+                q_rest = q_rows + (WIDTH + tl.arange(0, TAIL))[None, :]
+            dz_main = dz_rows + tl.arange(0, WIDTH_V)[None, :]
             if section != 1:
                 seen = ((query + past)[None, :] >= (start + column)[:, None]) & (place < stop)[None, :]
             for head in range(HEADS):
-                own_q, own_dz = q + head * q_strides[2], dz + head * dz_strides[2]
-                q_tile = load_rows(own_q, q_places, min(DIM, WIDTH), WIDTH, PRECISION)
-                q_tail = load_tail(own_q, q_places, q_tile, DIM, WIDTH, TAIL, PRECISION)
-                dz_tile = load_rows(own_dz, dz_places, DIM_V, WIDTH_V, PRECISION)
+                q_tile = load_tile(q_main + head * q_strides[2], min(DIM, WIDTH), WIDTH, PRECISION)
+                q_tail = q_tile
+                if TAIL > 0:
+                    q_tail = load_tile(q_rest + head * q_strides[2], DIM - WIDTH, TAIL, PRECISION)
+                dz_tile = load_tile(dz_main + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION)
                 mass = tl.load(masses + first + head * padded + query)
                 mean = tl.load(means + first + head * padded + query)
                 scores = products(k_tile, k_tail, q_tile, q_tail, TAIL, PRECISION)

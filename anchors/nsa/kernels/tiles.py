@@ -147,12 +147,16 @@ def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
 @triton.jit
 @no_type_check
 def load_rows(pointer, offsets, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
     # The pointer last: what is behind it does not change along many loops.
-    places = pointer + (offsets[:, None] + columns[None, :])
+    return load_tile(pointer + (offsets[:, None] + tl.arange(0, WIDTH)[None, :]), DIM, WIDTH, PRECISION)
+
+
+@triton.jit
+@no_type_check
+def load_tile(places, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     if DIM == WIDTH:
         return nearest(tl.load(places), PRECISION)
-    return nearest(tl.load(places, mask=(columns < DIM)[None, :], other=0.0), PRECISION)
+    return nearest(tl.load(places, mask=(tl.arange(0, WIDTH) < DIM)[None, :], other=0.0), PRECISION)
 
 
 @triton.jit
