@@ -38,92 +38,62 @@ def sizes(rows: int, keys: int, warps: int, stages: int, **more: Any) -> dict[st
     return {"rows": rows, "keys": keys, "num_warps": warps, "num_stages": stages, **more}
 
 
-def varied(stage: str) -> dict[str, dict[str, Any]]:
-    """dk and dv of a range: rows by position, or rows by head through pointers and through the copy engine."""
-    splits = {"splits": 4 if stage == "compressed" else 1}
-    tiles = {
-        "64x128 8w 2s": sizes(64, 128, 8, 2), "64x128 8w 3s": sizes(64, 128, 8, 3), "64x64 4w 2s": sizes(64, 64, 4, 2),
-        "32x64 4w 3s": sizes(32, 64, 4, 3), "32x64 4w 2s": sizes(32, 64, 4, 2), "32x128 8w 3s": sizes(32, 128, 8, 3),
-    }  # fmt: skip
-    boxes = {f"boxes {name}": {"way": "boxes", **tile, **splits} for name, tile in tiles.items()}
-    more = {
-        "boxes 64x64 4w 2s, twice the splits": boxes["boxes 64x64 4w 2s"] | {"splits": 2 * splits["splits"]}
-    }
-    return {
-        "today": {},
-        "32x64 4w": sizes(32, 64, 4, 3 if stage == "compressed" else 2, peel=1, **splits),
-        "rows 64x128 8w 2s": {"way": "rows", **tiles["64x128 8w 2s"], **splits},
-        **boxes, **more,
-    }  # fmt: skip
-
-
-BOXED = {"boxes": 1}
-BY_HEAD = {"way": "boxes", "num_warps": 4, "num_stages": 3}
+OLD: dict[str, dict[str, Any]] = {
+    "forward.compressed": sizes(128, 128, 8, 3, peel=1, boxes=0),
+    "forward.selected": sizes(64, 64, 4, 3, peel=1, boxes=0),
+    "forward.window": sizes(64, 64, 4, 3, peel=0, boxes=0),
+    "query.selected": sizes(64, 64, 4, 2, peel=1, boxes=0),
+    "query.window": sizes(64, 64, 4, 2, peel=1, boxes=0),
+    "keys.compressed": sizes(64, 128, 8, 2, peel=1, splits=4, boxes=0),
+    "keys.window": sizes(64, 128, 8, 1, peel=0, splits=1, boxes=0),
+}
+"""Without boxes, as before."""
+LISTED = {"way": "rows", **sizes(32, 64, 4, 2)}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "forward.compressed": {
-        "today": {}, "256x64 8w 3s": sizes(256, 64, 8, 3), "boxes": BOXED,
-        "boxes 256x64 8w 3s": sizes(256, 64, 8, 3, **BOXED), "boxes 128x64 4w 2s": sizes(128, 64, 4, 2, **BOXED),
-        "boxes 128x128 8w 2s": sizes(128, 128, 8, 2, **BOXED),
+        "old": OLD["forward.compressed"], "new": {}, "128x64 4w 3s": sizes(128, 64, 4, 3), "64x64 4w 2s": sizes(64, 64, 4, 2),
+        "128x32 4w 3s": sizes(128, 32, 4, 3), "128x32 4w 4s": sizes(128, 32, 4, 4),
     },
     "importance": {
-        "today": {},
-        "boxes 64x128 4w 3s": {**BY_HEAD, "rows": 64, "keys": 128},
-        "boxes 64x128 4w 4s": {**BY_HEAD, "rows": 64, "keys": 128, "num_stages": 4},
-        "boxes 128x64 4w 3s": {**BY_HEAD, "rows": 128, "keys": 64},
-        "boxes 128x128 8w 3s": {**BY_HEAD, "rows": 128, "keys": 128, "num_warps": 8},
-        "boxes 64x256 8w 3s": {**BY_HEAD, "rows": 64, "keys": 256, "num_warps": 8},
-        "rows 64x128 4w 3s": {**BY_HEAD, "way": "rows", "rows": 64, "keys": 128},
+        "new": {}, "3 stages": {"score": {"num_stages": 3}}, "64 x 128": {"score": {"rows": 64, "keys": 128}},
+        "128 x 128, 8 warps": {"score": {"rows": 128, "keys": 128, "num_warps": 8}},
+        "topn 2048": {"topn": {"scores": 2048}}, "topn 512 a warp": {"topn": {"per_warp": 512}},
+        "topn 256 a warp": {"topn": {"per_warp": 256}},
     },
-    "forward.selected": {
-        "today": {}, "boxes": BOXED, "boxes 2s": sizes(64, 64, 4, 2, **BOXED), "boxes 4s": sizes(64, 64, 4, 4, **BOXED),
-    },
+    "forward.selected": {"old": OLD["forward.selected"], "new": {}},
     "window and sum": {
-        "today": {}, "boxes": BOXED, "boxes peel": {"peel": 1, **BOXED},
-        "boxes 128x64 8w 3s": sizes(128, 64, 8, 3, peel=1, **BOXED),
-        "boxes 128x64 4w 2s": sizes(128, 64, 4, 2, peel=1, **BOXED),
-        "boxes 128x128 8w 2s": sizes(128, 128, 8, 2, peel=1, **BOXED),
+        "old": OLD["forward.window"], "new": {}, "peel 2s": sizes(64, 64, 4, 2, peel=1),
+        "128x64 4w 2s": sizes(128, 64, 4, 2, peel=1), "128x32 4w 3s": sizes(128, 32, 4, 3, peel=1),
+        "64x32 4w 3s": sizes(64, 32, 4, 3, peel=1),
     },
-    "query.compressed": {
-        "today": {}, "boxes": BOXED, "boxes 128x64 8w 4s": sizes(128, 64, 8, 4, **BOXED),
-        "boxes 64x64 4w 2s": sizes(64, 64, 4, 2, **BOXED), "boxes 64x128 4w 2s": sizes(64, 128, 4, 2, **BOXED),
+    "query.compressed": {"old": {}},
+    "query.selected": {"old": OLD["query.selected"], "new": {}},
+    "query.window": {"old": OLD["query.window"], "new": {}},
+    "keys.compressed": {
+        "old": OLD["keys.compressed"], "new": {}, "4s": {"num_stages": 4}, "256 programs": {"programs": 256},
+        "1024 programs": {"programs": 1024},
     },
-    "query.selected": {"today": {}, "boxes": BOXED, "boxes 3s": sizes(64, 64, 4, 3, **BOXED)},
-    "query.window": {
-        "today": {}, "boxes": BOXED, "boxes 3s": sizes(64, 64, 4, 3, **BOXED),
-        "boxes 128x64 8w 3s": sizes(128, 64, 8, 3, **BOXED),
+    "keys.window": {
+        "old": OLD["keys.window"], "new": {}, "4s": {"num_stages": 4}, "256 programs": {"programs": 256},
+        "1024 programs": {"programs": 1024}, "64x64 4w 2s": sizes(64, 64, 4, 2),
     },
-    "keys.compressed": varied("compressed"),
-    "keys.window": varied("window"),
     "keys.selected": {
-        "today": {}, "counted": {"counted": 1},
-        "rows 32x64 4w 2s": {"counted": 1, "way": "rows", **sizes(32, 64, 4, 2)},
-        "rows 32x64 4w 3s": {"counted": 1, "way": "rows", **sizes(32, 64, 4, 3)},
-        "rows 64x64 4w 2s": {"counted": 1, "way": "rows", **sizes(64, 64, 4, 2)},
+        "old": {}, "rows 32x64 4w 2s": LISTED, "rows 32x64 4w 3s": LISTED | {"num_stages": 3},
+        "rows 64x64 4w 2s": LISTED | {"rows": 64}, "rows 32x64 4w 2s, lists of 2048": LISTED | {"split": 2048},
     },
-    "inverse": {
-        "today": {}, "counted 8 of 256": {"counted": 1}, "counted 16 of 256": {"counted": 1, "step": 16, "chunk": 8},
-        "counted 8 of 128": {"counted": 1, "span": 128}, "counted 4 of 256": {"counted": 1, "step": 4},
-    },
+    "inverse": {"new": {}},
 }  # fmt: skip
-"""By stage and name, settings over those of the tables; the first is today's."""
-GUESSED: dict[str, dict[str, Any]] = {
-    "score": VARIANTS["importance"]["boxes 64x128 4w 3s"],
-    "forward.compressed": VARIANTS["forward.compressed"]["boxes 256x64 8w 3s"],
-    "forward.selected": BOXED, "forward.window": VARIANTS["window and sum"]["boxes 128x64 8w 3s"],
-    "query.compressed": BOXED, "query.selected": BOXED, "query.window": BOXED,
-    "keys.compressed": VARIANTS["keys.compressed"]["boxes 64x128 8w 2s"],
-    "keys.window": VARIANTS["keys.window"]["boxes 64x64 4w 2s"],
-    "keys.selected": {"counted": 1},
-}  # fmt: skip
-"""All of it: what was expected to be best."""
-VARIANTS |= {f"all.{direction}": {"today": {}, "guessed": GUESSED} for direction in ("forward", "backward")}
+"""By stage and name, settings over those of the tables; the first is what the others are compared with."""
+WHOLE = {"old": OLD, "new": {}, "new, rows of lists": {"keys.selected": LISTED}}
+VARIANTS |= {f"all.{direction}": WHOLE for direction in ("forward", "backward")}
 
 
 def settings(stage: str, name: str) -> dict[str, dict[str, Any]]:
     """As the kernels' `tuning`."""
     change = VARIANTS[stage][name]
-    names = {"importance": "score", "window and sum": "forward.window"}
-    return change if stage.startswith("all.") else {names.get(stage, stage): change}
+    if stage == "importance" or stage.startswith("all."):
+        return change
+    return {"forward.window" if stage == "window and sum" else stage: change}
 
 
 def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
@@ -170,7 +140,7 @@ def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
             case.q, case.kc, outs["compressed"][1], geometry=g, tokens=case.tokens, **common, tuning=tuning
         )
     ]
-    made["inverse"] = lambda tuning: _inverse(case, tuning.get("inverse", {}))
+    made["inverse"] = lambda tuning: list(vars(lists.inverse(case.idx, g.blocks(case.tokens))).values())
     leaves = [getattr(case, x) for x in LEAVES["all"]]
 
     def whole(tuning: dict[str, Any], *leaves: Tensor) -> Tensor:
@@ -183,25 +153,11 @@ def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
 
     def back(tuning: dict[str, Any]) -> list[Tensor]:
         if str(tuning) not in kept:
-            kept.clear()
             kept[str(tuning)] = whole(tuning, *held)
         return list(torch.autograd.grad(kept[str(tuning)], held, case.dz, retain_graph=True))
 
     made["all.backward"] = back
     return made
-
-
-def _inverse(case: Case, change: dict[str, Any]) -> list[Tensor]:
-    blocks, cut = (
-        case.geometry.blocks(case.tokens),
-        {x: change[x] for x in ("step", "span", "chunk") if x in change},
-    )
-    found = (
-        lists.counted(case.idx, blocks, **cut) if change.get("counted") else lists.inverse(case.idx, blocks)
-    )
-    # Behind the last list lies whatever lay there.
-    used = int((case.idx >= 0).sum()) if change.get("cut") else len(found.queries)
-    return [found.queries[:used], found.items, found.first, found.number]
 
 
 DECODED = {
@@ -234,12 +190,15 @@ def decoding(name: str, batch: int) -> dict[str, Callable[[], Any]]:
 
 
 def decoded(repeats: int) -> Iterator[dict[str, Any]]:
-    calls, first = {}, None
+    calls, first, held = {}, None, []
     rows: dict[str, dict[str, Any]] = {}
     for name in DECODED:
         row = {"stage": "decode", "variant": name, "tokens": HELD}
         try:
-            for kind, make in decoding(name, BATCH).items():
+            makers = decoding(name, BATCH)
+            # A graph does not keep the cache that it reads.
+            held.append(makers)
+            for kind, make in makers.items():
                 calls[name if kind == "ours" else kind] = make()
             out = calls[name]().clone()
             first = out if first is None else first
@@ -336,9 +295,8 @@ def measured(
             run = lambda stage=stage, change=change: made[stage](change)  # noqa: E731
             row = {"stage": stage, "variant": name, "tokens": tokens, "error": errors.get((stage, name))}
             try:
-                cut = {stage: change.get(stage, {}) | {"cut": 1}} if stage == "inverse" else change
-                one = [x.clone() for x in made[stage](cut)]
-                two = made[stage](cut)
+                one = [x.clone() for x in run()]
+                two = run()
                 row["same"] = all(map(torch.equal, one, two))
                 first = first or one
                 row["off"] = max(distance(x, y) for x, y in zip(one, first, strict=True) if x.dim())

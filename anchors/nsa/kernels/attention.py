@@ -252,10 +252,11 @@ def attend_last(
     return z, o, lse
 
 
-def tile_of(branch: Branch, kernel: str, q: Tensor, v: Tensor, groups: int, tuning: Tuning) -> int:
+def tile_of(branch: Branch, kernel: str, q: Tensor, k: Tensor, v: Tensor, tuning: Tuning) -> int:
     """Positions of a query tile of a kernel."""
-    settings = tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning)
-    return branch.tile(groups, settings["rows"])[0]
+    fits = ranges.fits(widths(k.shape[-1], v.shape[-1]), dense(k), dense(v))
+    settings = tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
+    return branch.tile(q.shape[2] // k.shape[2], settings["rows"])[0]
 
 
 def seen_spans(spans: Spans | None, tokens: int) -> Tensor | None:
@@ -268,11 +269,13 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, 
     q, k, v = map(dense, (q, k, v))
     batch, length, _, _ = q.shape
     shape = widths(q.shape[-1], v.shape[-1])
-    settings = tuned(f"forward.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
+    fits = ranges.fits(shape, k, v)
+    settings = tuned(f"forward.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
-    sources, boxes = key_sources(k, v, columns, shape, settings)
+    boxes = fits and bool(settings.get("boxes"))
+    sources = key_sources(k, v, columns, boxes)
     with torch.cuda.device_of(q):
         _attend[triton.cdiv(length, tile), batch * k.shape[2]](
             q, *sources, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
@@ -283,13 +286,9 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, 
         )  # fmt: skip
 
 
-def key_sources(
-    k: Tensor, v: Tensor, columns: int, shape: dict[str, int], settings: dict[str, Any]
-) -> tuple[tuple[Any, Any], bool]:
-    """Keys and values as a kernel reads them, and whether that is in boxes."""
-    if settings.get("boxes") and ranges.fits(shape, k, v):
-        return (ranges.boxes(k, columns), ranges.boxes(v, columns)), True
-    return (k, v), False
+def key_sources(k: Tensor, v: Tensor, columns: int, boxed: bool) -> tuple[Any, Any]:
+    """Keys and values as a kernel reads them."""
+    return (ranges.boxes(k, columns), ranges.boxes(v, columns)) if boxed else (k, v)
 
 
 def compressed_attention(

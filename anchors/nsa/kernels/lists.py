@@ -134,96 +134,6 @@ def rho(union: Union) -> float:
     return float(union.counts.float().mean()) / union.blocks.shape[-1]
 
 
-STEP = 8
-"""Query rows whose entries are ranked against each other at a time."""
-SPAN = 256
-"""Query rows that one program counts, and sorts, step by step; a multiple of `STEP`."""
-
-
-@triton.jit
-@no_type_check
-def _sort(
-    idx, counters, starts, queries_of, idx_strides, queries, groups, blocks, spans,
-    N: tl.constexpr, ENTRIES: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr,
-):  # fmt: skip
-    """Counts how often the rows of a span chose each block; with `PLACE` writes each row where the counters say.
-
-    A program owns its line of counters. An entry's rank is the counter's value plus the entries of this step's earlier
-    rows; the last entry of a block moves the counter on. So lists ascend, and no atomics are needed.
-    """
-    span, pair = tl.program_id(0), tl.program_id(1)
-    group, example = pair % groups, (pair // groups).to(tl.int64)
-    idx += example * idx_strides[0] + group * idx_strides[2]
-    counters += (pair.to(tl.int64) * spans + span) * blocks
-    starts += pair.to(tl.int64) * blocks
-    entry = tl.arange(0, ENTRIES)
-    for step in range(0, SPAN, STEP):
-        query = span * SPAN + step + entry // N
-        inside = (entry < STEP * N) & (query < queries)
-        block = tl.load(
-            idx + query.to(tl.int64) * idx_strides[1] + entry % N * idx_strides[3], mask=inside, other=-1
-        )
-        chosen = inside & (block >= 0)
-        earlier = tl.zeros([ENTRIES], tl.int32)
-        later = tl.zeros([ENTRIES], tl.int32)
-        for start in range(0, ENTRIES, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            row = span * SPAN + step + other // N
-            there = (other < STEP * N) & (row < queries)
-            place = idx + row.to(tl.int64) * idx_strides[1] + other % N * idx_strides[3]
-            theirs = tl.load(place, mask=there, other=-1)
-            same = block[:, None] == theirs[None, :]
-            earlier += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), 1)
-            later += tl.sum((same & (other[None, :] > entry[:, None])).to(tl.int32), 1)
-        # The counters were last written by other threads of this program.
-        tl.debug_barrier()
-        rank = tl.load(counters + block, mask=chosen, other=0) + earlier
-        if PLACE:
-            first = tl.load(starts + block, mask=chosen, other=0)
-            tl.store(queries_of + first + rank, query, mask=chosen)
-        tl.debug_barrier()
-        tl.store(counters + block, rank + 1, mask=chosen & (later == 0))
-
-
-def counted(
-    idx: Int[Tensor, "batch query groups n"], blocks: int, split: int = 1024, step: int = STEP, span: int = SPAN,
-    chunk: int = 16,
-) -> Inverse:  # fmt: skip
-    """`inverse` by counting: two passes over the choice, and no sort."""
-    batch, queries, groups, n = idx.shape
-    pairs, entries = batch * groups, idx.numel()
-    spans = triton.cdiv(queries, span)
-    counters = idx.new_zeros(pairs, spans, blocks, dtype=torch.int32)
-    rows = idx.new_empty(entries, dtype=torch.int32)
-    padded = triton.next_power_of_2(step * n)
-    sizes = {"N": n, "ENTRIES": padded, "STEP": step, "SPAN": span, "CHUNK": min(padded, chunk)}
-    rest = (idx.stride(), queries, groups, blocks, spans)
-    with torch.cuda.device_of(idx):
-        _sort[spans, pairs](idx, counters, counters, rows, *rest, PLACE=False, **sizes)
-        ends = counters.cumsum(1, dtype=torch.int32)
-        length = ends[:, -1].flatten() if spans else idx.new_zeros(pairs * blocks, dtype=torch.int32)
-        edges = torch.nn.functional.pad(length.cumsum(0, dtype=torch.int32), (1, 0))
-        _sort[spans, pairs](idx, ends - counters, edges, rows, *rest, PLACE=True, **sizes)
-    return _pieces(rows, edges, blocks, entries, split)
-
-
-def _pieces(rows: Tensor, edges: Tensor, blocks: int, entries: int, split: int) -> Inverse:
-    """Lists between edges, cut into pieces."""
-    lists = len(edges) - 1
-    number = (edges.diff() + (split - 1)) // split
-    ends = number.cumsum(0, dtype=torch.int32)
-    first = ends - number
-    item = torch.arange(lists + entries // split, dtype=torch.int32, device=edges.device)
-    owner = torch.searchsorted(ends, item, right=True, out_int32=True)
-    used = owner < lists
-    owner = owner.clamp(max=lists - 1)
-    start = edges[owner] + (item - first[owner]) * split
-    stop = torch.minimum(start + split, edges[owner + 1])
-    items = torch.stack([owner // blocks, owner % blocks, start, stop], 1).where(used[:, None], -1)
-    shape = lists // blocks, blocks
-    return Inverse(rows, items, first.view(shape), number.view(shape))
-
-
 def inverse(idx: Int[Tensor, "batch query groups n"], blocks: int, split: int = 1024) -> Inverse:
     """The query rows that chose each block, in pieces of at most `split`; nothing waits for the device.
 
@@ -246,10 +156,29 @@ def inverse(idx: Int[Tensor, "batch query groups n"], blocks: int, split: int = 
         torch.arange(batch * groups, dtype=torch.int32, device=idx.device).view(batch, groups, 1, 1) * blocks
     )
     chosen = idx.permute(0, 2, 1, 3).int()
-    keys, order = (chosen + offset).where(chosen >= 0, lists).flatten().sort(stable=True)
-    every = torch.arange(lists + 1, dtype=torch.int32, device=idx.device)
+    # A sort takes its keys a byte at a time.
+    narrow = torch.int16 if lists < 2**15 else torch.int32
+    keys, order = (chosen + offset).where(chosen >= 0, lists).flatten().to(narrow).sort(stable=True)
+    every = torch.arange(lists + 1, dtype=narrow, device=idx.device)
     edges = torch.searchsorted(keys, every, out_int32=True)
     return _pieces((order // n % queries).int(), edges, blocks, entries, split)
+
+
+def _pieces(rows: Tensor, edges: Tensor, blocks: int, entries: int, split: int) -> Inverse:
+    """Lists between edges, cut into pieces."""
+    lists = len(edges) - 1
+    number = (edges.diff() + (split - 1)) // split
+    ends = number.cumsum(0, dtype=torch.int32)
+    first = ends - number
+    item = torch.arange(lists + entries // split, dtype=torch.int32, device=edges.device)
+    owner = torch.searchsorted(ends, item, right=True, out_int32=True)
+    used = owner < lists
+    owner = owner.clamp(max=lists - 1)
+    start = edges[owner] + (item - first[owner]) * split
+    stop = torch.minimum(start + split, edges[owner + 1])
+    items = torch.stack([owner // blocks, owner % blocks, start, stop], 1).where(used[:, None], -1)
+    shape = lists // blocks, blocks
+    return Inverse(rows, items, first.view(shape), number.view(shape))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from anchors.attention.kernels import LOG2E
+from anchors.attention.kernels import LOG2E, nearest
 from anchors.nsa.kernels.tiles import (
     NEVER,
     key_offsets,
@@ -28,6 +28,8 @@ from anchors.nsa.kernels.tiles import (
     times,
 )
 
+PROGRAMS, SPLITS = 512, 16
+"""Programs that a walk is cut for, and the most parts of one."""
 PAD = 128
 """Positions are padded to a multiple of this, at least the rows of any tile."""
 
@@ -45,45 +47,23 @@ def rows_kernel(
     inside = (head < heads)[:, None] & (position < length)[None, :]
     line = (example * length + position)[None, :] * heads + head[:, None]
     mass = tl.load(lse + line, mask=inside, other=float("-inf"))
-    mass = tl.where(mass == float("-inf"), NEVER, mass * LOG2E)
+    weight = tl.load(gate + line * gate_step, mask=inside, other=1.0)
+    mean = tl.load(inner + line * inner_step, mask=inside, other=0.0)
+    mass = tl.where(mass == float("-inf"), NEVER, mass * LOG2E - tl.log2(tl.abs(weight)))
     place = (example * heads + head)[:, None] * padded + position[None, :]
     kept = (head < heads)[:, None] & (position < padded)[None, :]
-    if gate is not None:
-        weight = tl.load(gate + line * gate_step, mask=inside, other=1.0)
-        mean = tl.load(inner + line * inner_step, mask=inside, other=0.0)
-        mass -= tl.log2(tl.abs(weight))
-        tl.store(means + place, mean, mask=kept)
-        tl.store(signs + place, tl.where(weight < 0, -1.0, 1.0), mask=kept)
+    tl.store(means + place, mean, mask=kept)
+    tl.store(signs + place, tl.where(weight < 0, -1.0, 1.0), mask=kept)
     tl.store(masses + place, mass, mask=kept)
 
 
 @triton.jit
 @no_type_check
-def head_rows(
-    pointer, strides, example, position, head, row,
-    BOXES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Both parts of the rows of one head from a position on."""
-    if BOXES:
-        tile = tl.reshape(pointer.load([example, position, head, 0]), [ROWS, WIDTH])
-        tail = tile
-    else:
-        # The offsets within the tile do not change along the loop, only the scalar before them does.
-        pointer += position.to(tl.int64) * strides[1] + head * strides[2]
-        tile = load_rows(pointer, row * strides[1], min(DIM, WIDTH), WIDTH, PRECISION)
-        tail = load_tail(pointer, row * strides[1], tile, DIM, WIDTH, TAIL, PRECISION)
-    return tile, tail
-
-
-@triton.jit
-@no_type_check
 def range_kernel(
-    q, k, v, dz, dk, dv, masses, means, signs, lowest, spans, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dk, dv, masses, means, signs, lowest, spans, k_strides, v_strides,
     length, padded, keys, past, scale, factor, groups, size, stride, reach,
     BRANCH: tl.constexpr, UNTIL: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
-    TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The first keys have the longest walks; all parts of them start first.
     start, part = tl.program_id(0) // SPLITS * KEYS, tl.program_id(0) % SPLITS
@@ -124,40 +104,22 @@ def range_kernel(
     if spans is not None:
         row_of_key = tl.minimum(key, keys - 1) * 2
         since, until = tl.load(spans + row_of_key), tl.load(spans + row_of_key + 1)
-    if not BOXES:
-        q += example.to(tl.int64) * q_strides[0]
-        dz += example.to(tl.int64) * dz_strides[0]
     k += example.to(tl.int64) * k_strides[0] + group * k_strides[2]
     v += example.to(tl.int64) * v_strides[0] + group * v_strides[2]
-    own = key_offsets(start, k_strides[1], keys, KEYS, True)
-    k_tile = load_rows(k, own, min(DIM, WIDTH), WIDTH, PRECISION)
-    k_tail = load_tail(k, own, k_tile, DIM, WIDTH, TAIL, PRECISION)
-    v_tile = load_rows(v, key_offsets(start, v_strides[1], keys, KEYS, True), DIM_V, WIDTH_V, PRECISION)
-    dk_total = tl.zeros([KEYS, WIDTH], tl.float32)
-    if TAIL > 0:
-        dk_rest = tl.zeros([KEYS, TAIL], tl.float32)
-    dv_total = tl.zeros([KEYS, WIDTH_V], tl.float32)
+    k_tile = load_rows(k, key_offsets(start, k_strides[1], keys, KEYS, True), DIM, DIM, PRECISION)
+    v_tile = load_rows(v, key_offsets(start, v_strides[1], keys, KEYS, True), DIM_V, DIM_V, PRECISION)
+    dk_total = tl.zeros([KEYS, DIM], tl.float32)
+    dv_total = tl.zeros([KEYS, DIM_V], tl.float32)
     for section in tl.static_range(3):
         for index in range(bounds[section] * HEADS, bounds[section + 1] * HEADS):
             position = begin + index // HEADS * ROWS
             head = group * HEADS + index % HEADS
-            real = row
-            if section != 1:
-                real = tl.minimum(row, length - 1 - position)
-            q_tile, q_tail = head_rows(
-                q, q_strides, example, position, head, real, BOXES, ROWS, DIM, WIDTH, TAIL, PRECISION
-            )
-            dz_tile, _ = head_rows(
-                dz, dz_strides, example, position, head, real, BOXES, ROWS, DIM_V, WIDTH_V, 0, PRECISION
-            )
             line = example * groups * HEADS + head
-            if BOXES:
-                mass = tl.reshape(masses.load([line, position]), [ROWS])
-                mean = tl.reshape(means.load([line, position]), [ROWS])
-            else:
-                mass = tl.load(masses + line.to(tl.int64) * padded + position + row)
-                mean = tl.load(means + line.to(tl.int64) * padded + position + row)
-            scores = products(k_tile, k_tail, q_tile, q_tail, TAIL, PRECISION)
+            q_tile = nearest(tl.reshape(q.load([example, position, head, 0]), [ROWS, DIM]), PRECISION)
+            dz_tile = nearest(tl.reshape(dz.load([example, position, head, 0]), [ROWS, DIM_V]), PRECISION)
+            mass = tl.reshape(masses.load([line, position]), [ROWS])
+            mean = tl.reshape(means.load([line, position]), [ROWS])
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             pattern = tl.exp2(scores * factor - mass[None, :])
             if section != 1:
                 at = position + row + past
@@ -170,13 +132,9 @@ def range_kernel(
             dv_total = times(pattern, dz_tile, dv_total, PRECISION, False)
             slope = pattern * (tl.dot(v_tile, tl.trans(dz_tile), input_precision=PRECISION) - mean[None, :])
             dk_total = times(slope, q_tile, dk_total, PRECISION, False)
-            if TAIL > 0:
-                dk_rest = times(slope, q_tail, dk_rest, PRECISION, False)
     out = ((part * (tl.num_programs(1) // groups) + example).to(tl.int64) * keys + key) * groups + group
-    save_rows(dk, out * DIM, key < keys, dk_total * scale, min(DIM, WIDTH), WIDTH)
-    if TAIL > 0:
-        save_rows(dk + WIDTH, out * DIM, key < keys, dk_rest * scale, DIM - WIDTH, TAIL)
-    save_rows(dv, out * DIM_V, key < keys, dv_total, DIM_V, WIDTH_V)
+    save_rows(dk, out * DIM, key < keys, dk_total * scale, DIM, DIM)
+    save_rows(dv, out * DIM_V, key < keys, dv_total, DIM_V, DIM_V)
 
 
 @triton.jit
@@ -266,22 +224,16 @@ def list_kernel(
     save_rows(dv, out * DIM_V, kept, dv_total, DIM_V, WIDTH_V)
 
 
-def masses_by_head(lse: Float[Tensor, "batch query heads"]) -> Float[Tensor, "batch heads padded"]:
-    """log₂ Σ exp by head and position; behind the last position, and where nothing is seen, what makes a pattern 0."""
-    return rows_by_head(lse)[0]
-
-
 def rows_by_head(
     lse: Float[Tensor, "batch query heads"],
-    inner: Float[Tensor, "batch query heads"] | None = None,
-    gate: Float[Tensor, "batch query heads"] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log₂ Σ exp − log₂ |gate|, ⟨dO, o⟩ and the gate's sign as [batch, heads, padded]; the last two where they are given."""
+    inner: Float[Tensor, "batch query heads"],
+    gate: Float[Tensor, "batch query heads"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log₂ Σ exp − log₂ |gate|, ⟨dO, o⟩ and the gate's sign, all [batch, heads, padded]."""
     batch, length, heads = lse.shape
     padded = triton.cdiv(length, PAD) * PAD
     masses = lse.new_empty(batch, heads, padded)
-    means, signs = (None, None) if gate is None else (torch.empty_like(masses), torch.empty_like(masses))
-    steps = (1, 1) if gate is None or inner is None else (inner.stride(-1), gate.stride(-1))
+    means, signs = torch.empty_like(masses), torch.empty_like(masses)
     with torch.cuda.device_of(lse):
         rows_kernel[padded // 64, triton.cdiv(heads, 32), batch](
             lse.contiguous(),
@@ -293,7 +245,8 @@ def rows_by_head(
             length,
             padded,
             heads,
-            *steps,
+            inner.stride(-1),
+            gate.stride(-1),
             TILE=64,
             HEADS=32,
         )
@@ -301,12 +254,12 @@ def rows_by_head(
 
 
 def boxed(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read tensors in boxes: of two-byte numbers, every row at a multiple of 16 bytes."""
+    """Whether the copy engine of Hopper and its successors can read tensors in boxes: every row at a multiple of 16 bytes."""
     return all(
         x.numel() > 0
-        and x.element_size() == 2
         and x.data_ptr() % 16 == 0
-        and all(step % 8 == 0 for step in x.stride()[:-1])
+        and all(step > 0 and step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
+        and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0))
         for x in tensors
     )
 

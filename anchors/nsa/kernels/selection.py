@@ -26,10 +26,8 @@ from torch import Tensor
 from anchors.attention.kernels import LOG2E, dense, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
-from anchors.nsa.kernels import ranges
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
-from anchors.nsa.kernels.ranges import head_rows
-from anchors.nsa.kernels.tiles import load_rows, load_tail, parted, products, query_rows
+from anchors.nsa.kernels.tiles import load_rows, parted, query_rows
 from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
@@ -186,121 +184,6 @@ def _score(
 
 @triton.jit
 @no_type_check
-def _head_sums(
-    q, kc, masses, k_stride, q_strides, position, example, first_head, line, padded, real, seen, block, compressed, scale,
-    PER: tl.constexpr, REACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the compressed tokens that start in each block give to it, and to the block behind it."""
-    column, row = tl.arange(0, BLOCKS * SLOTS), tl.arange(0, ROWS)
-    slot = column % SLOTS
-    tokens = (block + column // SLOTS) * PER + slot
-    places = tl.minimum(tokens, compressed - 1).to(tl.int64) * k_stride
-    k_main = load_rows(kc, places, min(DIM, WIDTH), WIDTH, PRECISION)
-    k_tail = load_tail(kc, places, k_main, DIM, WIDTH, TAIL, PRECISION)
-    pattern = tl.zeros([ROWS, BLOCKS * SLOTS], tl.float32)
-    for head in range(HEADS):
-        q_main, q_tail = head_rows(
-            q, q_strides, example, position, first_head + head, real, BOXES, ROWS, DIM, WIDTH, TAIL, PRECISION
-        )  # fmt: skip
-        if BOXES:
-            mass = tl.reshape(masses.load([line + head, position]), [ROWS])
-        else:
-            mass = tl.load(masses + (line + head).to(tl.int64) * padded + position + row)
-        scores = products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
-        pattern += tl.exp2(scores * scale - mass[:, None])
-    if MASKED or SLOTS != PER:
-        pattern = tl.where((tokens[None, :] < seen[:, None]) & (slot < PER)[None, :], pattern, 0.0)
-    pattern = tl.reshape(pattern, [ROWS, BLOCKS, SLOTS])
-    here = tl.minimum(REACH, PER - tl.arange(0, SLOTS)).to(tl.float32)[None, None, :]
-    return tl.sum(pattern * here, 2), tl.sum(pattern * (REACH - here), 2)
-
-
-@triton.jit
-@no_type_check
-def _walk_heads(
-    q, kc, masses, k_stride, q_strides, position, example, first_head, line, padded, real, seen, scores, inside, full, stop,
-    compressed, columns, scale, PER: tl.constexpr, REACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    BOXES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Importance of all blocks for a tile of queries, of which those `inside` are stored."""
-    order = tl.arange(0, BLOCKS)
-    turn = tl.zeros([ROWS, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
-    before = tl.zeros([ROWS, BLOCKS], tl.float32)
-    bounds = (full * 0, full, stop)
-    for section in tl.static_range(2):
-        for tile in range(bounds[section], bounds[section + 1]):
-            here, there = _head_sums(
-                q, kc, masses, k_stride, q_strides, position, example, first_head, line, padded, real, seen,
-                tile * BLOCKS, compressed, scale, PER, REACH, HEADS, ROWS, BOXES, DIM, WIDTH, TAIL, SLOTS, BLOCKS,
-                section == 1, PRECISION,
-            )  # fmt: skip
-            if REACH > 1:
-                turned = tl.gather(there, turn, 1)
-                here += tl.where(order[None, :] == 0, before, turned)
-                before = turned
-            block = tile * BLOCKS + order
-            tl.store(
-                scores[:, None] + block[None, :], here, mask=inside[:, None] & (block < columns)[None, :]
-            )
-
-
-@triton.jit
-@no_type_check
-def _score_heads(
-    q, kc, masses, scores, texts, q_strides, k_strides, padded, first, rows, past, compressed, columns, scale,
-    l, d, lp, length, PER: tl.constexpr, REACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    BOXES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # The last queries see most and start first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    group, example = tl.program_id(1), tl.program_id(2)
-    if not BOXES:
-        q += example.to(tl.int64) * q_strides[0]
-    kc += example.to(tl.int64) * k_strides[0] + group * k_strides[2]
-    row = tl.arange(0, ROWS)
-    query = start + row
-    real = tl.minimum(row, rows - 1 - start)
-    line = (example * tl.num_programs(1) + group) * HEADS
-    earliest = past + first + start
-    latest = past + first + tl.minimum(start + ROWS, rows) - 1
-    scores += ((example.to(tl.int64) * rows + query) * tl.num_programs(1) + group) * columns
-    if texts is None:
-        seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
-        full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
-        stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
-        _walk_heads(
-            q, kc, masses, k_strides[1], q_strides, first + start, example, group * HEADS, line, padded, real, seen, scores,
-            query < rows, full, stop, compressed, columns, scale, PER, REACH, HEADS, ROWS, BOXES, DIM, WIDTH, TAIL,
-            SLOTS, BLOCKS, PRECISION,
-        )  # fmt: skip
-    else:
-        texts += example.to(tl.int64) * (past + length) * 3
-        # Text by text: a tile of queries lies in one mostly, and blocks are counted within it.
-        while earliest <= latest:
-            begin, end = tl.load(texts + earliest * 3), tl.load(texts + earliest * 3 + 1)
-            ahead = tl.load(texts + earliest * 3 + 2)
-            last = tl.minimum(latest, end - 1)
-            position = past + first + query
-            seen = tl.maximum(position - begin + 1 - l + d, 0) // d
-            full = tl.minimum(
-                tl.maximum(earliest - begin + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS
-            )
-            stop = tl.cdiv(tl.minimum((last - begin) // lp + 1, columns), BLOCKS)
-            _walk_heads(
-                q, kc + ahead.to(tl.int64) * k_strides[1], masses, k_strides[1], q_strides, first + start, example,
-                group * HEADS, line, padded, real, seen, scores, (position >= begin) & (position <= last), full, stop,
-                compressed - ahead, columns, scale, PER, REACH, HEADS, ROWS, BOXES, DIM, WIDTH, TAIL, SLOTS, BLOCKS,
-                PRECISION,
-            )  # fmt: skip
-            earliest = end
-
-
-@triton.jit
-@no_type_check
 def _topn(
     scores, idx, texts, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
     past, columns, lp, n_init, n_local, N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -390,7 +273,7 @@ def block_importance(
     scores = torch.zeros(
         batch, queries, kc.shape[2], geometry.blocks(tokens), dtype=torch.float32, device=q.device
     )
-    _launch_score(q, kc, lse, scores, None, 0, geometry, scale, past, tuning, _by_head(q, lse, tuning))
+    _launch_score(q, kc, lse, scores, None, 0, geometry, scale, past, tuning)
     return scores
 
 
@@ -464,20 +347,20 @@ def select_blocks(
     if early:
         columns = min(blocks, geometry.n)
         _launch_topn(None, idx, texts, wishes, 0, early, columns, geometry, past, tuning)
-    buffer, masses = None, _by_head(q, lse, tuning)
+    buffer = None
     for start, stop, columns in _chunks(early, queries, batch * groups, past, geometry.lp, chunk_bytes):
         size = batch * (stop - start) * groups * columns
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.float32, device=q.device)
         scores = buffer[:size].view(batch, stop - start, groups, columns)
-        _launch_score(q, kc, lse, scores, texts, start, geometry, scale, past, tuning, masses)
+        _launch_score(q, kc, lse, scores, texts, start, geometry, scale, past, tuning)
         _launch_topn(scores, idx, texts, wishes, start, stop, columns, geometry, past, tuning)
     return idx
 
 
 def _launch_score(
     q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, texts: Tensor | None, first: int, geometry: Geometry,
-    scale: float, past: int, tuning: Tuning | None, masses: Tensor | None = None,
+    scale: float, past: int, tuning: Tuning | None,
 ) -> None:  # fmt: skip
     """Fills scores [batch, rows, groups, columns] for the query rows from `first` on."""
     batch, rows, groups, columns = scores.shape
@@ -486,9 +369,6 @@ def _launch_score(
         return
     q, kc = dense(q), dense(kc)
     heads, dim = q.shape[2] // groups, q.shape[3]
-    if masses is not None:
-        _launch_heads(q, kc, masses, scores, texts, first, geometry, scale, past, tuning)
-        return
     group = triton.next_power_of_2(heads)
     kind = "score.float32" if q.dtype == torch.float32 else "score.few" if group <= 2 else "score"
     table = _table(kind, tuning)
@@ -503,34 +383,6 @@ def _launch_score(
             PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
             BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
             PRECISION=precision_of(q.dtype), **table,
-        )  # fmt: skip
-
-
-def _by_head(q: Tensor, lse: Tensor, tuning: Tuning | None) -> Tensor | None:
-    table = _table("score.float32" if q.dtype == torch.float32 else "score", tuning)
-    return ranges.masses_by_head(lse) if table.get("way", "tiles") != "tiles" else None
-
-
-def _launch_heads(
-    q: Tensor, kc: Tensor, masses: Tensor, scores: Tensor, texts: Tensor | None, first: int, geometry: Geometry,
-    scale: float, past: int, tuning: Tuning | None,
-) -> None:  # fmt: skip
-    batch, rows, groups, columns = scores.shape
-    heads, dim = q.shape[2] // groups, q.shape[3]
-    table = _table("score.float32" if q.dtype == torch.float32 else "score", tuning)
-    per = geometry.lp // geometry.d
-    slots = triton.next_power_of_2(per)
-    width, tail = parted(dim)
-    tall, padded = table.pop("rows"), masses.shape[-1]
-    boxes = table.pop("way") == "boxes" and dim == width and ranges.boxed(q)
-    table.pop("flip", None)
-    sources = (ranges.boxes(q, tall), ranges.line_boxes(masses, tall)) if boxes else (q, masses)
-    with torch.cuda.device_of(q):
-        _score_heads[triton.cdiv(rows, tall), groups, batch](
-            sources[0], kc, sources[1], scores, texts, q.stride()[:3], kc.stride()[:3], padded, first, rows, past, kc.shape[1],
-            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1], PER=per,
-            REACH=geometry.l // geometry.d, HEADS=heads, ROWS=tall, BOXES=boxes, DIM=dim, WIDTH=width, TAIL=tail,
-            SLOTS=slots, BLOCKS=max(1, table.pop("keys") // slots), PRECISION=precision_of(q.dtype), **table,
         )  # fmt: skip
 
 

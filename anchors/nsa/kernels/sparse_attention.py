@@ -94,12 +94,14 @@ def query_gradient(
     groups = demand(q, k, v, scale)
     q, k, v, dz = map(dense, (q, k, v, dz))
     shape = widths(q.shape[-1], v.shape[-1])
-    settings = tuned(f"query.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
+    fits = ranges.fits(shape, k, v)
+    settings = tuned(f"query.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if onto is None else onto
-    sources, boxes = key_sources(k, v, columns, shape, settings)
+    boxes = fits and bool(settings.get("boxes"))
+    sources = key_sources(k, v, columns, boxes)
     with torch.cuda.device_of(q):
         query_kernel[triton.cdiv(q.shape[1], tile), q.shape[0] * k.shape[2]](
             q, *sources, dz, dq, _masses(lse), inner, gate, seen_spans(spans, past + q.shape[1]), *listed,
@@ -134,19 +136,24 @@ def key_gradients(
     q, k, v, dz = map(dense, (q, k, v, dz))
     batch, keys, heads, dim = k.shape
     shape = widths(dim, v.shape[-1])
-    settings = tuned(f"keys.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning)
+    fits = branch.name != "selected" and ranges.fits(shape, q, dz)
+    settings = tuned(f"keys.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
+    boxed = fits and settings.get("boxes")
     _, group = branch.tile(groups, settings["rows"])
     tile, columns = max(1, settings["rows"] // group), branch.keys(settings["keys"])
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     if not dk.numel():
         return dk, dv
     # The queries of a block are cut by their list.
-    splits = 1 if branch.name == "selected" else settings["splits"]
+    splits = 1 if branch.name == "selected" or boxed else settings["splits"]
+    if boxed:
+        # Short texts have few tiles of keys: as many parts as fill the device.
+        tiles = triton.cdiv(keys, columns) * batch * heads
+        splits = max(1, min(ranges.SPLITS, settings.get("programs", ranges.PROGRAMS) // tiles))
     if branch.name == "selected":
         # Blocks of texts are named by their first tokens: any token may begin one.
         blocks = -(-keys // branch.lp) if spans is None else keys
-        invert = lists.counted if settings.get("counted") else lists.inverse
-        inverse = invert(cast(Tensor, idx), blocks, settings["split"])
+        inverse = lists.inverse(cast(Tensor, idx), blocks, settings["split"])
         rows = (
             None
             if spans is None
@@ -162,7 +169,7 @@ def key_gradients(
         )
         grid, listed = (triton.cdiv(keys, columns) * splits, batch * heads), (None, None, None)
     seers = None if spans is None else spans.seers
-    if branch.name != "selected" and settings.get("way", "tiles") != "tiles":
+    if boxed:
         _range_gradients(
             branch, q, k, v, dz, lse, inner, gate, seers, parts, scale, past, shape, settings, splits
         )
@@ -211,21 +218,16 @@ def _range_gradients(
     branch, q, k, v, dz, lse, inner, gate, seers, parts, scale, past, shape, settings, splits
 ) -> None:
     batch, length, heads, _ = q.shape
-    keys, groups = k.shape[1], k.shape[2]
-    rows, columns = settings["rows"], settings["keys"]
+    keys, groups, rows = k.shape[1], k.shape[2], settings["rows"]
     masses, means, signs = ranges.rows_by_head(lse, inner, gate)
-    sources = (q, dz, masses, means)
-    if boxes := settings["way"] == "boxes" and ranges.fits(shape, q, dz):
-        sources = (
-            *(ranges.boxes(x, rows) for x in (q, dz)), *(ranges.line_boxes(x, rows) for x in (masses, means))
-        )  # fmt: skip
     with torch.cuda.device_of(q):
-        ranges.range_kernel[triton.cdiv(keys, columns) * splits, batch * groups](
-            sources[0], k, v, sources[1], *parts, *sources[2:], signs, gate.amin(), seers, *map(strides, (q, k, v, dz)),
+        ranges.range_kernel[triton.cdiv(keys, settings["keys"]) * splits, batch * groups](
+            ranges.boxes(q, rows), k, v, ranges.boxes(dz, rows), *parts,
+            *(ranges.line_boxes(x, rows) for x in (masses, means)), signs, gate.amin(), seers, strides(k), strides(v),
             length, masses.shape[-1], keys, past, scale, scale * LOG2E.value, groups, *branch.sizes,
             BRANCH=branch.name, UNTIL=seers is not None or branch.name == "window", HEADS=heads // groups, ROWS=rows,
-            KEYS=columns, SPLITS=splits, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
-            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+            KEYS=settings["keys"], SPLITS=splits, DIM=shape["DIM"], DIM_V=shape["DIM_V"],
+            PRECISION=precision_of(q.dtype), num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
 
 
@@ -247,9 +249,8 @@ class _SparseAttention(torch.autograd.Function):
             )  # fmt: skip
         if layout is not None:
             idx = layout.blocks_at(idx, past)
-        groups = q.shape[2] // ks.shape[2]
         sizes = [
-            tile_of(branches[1], kernel, q, vs, groups, tuning)
+            tile_of(branches[1], kernel, q, ks, vs, tuning)
             for kernel in ("forward.selected", "query.selected")
         ]
         union = lists.union(idx, sizes[0])
@@ -276,7 +277,8 @@ class _SparseAttention(torch.autograd.Function):
         queries = (q if q_cmp is None else q_cmp, q, q)
         pairs = ((kc, vc), (ks, vs), (kw, vw))
         dq, dq_cmp, slopes = None, None, []
-        for c in (1, 2, 0):
+        # The window first: its work covers the time that the host needs to launch the lists of the selected branch.
+        for c in (2, 1, 0):
             rows = (queries[c], *pairs[c], dz, lse[c], sums[..., c], gates[..., c])
             chosen = {"spans": ctx.spans[c]} | ({"idx": idx} if c == 1 else {})
             onto = dq if c or q_cmp is None else None
@@ -287,7 +289,7 @@ class _SparseAttention(torch.autograd.Function):
             else:
                 dq_cmp = found
             slopes.append(key_gradients(ctx.branches[c], *rows, **chosen, **ctx.common))
-        slc, win, cmp = slopes
+        win, slc, cmp = slopes
         return dq, dq_cmp, *cmp, *slc, *win, sums.to(g.dtype), *(None,) * 7
 
 
