@@ -10,6 +10,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from anchors.attention.kernels import LOG2E
 from anchors.nsa.kernels.tiles import (
     NEVER,
     key_offsets,
@@ -60,7 +61,7 @@ def _add_rows(
 @triton.jit
 @no_type_check
 def query_kernel(
-    q, k, v, dz, dq, masses, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dq, lse, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, entries, inner_step, gate_step,
     BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, BOXES: tl.constexpr,
@@ -88,7 +89,8 @@ def query_kernel(
     q_tile = load_rows(q, own, min(DIM, WIDTH), WIDTH, PRECISION)
     q_tail = load_tail(q, own, q_tile, DIM, WIDTH, TAIL, PRECISION)
     dz_tile = load_rows(dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION)
-    mass = tl.where(inside, tl.load(masses + line), NEVER)
+    mass = tl.load(lse + line)
+    mass = tl.where(inside & (mass != float("-inf")), mass * LOG2E, NEVER)
     mean = tl.load(inner + line * inner_step)
     if spans is not None:
         spans += example * (length + past) * 2

@@ -104,7 +104,7 @@ def query_gradient(
     sources = key_sources(k, v, columns, boxes)
     with torch.cuda.device_of(q):
         query_kernel[triton.cdiv(q.shape[1], tile), q.shape[0] * k.shape[2]](
-            q, *sources, dz, dq, _masses(lse), inner, gate, seen_spans(spans, past + q.shape[1]), *listed,
+            q, *sources, dz, dq, lse.contiguous(), inner, gate, seen_spans(spans, past + q.shape[1]), *listed,
             *map(strides, (q, k, v, dz)),
             q.shape[1], k.shape[1], past, scale, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             inner.stride(-1), gate.stride(-1), BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group,
