@@ -55,8 +55,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "128x32 4w 3s": sizes(128, 32, 4, 3), "128x32 4w 4s": sizes(128, 32, 4, 4),
     },
     "importance": {
-        "new": {}, "3 stages": {"score": {"num_stages": 3}}, "64 x 128": {"score": {"rows": 64, "keys": 128}},
+        "no boxes, 2s": {"score": {"boxes": 0, "num_stages": 2}}, "new": {}, "2s": {"score": {"num_stages": 2}},
+        "64 x 128": {"score": {"rows": 64, "keys": 128}}, "128 x 128": {"score": {"rows": 128, "keys": 128}},
         "128 x 128, 8 warps": {"score": {"rows": 128, "keys": 128, "num_warps": 8}},
+        "256 x 64, 8 warps": {"score": {"rows": 256, "num_warps": 8}},
         "topn 2048": {"topn": {"scores": 2048}}, "topn 512 a warp": {"topn": {"per_warp": 512}},
         "topn 256 a warp": {"topn": {"per_warp": 256}},
     },

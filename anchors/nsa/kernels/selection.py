@@ -23,11 +23,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, precision_of
+from anchors.attention.kernels import LOG2E, dense, nearest, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.kernels import ranges
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
-from anchors.nsa.kernels.tiles import load_rows, parted, query_rows
+from anchors.nsa.kernels.tiles import load_rows, load_tail, parted, products
 from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
@@ -35,8 +36,9 @@ __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "
 LOWEST = tl.constexpr(-(2**31))
 Tuning = Mapping[str, Mapping[str, Any]]
 TUNING: Tuning = {
-    # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product.
-    "score": {"rows": 128, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
+    # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product; `boxes`: the copy
+    # engine reads the keys where it can.
+    "score": {"rows": 128, "keys": 64, "flip": True, "boxes": 1, "num_warps": 4, "num_stages": 3},
     # One or two heads a group: more positions in as many rows, and more sums to hold.
     "score.few": {"rows": 64, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
     "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
@@ -49,42 +51,47 @@ TUNING: Tuning = {
 @triton.jit
 @no_type_check
 def _products(
-    q_main, q_tail, k, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-    FLIP: tl.constexpr, PRECISION: tl.constexpr,
+    q_main, q_tail, k, places, token, example, group, KEYS: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_main = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
-    if FLIP:
-        scores = tl.dot(k_main, tl.trans(q_main), input_precision=PRECISION)
+    if BOXES:
+        k_main = nearest(
+            tl.reshape(k.load([example.to(tl.int32), token, group, 0]), [KEYS, WIDTH]), PRECISION
+        )
+        k_tail = k_main
     else:
-        scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
-    if TAIL > 0:
-        k_tail = load_rows(k + WIDTH, places, DIM - WIDTH, TAIL, PRECISION)
-        if FLIP:
-            scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
-        else:
-            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+        k_main = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
+        k_tail = load_tail(k, places, k_main, DIM, WIDTH, TAIL, PRECISION)
+    if FLIP:
+        scores = products(k_main, k_tail, q_main, q_tail, TAIL, PRECISION)
+    else:
+        scores = products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
     return scores
 
 
 @triton.jit
 @no_type_check
 def _shares(
-    q_main, q_tail, mass, seen, kc, k_stride, block, compressed, scale, PER: tl.constexpr, REACH: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, block, compressed, scale, BOXES: tl.constexpr,
+    PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the compressed tokens that start in each block give to it, and to the block behind it."""
     row = tl.arange(0, BLOCKS * SLOTS)
     slot = row % SLOTS
     tokens = (block + row // SLOTS) * PER + slot
-    places = tl.minimum(tokens, compressed - 1).to(tl.int64) * k_stride
-    scores = _products(q_main, q_tail, kc, places, DIM, WIDTH, TAIL, FLIP, PRECISION)
+    places = (ahead + tl.minimum(tokens, compressed - 1)).to(tl.int64) * k_stride
+    scores = _products(
+        q_main, q_tail, kc, places, ahead + block * PER, example, group, BLOCKS * SLOTS, BOXES, DIM, WIDTH, TAIL, FLIP,
+        PRECISION,
+    )  # fmt: skip
     if FLIP:
         heads = tl.exp2(scores * scale - mass[None, :])
-        pattern = tl.trans(tl.sum(tl.reshape(heads, [BLOCKS * SLOTS, TILE, GROUP]), 2))
+        pattern = tl.trans(tl.sum(tl.reshape(heads, [BLOCKS * SLOTS, GROUP, TILE]), 1))
     else:
         heads = tl.exp2(scores * scale - mass[:, None])
-        pattern = tl.sum(tl.reshape(heads, [TILE, GROUP, BLOCKS * SLOTS]), 1)
+        pattern = tl.sum(tl.reshape(heads, [GROUP, TILE, BLOCKS * SLOTS]), 0)
     if MASKED or SLOTS != PER:
         pattern = tl.where((tokens[None, :] < seen[:, None]) & (slot < PER)[None, :], pattern, 0.0)
     pattern = tl.reshape(pattern, [TILE, BLOCKS, SLOTS])
@@ -95,8 +102,8 @@ def _shares(
 @triton.jit
 @no_type_check
 def _walk(
-    q_main, q_tail, mass, seen, kc, k_stride, scores, inside, full, stop, compressed, columns, scale,
-    PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, scores, inside, full, stop, compressed, columns, scale,
+    BOXES: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
     SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +113,7 @@ def _walk(
     before = tl.zeros([TILE, BLOCKS], tl.float32)
     for tile in range(full):
         here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_stride, tile * BLOCKS, compressed, scale, PER, REACH,
+            q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, tile * BLOCKS, compressed, scale, BOXES, PER, REACH,
             DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
         )  # fmt: skip
         if REACH > 1:
@@ -116,7 +123,7 @@ def _walk(
         tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=inside[:, None])
     for tile in range(full, stop):
         here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_stride, tile * BLOCKS, compressed, scale, PER, REACH,
+            q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, tile * BLOCKS, compressed, scale, BOXES, PER, REACH,
             DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
         )  # fmt: skip
         if REACH > 1:
@@ -131,14 +138,18 @@ def _walk(
 @no_type_check
 def _score(
     q, kc, lse, scores, texts, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
-    l, d, lp, length, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    l, d, lp, length, BOXES: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last queries see most and start first.
     start = tl.num_programs(0) - 1 - tl.program_id(0)
     group, example = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    _, query, head, real = query_rows(start, rows, heads, group, TILE, GROUP)
+    # Head by head, so that the sum over heads stays within a thread.
+    row = tl.arange(0, TILE * GROUP)
+    query, head = start * TILE + row % TILE, row // TILE
+    real = (query < rows) & (head < heads)
+    query, head = tl.minimum(query, rows - 1), group * heads + tl.minimum(head, heads - 1)
     places = (first + query).to(tl.int64) * q_strides[1] + head * q_strides[2]
     q += example * q_strides[0]
     q_main = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
@@ -148,7 +159,8 @@ def _score(
     lse += example * lse_strides[0]
     mass = tl.load(lse + (first + query).to(tl.int64) * lse_strides[1] + head * lse_strides[2])
     mass = tl.where(real & (mass != float("-inf")), mass * LOG2E, float("inf"))
-    kc += example * k_strides[0] + group * k_strides[2]
+    if not BOXES:
+        kc += example * k_strides[0] + group * k_strides[2]
     query = start * TILE + tl.arange(0, TILE)
     earliest = past + first + start * TILE
     latest = past + first + tl.minimum(start * TILE + TILE, rows) - 1
@@ -158,8 +170,8 @@ def _score(
         full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
         stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
         _walk(
-            q_main, q_tail, mass, seen, kc, k_strides[1], scores, query < rows, full, stop, compressed, columns, scale,
-            PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
+            q_main, q_tail, mass, seen, kc, k_strides[1], 0, example, group, scores, query < rows, full, stop, compressed, columns,
+            scale, BOXES, PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
         )  # fmt: skip
     else:
         texts += example * (past + length) * 3
@@ -175,9 +187,9 @@ def _score(
             )
             stop = tl.cdiv(tl.minimum((last - begin) // lp + 1, columns), BLOCKS)
             _walk(
-                q_main, q_tail, mass, seen, kc + ahead.to(tl.int64) * k_strides[1], k_strides[1], scores,
+                q_main, q_tail, mass, seen, kc, k_strides[1], ahead, example, group, scores,
                 (position >= begin) & (position <= last), full, stop, compressed - ahead, columns, scale,
-                PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
+                BOXES, PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
             )  # fmt: skip
             earliest = end
 
@@ -376,12 +388,15 @@ def _launch_score(
     per = geometry.lp // geometry.d
     slots = triton.next_power_of_2(per)
     width, tail = parted(dim)
+    columns_of_tile = max(1, table.pop("keys") // slots)
+    boxes = bool(table.pop("boxes", 0)) and per == slots and dim == width and ranges.boxed(kc)
+    source = ranges.boxes(kc, columns_of_tile * slots) if boxes else kc
     with torch.cuda.device_of(q):
         _score[triton.cdiv(rows, tile), groups, batch](
-            q, kc, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
+            q, source, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
             columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1],
-            PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
-            BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
+            BOXES=boxes, PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
+            BLOCKS=columns_of_tile, TILE=tile, GROUP=group, FLIP=table.pop("flip"),
             PRECISION=precision_of(q.dtype), **table,
         )  # fmt: skip
 
