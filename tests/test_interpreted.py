@@ -20,7 +20,7 @@ SHOWN = {
     "test_nsa_decode": ("steps", 12),
     "test_nsa_texts": ("interpreted", 7),
     "test_saliency_kernel": ("test", len(test_saliency_kernel.TINY) + 4),
-    "test_nsa_selection": ("test", 25),
+    "test_nsa_selection": ("test", 30),
     "test_nsa_bench": ("test", 6),
     "test_norms": ("test", 4),
 }

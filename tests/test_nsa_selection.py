@@ -71,16 +71,16 @@ def test_weights_of_the_kernel():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("flip", "boxes"), [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize(("l", "d", "lp", "groups", "heads", "tokens", "dim"), CASES)
-def test_importance(l, d, lp, groups, heads, tokens, dim, flip):
+def test_importance(l, d, lp, groups, heads, tokens, dim, flip, boxes):
     from anchors.nsa.kernels.selection import block_importance
 
     q, kc, lse = case(l, d, groups, heads, tokens, dim)
     past = tokens - 40 if tokens > 300 else 0
     q, lse = q[:, past:], lse[:, past:]
     asked = {"l": l, "d": d, "lp": lp, "tokens": tokens, "scale": dim**-0.5, "past": past}
-    tuning = SMALL | {"score.float32": {"rows": 64, "keys": 32, "flip": flip}}
+    tuning = SMALL | {"score.float32": {"rows": 64, "keys": 32, "flip": flip, "boxes": boxes}}
     found = block_importance(q, kc, lse, **asked, tuning=tuning)
     exact = reference.block_importance(q.double(), kc.double(), lse.double(), **asked)
     assert off(found, exact) < 1e-6
