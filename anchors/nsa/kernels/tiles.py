@@ -114,9 +114,10 @@ def tuned(
     row = next((size for size in (NARROW, USUAL) if width <= size), WIDE)
     key = kernel, str(like.dtype).removeprefix("torch."), row
     settings = dict(TUNING[key])
-    if boxed and key in BOXED:
+    room = shared_memory(like.device) >= ROOM
+    if boxed and room and key in BOXED:
         settings = BOXED[key] | {"boxes": 1}
-    elif shared_memory(like.device) < ROOM:
+    elif not room:
         settings |= {"rows": min(settings["rows"], 64), "keys": min(settings["keys"], 32), "num_stages": 1}
     return settings | ({} if tuning is None else tuning.get(kernel, {}))
 
