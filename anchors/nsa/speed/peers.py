@@ -362,8 +362,8 @@ def scalable(case: Case) -> list[Timed]:
     our tasks is the same, so that its output is not compared with the equations. Its importance is kept in 16 bits,
     and its dq is added up atomically. Its window of w tokens sees w + 1, and needs FlashAttention.
     """
-    from flash_nsa.config import NSAConfig  # ty: ignore[unresolved-import] - where it is installed
-    from flash_nsa.modules.megatron_level_nsa import NSACore  # ty: ignore[unresolved-import]
+    from flash_nsa.config import NSAConfig  # ty: ignore[import-not-found] - where it is installed
+    from flash_nsa.modules.megatron_level_nsa import NSACore  # ty: ignore[import-not-found]
 
     if len(case.q) > 1:
         raise AnchorsError("batches are not joined into one text here.", code="shape")
@@ -388,7 +388,7 @@ def scalable(case: Case) -> list[Timed]:
 
 def cudnn(case: Case) -> list[Timed]:
     """cuDNN's selected branch (wheel nvidia-cudnn-frontend), where it is installed: on Hopper only this, only forward."""
-    from cudnn import NSA  # ty: ignore[unresolved-import] - where it is installed
+    from cudnn import NSA  # ty: ignore[import-not-found] - where it is installed
 
     if len(case.q) > 1:
         raise AnchorsError("batches are not joined into one text here.", code="shape")
@@ -414,9 +414,9 @@ def cudnn(case: Case) -> list[Timed]:
 def flash(case: Case, name: str) -> list[Timed]:
     """Full attention of FlashAttention 3 (wheel fa3-fwd, only forward) or 4 (wheel flash-attn-4), where installed."""
     if name == "flash-3":
-        from fa3_fwd_interface import flash_attn_func  # ty: ignore[unresolved-import] - where it is installed
+        from fa3_fwd_interface import flash_attn_func  # ty: ignore[import-not-found] - where it is installed
     else:
-        from flash_attn.cute import flash_attn_func  # ty: ignore[unresolved-import] - where it is installed
+        from flash_attn.cute import flash_attn_func  # ty: ignore[import-not-found] - where it is installed
 
     def call(q, k, v) -> Tensor:
         found = flash_attn_func(q, k, v, softmax_scale=case.scale, causal=True)
