@@ -6,6 +6,7 @@ wants two models to look alike. https://github.com/Cyan4973/xxHash
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,22 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def _of_bytes(tensors: Mapping[tuple, Tensor]) -> dict[tuple, str]:
-    """Digests of plain tensors: those of a CUDA device are copied, piece by piece, while the piece before is hashed."""
+    """Digests of plain tensors, a thread a device: a CUDA device's are copied piece by piece, while the one before is hashed."""
     by_device: dict[torch.device, list[tuple]] = {}
     for key, tensor in tensors.items():
         by_device.setdefault(tensor.device, []).append(key)
     digests = {key: xxhash.xxh3_128(f"{x.dtype}{tuple(x.shape)}\n".encode()) for key, x in tensors.items()}
-    for device, keys in by_device.items():
+
+    def read(device: torch.device) -> None:
+        keys = by_device[device]
         flat = (_flat(tensors[key]) for key in keys)
         pieces = _from_cuda(flat, device) if device.type == "cuda" else _whole(flat)
         for i, piece in pieces:
             digests[keys[i]].update(piece.data)
+
+    # Hashing, and waiting for a copy, let other threads run.
+    with ThreadPoolExecutor(max(1, len(by_device))) as several:
+        list(several.map(read, by_device))
     return {key: digest.hexdigest() for key, digest in digests.items()}
 
 

@@ -4,7 +4,8 @@
     uv run benchmarks/kernels_built.py dense --csv built.csv
 
 The kernels' own Python launches them on tensors of the CPU; instead of a launch each is compiled, with the tiles that an H100
-gets. `stack` is what a thread keeps outside its registers (cuobjdump): spilled values, mostly.
+gets. `stack` is what a thread keeps outside its registers (cuobjdump): spilled values, mostly; `wgmma` counts products of whole
+groups of warps, which tiles of fewer than 64 rows and those of float32 do not get.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from anchors.attention.saliency_kernel import Band, saliency
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.selection import select_blocks
 from anchors.nsa.kernels.sparse_attention import sparse_attention
+from anchors.nsa.texts import Texts
 
 MEMORY = 232448
 """Bytes of shared memory that a program may have on an H100."""
@@ -82,7 +84,7 @@ def dense(dim: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-def sparse(dim: int, dtype: torch.dtype, dim_v: int, heads: int) -> None:
+def sparse(dim: int, dtype: torch.dtype, dim_v: int, heads: int, packed: bool = False) -> None:
     """Forward and backward of three branches with importance and selection; one group."""
     geometry = Geometry()
     make = lambda tokens, count, width: torch.randn(1, tokens, count, width, dtype=dtype).requires_grad_()  # noqa: E731
@@ -92,10 +94,16 @@ def sparse(dim: int, dtype: torch.dtype, dim_v: int, heads: int) -> None:
     ks, vs, kw, vw = make(4096, 1, dim), make(4096, 1, width), make(4096, 1, dim), make(4096, 1, width)
     gates = make(4096, heads, 3)
     lse = torch.zeros(1, 4096, heads)
-    select_blocks(q.detach(), kc.detach(), lse, geometry=geometry, tokens=4096, scale=dim**-0.5)
+    texts = Texts.of_bounds(torch.tensor([0, 1000, 4096]), 4096) if packed else None
+    layout = None if texts is None else texts.laid(geometry)
+    select_blocks(
+        q.detach(), kc.detach(), lse, geometry=geometry, tokens=4096, scale=dim**-0.5, layout=layout
+    )
     last = torch.arange(4096)[:, None] // geometry.lp - torch.arange(geometry.n)
     idx = torch.where(last < 0, -1, last)[None, :, None]
-    z = sparse_attention(q, None, kc, vc, ks, vs, kw, vw, gates, idx, geometry=geometry, scale=dim**-0.5)
+    z = sparse_attention(
+        q, None, kc, vc, ks, vs, kw, vw, gates, idx, geometry=geometry, scale=dim**-0.5, texts=texts
+    )
     z.backward(torch.randn_like(z))
 
 
@@ -104,11 +112,15 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     for dim in (64, 128, 256)
     for dtype in (torch.bfloat16, torch.float32)
 } | {
-    f"sparse, D = {dim}/{dim_v}, {heads} heads a group, bfloat16": (
-        "sparse",
-        lambda dim=dim, dim_v=dim_v, heads=heads: sparse(dim, torch.bfloat16, dim_v, heads),
+    f"{kind}, D = {dim}/{dim_v}, {heads} heads a group, bfloat16": (
+        kind,
+        lambda dim=dim, dim_v=dim_v, heads=heads, kind=kind: sparse(
+            dim, torch.bfloat16, dim_v, heads, kind == "packed"
+        ),
     )
-    for dim, dim_v, heads in ((128, 128, 16), (64, 64, 16), (192, 128, 16), (128, 128, 4), (128, 128, 1))
+    for kind, head_counts in (("sparse", (16, 8, 4, 2, 1)), ("packed", (16, 4, 1)))
+    for dim, dim_v in ((128, 128), (64, 64), (96, 96), (192, 128))
+    for heads in head_counts
 }
 
 
@@ -129,7 +141,7 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
             meta = made.metadata
             yield {
                 "case": case, "kernel": meta.name, "warps": meta.num_warps, "stages": meta.num_stages, "registers": registers,
-                "stack": stack, "shared": meta.shared, "seconds": round(taken, 1),
+                "stack": stack, "shared": meta.shared, "wgmma": made.asm["ptx"].count("wgmma.mma_async"), "seconds": round(taken, 1),
                 "failed": "" if meta.shared <= MEMORY else "more shared memory than there is",
             }  # fmt: skip
 

@@ -26,7 +26,9 @@ def bench(
     ] = "chosen,random,shared,hot",
     implementations: Annotated[
         str | None,
-        typer.Option(help="Of ours, sdpa-flash, sdpa-cudnn, flex, fla, xunhaolai, eager; all by default."),
+        typer.Option(
+            help="Of ours, sdpa-flash, sdpa-cudnn, flash-3, flash-4, flex, fla, xunhaolai, scalable-flash-nsa, cudnn-nsa, eager; all by default."
+        ),
     ] = None,
     l: Annotated[int, typer.Option("--l", help="Tokens of a compression block.")] = 32,
     d: Annotated[int, typer.Option("--d", help="Stride of the compression blocks.")] = 16,

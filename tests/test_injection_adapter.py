@@ -227,6 +227,21 @@ def test_a_head_of_its_own_is_not_merged_into_a_tied_one(tmp_path: Path) -> None
             merge(own.vlm, tmp_path / kind, own.base, Recipe(embeddings="shared-rows"), tmp_path / "no")
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"), [("embedding and head", "embed_tokens"), ("tied head", "lm_head")]
+)
+def test_what_keep_leaves_out_is_said(name: str, changed: str, tmp_path: Path) -> None:
+    family = saved(KINDS[name].family)
+    trained(KINDS[name], tmp_path / "lora")
+    out = tmp_path / "merged"
+    report = merge(family.vlm, tmp_path / "lora", family.base, Recipe(), out)
+    assert any(changed in note and "leaves out" in note for note in report.notes)
+    options = {**KINDS[name].options, "target_modules": ["lm_head"]}
+    trained(Kind(options, KINDS[name].family), tmp_path / "only")
+    with pytest.raises(AnchorsError, match="nothing of it would be merged"):
+        merge(family.vlm, tmp_path / "only", family.base, Recipe(), tmp_path / "none")
+
+
 def test_from_the_command_line_without_a_base(lora: Path, own: Saved, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app, [str(own.vlm), str(lora), "--strength", "0.7", "--out", str(tmp_path / "out")]

@@ -47,7 +47,8 @@ def test_all_rows(tmp_path, monkeypatch):
     from anchors.study.results import read_table
 
     monkeypatch.setattr(bench, "SHORT", 17)
-    table = bench.bench(["tiny"], [36], ["chosen", "hot"], out=tmp_path, **QUICK)
+    said = []
+    table = bench.bench(["tiny"], [36], ["chosen", "hot"], out=tmp_path, **QUICK | {"say": said.append})
     written, facts = read_table(tmp_path / "nsa-bench.parquet")
     assert len(written) == len(table)
     assert facts["device"] == "cpu"
@@ -66,9 +67,14 @@ def test_all_rows(tmp_path, monkeypatch):
     assert (eager.error < 1e-5).all()
     full = table[(table.part == "full") & ~table.note.str.startswith("failed")]
     assert (full.error < 1e-5).all()
-    assert set(table[table.implementation == "xunhaolai"].note) == {
-        "failed: ModuleNotFoundError: No module named 'native_sparse_attention'"
-    }
+    for name, module in (("xunhaolai", "native_sparse_attention"), ("scalable-flash-nsa", "flash_nsa")):
+        if importlib.util.find_spec(module) is None:
+            notes = set(table[table.implementation == name].note)
+            assert notes == {f"failed: ModuleNotFoundError: No module named '{module}'"}
+    assert {"cudnn-nsa", "flash-3", "flash-4"} <= set(table.implementation)
+    assert (both.floor_ms > 0).all()
+    assert (both.floor_ms < both.ms).all()
+    assert any("is the floor" in line for line in said)
 
 
 @needs_interpreter

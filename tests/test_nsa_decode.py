@@ -15,6 +15,7 @@ from anchors.errors import AnchorsError
 from anchors.nsa import reference
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.cache import NSACache, Tuning, captured
+from anchors.nsa.texts import Texts
 
 TINY = Geometry(l=8, d=4, lp=16, n=3, w=12)
 PLAIN = Geometry(l=16, d=16, lp=16, n=4, w=20)
@@ -189,6 +190,39 @@ def test_steps_of_a_ragged_batch():
 
 @needs_triton
 @needs_interpreter
+def test_steps_of_a_padded_batch():
+    """Prompts of three lengths, padded on the left, on both sides and on the right with other tokens, then two steps."""
+    one, lengths, starts = case(TINY, (3, 44, 1, 2, 16, 16)), [41, 6, 22], torch.tensor([0, 33, 13])
+    texts = Texts.of_mask(torch.stack([mask_of(s, n) for s, n in zip(starts.tolist(), lengths, strict=True)]))
+    layout = texts.laid(TINY)
+
+    def shifted(x: Tensor) -> Tensor:
+        made = torch.randn(3, 41, *x.shape[2:], generator=torch.Generator().manual_seed(0))
+        for i, (start, n) in enumerate(zip(starts.tolist(), lengths, strict=True)):
+            made[i, start : start + n] = x[i, :n]
+        return made
+
+    keys, values = ([shifted(x) for x in xs] for xs in (one.k, one.v))
+    cache = one.cache(WHOLE)
+    kc, vc = layout.compress(keys[0], mean), layout.compress(values[0], mean)
+    cache.prefill(keys, values, kc, vc, texts=texts, starts=starts)
+    for step in range(2):
+        rows = [one.row(n + step) for n in lengths]
+        mixed = tuple(torch.cat([x[i : i + 1] for i, x in enumerate(xs)]) for xs in zip(*rows, strict=True))
+        found = one.step(cache, (*mixed[:-1], mixed[0]))
+        for i, n in enumerate(lengths):
+            torch.testing.assert_close(found[i, 0].double(), one.o[i, n + step], rtol=0, atol=1e-5)
+            assert torch.equal(cache.idx[i], one.idx[i, n + step])
+    assert cache.length.tolist() == [43, 8, 24]
+
+
+def mask_of(start: int, length: int) -> Tensor:
+    t = torch.arange(41)
+    return (t >= start) & (t < start + length)
+
+
+@needs_triton
+@needs_interpreter
 def test_steps_beyond_the_room():
     """The last token that fits, and one that does not: no memory is touched, and the output says so."""
     one = case(TINY, (1, 34, 1, 1, 16, 16))
@@ -218,6 +252,14 @@ def test_no_room():
     cache = one.cache(tokens=20)
     with pytest.raises(AnchorsError, match="does not fit"):
         cache.prefill(one.k, one.v, one.kc, one.vc)
+    with pytest.raises(AnchorsError, match="needs the texts"):
+        cache.prefill(
+            *(([x[:, :20] for x in xs]) for xs in (one.k, one.v)),
+            one.kc[:, :4],
+            one.vc[:, :4],
+            texts=None,
+            starts=torch.zeros(1, dtype=torch.long),
+        )
     with pytest.raises(AnchorsError, match="compressed keys"):
         cache.prefill([x[:, :20] for x in one.k], [x[:, :20] for x in one.v], one.kc, one.vc)
 

@@ -6,6 +6,7 @@ wrongly: bfloat16 is tested on CUDA only.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
@@ -45,10 +46,15 @@ def tuning(**sizes: int) -> dict[str, dict[str, int]]:
 TINY = [
     pytest.param(Shape(1, 53, 6, 2, 16, 24, small(16, 2, 21)), torch.float32, id="groups-of-3"),
     pytest.param(
-        Shape(1, 45, 2, 2, 20, 16, small(32, 2, 100), past=7, own=True), torch.float32, id="groups-of-1"
+        Shape(1, 45, 2, 2, 40, 16, small(32, 2, 100), past=7, own=True), torch.float32, id="groups-of-1"
     ),
     pytest.param(Shape(1, 44, 4, 1, 16, 16, small(16, 2, 9)), torch.float16, id="half"),
 ]
+BOXES = [
+    Shape(1, 53, 6, 2, 16, 16, small(16, 2, 21)),
+    Shape(2, 45, 2, 2, 16, 32, small(32, 2, 100), past=7, own=True),
+]
+"""Heads that fill their tiles, so that the copy engine can read them."""
 PAPER = Geometry(w=100, n=6)
 LARGE = [
     Shape(1, 700, 16, 1, 128, 128, PAPER),
@@ -60,6 +66,8 @@ LARGE = [
     Shape(1, 640, 8, 4, 128, 64, PAPER, past=3, own=True),
     Shape(1, 1030, 4, 4, 64, 128, PAPER),
     Shape(1, 500, 32, 4, 192, 128, Geometry(lp=64, n=4, w=512)),
+    Shape(1, 700, 2, 2, 96, 96, PAPER),
+    Shape(1, 700, 4, 2, 192, 128, PAPER),
 ]
 
 
@@ -121,8 +129,11 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
-def agree(shape: Shape, dtype: torch.dtype, device: str, sizes=None, again: bool = True) -> None:
+def agree(
+    shape: Shape, dtype: torch.dtype, device: str, sizes=None, again: bool = True, shift: float = 0.0
+) -> None:
     inputs, idx = draw(shape, dtype, device)
+    inputs[-1] = cast(torch.Tensor, inputs[-1]) - shift
     tensors = leaves(inputs, torch.float64)
     branches = exact(shape, *tensors, idx)
     o = reference.combine(*(x for x, _ in branches), tensors[-1])
@@ -165,6 +176,32 @@ def forward_agrees(shape: Shape, dtype: torch.dtype, device: str, sizes=None) ->
 @pytest.mark.parametrize(("shape", "dtype"), TINY)
 def test_against_the_equations(shape, dtype):
     agree(shape, dtype, "cpu", tuning(rows=32, keys=16, splits=2, split=32), again=False)
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.parametrize("shift", [0.0, 0.5], ids=["gates", "gates-below-0"])
+@pytest.mark.parametrize(("shape", "rows", "keys"), [(BOXES[0], 32, 16), (BOXES[1], 16, 32)])
+def test_boxes_against_the_equations(shape, rows, keys, shift):
+    sizes = tuning(rows=rows, keys=keys, split=32, boxes=1)
+    agree(shape, torch.float32, "cpu", sizes, again=False, shift=shift)
+
+
+@needs_triton
+def test_what_fits_boxes():
+    """Where the copy engine cannot read, the other kernels do: no tensor is misread."""
+    from anchors.nsa.kernels import ranges
+    from anchors.nsa.kernels.tiles import widths
+
+    whole = torch.zeros(2, 8, 3, 32, dtype=torch.bfloat16)
+    assert ranges.boxed(whole, whole[..., :16], whole.transpose(1, 2))
+    assert not ranges.boxed(whole[..., 1:17])
+    assert not ranges.boxed(torch.zeros(2, 8, 3, 20, dtype=torch.bfloat16))
+    assert not ranges.boxed(whole[:, :0])
+    assert not ranges.boxed(whole[:, :1].expand(2, 8, 3, 32))
+    assert ranges.fits(widths(32, 32), whole)
+    assert not ranges.fits(widths(20, 32), whole)
+    assert not ranges.fits(widths(192, 128), torch.zeros(1, 8, 1, 192))
 
 
 @needs_triton
@@ -269,6 +306,14 @@ def test_on_cuda(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}], ids=str)
 def test_settings_on_cuda(sizes):
     agree(LARGE[0], torch.bfloat16, "cuda", tuning(**sizes))
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.parametrize("sizes", [None, tuning(boxes=0)], ids=["boxes", "pointers"])
+def test_gates_below_0_on_cuda(sizes):
+    """exp2(scores − mass) knows |gate| only: the sign comes back in the section with a mask."""
+    agree(LARGE[0], torch.bfloat16, "cuda", sizes, shift=0.5)
 
 
 @needs_triton

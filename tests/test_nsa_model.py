@@ -74,9 +74,48 @@ def test_packed_sequences_do_not_see_each_other():
     x = torch.randn(1, 60, 24, dtype=torch.float64)
     packed, _ = layer(x, cu_seqlens=torch.tensor([0, 5, 5, 41, 60]))
     alone = torch.cat([layer(x[:, a:b])[0] for a, b in ((0, 5), (5, 41), (41, 60))], dim=1)
-    assert torch.equal(packed, alone)
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
     with pytest.raises(AnchorsError, match="one row"):
         layer(x.expand(2, -1, -1), cu_seqlens=torch.tensor([0, 60]))
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_packed_and_padded_texts_are_those_of_the_model_alone(ids, rope):
+    """By bounds, by positions and by a mask, on either side."""
+    lm, close = model(compressed_rope=rope), {"rtol": 1e-9, "atol": 1e-9}
+    edges = [(0, 33), (33, 34), (34, 71), (71, 90)]
+    alone = torch.cat([lm(ids[:1, a:b]).logits for a, b in edges], dim=1)
+    bounds = torch.tensor([0, 33, 34, 71, 90])
+    positions = torch.cat([torch.arange(b - a) for a, b in edges])[None]
+    torch.testing.assert_close(lm(ids[:1], cu_seqlens=bounds).logits, alone, **close)
+    torch.testing.assert_close(lm(ids[:1], position_ids=positions).logits, alone, **close)
+    mask = torch.ones_like(ids)
+    mask[0, :19], mask[1, 40:] = 0, 0
+    padded = lm(ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[:1, 19:], lm(ids[:1, 19:]).logits, **close)
+    torch.testing.assert_close(padded[1:, :40], lm(ids[1:, :40]).logits, **close)
+    layer, x = lm.model.layers[0].self_attn, torch.randn(2, 90, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, attention_mask=mask)[0][:1, 19:], layer(x[:1, 19:])[0], **close)
+
+
+def test_a_cache_of_several_texts_is_not_continued(ids):
+    lm, mask = model(), torch.ones_like(ids)
+    mask[0, :3] = 0
+    out = lm(ids, attention_mask=mask, use_cache=True)
+    with pytest.raises(AnchorsError, match="holds several texts"):
+        lm(ids[:, :1], past_key_values=out.past_key_values)
+    with pytest.raises(AnchorsError, match="one row"):
+        lm(ids[:1], cu_seqlens=torch.tensor([0, 90]), past_key_values=out.past_key_values)
+
+
+def test_an_analysis_is_not_given_several_texts(ids):
+    lm, mask = model(torch.float32), torch.ones_like(ids)
+    mask[0, :3] = 0
+    route(lm)
+    with pytest.raises(AnchorsError, match="hides tokens"):
+        lm(ids, attention_mask=mask)
+    with pytest.raises(AnchorsError, match="one text a row"):
+        lm(ids[:1], cu_seqlens=torch.tensor([0, 40, 90]))
 
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
@@ -102,10 +141,13 @@ def test_initial_weights():
     assert layer.q_proj.weight.std() < 0.03
 
 
-def test_left_padding_is_refused(ids):
+def test_padding_is_refused_where_it_cannot_be_left_out(ids):
     lm, mask = model(), torch.ones_like(ids)
     mask[0, :3] = 0
     with pytest.raises(AnchorsError, match="hides tokens"):
+        lm.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    mask[0, 0] = 1
+    with pytest.raises(AnchorsError, match="within a text"):
         lm(ids, attention_mask=mask)
     torch.testing.assert_close(lm(ids, attention_mask=torch.ones_like(ids)).logits, lm(ids).logits)
 

@@ -71,16 +71,16 @@ def test_weights_of_the_kernel():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("flip", "boxes"), [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize(("l", "d", "lp", "groups", "heads", "tokens", "dim"), CASES)
-def test_importance(l, d, lp, groups, heads, tokens, dim, flip):
+def test_importance(l, d, lp, groups, heads, tokens, dim, flip, boxes):
     from anchors.nsa.kernels.selection import block_importance
 
     q, kc, lse = case(l, d, groups, heads, tokens, dim)
     past = tokens - 40 if tokens > 300 else 0
     q, lse = q[:, past:], lse[:, past:]
     asked = {"l": l, "d": d, "lp": lp, "tokens": tokens, "scale": dim**-0.5, "past": past}
-    tuning = SMALL | {"score.float32": {"rows": 64, "keys": 32, "flip": flip}}
+    tuning = SMALL | {"score.float32": {"rows": 64, "keys": 32, "flip": flip, "boxes": boxes}}
     found = block_importance(q, kc, lse, **asked, tuning=tuning)
     exact = reference.block_importance(q.double(), kc.double(), lse.double(), **asked)
     assert off(found, exact) < 1e-6
@@ -181,21 +181,28 @@ def chosen(seed: int = 0) -> torch.Tensor:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("tile", [1, 5, 32])
+@pytest.mark.parametrize("tile", [1, 5, 32, 64])
 def test_union(tile):
     from anchors.nsa.kernels.selection import rho, union
 
     idx = chosen()
-    found = union(idx, tile, {"union": {"CHUNK": 2 if tile == 1 else 32}})
+    if tile == 64:  # all bits of a 64-bit mask, the sign among them
+        idx = idx.repeat(1, 6, 1, 1)
+    rows_there = idx.shape[1]
+    found = union(idx, tile)
     sizes = []
-    for example, group, start in [(b, h, t) for b in range(2) for h in range(2) for t in range(0, 13, tile)]:
+    for example, group, start in [
+        (b, h, t) for b in range(2) for h in range(2) for t in range(0, rows_there, tile)
+    ]:
         rows = idx[example, start : start + tile, group].tolist()
         blocks = sorted({block for row in rows for block in row} - {-1})
         bits = [sum(1 << i for i, row in enumerate(rows) if block in row) for block in blocks]
         empty = tile * 3 - len(blocks)
         place = example, group, start // tile
         assert found.blocks[place].tolist() == blocks + [-1] * empty
-        assert [bit & (2**32 - 1) for bit in found.members[place].tolist()] == bits + [0] * empty
+        assert [
+            bit & (2 ** (64 if tile > 32 else 32) - 1) for bit in found.members[place].tolist()
+        ] == bits + [0] * empty
         sizes.append(len(blocks))
     assert found.counts.flatten().tolist() == sizes
     assert rho(found) == pytest.approx(sum(sizes) / len(sizes) / (3 * tile))
@@ -226,8 +233,8 @@ def test_inverse(split):
 def test_refused():
     from anchors.nsa.kernels.selection import select, union
 
-    with pytest.raises(AnchorsError, match="tile of 33"):
-        union(chosen(), 33)
+    with pytest.raises(AnchorsError, match="tile of 65"):
+        union(chosen(), 65)
     with pytest.raises(AnchorsError, match="begin 4"):
         select(torch.zeros(1, 4, 1, 3), geometry=Geometry(4, 4, 4, n=3, w=4), tokens=16)
 
@@ -274,7 +281,7 @@ def test_lists_on_cuda():
     assert all(
         torch.equal(vars(found)[name].cpu(), vars(same)[name]) for name in ("items", "first", "number")
     )
-    for tile in (1, 4, 8, 32):
+    for tile in (1, 4, 8, 32, 64):
         made = union(idx, tile)
         blocks, counts = made.blocks.cpu(), made.counts.cpu()
         for example, group, place in [(0, 0, 0), (1, 2, 40), (1, 1, blocks.shape[2] - 1)]:
@@ -283,5 +290,5 @@ def test_lists_on_cuda():
             assert blocks[example, group, place, : len(distinct)].tolist() == distinct.tolist()
             assert counts[example, group, place] == len(distinct)
             for slot, block in enumerate(distinct.tolist()):
-                bits = int(made.members[example, group, place, slot]) & (2**32 - 1)
+                bits = int(made.members[example, group, place, slot]) & (2 ** (64 if tile > 32 else 32) - 1)
                 assert bits == sum(1 << i for i, row in enumerate(rows.tolist()) if block in row)

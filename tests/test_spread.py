@@ -1,5 +1,6 @@
 """A model in parts: on disk, or on two cards, every study's rows are those of the model in one place."""
 
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -7,9 +8,11 @@ import pytest
 import torch
 from families import make
 from gpu import needs_cuda
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anchors
 from anchors.model.language import LanguageModel
+from anchors.model.preparation import undone
 from anchors.study.analysis import Analysis
 
 STUDIES = (
@@ -54,6 +57,42 @@ def spread(folder: Path, first: int | str, second: int | str) -> LanguageModel:
 def test_blocks_on_disk(saved: Path, study: Analysis) -> None:
     pytest.importorskip("accelerate")
     same(rows(anchors.load(saved, device="cpu"), study), rows(spread(saved, "cpu", "disk"), study))
+
+
+def test_hooks_stand_on_blocks_only(saved: Path) -> None:
+    """accelerate hooks every submodule; without those inside of blocks the model is the same, and undone it is as it was."""
+    accelerate = pytest.importorskip("accelerate")
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    block = BLOCKS[saved.name]
+    places = dict.fromkeys(AROUND[saved.name], "cpu") | {
+        f"{block}{i}": "disk" if i == 2 else "cpu" for i in range(3)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        accelerate.dispatch_model(model, places, offload_dir=folder, force_hooks=True)
+        before = hooked(model)
+        assert any(name.startswith(f"{block}0.") for name in before)
+        ids = torch.arange(5, 25)[None]
+        expected = model(ids).logits
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+        lm = anchors.load(model, tokenizer=tokenizer, precision="float32")
+        left = hooked(model)
+        torch.testing.assert_close(lm.model(ids).logits, expected, rtol=0, atol=1e-5)
+        assert {f"{block}{i}" for i in (0, 1)} <= left
+        assert not any(name.startswith((f"{block}0.", f"{block}1.")) for name in left)
+        fetched = {name for name in before if name.startswith(f"{block}2")}
+        assert fetched
+        assert fetched <= left
+        with undone(lm.altered):
+            assert hooked(model) == before
+            assert torch.equal(model(ids).logits, expected)
+
+
+def hooked(model: torch.nn.Module) -> set[str]:
+    return {
+        name
+        for name, part in model.named_modules()
+        if "_hf_hook" in vars(part) and "_old_forward" in vars(part)
+    }
 
 
 @needs_cuda

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 ABSENT = object()
-"""Stands for an attribute that the class gives and the module itself did not hold."""
+"""Stands for an attribute that the module itself does not hold, so that what its class gives is found."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Alteration:
     Attributes:
         owner: the module.
         name: of the attribute.
-        before: what stood in the module itself; `ABSENT` when it came from its class.
-        after: what stands there now.
+        before: what stood in the module itself, or `ABSENT`.
+        after: what stands there now, or `ABSENT`.
     """
 
     owner: nn.Module
@@ -31,10 +31,13 @@ class Alteration:
         return cls(owner, name, held.get(name, ABSENT), after)
 
     def do(self) -> None:
-        setattr(self.owner, self.name, self.after)
+        self._put(self.after)
 
     def undo(self) -> None:
-        if self.before is ABSENT:
+        self._put(self.before)
+
+    def _put(self, value: Any) -> None:
+        if value is not ABSENT:
+            setattr(self.owner, self.name, value)
+        elif self.name in {**vars(self.owner), **self.owner._modules}:
             delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)

@@ -16,6 +16,7 @@ from anchors.attention.streaming import triton_runs
 from anchors.errors import AnchorsError, nearest
 from anchors.nsa import reference
 from anchors.nsa.geometry import BACKENDS, Geometry
+from anchors.nsa.texts import Texts
 
 ROWS = 256
 """Query rows whose patterns are formed at once, where whole ones are not needed."""
@@ -99,6 +100,7 @@ def nsa_attention(
     force: Tensor | None = None,
     ban: Tensor | None = None,
     bias: Tensor | None = None,
+    texts: Texts | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "batch query heads dim_v"]:
     """Native sparse attention, differentiable by everything but the choice of blocks.
@@ -114,6 +116,8 @@ def nsa_attention(
         idx: the chosen blocks, where they are known: each at most once in a row, −1 for none.
         force, ban, bias: blocks always or never to choose, and what is added to their importance; broadcastable to
             [batch, query, groups, blocks].
+        texts: several texts in a row, packed or padded, which do not see each other; blocks are counted within each, and
+            `kv` holds the compressed keys of `texts.laid(geometry).compress`.
         backend: auto, reference or triton.
 
     Raises:
@@ -124,7 +128,10 @@ def nsa_attention(
         >>> kv = Branches(compress(k, phi, l=32, d=16), compress(v, phi, l=32, d=16), k, v, k, v)
         >>> nsa_attention(q, kv, gates, Geometry()).shape        # batch × tokens × heads × d_v
     """
-    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx)
+    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx, texts)
+    if texts is not None:
+        texts = texts.expanded(len(q))
+        gates = texts.guarded(gates)
     if resolve(backend, q, geometry) == "reference":
         return trace(
             q,
@@ -138,12 +145,13 @@ def nsa_attention(
             force=force,
             ban=ban,
             bias=bias,
+            texts=texts,
         ).o
     from anchors.nsa.kernels.sparse_attention import sparse_attention
 
     return sparse_attention(
         q, q_cmp, kv.kc, kv.vc, kv.k_slc, kv.v_slc, kv.k_win, kv.v_win, gates, idx,
-        geometry=geometry, scale=scale, past=past, force=force, ban=ban, bias=bias,
+        geometry=geometry, scale=scale, past=past, force=force, ban=ban, bias=bias, texts=texts,
     )  # fmt: skip
 
 
@@ -161,14 +169,22 @@ def trace(
     ban: Tensor | None = None,
     bias: Tensor | None = None,
     token_bias: Float[Tensor, "#batch #heads query tokens"] | None = None,
+    texts: Texts | None = None,
 ) -> Trace:
     """The same by the equations, with all that lies between; memory O(T²).
 
     Args:
         token_bias: added to the scores of the selected and the window branch; a compressed token gets the mean over
             its block, so that −∞ at one token hides every block it is in.
+        texts: as of `nsa_attention`, of which importance and choices count blocks within each.
     """
-    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx)
+    past, scale = _checked(q, kv, gates, geometry, past, scale, q_cmp, idx, texts)
+    if texts is not None and token_bias is not None:
+        raise AnchorsError(
+            "Scores of pairs of tokens were to be changed where several texts lie in a row.",
+            "Give one text a row.",
+            code="shape",
+        )
     _numbers(q=q, gates=gates, **vars(kv))
     g, groups, queries = geometry, kv.k_slc.shape[2], q.shape[1]
     q_cmp = q if q_cmp is None else q_cmp
@@ -176,17 +192,37 @@ def trace(
     if token_bias is not None:
         slc_bias = token_bias.transpose(1, 2)
         cmp_bias = slc_bias.unfold(-1, g.l, g.d).mean(-1) if kv.kc.shape[1] else slc_bias[..., :0]
-    seen = reference.compressed_visible(queries, kv.kc.shape[1], l=g.l, d=g.d, past=past, device=q.device)
-    o_cmp, lse_cmp, p_cmp = reference.attention(q_cmp, kv.kc, kv.vc, seen[None, :, None], scale, cmp_bias)
-    importance = reference.importance_of(p_cmp.detach(), groups, g.blocks(kv.tokens), l=g.l, d=g.d, lp=g.lp)
+    layout = None if texts is None else texts.expanded(len(q)).laid(g)
+    if layout is None:
+        seen = reference.compressed_visible(
+            queries, kv.kc.shape[1], l=g.l, d=g.d, past=past, device=q.device
+        )[None]
+        near = reference.window_visible(queries, kv.tokens, w=g.w, past=past, device=q.device)[None]
+        position = None
+    else:
+        seen = layout.compressed.visible(kv.kc.shape[1], past, queries)
+        near = layout.window.visible(kv.tokens, past, queries)
+        position = layout.texts.position[:, past : past + queries]
+    o_cmp, lse_cmp, p_cmp = reference.attention(q_cmp, kv.kc, kv.vc, seen[:, :, None], scale, cmp_bias)
+    if layout is None:
+        importance = reference.importance_of(
+            p_cmp.detach(), groups, g.blocks(kv.tokens), l=g.l, d=g.d, lp=g.lp
+        )
+    else:
+        importance = (
+            p_cmp.detach().unflatten(2, (groups, -1)).sum(3) @ layout.overlap().to(p_cmp.dtype)[:, None]
+        )
     if idx is None:
         idx = reference.select(
-            importance, geometry=g, tokens=kv.tokens, past=past, force=force, ban=ban, bias=bias
-        )
-    seen = reference.selected_visible(idx, kv.tokens, lp=g.lp, past=past)
+            importance, geometry=g, tokens=kv.tokens, past=past, force=force, ban=ban, bias=bias,
+            position=position,
+        )  # fmt: skip
+    if layout is None:
+        seen = reference.selected_visible(idx, kv.tokens, lp=g.lp, past=past)
+    else:
+        seen = layout.selected_visible(idx, past)
     o_slc, lse_slc, p_slc = reference.attention(q, kv.k_slc, kv.v_slc, seen, scale, slc_bias)
-    seen = reference.window_visible(queries, kv.tokens, w=g.w, past=past, device=q.device)
-    o_win, lse_win, p_win = reference.attention(q, kv.k_win, kv.v_win, seen[None, :, None], scale, slc_bias)
+    o_win, lse_win, p_win = reference.attention(q, kv.k_win, kv.v_win, near[:, :, None], scale, slc_bias)
     return Trace(
         o=reference.combine(o_cmp, o_slc, o_win, gates),
         branch_o=(o_cmp, o_slc, o_win),
@@ -234,7 +270,9 @@ def choose(
     return torch.cat(parts, dim=1)
 
 
-def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx) -> tuple[int, float]:
+def _checked(
+    q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx, texts: Texts | None = None
+) -> tuple[int, float]:
     batch, queries, heads, dim = q.shape
     if not batch or not queries:
         raise AnchorsError(
@@ -265,6 +303,12 @@ def _checked(q, kv: Branches, gates, geometry: Geometry, past, scale, q_cmp, idx
         raise AnchorsError(
             f"q_cmp has the shape {tuple(q_cmp.shape)}, q {tuple(q.shape)}.",
             "Give one query for each.",
+            code="shape",
+        )
+    if texts is not None and (texts.tokens != tokens or len(texts.start) not in (1, batch)):
+        raise AnchorsError(
+            f"The texts divide {tuple(texts.start.shape)} tokens, but the keys are {(batch, tokens)}.",
+            "Make them from the bounds, positions or mask of these keys.",
             code="shape",
         )
     if idx is not None:

@@ -13,6 +13,7 @@ encoding of φ adds belongs to no token and is spread evenly over the block, so 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ from anchors.errors import AnchorsError
 from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.phi import Phi
+from anchors.nsa.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Sparse:
     past: int = 0
     q_cmp: Float[Tensor, "batch query heads dim"] | None = None
     backend: str = "auto"
+    texts: Texts | None = None
+    """Several texts in a row; at the seam there is one."""
 
 
 BlockField = Callable[["NSACall"], Tensor]
@@ -93,7 +97,7 @@ class NSACall(Call):
         with torch.no_grad():
             return self._trace(slice(0, self.q.shape[2]), idx=self.idx)
 
-    def _trace(self, rows: slice, **options: Tensor | None) -> Trace:
+    def _trace(self, rows: slice, **options: Any) -> Trace:
         s, dtype = self.sparse, self.compute_dtype
         kv = Branches(**{name: x.to(dtype) for name, x in vars(s.kv).items()})
         return trace(

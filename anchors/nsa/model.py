@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
@@ -33,6 +34,7 @@ from anchors.nsa.cache import NSALayer, Pair, remembering
 from anchors.nsa.call import NSACall, Sparse
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.reference import compress
+from anchors.nsa.texts import Layout, Texts
 
 NATIVE = "nsa"
 """The attention implementation of an NSA model that is not on the seam."""
@@ -43,21 +45,22 @@ def native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
     sparse: Sparse = kwargs["sparse"]
     o = nsa_attention(
         query.transpose(1, 2), sparse.kv, sparse.gates, sparse.geometry,
-        scale=kwargs["scaling"], q_cmp=sparse.q_cmp, past=sparse.past, backend=sparse.backend,
+        scale=kwargs["scaling"], q_cmp=sparse.q_cmp, past=sparse.past, texts=sparse.texts, backend=sparse.backend,
     )  # fmt: skip
     return o, None
 
 
 def no_mask(*args: object, attention_mask: Tensor | None = None, **kwargs: object) -> None:
-    """NSA is causal by itself and has no use for a mask; padding it cannot leave out."""
+    """NSA is causal by itself and has no use for a mask. Padding is known by its texts (`NSAModel`), or refused."""
     if attention_mask is not None and not bool(attention_mask.all()):
         _refuse_padding()
 
 
 def _refuse_padding() -> None:
     raise AnchorsError(
-        "NSA was given a mask that hides tokens: its blocks would be filled with padding.",
-        "Pad on the right and pass no attention mask (nothing sees what follows it), or use a batch of one.",
+        "NSA was given a mask that hides tokens: here its blocks would be filled with padding.",
+        "Pass a mask [batch, tokens] without a cache and without an analysis; or pad on the right and pass no mask "
+        "(nothing sees what follows it); or use a batch of one.",
         code="shape",
     )
 
@@ -103,6 +106,7 @@ class NativeSparseAttention(nn.Module):
         past_key_values: Cache | None = None,
         position_ids: Int[Tensor, "#batch tokens"] | None = None,
         cu_seqlens: Int[Tensor, " sequences_and_one"] | None = None,
+        texts: Texts | None = None,
         cache: Cache | None = None,
         **kwargs: object,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], None]:
@@ -110,8 +114,10 @@ class NativeSparseAttention(nn.Module):
 
         Args:
             past_key_values, cache: the cache, under its name before and since transformers 5.24.
-            position_ids: where the tokens stand; after those of the cache unless given.
+            position_ids: where the tokens stand; in their texts, or after those of the cache, unless given.
+            attention_mask: [batch, tokens], 0 where there is padding; no cache then. A causal mask says nothing new.
             cu_seqlens: bounds of sequences packed into one row, which do not see each other; no cache then.
+            texts: the same, or the padding of several rows, made once for all layers.
         """
         cache = past_key_values if cache is None else cache
         unheard = [name for name, given in kwargs.items() if isinstance(given, Cache)]
@@ -129,28 +135,23 @@ class NativeSparseAttention(nn.Module):
                 code="shape",
             )
         if cu_seqlens is not None:
-            if (
-                position_ids is not None
-                or int(cu_seqlens[0])
-                or int(cu_seqlens[-1]) != hidden_states.shape[1]
-            ):
+            if len(hidden_states) != 1 or cache is not None or position_ids is not None:
                 raise AnchorsError(
-                    f"The bounds {cu_seqlens.tolist()} do not divide {hidden_states.shape[1]} tokens.",
-                    "Begin with 0, end with the number of tokens, and give no positions: each sequence starts at 0.",
-                    code="shape",
-                )
-            if len(hidden_states) != 1 or cache is not None:
-                raise AnchorsError(
-                    "Packed sequences come as one row, without a cache.",
+                    "Packed sequences come as one row, without a cache and without positions: each starts at 0.",
                     "Reshape to [1, tokens, …].",
                     code="shape",
                 )
-            parts = hidden_states.split(cu_seqlens.diff().tolist(), dim=1)
-            return torch.cat([self(part)[0] for part in parts if part.shape[1]], dim=1), None
+            texts = Texts.of_bounds(cu_seqlens, hidden_states.shape[1])
+        if attention_mask is not None and attention_mask.dim() == 2 and cache is None:
+            texts, attention_mask = Texts.of_mask(attention_mask, position_ids), None
         batch, tokens, _ = hidden_states.shape
         home = hidden_states.device
         cached = None if cache is None else _cached_positions(cache, self.layer_idx, home)
         past = 0 if cached is None else cached.shape[-1]
+        if cache is not None:
+            _keep_texts(cache, self.layer_idx, texts, past)
+        if position_ids is None and texts is not None:
+            position_ids = texts.position
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=home)[None]
         if attention_mask is not None:
@@ -183,13 +184,22 @@ class NativeSparseAttention(nn.Module):
             rows = max(len(cached), len(position_ids))
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
             vars(cache.layers[self.layer_idx])["positions"] = positions
-        sparse = Sparse(
-            kv=self._branches(keys, values, positions, hidden_states, kept),
-            v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
-            geometry=self.geometry, past=past, backend=self.config.backend,
-        )  # fmt: skip
         # Any other implementation would compute dense attention of one branch, and say nothing.
         name = seam.NAME if self.config._attn_implementation == seam.NAME else NATIVE
+        if texts is not None:
+            texts = texts.expanded(batch, home)
+            if name == seam.NAME:
+                raise AnchorsError(
+                    "An analysis of NSA was given several texts in a row, or padding.",
+                    "Give one text a row, without padding.",
+                    code="shape",
+                )
+        layout = None if texts is None else texts.laid(self.geometry)
+        sparse = Sparse(
+            kv=self._branches(keys, values, positions, hidden_states, layout, kept),
+            v_cmp=values[:, :, 0], phi_v=self.phi_v, gates=gates, q_cmp=q_cmp,
+            geometry=self.geometry, past=past, backend=self.config.backend, texts=texts,
+        )  # fmt: skip
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, native)
         o, _ = interface(
             self, q.transpose(1, 2), sparse.kv.k_slc.transpose(1, 2), sparse.kv.v_slc.transpose(1, 2), None,
@@ -198,25 +208,42 @@ class NativeSparseAttention(nn.Module):
         return self.o_proj(o.reshape(batch, tokens, -1)), None
 
     def _branches(
-        self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor, kept: NSALayer | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        layout: Layout | None,
+        kept: NSALayer | None,
     ) -> Branches:
         def make(first: int) -> Pair:
             start = first * self.geometry.d
-            return self._compressed(keys[:, start:, 0], values[:, start:, 0], positions[:, start:], like)
+            return self._compressed(
+                keys[:, start:, 0], values[:, start:, 0], positions[:, start:], like, layout
+            )
 
-        if kept is None:
+        if kept is None or layout is not None:  # blocks of padded texts are counted anew with every token
             kc, vc = make(0)
         else:
             kc, vc = kept.compressed(self.geometry, (id(self), self.config.compressed_rope), make)
         return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
 
-    def _compressed(self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor) -> Pair:
+    def _compressed(
+        self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor, layout: Layout | None
+    ) -> Pair:
         """φ of every complete block of some raw keys and values (Eq. 7), the first of which begins at the first of them."""
         l, d = self.geometry.l, self.geometry.d
-        kc, vc = compress(keys, self.phi_k, l=l, d=d), compress(values, self.phi_v, l=l, d=d)
+        raw = (keys, self.phi_k), (values, self.phi_v)
+        if layout is None:
+            kc, vc = (compress(x, pool, l=l, d=d) for x, pool in raw)
+        else:
+            kc, vc = (layout.compress(x, pool) for x, pool in raw)
         rope = self.config.compressed_rope
         if rope in ("block_centre", "block_start") and kc.shape[1]:
-            block = positions.float().unfold(-1, l, d)
+            if layout is None:
+                block = positions.float().unfold(-1, l, d)
+            else:
+                block = layout.of_blocks(positions.float().expand(len(keys), -1))
             cos, sin = self.rotary_emb(like, block.mean(-1) if rope == "block_centre" else block[..., 0])
             kc = _rotate(kc, cos, sin)
         return kc.to(keys.dtype), vc.to(values.dtype)
@@ -232,6 +259,20 @@ def _cached_positions(cache: Cache, layer: int, device: torch.device) -> Int[Ten
     past = cache.get_seq_length(layer)
     found = getattr(cache.layers[layer], "positions", None) if layer < len(cache.layers) else None
     return torch.arange(past, device=device)[None] if found is None else found[:, :past].to(device)
+
+
+def _keep_texts(cache: Cache, layer: int, texts: Texts | None, past: int) -> None:
+    """Remembers what a cache was filled with; one that holds several texts, or padding, cannot be continued."""
+    if layer >= len(cache.layers):
+        return
+    held = vars(cache.layers[layer])
+    if past and (texts is not None or (held.get("texts") is not None and bool(held["texts"].start.any()))):
+        raise AnchorsError(
+            "A cache that holds several texts in a row, or padding, was to be continued.",
+            "Fill a cache with one text a row, without padding.",
+            code="shape",
+        )
+    held["texts"] = texts
 
 
 def _demand_causal(mask: Tensor, queries: int, past: int) -> None:
@@ -258,7 +299,11 @@ class NSAPreTrainedModel(LlamaPreTrainedModel):
 
 
 class NSAModel(NSAPreTrainedModel, LlamaModel):
-    """A Llama whose layers attend natively sparse."""
+    """A Llama whose layers attend natively sparse.
+
+    Texts may be packed into a row, by `cu_seqlens` or by positions that do not rise where a text begins, and rows may be
+    padded at either end, by an attention mask; without a cache and without an analysis. No text sees another.
+    """
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__(config)
@@ -266,6 +311,62 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
             for index, layer in enumerate(self.layers):
                 layer.self_attn = NativeSparseAttention(config, index)
             self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#batch tokens"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens hidden"] | None = None,
+        cu_seqlens: Int[Tensor, " sequences_and_one"] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As LlamaModel's. `cu_seqlens` are the bounds of texts packed into one row."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        # Its name since transformers 5.24 is another.
+        cached = any(isinstance(value, Cache) for value in kwargs.values())
+        if cu_seqlens is not None and (
+            cached
+            or attention_mask is not None
+            or given is None
+            or len(given) != 1
+            or self.config.attention != "nsa"
+        ):
+            raise AnchorsError(
+                "Packed sequences come as one row, without a cache or a mask, to a model with native sparse attention.",
+                "Reshape to [1, tokens].",
+                code="shape",
+            )
+        texts = None
+        if cu_seqlens is not None and given is not None:
+            texts = Texts.of_bounds(cu_seqlens, given.shape[1])
+        elif given is not None and not cached and self.config._attn_implementation == NATIVE:
+            texts = _texts(attention_mask, position_ids, given.shape[1])
+        if texts is not None:
+            attention_mask, kwargs = None, kwargs | {"texts": texts}
+            position_ids = texts.position if position_ids is None else position_ids
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
+
+
+def _texts(mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> Texts | None:
+    """The texts that a mask and positions tell of. On the CPU it is seen where there is one a row; on a GPU looking would
+    wait for it."""
+    if mask is not None and tuple(mask.shape[1:]) != (tokens,):
+        return None
+    if mask is not None and not mask.is_cuda and bool(mask.all()):
+        mask = None
+    if mask is not None:
+        return Texts.of_mask(mask, position_ids)
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    texts = Texts.of_positions(position_ids)
+    return texts if position_ids.is_cuda or bool(texts.start.any()) else None
 
 
 class NSAForCausalLM(NSAPreTrainedModel, LlamaForCausalLM):

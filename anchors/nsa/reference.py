@@ -167,6 +167,7 @@ def select(
     force: Tensor | None = None,
     ban: Tensor | None = None,
     bias: Tensor | None = None,
+    position: Int[Tensor, "batch query"] | None = None,
 ) -> Int[Tensor, "batch query groups n"]:
     """I_t: the top-n blocks of each query and group (Eq. 11), ascending, −1 at the end where there are fewer.
 
@@ -176,10 +177,12 @@ def select(
     Args:
         force, ban: blocks always or never to choose; `ban` wins.
         bias: added to the importance. All three broadcast to [batch, query, groups, blocks].
+        position: where the queries stand in their texts; from `past` on unless given.
     """
     batch, queries, groups, blocks = importance.shape
     device = importance.device
-    own = ((torch.arange(queries, device=device) + past) // geometry.lp)[:, None, None]
+    t = torch.arange(queries, device=device) + past if position is None else position
+    own = (t // geometry.lp)[..., None, None]
     j = torch.arange(blocks, device=device)
     first = (j < geometry.n_init) | ((j > own - geometry.n_local) & (j <= own))
     candidate = (j <= own).expand(batch, queries, groups, blocks)

@@ -48,7 +48,7 @@ _HARMLESS = {
 back on linear layers, which all are here)."""
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Ways to begin that leave the base as it is."""
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Adapted(Checkpoint):
         """A tensor of the model with its adapter, in float32 where the adapter changes it."""
         change = self.changes.get(name)
         if change is None or change.whole is None:
-            whole = self.base.weight(self.tied if self.tied and name == _HEAD else name)
+            whole = self.base.weight(self.tied if self.tied and name == HEAD else name)
         else:
             whole = self.lora.weight(change.whole)
         if change is None:
@@ -206,7 +206,7 @@ def _adapted(lora: Checkpoint, base: Checkpoint, notes: tuple[str, ...]) -> Adap
     fields: dict[str, dict[str, Any]] = defaultdict(dict)
     unknown, absent = [], []
     embedding = next((name for name in shapes if name.endswith(_EMBEDDING)), None)
-    tied = embedding if _HEAD not in shapes else None
+    tied = embedding if HEAD not in shapes else None
     for key in lora.entries:
         found = _KEY.fullmatch(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
         if found is None:
@@ -214,7 +214,7 @@ def _adapted(lora: Checkpoint, base: Checkpoint, notes: tuple[str, ...]) -> Adap
             continue
         bias = "bias" in (found["what"], found["whole"])
         name = f"{found['module']}.{'bias' if bias else 'weight'}"
-        if name not in shapes and not (name == _HEAD and tied):
+        if name not in shapes and not (name == HEAD and tied):
             absent.append(key)
         elif found["dora"]:
             fields[name]["magnitude"] = key
@@ -260,11 +260,11 @@ def _adapted(lora: Checkpoint, base: Checkpoint, notes: tuple[str, ...]) -> Adap
         )
         for name, own in fields.items()
     }  # fmt: skip
-    if tied is not None and not {tied, _HEAD} & changes.keys():
+    if tied is not None and not {tied, HEAD} & changes.keys():
         tied = None
     entries = dict(base.entries)
     if tied is not None:
-        entries[_HEAD] = base.entries[tied]
+        entries[HEAD] = base.entries[tied]
     for name, change in changes.items():
         if change.whole is not None:
             entries[name] = lora.entries[change.whole]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anchors.errors import AnchorsError
-from anchors.injection.merging.adapter import Adapted, open_expert
+from anchors.injection.merging.adapter import HEAD, Adapted, open_expert
 from anchors.injection.merging.checkpoint import Checkpoint
 from anchors.injection.merging.embeddings import POLICIES, SharedRows, Vocabulary, align
 from anchors.injection.merging.mapping import Pair, Tower, agree, tower
@@ -58,7 +58,8 @@ class Sources:
                     code="option-value",
                 )
             base = theirs.base
-        others = (Checkpoint.open(base), theirs)
+        base = Checkpoint.open(base)
+        others = (base, theirs)
         for model, role in zip(others, ("base", "expert"), strict=True):
             _require_another(own, model, role)
         towers = [
@@ -74,6 +75,8 @@ class Sources:
         pairs = {pair.vlm: (pair, other) for pair, other in agree(*towers)}
         if embeddings != "keep":
             pairs = _tied(own, others, towers, pairs)
+        elif isinstance(theirs, Adapted):
+            others = base, _left_out(theirs, pairs)
         return cls(own, *others, pairs, _rows(own, others, pairs, embeddings))
 
     @property
@@ -148,6 +151,30 @@ def _require_another(vlm: Checkpoint, model: Checkpoint, role: str) -> None:
             "Base and expert are language models; the base is the one that both others were made from.",
             code="model-kind",
         )
+
+
+def _left_out(expert: Adapted, pairs: Mapping[str, tuple[Pair, Pair]]) -> Adapted:
+    """The same with a note on what it changes in embedding and head, which the policy `keep` leaves to the tower.
+
+    Raises:
+        AnchorsError: it changes nothing else.
+    """
+    changed = {other for _, other in pairs.values() if other.llm in expert.changes}
+    kept = sorted(other.llm for other in changed if by_rows(other)) + [HEAD] * (expert.tied is not None)
+    if not kept:
+        return expert
+    if all(map(by_rows, changed)):
+        raise AnchorsError(
+            f"The adapter {expert.lora.name!r} changes embedding and head only, which --embeddings keep leaves as they are: "
+            "nothing of it would be merged.",
+            "Take --embeddings shared-rows or by-token; where these refuse it, it cannot be merged into this model.",
+            code="adapter",
+        )
+    note = (
+        f"The adapter also changes {', '.join(dict.fromkeys(kept))}, which --embeddings keep leaves out of the merge "
+        "(shared-rows and by-token take it)."
+    )
+    return replace(expert, notes=(*expert.notes, note))
 
 
 def _tied(

@@ -22,23 +22,27 @@ from torch import Tensor
 
 from anchors.attention.kernels import LOG2E, dense, precision_of, strides
 from anchors.errors import AnchorsError
-from anchors.nsa.kernels import lists
+from anchors.nsa.kernels import lists, ranges
 from anchors.nsa.kernels.tiles import (
     LN2,
     NEVER,
     UNION,
     demand,
-    key_offsets,
+    key_rows,
     key_tile,
     load_rows,
+    load_tail,
+    products,
     query_rows,
     save_rows,
+    spanned,
     tile_bounds,
     times,
     tuned,
-    visible,
+    widest,
     widths,
 )
+from anchors.nsa.texts import Spans
 
 Tuning = dict[str, Any] | None
 
@@ -82,21 +86,29 @@ class Branch:
     def sizes(self) -> tuple[int, int, int]:
         return self.l, self.d, self.w
 
+    def bounded(self, spans: Spans | None) -> bool:
+        """Whether the first keys that a query sees, and the last queries that see a key, must be looked for."""
+        return self.name == "window" or (self.name == "compressed" and spans is not None)
+
 
 @triton.jit
 @no_type_check
 def _step(
-    q_tile, k, v, k_stride, v_stride, start, keys, member, low, high, factor, top, mass, total,
-    BRANCH: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    q_tile, q_tail, k, v, k_stride, v_stride, example, group, start, keys, member, low, high, factor, top, mass, total,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_tile = load_rows(k, key_offsets(start, k_stride, keys, KEYS, MASKED), DIM, WIDTH, PRECISION)
-    v_tile = load_rows(v, key_offsets(start, v_stride, keys, KEYS, MASKED), DIM_V, WIDTH_V, PRECISION)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    k_tile, k_tail = key_rows(
+        k, k_stride, example, group, start, keys, KEYS, MASKED, BOXES, DIM, WIDTH, TAIL, PRECISION
+    )
+    v_tile, _ = key_rows(
+        v, v_stride, example, group, start, keys, KEYS, MASKED, BOXES, DIM_V, WIDTH_V, 0, PRECISION
+    )
+    scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
     if MASKED:
         columns = start + tl.arange(0, KEYS)
         seen = columns[None, :] < high[:, None]
-        if BRANCH == "window":
+        if LOW:
             seen &= columns[None, :] >= low[:, None]
         scores = tl.where(seen, scores, float("-inf"))
     peak = tl.max(scores, 1) * factor
@@ -116,11 +128,11 @@ def _step(
 @triton.jit
 @no_type_check
 def _attend(
-    q, k, v, o, lse, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
+    q, k, v, o, lse, spans, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -129,30 +141,35 @@ def _attend(
         tile = tl.num_programs(0) - 1 - tile
     inner, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
     q += example * q_strides[0]
-    k += example * k_strides[0] + group * k_strides[2]
-    v += example * v_strides[0] + group * v_strides[2]
+    if not BOXES:
+        k += example * k_strides[0] + group * k_strides[2]
+        v += example * v_strides[0] + group * v_strides[2]
     count = 0
     if BRANCH == "selected":
         listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
         count = tl.load(counts + listed)
         blocks += listed * entries
         members += listed * entries
-    q_tile = load_rows(q, query.to(tl.int64) * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
-    low, high = visible(query + past, keys, size, stride, reach, BRANCH)
+    places = query.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
+    q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
+    if spans is not None:
+        spans += example * (length + past) * 2
+    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
     bounds = tile_bounds(
-        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, keys, size, stride, reach,
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
         blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
     top = tl.full([TILE * GROUP], -NEVER, tl.float32)
     mass = tl.zeros([TILE * GROUP], tl.float32)
     total = tl.zeros([TILE * GROUP, WIDTH_V], tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or BRANCH == "window":
+        if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
-                start, member = key_tile(index, inner, blocks, members, BRANCH, KEYS, PARTS)
+                start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
                 top, mass, total = _step(
-                    q_tile, k, v, k_strides[1], v_strides[1], start, keys, member, low, high, factor, top, mass, total,
-                    BRANCH, KEYS, part != 1, DIM, DIM_V, WIDTH, WIDTH_V, PRECISION,
+                    q_tile, q_tail, k, v, k_strides[1], v_strides[1], example, group, start, keys, member, low, high,
+                    factor, top, mass, total, BRANCH, LOW, KEYS, part != 1, BOXES, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
                 )  # fmt: skip
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
@@ -190,18 +207,21 @@ def attend(
     past: int = 0,
     idx: Int[Tensor, "batch query groups n"] | None = None,
     union: Any = None,
+    spans: Spans | None = None,
     tuning: Tuning = None,
 ) -> tuple[Float[Tensor, "batch query heads dim_v"], Float[Tensor, "batch query heads"]]:
     """Output and natural log-sum-exp of one branch; a row that sees nothing has o = 0 and lse = −∞.
 
     Args:
         idx: the chosen blocks, of the selected branch.
+        spans: who sees whom in this branch, where several texts lie in a row; `idx` then names blocks by their first
+            tokens (`anchors.nsa.texts`).
         union: `lists.union(idx, tile)` where it is known; `tile` must be `tile_of(...)`.
         tuning: settings put over those of `TUNING`, by kernel.
     """
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _launch(branch, q, k, v, o, lse, None, None, scale, past, idx, union, tuning)
+    _launch(branch, q, k, v, o, lse, None, None, scale, past, idx, union, spans, tuning)
     return o, lse
 
 
@@ -216,6 +236,7 @@ def attend_last(
     scale: float,
     past: int = 0,
     keep: bool = True,
+    spans: Spans | None = None,
     tuning: Tuning = None,
 ) -> tuple[Float[Tensor, "batch query heads dim_v"], Tensor | None, Tensor | None]:
     """Σ_c g^c o^c (Eq. 5) with this branch as the last; and its own output and log-sum-exp, if they are to be kept.
@@ -227,35 +248,47 @@ def attend_last(
     z = q.new_empty(*q.shape[:3], v.shape[-1])
     o = torch.empty_like(z) if keep else None
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if keep else None
-    _launch(branch, q, k, v, o, lse, z, (*others, g.contiguous()), scale, past, None, None, tuning)
+    _launch(branch, q, k, v, o, lse, z, (*others, g.contiguous()), scale, past, None, None, spans, tuning)
     return z, o, lse
 
 
-def tile_of(branch: Branch, kernel: str, q: Tensor, v: Tensor, groups: int, tuning: Tuning) -> int:
+def tile_of(branch: Branch, kernel: str, q: Tensor, k: Tensor, v: Tensor, tuning: Tuning) -> int:
     """Positions of a query tile of a kernel."""
-    settings = tuned(
-        kernel, q, max(widths(q.shape[-1], v.shape[-1])[x] for x in ("WIDTH", "WIDTH_V")), tuning
-    )
-    return branch.tile(groups, settings["rows"])[0]
+    fits = ranges.fits(widths(k.shape[-1], v.shape[-1]), dense(k), dense(v))
+    settings = tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
+    return branch.tile(q.shape[2] // k.shape[2], settings["rows"])[0]
 
 
-def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, tuning) -> None:
+def seen_spans(spans: Spans | None, tokens: int) -> Tensor | None:
+    """The keys that each of the first tokens sees, as the kernels read them."""
+    return None if spans is None else spans.seen[:, :tokens].contiguous()
+
+
+def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, tuning) -> None:
     groups = demand(q, k, v, scale)
     q, k, v = map(dense, (q, k, v))
     batch, length, _, _ = q.shape
     shape = widths(q.shape[-1], v.shape[-1])
-    settings = tuned(f"forward.{branch.name}", q, max(shape["WIDTH"], shape["WIDTH_V"]), tuning)
+    fits = ranges.fits(shape, k, v)
+    settings = tuned(f"forward.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
     tile, group = branch.tile(groups, settings["rows"])
     columns = branch.keys(settings["keys"])
     listed, entries, padded = walked(branch, idx, tile, union)
+    boxes = fits and bool(settings.get("boxes"))
+    sources = key_sources(k, v, columns, boxes)
     with torch.cuda.device_of(q):
         _attend[triton.cdiv(length, tile), batch * k.shape[2]](
-            q, k, v, o, lse, *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
+            q, *sources, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
-            BRANCH=branch.name, TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
-            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, **shape, PRECISION=precision_of(q.dtype),
+            BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),
+            ENTRIES=padded, PEEL=bool(settings["peel"]), KEEP=o is not None, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
             num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         )  # fmt: skip
+
+
+def key_sources(k: Tensor, v: Tensor, columns: int, boxed: bool) -> tuple[Any, Any]:
+    """Keys and values as a kernel reads them."""
+    return (ranges.boxes(k, columns), ranges.boxes(v, columns)) if boxed else (k, v)
 
 
 def compressed_attention(

@@ -10,16 +10,20 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from anchors.attention.kernels import LOG2E
 from anchors.nsa.kernels.tiles import (
     NEVER,
     key_offsets,
+    key_rows,
     key_tile,
     load_rows,
+    load_tail,
+    products,
     query_rows,
     save_rows,
+    spanned,
     tile_bounds,
     times,
-    visible,
 )
 
 
@@ -44,12 +48,24 @@ def inner_kernel(
 
 @triton.jit
 @no_type_check
+def _add_rows(
+    pointer, offsets, inside, tile, ACCUMULATE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    if ACCUMULATE:
+        columns = tl.arange(0, WIDTH)
+        kept = inside[:, None] & (columns < DIM)[None, :]
+        tile += tl.load(pointer + offsets[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
+    save_rows(pointer, offsets, inside, tile, DIM, WIDTH)
+
+
+@triton.jit
+@no_type_check
 def query_kernel(
-    q, k, v, dz, dq, masses, inner, gate, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dq, lse, inner, gate, spans, blocks, members, counts, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, entries, inner_step, gate_step,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr, ACCUMULATE: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1) % heads
     example = (tl.program_id(1) // heads).to(tl.int64)
@@ -58,8 +74,9 @@ def query_kernel(
     within, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
     q += example * q_strides[0]
     dz += example * dz_strides[0]
-    k += example * k_strides[0] + group * k_strides[2]
-    v += example * v_strides[0] + group * v_strides[2]
+    if not BOXES:
+        k += example * k_strides[0] + group * k_strides[2]
+        v += example * v_strides[0] + group * v_strides[2]
     count = 0
     if BRANCH == "selected":
         listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
@@ -68,53 +85,61 @@ def query_kernel(
         members += listed * entries
     long = query.to(tl.int64)
     line = (example * length + query) * (heads * groups) + head
-    q_tile = load_rows(q, long * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+    own = long * q_strides[1] + head * q_strides[2]
+    q_tile = load_rows(q, own, min(DIM, WIDTH), WIDTH, PRECISION)
+    q_tail = load_tail(q, own, q_tile, DIM, WIDTH, TAIL, PRECISION)
     dz_tile = load_rows(dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION)
-    mass = tl.where(inside, tl.load(masses + line), NEVER)
+    mass = tl.load(lse + line)
+    mass = tl.where(inside & (mass != float("-inf")), mass * LOG2E, NEVER)
     mean = tl.load(inner + line * inner_step)
-    low, high = visible(query + past, keys, size, stride, reach, BRANCH)
+    if spans is not None:
+        spans += example * (length + past) * 2
+    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
     bounds = tile_bounds(
-        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, keys, size, stride, reach,
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
         blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
     total = tl.zeros([TILE * GROUP, WIDTH], tl.float32)
+    if TAIL > 0:
+        rest = tl.zeros([TILE * GROUP, TAIL], tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or BRANCH == "window":
+        if part > 0 or LOW:
             for index in range(bounds[part], bounds[part + 1]):
-                start, member = key_tile(index, within, blocks, members, BRANCH, KEYS, PARTS)
-                k_tile = load_rows(
-                    k, key_offsets(start, k_strides[1], keys, KEYS, part != 1), DIM, WIDTH, PRECISION
-                )
-                v_tile = load_rows(
-                    v, key_offsets(start, v_strides[1], keys, KEYS, part != 1), DIM_V, WIDTH_V, PRECISION
-                )
-                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                start, member = key_tile(index, within, spans, blocks, members, BRANCH, KEYS, PARTS)
+                k_tile, k_tail = key_rows(
+                    k, k_strides[1], example, group, start, keys, KEYS, part != 1, BOXES, DIM, WIDTH, TAIL, PRECISION
+                )  # fmt: skip
+                v_tile, _ = key_rows(
+                    v, v_strides[1], example, group, start, keys, KEYS, part != 1, BOXES, DIM_V, WIDTH_V, 0, PRECISION
+                )  # fmt: skip
+                scores = products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
                 slope = tl.dot(dz_tile, tl.trans(v_tile), input_precision=PRECISION)
                 base = tl.where(member, mass, NEVER) if BRANCH == "selected" else mass
                 pattern = tl.exp2(scores * factor - base[:, None])
                 if part != 1:
                     columns = start + tl.arange(0, KEYS)
                     seen = columns[None, :] < high[:, None]
-                    if BRANCH == "window":
+                    if LOW:
                         seen &= columns[None, :] >= low[:, None]
                     pattern = tl.where(seen, pattern, 0.0)
-                total = times(pattern * (slope - mean[:, None]), k_tile, total, PRECISION, False)
-    total *= (tl.load(gate + line * gate_step) * scale)[:, None]
-    if ACCUMULATE:
-        columns = tl.arange(0, WIDTH)
-        kept = inside[:, None] & (columns < DIM)[None, :]
-        total += tl.load(dq + (line * DIM)[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-    save_rows(dq, line * DIM, inside, total, DIM, WIDTH)
+                slope = pattern * (slope - mean[:, None])
+                total = times(slope, k_tile, total, PRECISION, False)
+                if TAIL > 0:
+                    rest = times(slope, k_tail, rest, PRECISION, False)
+    weight = tl.load(gate + line * gate_step) * scale
+    _add_rows(dq, line * DIM, inside, total * weight[:, None], ACCUMULATE, min(DIM, WIDTH), WIDTH)
+    if TAIL > 0:
+        _add_rows(dq + WIDTH, line * DIM, inside, rest * weight[:, None], ACCUMULATE, DIM - WIDTH, TAIL)
 
 
 @triton.jit
 @no_type_check
 def key_kernel(
-    q, k, v, dz, dk, dv, masses, inner, gate, queries, items, q_strides, k_strides, v_strides, dz_strides,
+    q, k, v, dz, dk, dv, masses, inner, gate, spans, queries, items, bases, q_strides, k_strides, v_strides, dz_strides,
     length, keys, past, scale, factor, heads, groups, size, stride, reach, inner_step, gate_step,
-    BRANCH: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, UNTIL: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.arange(0, TILE * GROUP), tl.arange(0, KEYS)
     if BRANCH == "selected":
@@ -123,7 +148,7 @@ def key_kernel(
         if pair < 0:
             return
         begin, stop = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
-        start = (block * PARTS + part) * KEYS
+        start = (block * PARTS + part) * KEYS if spans is None else block + part * KEYS
         listed = begin + tl.arange(0, SPLIT)
         # The list ascends: those that do not see the tile whole stand first.
         some = (
@@ -131,14 +156,20 @@ def key_kernel(
         )
         tiles = tl.cdiv(stop - begin, TILE)
         masked, whole = tl.cdiv(tl.sum(some.to(tl.int32)), TILE), tiles
-        place = item * PARTS + part
-        out, kept = place * KEYS + column, column < KEYS
+        if spans is None:
+            place = item * PARTS + part
+            out, kept = place * KEYS + column, column < KEYS
     else:
         # The first keys have the longest walks; all parts of them start first.
         start, part = tl.program_id(0) // SPLITS * KEYS, tl.program_id(0) % SPLITS
         pair = tl.program_id(1)
         last = tl.minimum(start + KEYS, keys) - 1
-        if BRANCH == "compressed":
+        if spans is not None:
+            spans += (pair // heads).to(tl.int64) * keys * 2
+            since, since_all = tl.load(spans + start * 2), tl.load(spans + last * 2)
+            until = tl.minimum(tl.maximum(tl.load(spans + last * 2 + 1) - past, 0), length)
+            until_all = tl.minimum(tl.maximum(tl.load(spans + start * 2 + 1) - past, 0), length)
+        elif BRANCH == "compressed":
             since, since_all, until, until_all = (
                 start * stride + size - 1,
                 last * stride + size - 1,
@@ -153,7 +184,7 @@ def key_kernel(
         tiles = tl.cdiv(tl.maximum(stop - begin, 0), TILE)
         masked = tl.minimum(tl.cdiv(tl.maximum(since_all - past - begin, 0), TILE), tiles)
         whole = tiles
-        if BRANCH == "window":
+        if UNTIL:
             whole = tl.maximum(tl.maximum(until_all - begin, 0) // TILE, masked)
         out = ((pair // heads).to(tl.int64) * keys + start + column) * heads + pair % heads
         out += part.to(tl.int64) * (tl.num_programs(1) // heads) * keys * heads
@@ -170,18 +201,25 @@ def key_kernel(
     key = start + column
     since = key * stride + size - 1 if BRANCH == "compressed" else key
     until = key + reach
+    if spans is not None and BRANCH != "selected":
+        row_of_key = tl.minimum(key, keys - 1) * 2
+        since, until = tl.load(spans + row_of_key), tl.load(spans + row_of_key + 1)
     q += example * q_strides[0]
     dz += example * dz_strides[0]
     k += example * k_strides[0] + group * k_strides[2]
     v += example * v_strides[0] + group * v_strides[2]
-    k_tile = load_rows(k, key_offsets(start, k_strides[1], keys, KEYS, True), DIM, WIDTH, PRECISION)
+    own = key_offsets(start, k_strides[1], keys, KEYS, True)
+    k_tile = load_rows(k, own, min(DIM, WIDTH), WIDTH, PRECISION)
+    k_tail = load_tail(k, own, k_tile, DIM, WIDTH, TAIL, PRECISION)
     v_tile = load_rows(v, key_offsets(start, v_strides[1], keys, KEYS, True), DIM_V, WIDTH_V, PRECISION)
     head = group * groups + tl.minimum(row % GROUP, groups - 1)
     real = row % GROUP < groups
     dk_total = tl.zeros([KEYS, WIDTH], tl.float32)
+    if TAIL > 0:
+        dk_rest = tl.zeros([KEYS, TAIL], tl.float32)
     dv_total = tl.zeros([KEYS, WIDTH_V], tl.float32)
     for section in tl.static_range(3):
-        if section < 2 or BRANCH == "window":
+        if section < 2 or UNTIL:
             for index in range(bounds[section], bounds[section + 1]):
                 query = begin + index * TILE + row // GROUP
                 inside = (query < stop) & real
@@ -190,26 +228,37 @@ def key_kernel(
                     query = tl.load(queries + query)
                 long = query.to(tl.int64)
                 line = (example * length + query) * (heads * groups) + head
-                q_tile = load_rows(q, long * q_strides[1] + head * q_strides[2], DIM, WIDTH, PRECISION)
+                places = long * q_strides[1] + head * q_strides[2]
+                q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
+                q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
                 dz_tile = load_rows(
                     dz, long * dz_strides[1] + head * dz_strides[2], DIM_V, WIDTH_V, PRECISION
                 )
                 mass = tl.where(inside, tl.load(masses + line), NEVER)
                 mean = tl.load(inner + line * inner_step)
                 weight = tl.load(gate + line * gate_step)
-                scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                scores = products(k_tile, k_tail, q_tile, q_tail, TAIL, PRECISION)
                 pattern = tl.exp2(scores * factor - mass[None, :])
                 if section != 1:
                     position = query + past
                     seen = position[None, :] >= since[:, None]
-                    if BRANCH == "window":
+                    if UNTIL:
                         seen &= position[None, :] < until[:, None]
                     pattern = tl.where(seen, pattern, 0.0)
                 pattern *= weight[None, :]
                 dv_total = times(pattern, dz_tile, dv_total, PRECISION, False)
                 slope = tl.dot(v_tile, tl.trans(dz_tile), input_precision=PRECISION) - mean[None, :]
-                dk_total = times(pattern * slope, q_tile, dk_total, PRECISION, False)
-    save_rows(dk, out * DIM, kept, dk_total * scale, DIM, WIDTH)
+                slope = pattern * slope
+                dk_total = times(slope, q_tile, dk_total, PRECISION, False)
+                if TAIL > 0:
+                    dk_rest = times(slope, q_tail, dk_rest, PRECISION, False)
+    if spans is not None and BRANCH == "selected":
+        # Here, for they would be held through the loops.
+        out = tl.load(bases + item) + part * KEYS + column
+        kept = start + column < tl.load(spans + (example * keys + block) * 2 + 1)
+    save_rows(dk, out * DIM, kept, dk_total * scale, min(DIM, WIDTH), WIDTH)
+    if TAIL > 0:
+        save_rows(dk + WIDTH, out * DIM, kept, dk_rest * scale, DIM - WIDTH, TAIL)
     save_rows(dv, out * DIM_V, kept, dv_total, DIM_V, WIDTH_V)
 
 
@@ -232,3 +281,31 @@ def sum_kernel(
     key = block * size + row
     line = ((pair // heads).to(tl.int64) * keys + key) * heads + pair % heads
     save_rows(total, line * DIM, (row < size) & (key < keys), tile, DIM, WIDTH)
+
+
+@triton.jit
+@no_type_check
+def text_sum_kernel(
+    parts, total, seen, number, extra, heads, keys, size,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`sum_kernel` where several texts lie in a row: by tokens, for their blocks begin anywhere."""
+    pair = tl.program_id(1).to(tl.int64)
+    key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    inside = key < keys
+    begin = tl.load(seen + (pair // heads * keys + key) * 2, mask=inside, other=0)
+    within = (key - begin) % size
+    listed = pair * keys + key - within
+    count = tl.load(number + listed, mask=inside, other=0)
+    # The first piece of a block lies where its tokens do, the others behind all tokens.
+    behind = tl.num_programs(1).to(tl.int64) * keys
+    behind += tl.load(extra + listed, mask=inside, other=0).to(tl.int64) * size + within
+    place = pair * keys + key
+    tile = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in range(tl.max(count, 0)):
+        held = (index < count)[:, None] & (columns < DIM)[None, :]
+        tile += tl.load(parts + (place * DIM)[:, None] + columns[None, :], mask=held, other=0.0)
+        place = behind + index * size
+    line = (pair // heads * keys + key) * heads + pair % heads
+    save_rows(total, line * DIM, inside, tile, DIM, WIDTH)

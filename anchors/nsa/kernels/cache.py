@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.texts import Texts
 
 PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its 132 multiprocessors."""
@@ -204,6 +205,9 @@ class NSACache:
         kc: Float[Tensor, "batch compressed groups dim"],
         vc: Float[Tensor, "batch compressed groups dim_v"],
         lengths: Int[Tensor, " batch"] | None = None,
+        *,
+        texts: Texts | None = None,
+        starts: Int[Tensor, " batch"] | None = None,
     ) -> None:
         """Takes in a prompt, in place of what the cache held.
 
@@ -211,9 +215,12 @@ class NSACache:
             keys, values: of the branches cmp, slc and win, in this order.
             kc, vc: all compressed tokens of the prompt, C of them.
             lengths: tokens of each example, where the prompts are padded on the right; None: all of them.
+            texts, starts: the texts of rows that are padded at either end, or packed, and the first token of the one that
+                each example goes on with, in place of `lengths`; `kc` and `vc` are those of `Layout.compress`. Nothing
+                waits for the device.
 
         Raises:
-            AnchorsError: a prompt without tokens, or without room.
+            AnchorsError: a prompt without tokens, or without room; texts without starts.
         """
         prompt = keys[0].shape[1]
         if not 1 <= prompt <= self.tokens:
@@ -229,6 +236,18 @@ class NSACache:
                 f"Compress the whole prompt: {complete} of each.",
                 code="shape",
             )
+        if (texts is None) != (starts is None) or (texts is not None and lengths is not None):
+            raise AnchorsError(
+                "A prompt of several texts needs the texts and their first tokens, and no lengths.",
+                "Give texts and starts together, or lengths alone.",
+                code="shape",
+            )
+        if texts is not None and starts is not None:
+            texts, starts = texts.expanded(len(starts)), starts.long()[:, None]
+            first = texts.laid(self.geometry).first.long().gather(1, starts)
+            keys, values = ([_from(x, starts) for x in xs] for xs in (keys, values))
+            kc, vc = _from(kc, first), _from(vc, first)
+            lengths = (texts.end.long().gather(1, starts) - starts)[:, 0]
         if lengths is None:
             self.length.fill_(prompt)
         else:
@@ -244,6 +263,15 @@ class NSACache:
             # The last position that lies in each row; what would lie before the prompt is never read.
             held = (last - (last - torch.arange(rows, device=last.device)) % rows).clamp(min=0)
             cache.copy_(x.transpose(1, 2).take_along_dim(held[:, None, :, None], 2))
+
+
+def _from(
+    x: Float[Tensor, "batch rows groups size"], first: Int[Tensor, "batch 1"]
+) -> Float[Tensor, "batch rows groups size"]:
+    """Each example's rows from its first on; behind the last, the last again, which nobody reads."""
+    rows = x.shape[1]
+    place = (first + torch.arange(rows, device=x.device)).clamp(max=rows - 1)
+    return x.take_along_dim(place[:, :, None, None], 1) if rows else x
 
 
 def _splits(geometry: Geometry, tuning: Tuning, compressed: int, window: int) -> tuple[int, int, int]:

@@ -23,19 +23,24 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, precision_of
+from anchors.attention.kernels import LOG2E, dense, nearest, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.kernels import ranges
 from anchors.nsa.kernels.lists import Inverse, Union, inverse, rho, union
-from anchors.nsa.kernels.tiles import load_rows, query_rows
+from anchors.nsa.kernels.tiles import load_rows, load_tail, parted, products
+from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
 
 LOWEST = tl.constexpr(-(2**31))
 Tuning = Mapping[str, Mapping[str, Any]]
 TUNING: Tuning = {
-    # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product.
-    "score": {"rows": 128, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
+    # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product; `boxes`: the copy
+    # engine reads the keys where it can.
+    "score": {"rows": 128, "keys": 64, "flip": True, "boxes": 1, "num_warps": 4, "num_stages": 3},
+    # One or two heads a group: more positions in as many rows, and more sums to hold.
+    "score.few": {"rows": 64, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
     "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
     # Scores that a program (one row at least) and a warp hold in registers.
     "topn": {"scores": 1024, "per_warp": 1024},
@@ -46,42 +51,47 @@ TUNING: Tuning = {
 @triton.jit
 @no_type_check
 def _products(
-    q_main, q_tail, k, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-    FLIP: tl.constexpr, PRECISION: tl.constexpr,
+    q_main, q_tail, k, places, token, example, group, KEYS: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_main = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
-    if FLIP:
-        scores = tl.dot(k_main, tl.trans(q_main), input_precision=PRECISION)
+    if BOXES:
+        k_main = nearest(
+            tl.reshape(k.load([example.to(tl.int32), token, group, 0]), [KEYS, WIDTH]), PRECISION
+        )
+        k_tail = k_main
     else:
-        scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
-    if TAIL > 0:
-        k_tail = load_rows(k + WIDTH, places, DIM - WIDTH, TAIL, PRECISION)
-        if FLIP:
-            scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
-        else:
-            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+        k_main = load_rows(k, places, min(DIM, WIDTH), WIDTH, PRECISION)
+        k_tail = load_tail(k, places, k_main, DIM, WIDTH, TAIL, PRECISION)
+    if FLIP:
+        scores = products(k_main, k_tail, q_main, q_tail, TAIL, PRECISION)
+    else:
+        scores = products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
     return scores
 
 
 @triton.jit
 @no_type_check
 def _shares(
-    q_main, q_tail, mass, seen, kc, k_stride, block, compressed, scale, PER: tl.constexpr, REACH: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, block, compressed, scale, BOXES: tl.constexpr,
+    PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the compressed tokens that start in each block give to it, and to the block behind it."""
     row = tl.arange(0, BLOCKS * SLOTS)
     slot = row % SLOTS
     tokens = (block + row // SLOTS) * PER + slot
-    places = tl.minimum(tokens, compressed - 1).to(tl.int64) * k_stride
-    scores = _products(q_main, q_tail, kc, places, DIM, WIDTH, TAIL, FLIP, PRECISION)
+    places = (ahead + tl.minimum(tokens, compressed - 1)).to(tl.int64) * k_stride
+    scores = _products(
+        q_main, q_tail, kc, places, ahead + block * PER, example, group, BLOCKS * SLOTS, BOXES, DIM, WIDTH, TAIL, FLIP,
+        PRECISION,
+    )  # fmt: skip
     if FLIP:
         heads = tl.exp2(scores * scale - mass[None, :])
-        pattern = tl.trans(tl.sum(tl.reshape(heads, [BLOCKS * SLOTS, TILE, GROUP]), 2))
+        pattern = tl.trans(tl.sum(tl.reshape(heads, [BLOCKS * SLOTS, GROUP, TILE]), 1))
     else:
         heads = tl.exp2(scores * scale - mass[:, None])
-        pattern = tl.sum(tl.reshape(heads, [TILE, GROUP, BLOCKS * SLOTS]), 1)
+        pattern = tl.sum(tl.reshape(heads, [GROUP, TILE, BLOCKS * SLOTS]), 0)
     if MASKED or SLOTS != PER:
         pattern = tl.where((tokens[None, :] < seen[:, None]) & (slot < PER)[None, :], pattern, 0.0)
     pattern = tl.reshape(pattern, [TILE, BLOCKS, SLOTS])
@@ -91,16 +101,55 @@ def _shares(
 
 @triton.jit
 @no_type_check
-def _score(
-    q, kc, lse, scores, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
-    l, d, lp, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+def _walk(
+    q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, scores, inside, full, stop, compressed, columns, scale,
+    BOXES: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
     SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Importance of all blocks for a tile of queries, of which those `inside` are stored."""
+    order = tl.arange(0, BLOCKS)
+    turn = tl.zeros([TILE, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
+    before = tl.zeros([TILE, BLOCKS], tl.float32)
+    for tile in range(full):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, tile * BLOCKS, compressed, scale, BOXES, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=inside[:, None])
+    for tile in range(full, stop):
+        here, there = _shares(
+            q_main, q_tail, mass, seen, kc, k_stride, ahead, example, group, tile * BLOCKS, compressed, scale, BOXES, PER, REACH,
+            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
+        )  # fmt: skip
+        if REACH > 1:
+            turned = tl.gather(there, turn, 1)
+            here += tl.where(order[None, :] == 0, before, turned)
+            before = turned
+        block = tile * BLOCKS + order
+        tl.store(scores[:, None] + block[None, :], here, mask=inside[:, None] & (block < columns)[None, :])
+
+
+@triton.jit
+@no_type_check
+def _score(
+    q, kc, lse, scores, texts, q_strides, k_strides, lse_strides, first, rows, heads, past, compressed, columns, scale,
+    l, d, lp, length, BOXES: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TAIL: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last queries see most and start first.
     start = tl.num_programs(0) - 1 - tl.program_id(0)
     group, example = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    _, query, head, real = query_rows(start, rows, heads, group, TILE, GROUP)
+    # Head by head, so that the sum over heads stays within a thread.
+    row = tl.arange(0, TILE * GROUP)
+    query, head = start * TILE + row % TILE, row // TILE
+    real = (query < rows) & (head < heads)
+    query, head = tl.minimum(query, rows - 1), group * heads + tl.minimum(head, heads - 1)
     places = (first + query).to(tl.int64) * q_strides[1] + head * q_strides[2]
     q += example * q_strides[0]
     q_main = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
@@ -110,52 +159,55 @@ def _score(
     lse += example * lse_strides[0]
     mass = tl.load(lse + (first + query).to(tl.int64) * lse_strides[1] + head * lse_strides[2])
     mass = tl.where(real & (mass != float("-inf")), mass * LOG2E, float("inf"))
-    kc += example * k_strides[0] + group * k_strides[2]
+    if not BOXES:
+        kc += example * k_strides[0] + group * k_strides[2]
     query = start * TILE + tl.arange(0, TILE)
     earliest = past + first + start * TILE
     latest = past + first + tl.minimum(start * TILE + TILE, rows) - 1
-    seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
-    full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
-    stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
     scores += ((example * rows + query) * tl.num_programs(1) + group) * columns
-    order = tl.arange(0, BLOCKS)
-    turn = tl.zeros([TILE, BLOCKS], tl.int32) + ((order + BLOCKS - 1) % BLOCKS)[None, :]
-    before = tl.zeros([TILE, BLOCKS], tl.float32)
-    for tile in range(full):
-        here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
-            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, False, PRECISION,
+    if texts is None:
+        seen = tl.maximum(past + first + query + 1 - l + d, 0) // d
+        full = tl.minimum(tl.maximum(earliest + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS)
+        stop = tl.cdiv(tl.minimum(latest // lp + 1, columns), BLOCKS)
+        _walk(
+            q_main, q_tail, mass, seen, kc, k_strides[1], 0, example, group, scores, query < rows, full, stop, compressed, columns,
+            scale, BOXES, PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
         )  # fmt: skip
-        if REACH > 1:
-            turned = tl.gather(there, turn, 1)
-            here += tl.where(order[None, :] == 0, before, turned)
-            before = turned
-        tl.store(scores[:, None] + (tile * BLOCKS + order)[None, :], here, mask=(query < rows)[:, None])
-    for tile in range(full, stop):
-        here, there = _shares(
-            q_main, q_tail, mass, seen, kc, k_strides[1], tile * BLOCKS, compressed, scale, PER, REACH,
-            DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, True, PRECISION,
-        )  # fmt: skip
-        if REACH > 1:
-            turned = tl.gather(there, turn, 1)
-            here += tl.where(order[None, :] == 0, before, turned)
-            before = turned
-        block = tile * BLOCKS + order
-        inside = (query < rows)[:, None] & (block < columns)[None, :]
-        tl.store(scores[:, None] + block[None, :], here, mask=inside)
+    else:
+        texts += example * (past + length) * 3
+        # Text by text: a tile of queries lies in one mostly, and blocks are counted within it.
+        while earliest <= latest:
+            begin, end = tl.load(texts + earliest * 3), tl.load(texts + earliest * 3 + 1)
+            ahead = tl.load(texts + earliest * 3 + 2)
+            last = tl.minimum(latest, end - 1)
+            position = past + first + query
+            seen = tl.maximum(position - begin + 1 - l + d, 0) // d
+            full = tl.minimum(
+                tl.maximum(earliest - begin + 1 - l + d, 0) // (d * BLOCKS * PER), columns // BLOCKS
+            )
+            stop = tl.cdiv(tl.minimum((last - begin) // lp + 1, columns), BLOCKS)
+            _walk(
+                q_main, q_tail, mass, seen, kc, k_strides[1], ahead, example, group, scores,
+                (position >= begin) & (position <= last), full, stop, compressed - ahead, columns, scale,
+                BOXES, PER, REACH, DIM, WIDTH, TAIL, SLOTS, BLOCKS, TILE, GROUP, FLIP, PRECISION,
+            )  # fmt: skip
+            earliest = end
 
 
 @triton.jit
 @no_type_check
 def _topn(
-    scores, idx, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
+    scores, idx, texts, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
     past, columns, lp, n_init, n_local, N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, query = line % groups, first + line // groups % rows
     example = (line // groups // rows).to(tl.int64)
     j = tl.arange(0, WIDTH)
-    own = (past + query) // lp
+    own = past + query
+    if texts is not None:
+        own -= tl.load(texts + (example * (past + queries) + own) * 3, mask=line < lines, other=0)
+    own = own // lp
     candidate = (line < lines)[:, None] & (j < columns)[None, :] & (j[None, :] <= own[:, None])
     forced = (j < n_init)[None, :] | (j[None, :] > own[:, None] - n_local)
     if force is not None:
@@ -233,7 +285,7 @@ def block_importance(
     scores = torch.zeros(
         batch, queries, kc.shape[2], geometry.blocks(tokens), dtype=torch.float32, device=q.device
     )
-    _launch_score(q, kc, lse, scores, 0, geometry, scale, past, tuning)
+    _launch_score(q, kc, lse, scores, None, 0, geometry, scale, past, tuning)
     return scores
 
 
@@ -264,7 +316,9 @@ def select(
     wishes = _wishes(importance.shape, force, ban, bias)
     idx = _empty_choice(importance, importance.shape[1], importance.shape[2], geometry.n)
     scores = importance.float().contiguous()
-    _launch_topn(scores, idx, wishes, 0, importance.shape[1], importance.shape[-1], geometry, past, tuning)
+    _launch_topn(
+        scores, idx, None, wishes, 0, importance.shape[1], importance.shape[-1], geometry, past, tuning
+    )
     return idx
 
 
@@ -281,6 +335,7 @@ def select_blocks(
     force: Tensor | None = None,
     ban: Tensor | None = None,
     bias: Tensor | None = None,
+    layout: Layout | None = None,
     chunk_bytes: int = 256 << 20,
     tuning: Tuning | None = None,
 ) -> Int[Tensor, "batch query groups n"]:
@@ -290,6 +345,7 @@ def select_blocks(
         lse: natural log Σ exp of the scaled scores of the compressed branch; −∞ where a query sees nothing.
         tokens, past: keys there are, and how many of them come before the first query.
         force, ban, bias: as in `select`.
+        layout: several texts in a row; blocks are then counted within a query's own.
         chunk_bytes: importance that exists at a time.
         tuning: overrides of `TUNING`.
     """
@@ -298,23 +354,24 @@ def select_blocks(
     wishes = _wishes((batch, queries, groups, blocks), force, ban, bias)
     idx = _empty_choice(q, queries, groups, geometry.n)
     # Queries that see n blocks or fewer choose them all.
+    texts = None if layout is None else layout.tokens[:, : past + queries].contiguous()
     early = min(queries, max(0, geometry.n * geometry.lp - past))
     if early:
         columns = min(blocks, geometry.n)
-        _launch_topn(None, idx, wishes, 0, early, columns, geometry, past, tuning)
+        _launch_topn(None, idx, texts, wishes, 0, early, columns, geometry, past, tuning)
     buffer = None
     for start, stop, columns in _chunks(early, queries, batch * groups, past, geometry.lp, chunk_bytes):
         size = batch * (stop - start) * groups * columns
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.float32, device=q.device)
         scores = buffer[:size].view(batch, stop - start, groups, columns)
-        _launch_score(q, kc, lse, scores, start, geometry, scale, past, tuning)
-        _launch_topn(scores, idx, wishes, start, stop, columns, geometry, past, tuning)
+        _launch_score(q, kc, lse, scores, texts, start, geometry, scale, past, tuning)
+        _launch_topn(scores, idx, texts, wishes, start, stop, columns, geometry, past, tuning)
     return idx
 
 
 def _launch_score(
-    q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, first: int, geometry: Geometry,
+    q: Tensor, kc: Tensor, lse: Tensor, scores: Tensor, texts: Tensor | None, first: int, geometry: Geometry,
     scale: float, past: int, tuning: Tuning | None,
 ) -> None:  # fmt: skip
     """Fills scores [batch, rows, groups, columns] for the query rows from `first` on."""
@@ -324,24 +381,28 @@ def _launch_score(
         return
     q, kc = dense(q), dense(kc)
     heads, dim = q.shape[2] // groups, q.shape[3]
-    table = _table("score.float32" if q.dtype == torch.float32 else "score", tuning)
     group = triton.next_power_of_2(heads)
+    kind = "score.float32" if q.dtype == torch.float32 else "score.few" if group <= 2 else "score"
+    table = _table(kind, tuning)
     tile = max(1, table.pop("rows") // group)
     per = geometry.lp // geometry.d
     slots = triton.next_power_of_2(per)
-    width, tail = _widths(dim)
+    width, tail = parted(dim)
+    columns_of_tile = max(1, table.pop("keys") // slots)
+    boxes = bool(table.pop("boxes", 0)) and per == slots and dim == width and ranges.boxed(kc)
+    source = ranges.boxes(kc, columns_of_tile * slots) if boxes else kc
     with torch.cuda.device_of(q):
         _score[triton.cdiv(rows, tile), groups, batch](
-            q, kc, lse, scores, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
-            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp,
-            PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
-            BLOCKS=max(1, table.pop("keys") // slots), TILE=tile, GROUP=group, FLIP=table.pop("flip"),
+            q, source, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
+            columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1],
+            BOXES=boxes, PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
+            BLOCKS=columns_of_tile, TILE=tile, GROUP=group, FLIP=table.pop("flip"),
             PRECISION=precision_of(q.dtype), **table,
         )  # fmt: skip
 
 
 def _launch_topn(
-    scores: Tensor | None, idx: Tensor, wishes: tuple[Tensor | None, ...], start: int, stop: int, columns: int,
+    scores: Tensor | None, idx: Tensor, texts: Tensor | None, wishes: tuple[Tensor | None, ...], start: int, stop: int, columns: int,
     geometry: Geometry, past: int, tuning: Tuning | None,
 ) -> None:  # fmt: skip
     batch, queries, groups, n = idx.shape
@@ -353,7 +414,7 @@ def _launch_topn(
     strides = (wish.stride() if wish is not None else (0, 0, 0, 0) for wish in wishes)
     with torch.cuda.device_of(idx):
         _topn[(triton.cdiv(lines, rows),)](
-            scores, idx, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
+            scores, idx, texts, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
             geometry.lp, geometry.n_init, geometry.n_local,
             N=n, PLACES=triton.next_power_of_2(n), ROWS=rows, WIDTH=width, num_warps=warps, **table,
         )  # fmt: skip
@@ -384,14 +445,6 @@ def _wishes(shape: tuple[int, ...], *wishes: Tensor | None) -> tuple[Tensor | No
 
 def _empty_choice(like: Tensor, queries: int, groups: int, n: int) -> Tensor:
     return torch.empty(like.shape[0], queries, groups, n, dtype=torch.int32, device=like.device)
-
-
-def _widths(dim: int) -> tuple[int, int]:
-    """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
-    whole = max(16, triton.next_power_of_2(dim))
-    half = whole // 2
-    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
-    return (half, tail) if half + tail < whole else (whole, 0)
 
 
 def _table(kernel: str, tuning: Tuning | None) -> dict[str, Any]:

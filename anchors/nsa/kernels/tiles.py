@@ -25,8 +25,8 @@ NEVER = tl.constexpr(1e30)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = 128
 """The most query heads of a group: the rows of one tile."""
-UNION = 32
-"""The most positions of a query tile of the selected branch: a bit of an int32 each."""
+UNION = 64
+"""The most positions of a query tile of the selected branch: a bit each."""
 
 Settings = dict[str, int]
 NARROW, USUAL, WIDE = 64, 128, 256
@@ -43,7 +43,7 @@ def _exact(rows: int, keys: int, warps: int = 4, **more: int) -> Settings:
 
 
 TUNING: dict[tuple[str, str, int], Settings] = {
-    ("forward.compressed", "bfloat16", NARROW): _sizes(128, 64, 4, 3, peel=1),
+    ("forward.compressed", "bfloat16", NARROW): _sizes(128, 64, 8, 3, peel=1),
     ("forward.compressed", "bfloat16", USUAL): _sizes(128, 128, 8, 3, peel=1),
     ("forward.compressed", "bfloat16", WIDE): _sizes(64, 64, 4, 2, peel=1),
     ("forward.selected", "bfloat16", NARROW): _sizes(64, 64, 4, 3, peel=1),
@@ -62,13 +62,13 @@ TUNING: dict[tuple[str, str, int], Settings] = {
     ("query.window", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("query.window", "bfloat16", WIDE): _sizes(64, 32, 4, 2, peel=1),
     ("keys.compressed", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, splits=4),
-    ("keys.compressed", "bfloat16", USUAL): _sizes(64, 128, 8, 2, peel=1, splits=4),
+    ("keys.compressed", "bfloat16", USUAL): _sizes(32, 64, 4, 3, peel=1, splits=4),
     ("keys.compressed", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, splits=4),
     ("keys.selected", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, split=1024),
     ("keys.selected", "bfloat16", USUAL): _sizes(32, 64, 4, 2, peel=1, split=1024),
     ("keys.selected", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, split=1024),
     ("keys.window", "bfloat16", NARROW): _sizes(64, 64, 4, 2, peel=1, splits=1),
-    ("keys.window", "bfloat16", USUAL): _sizes(64, 128, 8, 1, peel=0, splits=1),
+    ("keys.window", "bfloat16", USUAL): _sizes(32, 64, 4, 2, peel=1, splits=1),
     ("keys.window", "bfloat16", WIDE): _sizes(32, 64, 8, 2, peel=1, splits=1),
 }
 """Sizes by kernel, dtype and head width.
@@ -88,23 +88,57 @@ for _branch in ("compressed", "selected", "window"):
             TUNING[f"keys.{_branch}", _dtype, _width] = _exact(_side, _side, peel=1, **_more)
 
 
+BOXED: dict[tuple[str, str, int], Settings] = {
+    ("forward.compressed", "bfloat16", USUAL): _sizes(128, 64, 4, 2, peel=1),
+    ("forward.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
+    ("forward.window", "bfloat16", USUAL): _sizes(64, 64, 4, 3, peel=1),
+    ("query.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
+    ("query.window", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
+    ("keys.compressed", "bfloat16", USUAL): _sizes(64, 128, 8, 3),
+    ("keys.window", "bfloat16", USUAL): _sizes(64, 128, 8, 3),
+}
+"""The same where the copy engine reads the tiles in boxes, and was timed to be faster."""
+
 ROOM = 160 << 10
 """Bytes of shared memory per program that the table reckons with: an A100 has them."""
 
 
-def tuned(kernel: str, like: Tensor, width: int, tuning: dict[str, Any] | None) -> Settings:
-    """The settings of a kernel for a dtype and a head width, with those of `tuning[kernel]` put over them."""
+def tuned(
+    kernel: str, like: Tensor, width: int, tuning: dict[str, Any] | None, boxed: bool = False
+) -> Settings:
+    """The settings of a kernel for a dtype and a head width, with those of `tuning[kernel]` put over them.
+
+    Args:
+        boxed: whether the copy engine can read the tensors, so that a row of `BOXED` goes before one of `TUNING`.
+    """
     row = next((size for size in (NARROW, USUAL) if width <= size), WIDE)
-    settings = dict(TUNING[kernel, str(like.dtype).removeprefix("torch."), row])
-    if shared_memory(like.device) < ROOM:
+    key = kernel, str(like.dtype).removeprefix("torch."), row
+    settings = dict(TUNING[key])
+    room = shared_memory(like.device) >= ROOM
+    if boxed and room and key in BOXED:
+        settings = BOXED[key] | {"boxes": 1}
+    elif not room:
         settings |= {"rows": min(settings["rows"], 64), "keys": min(settings["keys"], 32), "num_stages": 1}
     return settings | ({} if tuning is None else tuning.get(kernel, {}))
 
 
+def parted(dim: int) -> tuple[int, int]:
+    """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
+    whole = max(16, triton.next_power_of_2(dim))
+    half = whole // 2
+    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
+    return (half, tail) if half + tail < whole else (whole, 0)
+
+
 def widths(dim: int, dim_v: int) -> dict[str, int]:
-    """The compile-time head widths of a kernel: real, and padded to powers of two."""
-    width, width_v = width_of(dim), width_of(dim_v)
-    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "WIDTH_V": width_v}
+    """The compile-time head widths of a kernel: real, and padded to powers of two, of a key to two of them."""
+    width, tail = parted(dim)
+    return {"DIM": dim, "DIM_V": dim_v, "WIDTH": width, "TAIL": tail, "WIDTH_V": width_of(dim_v)}
+
+
+def widest(dim: int, dim_v: int) -> int:
+    """The width by which a row of `TUNING` is chosen."""
+    return max(width_of(dim), width_of(dim_v))
 
 
 def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
@@ -134,11 +168,16 @@ def demand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
 @triton.jit
 @no_type_check
 def load_rows(pointer, offsets, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    places = pointer + offsets[:, None] + columns[None, :]
+    # The pointer last: what is behind it does not change along many loops.
+    return load_tile(pointer + (offsets[:, None] + tl.arange(0, WIDTH)[None, :]), DIM, WIDTH, PRECISION)
+
+
+@triton.jit
+@no_type_check
+def load_tile(places, DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     if DIM == WIDTH:
         return nearest(tl.load(places), PRECISION)
-    return nearest(tl.load(places, mask=(columns < DIM)[None, :], other=0.0), PRECISION)
+    return nearest(tl.load(places, mask=(tl.arange(0, WIDTH) < DIM)[None, :], other=0.0), PRECISION)
 
 
 @triton.jit
@@ -147,6 +186,34 @@ def save_rows(pointer, offsets, inside, tile, DIM: tl.constexpr, WIDTH: tl.const
     columns = tl.arange(0, WIDTH)
     kept = inside[:, None] & (columns < DIM)[None, :]
     tl.store(pointer + offsets[:, None] + columns[None, :], tile.to(pointer.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+@no_type_check
+def load_tail(
+    pointer,
+    offsets,
+    main,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The columns behind the first `WIDTH`, where a head is parted in two; else `main` again, which nobody uses."""
+    tile = main
+    if TAIL > 0:
+        tile = load_rows(pointer + WIDTH, offsets, DIM - WIDTH, TAIL, PRECISION)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def products(left, left_tail, right, right_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """left · rightᵀ over both parts of a head."""
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    if TAIL > 0:
+        scores = tl.dot(left_tail, tl.trans(right_tail), scores, input_precision=PRECISION)
+    return scores
 
 
 @triton.jit
@@ -187,23 +254,38 @@ def visible(position, keys, size, stride, reach, BRANCH: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def spanned(position, spans, keys, size, stride, reach, BRANCH: tl.constexpr):
+    """`visible`, where several texts lie in a row: [low, high) stands written for each position."""
+    if spans is None or BRANCH == "selected":
+        low, high = visible(position, keys, size, stride, reach, BRANCH)
+    else:
+        low, high = tl.load(spans + position * 2), tl.load(spans + position * 2 + 1)
+    return low, high
+
+
+@triton.jit
+@no_type_check
 def tile_bounds(
-    lowest, highest, keys, size, stride, reach, blocks, count,
+    lowest, highest, spans, keys, size, stride, reach, blocks, count,
     BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, ENTRIES: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Key tiles of a query tile: [0] to [1] and [2] to [3] need a mask, every row sees those between whole.
 
-    Tiles are counted along the keys; in the selected branch along the list of blocks, `PARTS` to a block.
+    Tiles are counted along the keys; in the selected branch along the list of blocks, `PARTS` to a block. Where several
+    texts lie in a row, the list names a block by its first token.
     """
     if BRANCH == "selected":
         entry = tl.arange(0, ENTRIES)
         block = tl.load(blocks + entry, mask=entry < count, other=2147483647)
         first, stop = count * 0, count * PARTS
         start = first
-        end = tl.sum((block < (lowest + 1) // (KEYS * PARTS)).to(tl.int32)) * PARTS
+        if spans is None:
+            end = tl.sum((block < (lowest + 1) // (KEYS * PARTS)).to(tl.int32)) * PARTS
+        else:
+            end = tl.sum((block <= lowest + 1 - KEYS * PARTS).to(tl.int32)) * PARTS
     else:
-        low, high_all = visible(lowest, keys, size, stride, reach, BRANCH)
-        low_all, high = visible(highest, keys, size, stride, reach, BRANCH)
+        low, high_all = spanned(lowest, spans, keys, size, stride, reach, BRANCH)
+        low_all, high = spanned(highest, spans, keys, size, stride, reach, BRANCH)
         first, stop = low // KEYS, tl.cdiv(high, KEYS)
         start = tl.minimum(tl.cdiv(low_all, KEYS), stop)
         end = tl.maximum(high_all // KEYS, start)
@@ -214,10 +296,15 @@ def tile_bounds(
 
 @triton.jit
 @no_type_check
-def key_tile(index, tile, blocks, members, BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr):
+def key_tile(
+    index, tile, spans, blocks, members, BRANCH: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr
+):
     """The first key of a tile, and the rows of the query tile that chose its block."""
     if BRANCH == "selected":
-        start = tl.load(blocks + index // PARTS) * (KEYS * PARTS) + index % PARTS * KEYS
+        if spans is None:
+            start = tl.load(blocks + index // PARTS) * (KEYS * PARTS) + index % PARTS * KEYS
+        else:
+            start = tl.load(blocks + index // PARTS) + index % PARTS * KEYS
         member = ((tl.load(members + index // PARTS) >> tile) & 1) > 0
     else:
         start = index * KEYS
@@ -233,3 +320,20 @@ def key_offsets(start, stride, keys, KEYS: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         row = tl.minimum(row, keys - 1 - start)
     return (tl.full([1], 0, tl.int64) + start) * stride + row * stride
+
+
+@triton.jit
+@no_type_check
+def key_rows(
+    pointer, stride, example, group, start, keys, KEYS: tl.constexpr, MASKED: tl.constexpr, BOXES: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a key tile; past the end the last key again, or zeros where the copy engine reads."""
+    if BOXES:
+        tile = tl.reshape(pointer.load([example.to(tl.int32), start, group, 0]), [KEYS, WIDTH])
+        tail = tile
+    else:
+        places = key_offsets(start, stride, keys, KEYS, MASKED)
+        tile = load_rows(pointer, places, min(DIM, WIDTH), WIDTH, PRECISION)
+        tail = load_tail(pointer, places, tile, DIM, WIDTH, TAIL, PRECISION)
+    return tile, tail

@@ -6,7 +6,7 @@ bit for bit. Then the implementations take turns, with the second-level cache fl
 and the last one run twice: how far these two timings of the same thing lie apart is the noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ PREDICTED = {
 }
 """Milliseconds that the cost model expects of all of NSA for the first shape, with all and with none of the reading of
 neighbours shared."""
+RATE, BANDWIDTH = 790e12, 3.0e12
+"""What an H100 reached, measured: bfloat16 operations, and bytes of its memory, a second."""
 ALLOWED = 2e-2
 CHECKED = 256
 SHORT = 2048
@@ -70,6 +72,7 @@ def bench(
 
     Returns:
         implementation, part, direction, shape, tokens, pattern, ms (median), iqr, tflops (of attended pairs only),
+        floor_ms (the products of attended pairs, or the bytes in and out, at an H100's measured rates),
         gigabytes (peak beyond the inputs), error (relative, the worst of all compared), deterministic,
         predicted_low, predicted_high, rho, busiest (share of the queries that read the busiest block), spread (of the
         comparison), note (`failed: …` where there is no time).
@@ -114,6 +117,8 @@ def bench(
                 say(
                     f"{shape}, {length} tokens, {pattern}: {len(found)} rows, the same twice differs by {spread:.1%}"
                 )
+                for line in _said(found):
+                    say(line)
                 del case, gated
     return pd.DataFrame(rows)
 
@@ -161,6 +166,16 @@ def drawn_tensors(
         torch.rand(1, tokens, heads, 3, generator=generator, device=device).to(dtype), noise(heads, dim_v).to(dtype),
         idx, tuning,
     )  # fmt: skip
+
+
+def _said(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How far our parts are from the floor, and what could not be timed and why."""
+    for row in rows:
+        share = row["floor_ms"] / row["ms"]
+        if row["note"].startswith("failed"):
+            yield f"  {row['implementation']} {row['part']} {row['direction']} {row['note']}"
+        elif row["implementation"] == "ours" and share == share:
+            yield f"  {row['part']}, {row['direction']}: {row['ms']:.2f} ms, {share:.0%} of its time is the floor's"
 
 
 @dataclass(frozen=True)
@@ -272,6 +287,9 @@ def _row(one: _Gated, times: list[float], case: Case) -> dict[str, Any]:
         else dim + dim_v
     )
     pairs = case.pairs.get(one.task.part, float("nan"))
+    least = sum(getattr(case, x).nbytes for x in LEAVES.get(one.task.part, ())) + case.dz.nbytes
+    # Of a backward pass everything is read and its slopes are written.
+    least *= 2 if one.direction == "backward" else 1
     return {
         "implementation": one.task.implementation,
         "part": one.task.part,
@@ -279,6 +297,7 @@ def _row(one: _Gated, times: list[float], case: Case) -> dict[str, Any]:
         "ms": quarters[1],
         "iqr": quarters[2] - quarters[0],
         "tflops": 2 * pairs * work / quarters[1] / 1e9,
+        "floor_ms": max(2 * pairs * work / RATE, least / BANDWIDTH) * 1e3 if pairs == pairs else pairs,
         "gigabytes": one.gigabytes,
         "error": one.error,
         "deterministic": one.same,

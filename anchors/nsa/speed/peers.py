@@ -4,6 +4,8 @@ Every implementation gets the same tensors, and every selected attention the sam
 installed, or that cannot take the shape, raises; the benchmark reports it.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +36,8 @@ LEAVES = {
     "all": ("q", "kc", "vc", "k", "v", "k_win", "v_win", "gates"),
 }
 """What each part is differentiated by, in the order of `Timed.backward`."""
+PATIENCE = 300
+"""Seconds that FlexAttention's compiler may take for one length."""
 EAGER = 4096
 CHUNK = 32
 """The longest text whose patterns are formed whole; queries whose patterns are formed at once on a longer one."""
@@ -237,11 +241,37 @@ def sdpa(case: Case, name: str, backend: SDPBackend) -> list[Timed]:
     return [task(False)] if groups == case.q.shape[2] else [task(False), task(True)]
 
 
-def flex(case: Case) -> list[Timed]:
+def flex_compiled(shape: list[int], shape_v: list[int], w: int) -> None:
+    """Runs FlexAttention once, so that what it compiles for these sizes is kept."""
+    (batch, tokens, heads, dim), (_, _, groups, dim_v) = shape, shape_v
+    draw = lambda *size: torch.randn(batch, tokens, *size, dtype=torch.bfloat16, device="cuda")  # noqa: E731
+    q, k, v, gates = draw(heads, dim), draw(groups, dim), draw(groups, dim_v), draw(heads, 3)
+    idx = torch.zeros(batch, tokens, groups, 1, dtype=torch.int32, device="cuda")
+    case = Case(Geometry(w=w), q, k, v, k, v, k, v, gates, draw(heads, dim_v), idx)
+    for task in flex(case, alone=True):
+        task.forward()
+        if task.backward is not None:
+            task.backward()
+    torch.cuda.synchronize()
+
+
+def flex(case: Case, alone: bool = False) -> list[Timed]:
     """FlexAttention, compiled: full attention and the window."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     cuda = case.q.is_cuda
+    if cuda and not alone:
+        # Its compiler was seen not to end; what a process of its own has compiled lies in the cache on the disk.
+        call = f"flex_compiled({list(case.q.shape)}, {list(case.v.shape)}, {case.geometry.w})"
+        try:
+            subprocess.run(
+                [sys.executable, "-c", f"from anchors.nsa.speed.peers import flex_compiled; {call}"],
+                timeout=PATIENCE, check=True, capture_output=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"its kernels were not compiled after {PATIENCE} seconds") from None
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(error.stderr.decode().strip().splitlines()[-1]) from None
     if cuda:
         torch.compiler.reset()  # or the eighth length would find that it has been compiled too often
     run = torch.compile(flex_attention, dynamic=False) if cuda else flex_attention
@@ -325,6 +355,77 @@ def xunhaolai(case: Case) -> list[Timed]:
     return [_differentiable("xunhaolai", "slc", slc, case), Timed("xunhaolai", "cmp and select", both)]
 
 
+def scalable(case: Case) -> list[Timed]:
+    """Scalable-Flash-Native-Sparse-Attention (commit fcf117c), where it is installed: all of NSA.
+
+    Its branches share one k and one v, it compresses by means itself, and it has no choice that could be given: none of
+    our tasks is the same, so that its output is not compared with the equations. Its importance is kept in 16 bits,
+    and its dq is added up atomically. Its window of w tokens sees w + 1, and needs FlashAttention.
+    """
+    from flash_nsa.config import NSAConfig  # ty: ignore[import-not-found] - where it is installed
+    from flash_nsa.modules.megatron_level_nsa import NSACore  # ty: ignore[import-not-found]
+
+    if len(case.q) > 1:
+        raise AnchorsError("batches are not joined into one text here.", code="shape")
+    g, config = case.geometry, NSAConfig()
+    sizes = {
+        "num_heads": case.q.shape[2], "num_kv_heads": case.k.shape[2], "qk_head_dim": case.q.shape[-1],
+        "v_head_dim": case.v.shape[-1], "kernel_size": g.l, "stride": g.d, "block_size": g.lp, "top_n": g.n,
+        "num_init_blocks": g.n_init, "num_local_blocks": g.n_local, "window_size": g.w - 1, "cmp_k_method": "mean",
+        "cmp_v_method": "mean",
+    }  # fmt: skip
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    core = NSACore(config).to(case.q)
+    ends = torch.tensor([0, case.tokens], dtype=torch.int32, device=case.q.device)
+
+    def whole(q, k, v, gates) -> Tensor:
+        return core(q[0], k[0], v[0], gates[0], ends)[None]
+
+    leaves = [case.q, case.k, case.v, case.gates.logit(eps=1e-3)]
+    return [_over("scalable-flash-nsa", "all of one k and v", whole, leaves, case.dz)]
+
+
+def cudnn(case: Case) -> list[Timed]:
+    """cuDNN's selected branch (wheel nvidia-cudnn-frontend), where it is installed: on Hopper only this, only forward."""
+    from cudnn import NSA  # ty: ignore[import-not-found] - where it is installed
+
+    if len(case.q) > 1:
+        raise AnchorsError("batches are not joined into one text here.", code="shape")
+    q, k, v, idx = case.q[0], case.k[0], case.v[0], case.idx[0].contiguous()
+    o = q.new_empty(*q.shape[:2], v.shape[-1])
+    mass, top = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    counts = (idx >= 0).sum(-1, dtype=torch.int32)
+    ends = torch.tensor([0, case.tokens], dtype=torch.int32, device=q.device)
+    kernel = NSA.SelectionAttention(
+        q, k, v, o, mass, top, idx, counts, ends, ends, max_s_q=case.tokens, max_s_k=case.tokens,
+        block_size=case.geometry.lp, scale_softmax=case.scale,
+    )  # fmt: skip
+    kernel.check_support()
+    kernel.compile()
+
+    def run() -> Tensor:
+        kernel.execute(q, k, v, o, mass, top, idx, counts, ends, ends, scale_softmax=case.scale)
+        return o[None]
+
+    return [Timed("cudnn-nsa", "slc", run)]
+
+
+def flash(case: Case, name: str) -> list[Timed]:
+    """Full attention of FlashAttention 3 (wheel fa3-fwd, only forward) or 4 (wheel flash-attn-4), where installed."""
+    if name == "flash-3":
+        from fa3_fwd_interface import flash_attn_func  # ty: ignore[import-not-found] - where it is installed
+    else:
+        from flash_attn.cute import flash_attn_func  # ty: ignore[import-not-found] - where it is installed
+
+    def call(q, k, v) -> Tensor:
+        found = flash_attn_func(q, k, v, softmax_scale=case.scale, causal=True)
+        return found if isinstance(found, Tensor) else found[0]
+
+    made = _differentiable(name, "full", call, case)
+    return [replace(made, backward=None) if name == "flash-3" else made]
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Case], list[Timed]]] = {
     "ours": ours,
     "sdpa-flash": lambda case: sdpa(case, "sdpa-flash", SDPBackend.FLASH_ATTENTION),
@@ -332,10 +433,14 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], list[Timed]]] = {
     "flex": flex,
     "fla": fla,
     "xunhaolai": xunhaolai,
+    "scalable-flash-nsa": scalable,
+    "cudnn-nsa": cudnn,
+    "flash-3": lambda case: flash(case, "flash-3"),
+    "flash-4": lambda case: flash(case, "flash-4"),
     "eager": eager,
 }
 """By name, what makes the tasks of a case."""
-SELECTED = ("ours", "fla", "xunhaolai")
+SELECTED = ("ours", "fla", "xunhaolai", "cudnn-nsa")
 """Those that have a selected branch."""
 
 
