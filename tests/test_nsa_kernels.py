@@ -188,6 +188,25 @@ def test_boxes_against_the_equations(shape, rows, keys, shift):
 
 
 @needs_triton
+@needs_interpreter
+def test_padding_of_rows_interpreted():
+    """Behind the last position, as far as any tile can reach, a row has no pattern."""
+    from anchors.nsa.kernels import ranges
+
+    lse, gate = torch.randn(2, 256, 3), torch.rand(2, 256, 3) - 0.5
+    lse[:, :2] = -torch.inf
+    masses, means, signs = ranges.rows_by_head(lse, gate * 2, gate)
+    assert masses.shape[-1] >= 256 + 128 - 16
+    kept = lse.transpose(1, 2)[..., 2:] / math.log(2) - gate.abs().log2().transpose(1, 2)[..., 2:]
+    assert torch.allclose(masses[..., 2:256], kept, atol=1e-5)
+    assert (masses[..., :2] == 1e30).all()
+    assert (masses[..., 256:] == 1e30).all()
+    assert torch.equal(means[..., :256], 2 * gate.transpose(1, 2))
+    assert not means[..., 256:].any()
+    assert torch.equal(signs[..., :256], gate.sign().transpose(1, 2))
+
+
+@needs_triton
 def test_what_fits_boxes():
     """Where the copy engine cannot read, the other kernels do: no tensor is misread."""
     from anchors.nsa.kernels import ranges

@@ -31,7 +31,7 @@ from anchors.nsa.kernels.tiles import (
 PROGRAMS, SPLITS = 512, 16
 """Programs that a walk is cut for, and the most parts of one."""
 PAD = 128
-"""Positions are padded to a multiple of this, at least the rows of any tile."""
+"""Positions are padded to a multiple of this and by as much again: at least the rows of any tile."""
 
 
 @triton.jit
@@ -231,7 +231,8 @@ def rows_by_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log₂ Σ exp − log₂ |gate|, ⟨dO, o⟩ and the gate's sign, all [batch, heads, padded]."""
     batch, length, heads = lse.shape
-    padded = triton.cdiv(length, PAD) * PAD
+    # A tile begins at any multiple of 16, so that the last one reaches as far again beyond the last position.
+    padded = (triton.cdiv(length, PAD) + 1) * PAD
     masses = lse.new_empty(batch, heads, padded)
     means, signs = torch.empty_like(masses), torch.empty_like(masses)
     with torch.cuda.device_of(lse):
