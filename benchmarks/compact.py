@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from anchors.collection import Results, gather
 from anchors.stats import PLACE
-from anchors.study.results import METADATA_KEY, read_table, write_atomic
+from anchors.study.results import METADATA_KEY, read_table, write_atomic, write_table
 
 BITS, FAR, COLOURS = 11, 5e-3, 64
 UNREAD = {
@@ -136,6 +136,34 @@ def shrink_rows(own: Results) -> None:
         )
 
 
+def forget(folder: Path, names: dict[str, str]) -> None:
+    """Paths of a machine become names in the facts of all tables of a folder, in them and beside them, and in their rows."""
+
+    def told(text: str) -> str:
+        for path, name in names.items():
+            text = text.replace(path, name)
+        return text
+
+    for path in sorted(folder.rglob("*.json")):
+        if (text := path.read_text(encoding="utf-8")) != told(text):
+            write_atomic(path, lambda draft, text=told(text): draft.write_text(text, encoding="utf-8"))
+    for path in sorted(folder.rglob("*.parquet")):
+        table = pq.read_table(path)
+        facts = (table.schema.metadata or {}).get(METADATA_KEY, b"").decode()
+        if facts == told(facts):
+            continue
+        rows = table.to_pandas()
+        if "model" in rows:
+            rows = rows.assign(model=rows["model"].map({name: told(name) for name in rows["model"].unique()}))
+        parsed = json.loads(told(facts))
+        rest = {"seed", "number", "value"} <= set(rows)
+        content = packed(rows, parsed, WHOLE[0]) if rest else None
+        if content is None:
+            write_table(path, rows, parsed)
+        else:
+            write_atomic(path, lambda draft, content=content: draft.write_bytes(content))
+
+
 def shrink_picture(path: Path) -> None:
     """A picture in few colours, in place, where that is smaller."""
     picture = Image.open(path)
@@ -157,8 +185,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("places", type=Path, nargs="+", help="folders of results, or pictures")
+    parser.add_argument(
+        "--forget",
+        action="append",
+        default=[],
+        help="PATH=NAME: a path of this machine, and what stands for it",
+    )
     asked = parser.parse_args()
     folders = [place for place in asked.places if place.is_dir()]
+    for place in folders:
+        forget(place, dict(pair.split("=", 1) for pair in asked.forget))
     for own in gather(folders):
         shrink_rows(own)
     pictures = [place for place in asked.places if place.suffix == ".png"]
