@@ -16,6 +16,8 @@ from anchors.intervals import WILSON, interval, method, paired_gap
 SUMS = ("s_wp", "s_pq", "s_ww")
 REST = "s_pq_rest"
 """What S_pq leaves out of the flow from the label words to the target, see `anchors.flow.metrics.left_out`."""
+ENTROPY = "s_pq_entropy"
+"""How evenly the label words share in S_pq, see `anchors.flow.metrics.evenness`."""
 RESAMPLES = 1000
 PROPORTIONS = frozenset({"accuracy", "label_loyalty", "flipped", "differs"})
 """Metrics that are 0 or 1 for each prompt, so that their mean is a proportion."""

@@ -16,6 +16,7 @@ class Stream(IntEnum):
     TRAINING_EXAMPLES = 5
     TRAINING_ORDER = 6
     EXCHANGED_LABELS = 7
+    ONE_SET = 8
 
 
 def stream(purpose: Stream, seed: int, *keys: int) -> np.random.Generator:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Names = Annotated[
     list[str],
     typer.Argument(
-        metavar="NAMES...", help="Experiments, see `anchors ls`, or studies; `all` for every one."
+        metavar="NAMES...",
+        help="Experiments, see `anchors ls`, or studies; `all` for every one, `scale` for those of `anchors run scale`; these only where there are rows.",
     ),
 ]
 
@@ -24,12 +25,13 @@ Names = Annotated[
 def figures(names: Names, to: Folder = Path("results")) -> None:
     """Draw figures and tables of experiments and studies from the rows that `anchors run` and their verbs left."""
     with common.reporting():
+        from anchors.experiments import SUITES
         from anchors.study.report import leave
 
         drawn_any = False
         for own in drawings(names, to):
             missing = [kind for kind, file in own.files.items() if not file.is_file()]
-            if missing and "all" in names:
+            if missing and {"all", *SUITES} & {*names}:
                 continue
             if missing:
                 raise AnchorsError(
@@ -54,8 +56,10 @@ def figures(names: Names, to: Folder = Path("results")) -> None:
 def drawings(names: list[str], to: Path) -> "list[Results]":
     """What these names stand for: experiments, and studies by their verbs, with the other models and runs beside them."""
     from anchors.collection import known
+    from anchors.experiments import SUITES
 
     found = known()
+    names = [own for name in names for own in SUITES.get(name, (name,))]
     if unknown := [name for name in names if name != "all" and name not in found]:
         raise AnchorsError(
             f"No experiment and no study is called {unknown}.",

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from anchors.tasks.task import Chat
 
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAMES...", help="Experiments, see `anchors ls`; `all` for every one.")
+    list[str],
+    typer.Argument(
+        metavar="NAMES...",
+        help="Experiments, see `anchors ls`; `all` for every one, `scale` for those that a study of scale needs, the weightiest first.",
+    ),
 ]
 Folder = Annotated[
     Path,
@@ -73,6 +77,21 @@ def run(
     cluster: common.ClusterAt = None,
     share: common.Share = 1.0,
     to: Folder = Path("results"),
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for each experiment: after them those of its seeds that are whole make its results, and the next one begins.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows",
+            help="Only measure and write rows: `anchors figures` makes tables and pictures of them, without a model.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -103,6 +122,12 @@ def run(
         from anchors.study.results import require_writable
 
         chosen = experiments(names)
+        if budget is not None and (cluster is not None or not budget > 0):
+            raise AnchorsError(
+                f"--budget is {budget:g}: it is a number of seconds on this machine.",
+                "Give one above 0, and no --cluster.",
+                code="option-value",
+            )
         check_protocol(seeds or "42", "none", batch_size)
         only = common.words(tasks, "--task")
         told = common.chat_from(chat, system)
@@ -151,7 +176,7 @@ def run(
                 if dry_run and here:
                     plans[experiment.name] = outlook(here, parts, to, cost)
                     continue
-                result = _measure(lm, experiment, parts, to)
+                result = _measure(lm, experiment, parts, to, budget, rows=rows)
             except AnchorsError as error:
                 if len(chosen) == 1:
                     raise
@@ -159,6 +184,9 @@ def run(
                 failed.append(experiment.name)
                 continue
             printed[experiment.name] = result.as_json()
+            if rows:
+                common.print_files(result.files)
+                continue
             if compare and experiment.paper:
                 beside = experiment.compare(result.tables)
                 printed[experiment.name]["paper"] = plain(beside)
@@ -178,16 +206,19 @@ def run(
 
 def experiments(names: list[str]) -> "list[Experiment]":
     """The experiments of these names."""
-    from anchors.experiments import CATALOGUE
+    from anchors.experiments import CATALOGUE, SUITES
 
-    unknown = [name for name in names if name not in CATALOGUE and name != "all"]
+    wanted = [own for name in names for own in ("all",) * (name == "all") or SUITES.get(name, (name,))]
+    unknown = [name for name in wanted if name not in CATALOGUE and name != "all"]
     if unknown:
         raise AnchorsError(
             f"No experiment is called {unknown}.",
-            nearest(unknown[0], [*CATALOGUE, "all"]),
+            nearest(unknown[0], [*CATALOGUE, *SUITES, "all"]),
             code="unknown-name",
         )
-    return list(CATALOGUE.values()) if "all" in names else [CATALOGUE[name] for name in dict.fromkeys(names)]
+    return (
+        list(CATALOGUE.values()) if "all" in wanted else [CATALOGUE[name] for name in dict.fromkeys(wanted)]
+    )
 
 
 def _grid(
@@ -200,10 +231,11 @@ def _grid(
     names = [name for cells in experiment.cells for name in cells.tasks if only is None or name in only]
     sets = {name: read(task(name), source) for name in dict.fromkeys(names)}
     chosen = [
-        (cells, replace(cells.task(name), chat=chat), sets[name])
+        (cells, own if chat is None else replace(own, chat=chat), sets[name])
         for cells in experiment.cells
         for name in cells.tasks
         if name in sets
+        for own in [cells.task(name)]
     ]
     if not chosen:
         known = sorted({name for cells in experiment.cells for name in cells.tasks})
@@ -234,19 +266,33 @@ def _parts(
     return parts
 
 
-def _measure(lm: "LanguageModel | Far", experiment: "Experiment", parts: "list[Part]", to: Path) -> "Report":
-    from anchors.study.prompted import report
+def _measure(
+    lm: "LanguageModel | Far",
+    experiment: "Experiment",
+    parts: "list[Part]",
+    to: Path,
+    budget: float | None = None,
+    *,
+    rows: bool = False,
+) -> "Report":
+    from anchors.study.prompted import in_time, kept_rows, report
 
     with common.progress_bar(experiment.name) as progress:
-        result = report(
-            lm,
-            parts,
-            out=to / experiment.name,
-            runs=to,
-            name=experiment.name,
-            figure=experiment.figure or "none",
-            tables=experiment.tables,
-            progress=progress,
+        if budget is not None:
+            parts, told = in_time(cast("LanguageModel", lm), parts, budget, to, progress)
+            common.print_notes([told] if told else [])
+        where: dict[str, Any] = {"out": to / experiment.name, "runs": to, "name": experiment.name}
+        result = (
+            kept_rows(lm, parts, progress=progress, **where)
+            if rows
+            else report(
+                lm,
+                parts,
+                figure=experiment.figure or "none",
+                tables=experiment.tables,
+                progress=progress,
+                **where,
+            )
         )
     common.print_notes(result.notes)
     return result

@@ -152,7 +152,8 @@ class Setting(Modelled):
         str,
         typer.Option(
             help="none; random-positions: random tokens of the demonstrations instead of the label words; "
-            "permuted-labels: every class shown under the label of another.",
+            "permuted-labels: every class shown under the label of another; order-only: the same demonstrations for every seed, in an "
+            "order of its own.",
             rich_help_panel="Protocol",
         ),
     ] = "none"

@@ -27,8 +27,22 @@ CATALOGUE: dict[str, Experiment] = {
         beyond.CAUSAL,
         beyond.MANY_SHOT,
         beyond.CONTROLS,
+        beyond.CHAT,
+        beyond.ORDER,
+        beyond.OVERRIDE,
+        beyond.FLOW_SHOTS,
+        beyond.QUANTISATION,
     )
 }
 """By name, in the paper's order, ours last."""
 
-__all__ = ["CATALOGUE", "Cells", "Experiment", "Reported"]
+SUITES: dict[str, tuple[str, ...]] = {
+    "scale": (
+        *("figure3", "figure7", "figure4", "figure5", "table2", "many-shot", "table1"),
+        *("chat", "controls", "override", "patching", "figure6", "figure14", "figure12", "figure13", "order"),
+        *("flow-shots", "figure9", "figure8", "figure10", "figure11", "figure1", "table5"),
+    ),
+}
+"""Names that stand for several, in the order in which they are run: what a study of scale needs of a model, the weightiest first."""
+
+__all__ = ["CATALOGUE", "SUITES", "Cells", "Experiment", "Reported"]

@@ -7,6 +7,7 @@ import pandas as pd
 from anchors.experiments.grid import Cells, Experiment, Rows, Tables
 from anchors.stats import summarise
 from anchors.summaries import agreement, readout_summary, tables_of
+from anchors.summaries.critiques import followed, pooled_summary, shots_summary
 
 UNRELATED = partial(Cells, tasks=("sst2",), shots=8, labels=("A", "B"))
 
@@ -90,4 +91,53 @@ CONTROLS = Experiment(
     ),
     tables=by_control,
     metrics=("accuracy", "loss"),
+)
+
+
+CHAT = Experiment(
+    name="chat",
+    title="Flow, isolation and accuracy with prompts through the model's chat template",
+    finding="Ours: is what holds of a plain prompt true of a chat, too?",
+    cells=tuple(Cells(study, chat="turns") for study in ("flow", "isolate", "classify")),
+    figure="flow",
+)
+
+ORDER = Experiment(
+    name="order",
+    title="AUCROC_l over all seeds at once and within seeds, whose demonstrations differ, or their order alone",
+    finding="Ours: does an AUC over several orders of the demonstrations measure these orders (Lu et al. 2022 on what orders do)?",
+    cells=(
+        Cells("readout"),
+        Cells("readout", control="order-only"),
+    ),
+    tables=lambda rows: {"summary": pooled_summary(rows["readout"])},
+)
+
+OVERRIDE = Experiment(
+    name="override",
+    title="Answers that follow permuted labels, and those that stay with what the model knew, by shots",
+    finding="Ours: do larger models, and more demonstrations, override what was known before (Wei et al. 2023)?",
+    cells=tuple(Cells("classify", shots=n, control="permuted-labels") for n in (1, 2, 4, 8)),
+    tables=lambda rows: {"summary": followed(rows["classify"])},
+    metrics=("shown", "true", "other"),
+)
+
+FLOW_SHOTS = Experiment(
+    name="flow-shots",
+    title="The share of S_pq and how evenly label words share in it, with 1, 2 and 4 shots",
+    finding="Ours: does the flow from label words thin out as they become more (Min et al. 2022 on what labels are needed for)?",
+    cells=(Cells("flow"), Cells("flow", shots=2), Cells("flow", shots=4, examples=50)),
+    tables=lambda rows: {"summary": shots_summary(rows["flow"])},
+)
+
+QUANTISATION = Experiment(
+    name="quantisation",
+    title="The flow and the accuracy of weights in fewer bits, beside those of the model they were made of",
+    finding="Ours: how much of a number is due to the bits that the weights are kept in?",
+    cells=(
+        Cells("flow", examples=20),
+        Cells("classify", examples=60),
+    ),
+    seeds=(42, 43, 44),
+    figure="flow",
 )

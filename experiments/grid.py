@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from anchors.errors import AnchorsError
 from anchors.study.registry import study
 from anchors.summaries import Rows, Tables, tables_of
-from anchors.tasks.task import Task, task
+from anchors.tasks.task import Chat, Task, task
 
 if TYPE_CHECKING:
     from anchors.study.analysis import Analysis
@@ -30,6 +30,7 @@ class Cells:
         control: see `anchors.tasks.drawing.Draw`.
         labels: other label words than the task's.
         examples: a bound on the experiment's number of examples.
+        chat: how prompts go through the model's chat template (`turns` or `one`); None: not at all.
     """
 
     study: str
@@ -39,6 +40,7 @@ class Cells:
     control: str = "none"
     labels: tuple[str, ...] | None = None
     examples: int | None = None
+    chat: Literal["turns", "one"] | None = None
 
     def make(self) -> "Analysis":
         """The study with its settings."""
@@ -48,9 +50,9 @@ class Cells:
         return self.shots if isinstance(self.shots, int) else self.shots[name]
 
     def task(self, name: str) -> Task:
-        """The task, with other label words if so; the built-in numbers of its classes stay."""
-        plain = task(name)
-        return plain if self.labels is None else replace(plain, labels=self.labels)
+        """The task, with other label words and as a chat if so; the built-in numbers of its classes stay."""
+        own = task(name) if self.labels is None else replace(task(name), labels=self.labels)
+        return own if self.chat is None else replace(own, chat=Chat(self.chat))
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_no_prompt_shows_a_demonstration_twice():
 
 
 def test_draws_that_cannot_work(tokenizer):
-    assert set(CONTROLS) == {"none", "random-positions", "permuted-labels"}
+    assert set(CONTROLS) == {"none", "random-positions", "permuted-labels", "order-only"}
     with unchecked(), pytest.raises(AnchorsError, match="Unknown control"):
         Draw(control="chaos")
     with pytest.raises(AnchorsError, match="at least 1"):

@@ -1,7 +1,7 @@
 """Vanilla in-context learning: what the model answers. The baseline of every other analysis."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from anchors.study.analysis import Cell, Costs, Record, Sizes
@@ -19,6 +19,17 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 """Queries without content (Zhao et al. 2021, section 5)."""
 
 
+def _moved(cell: Cell) -> list[tuple[int, int]]:
+    """Of every class the one under whose label word it is shown, where labels are permuted."""
+    if cell.how.control != "permuted-labels":
+        return []
+    from anchors.tasks.drawing import demonstrations
+
+    true = demonstrations(cell.task, cell.data, replace(cell.how, control="none"))
+    shown = demonstrations(cell.task, cell.data, cell.how)
+    return sorted({(one.label, other.label) for one, other in zip(true, shown, strict=True)})
+
+
 @dataclass(frozen=True)
 class Classification:
     """Accuracy and label probabilities of vanilla in-context learning.
@@ -32,6 +43,9 @@ class Classification:
 
         calibrated = argmax_i p_i / p_cf,i
 
+    Where labels are permuted (`--control permuted-labels`) rows of the seed say of every class under which label word it is shown
+    (`shown_as/<label word>`: the number of the other), so that answers can be told to follow the prompt or what the model knew before.
+
     Attributes:
         calibrate: also with contextual calibration, under the condition `calibrated`: label probabilities divided by those of
             queries without content.
@@ -41,7 +55,7 @@ class Classification:
     """
 
     kind: ClassVar[str] = "classify"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     fresh: ClassVar[bool] = False
 
     calibrate: bool = False
@@ -66,15 +80,12 @@ class Classification:
         return context, label_probabilities(answer(model, context, batch), batch).mean(0)
 
     def once(self, model: "LanguageModel", state: tuple, cell: Cell) -> list[Record]:
-        favour = state[1]
-        return (
-            []
-            if favour is None
-            else [
-                Record(f"content_free/{label}", p, "calibrated")
-                for label, p in zip(cell.task.labels, favour.tolist(), strict=True)
-            ]
-        )
+        favour = [] if state[1] is None else state[1].tolist()
+        said = [
+            Record(f"content_free/{label}", p, "calibrated")
+            for label, p in zip(cell.task.labels, favour, strict=bool(favour))
+        ]
+        return said + [Record(f"shown_as/{cell.task.labels[own]}", other) for own, other in _moved(cell)]
 
     def measure(
         self, model: "LanguageModel", state: tuple, task: "Task", batch: "Sequence[Drawn]"

@@ -19,14 +19,18 @@ class InformationFlow:
         I_l = |Σ_h A ⊙ ∂L/∂A|
 
     S_wp is the mean flow from words to label words, S_pq from label words to the target, S_ww between all other words.
-    Where label words have several tokens, what S_pq leaves out of the flow from them to the target stands beside it
+    How evenly the label words share in S_pq is told by the entropy of their parts, as a share of the largest possible one (`s_pq_entropy`):
+
+        −Σ_k f_k log f_k / log K,   f_k = I_l[q, p_k] / Σ_k I_l[q, p_k]        k: the K label words
+
+    It is missing where nothing flows from them at all. Where label words have several tokens, what S_pq leaves out of the flow from them to the target stands beside it
     (`s_pq_rest`), because the task's policy counts one of these tokens (`anchors.flow.metrics.left_out`).
 
     Every prompt shows demonstrations of its own, so whole prompts are run.
     """
 
     kind: ClassVar[str] = "flow"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     fresh: ClassVar[bool] = True
 
     def costs(self, sizes: Sizes) -> Costs:
@@ -41,8 +45,9 @@ class InformationFlow:
     def measure(
         self, model: "LanguageModel", state: None, task: "Task", batch: "Sequence[Drawn]"
     ) -> list[list[Record]]:
+        from anchors.flow.metrics import evenness
         from anchors.flow.saliency import flow
-        from anchors.stats import REST, SUMS
+        from anchors.stats import ENTROPY, REST, SUMS
 
         result = flow(model, [d.prompt for d in batch])
         found = []
@@ -57,10 +62,12 @@ class InformationFlow:
                 "identity_error": result.identity_error.max(),
             } | {f"probability/{label}": p for label, p in zip(task.labels, row, strict=True)}
             by_layer = {metric: getattr(result.sums, metric)[i] for metric in SUMS} | {REST: result.rest[i]}
+            by_layer[ENTROPY] = evenness(result.into[i][:, list(drawn.prompt.label_positions)])
             sums = [
                 Record(metric, float(value), layer=layer)
                 for metric, values in by_layer.items()
                 for layer, value in zip(model.layers, values, strict=True)
+                if not value.isnan()
             ]
             found.append(sums + [Record(metric, float(value)) for metric, value in whole.items()])
         return found

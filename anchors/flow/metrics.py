@@ -1,5 +1,6 @@
 """The three sums of the information flow (2.1)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,24 @@ def left_out(
     """
     whole = (target_row * others[:, None]).sum(-1)
     return whole / (labels >= 0).sum(-1, keepdim=True).clamp(min=1)
+
+
+def evenness(parts: Float[Tensor, "layers labels"]) -> Float[Tensor, " layers"]:
+    """How evenly label words share in what flows from them to the target: 0 where one gives all, 1 where all give alike.
+
+        −Σ_k f_k log f_k / log K,   f_k = I_l[q, p_k] / Σ_k I_l[q, p_k]
+
+    Missing where nothing flows from them, and where there is only one.
+
+    Args:
+        parts: I_l[q, p_k] of the K label words.
+    """
+    share = parts / parts.sum(-1, keepdim=True)
+    return (
+        torch.special.entr(share).sum(-1) / math.log(parts.shape[-1])
+        if parts.shape[-1] > 1
+        else share[:, 0] * torch.nan
+    )
 
 
 def target_sums(

@@ -1,5 +1,6 @@
 """Everything a verb leaves behind: rows, tables, figure, pages."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -11,13 +12,15 @@ import pandas as pd
 
 from anchors.certificate.sight import hidden_labels
 from anchors.check import demand
+from anchors.errors import AnchorsError
 from anchors.model.identity import Identity
 from anchors.model.language import LanguageModel
 from anchors.model.source import Source
 from anchors.study.cluster import Cluster, Gathered
 from anchors.study.engine import Progress, silent
 from anchors.study.registry import study
-from anchors.study.report import Found, Inquiry, Report, conclude
+from anchors.study.report import Found, Inquiry, Report, conclude, leave
+from anchors.study.results import provenance
 from anchors.study.runner import Analysis, Measured, Sample, measure
 from anchors.study.shelf import require_unread
 from anchors.tasks.data import Data
@@ -214,6 +217,77 @@ def until_narrow(inquiry: Prompted, width: float, out: Path, progress: Progress)
             )
         foretold = examples * (found / width) ** 2 if found == found else 2 * examples
         examples = min(most, ceil(min(4 * examples, max(1.25 * examples, foretold))))
+
+
+class _Over(Exception):
+    """Time is over, and a batch was kept."""
+
+
+def in_time(
+    model: LanguageModel, parts: Sequence[Part], budget: float, out: Path, progress: Progress
+) -> tuple[list[Part], str]:
+    """Measure seed by seed, all parts of one before the next, until time is over.
+
+    Args:
+        model, parts: what is measured; all parts of the same seeds.
+        budget: seconds.
+        out: folder whose `runs` holds the finished batches.
+        progress: called with (prompts done, prompts in all).
+
+    Returns:
+        The parts with the seeds that are whole, and what is left, in words; nothing where nothing is.
+
+    Raises:
+        AnchorsError: not even one seed is whole; its finished batches are kept.
+    """
+    inquiry, seeds, began = Prompted(model, parts), parts[0].how.seeds, time.monotonic()
+    each = [min(p.how.examples, len(p.data.test)) for p in parts]
+    whole: list[int] = []
+    try:
+        for seed in seeds:
+            for number, part in enumerate(parts):
+                before = len(whole) * sum(each) + sum(each[:number])
+
+                def told(done: int, total: int, before: int = before) -> None:
+                    progress(before + done, len(seeds) * sum(each))
+                    if done < total and time.monotonic() - began > budget:
+                        raise _Over
+
+                how = replace(part.how, seeds=(seed,))
+                one = (part.analysis, part.task, part.data, how)
+                measure(model, *one, out=out, progress=told, certify=lambda: inquiry.certified)
+            whole.append(seed)
+    except _Over:
+        if not whole:
+            raise AnchorsError(
+                f"{budget:g} seconds were not enough for one seed; what is finished is kept.",
+                "The same command goes on from there.",
+                code="not-all-run",
+            ) from None
+        said = f"after {budget:g} seconds {len(whole)} of {len(seeds)} seeds are whole, which these results are of; the same command goes on."
+    else:
+        said = ""
+    return [replace(part, how=replace(part.how, seeds=tuple(whole))) for part in parts], said
+
+
+def kept_rows(
+    model: LanguageModel | Far, parts: Sequence[Part], *, out: Path, runs: Path, name: str, progress: Progress
+) -> Report:
+    """Measure all parts, and write their rows alone: tables and pictures can be made of these without a model.
+
+    Args:
+        model, parts, runs: see `report`.
+        out: folder of the rows, a file a kind of analysis.
+        name: of the experiment.
+        progress: called with (prompts done, prompts in all).
+    """
+    names = frozenset({name})
+    inquiry = (
+        model.inquiry(parts, runs, names) if isinstance(model, Far) else Prompted(model, parts, runs, names)
+    )
+    found = inquiry.measure(out, progress)
+    facts = provenance(**found.facts, notes=found.notes)
+    return leave(out, name, facts, {}, "none", rows=found.rows)
 
 
 def steps_ahead(inquiry: Prompted, width: float) -> str:

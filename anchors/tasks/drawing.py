@@ -24,7 +24,8 @@ class Draw:
         fresh: draw new demonstrations for every query (2.1), instead of one set per seed (all other analyses). Another
             query may show the same ones again; no prompt shows one twice.
         control: `random-positions` puts random other tokens of the demonstrations in the place of the label words,
-            as many; `permuted-labels` shows every class under the label word of another one.
+            as many; `permuted-labels` shows every class under the label word of another one; `order-only` shows the same
+            demonstrations to every seed, each seed in an order of its own.
     """
 
     shots: int = 1
@@ -113,7 +114,8 @@ def demonstrations(
             code="too-few",
         )
     rng = stream(Stream.DEMONSTRATIONS, how.seed, number if how.fresh else 0)
-    shown = [pool[i] for pool in by_class for i in _different(len(pool), how, rng)]
+    texts = rng if how.control != "order-only" else stream(Stream.ONE_SET, 0)
+    shown = [pool[i] for pool in by_class for i in _different(len(pool), how, texts)]
     shown = [shown[i] for i in rng.permutation(len(shown))]
     if how.control == "permuted-labels":
         moved = derangement(len(task.labels), rng)

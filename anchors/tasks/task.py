@@ -17,10 +17,10 @@ Policy = Literal["first", "last", "all"]
 
 POLICIES: tuple[Policy, ...] = ("first", "last", "all")
 
-Control = Literal["none", "random-positions", "permuted-labels"]
+Control = Literal["none", "random-positions", "permuted-labels", "order-only"]
 """What a prompt may show instead, see `anchors.tasks.drawing.Draw`."""
 
-CONTROLS: tuple[Control, ...] = ("none", "random-positions", "permuted-labels")
+CONTROLS: tuple[Control, ...] = ("none", "random-positions", "permuted-labels", "order-only")
 
 
 @dataclass(frozen=True)
