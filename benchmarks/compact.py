@@ -145,8 +145,9 @@ def forget(folder: Path, names: dict[str, str]) -> None:
         return text
 
     for path in sorted(folder.rglob("*.json")):
-        if (text := path.read_text(encoding="utf-8")) != told(text):
-            write_atomic(path, lambda draft, text=told(text): draft.write_text(text, encoding="utf-8"))
+        before = path.read_text(encoding="utf-8")
+        if before != (text := told(before)):
+            write_atomic(path, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
     for path in sorted(folder.rglob("*.parquet")):
         table = pq.read_table(path)
         facts = (table.schema.metadata or {}).get(METADATA_KEY, b"").decode()

@@ -102,8 +102,9 @@ def _shots(metric: str, sign: int) -> Callable[[Rows], Samples]:
         found, most = {}, rows["flow"]["shots"].max()
         for task, one in _groups(rows["flow"], shots=1):
             more = dict(_groups(rows["flow"], shots=most)).get(task)
-            both = [flow_samples(group, RESAMPLES).get(metric) for group in (one, more) if group is not None]
-            if len(both) == 2 and both[0] is not None and both[1] is not None:
+            every = (flow_samples(group, RESAMPLES).get(metric) for group in (one, more) if group is not None)
+            both = [own for own in every if own is not None]
+            if len(both) == 2:
                 third = max(1, both[0].shape[1] // 3)
                 first, last = (own[:, -third:].mean(1) for own in both)
                 found[task] = sign * (last - first)

@@ -1,0 +1,155 @@
+"""The study of scale: its order, its verdicts, its budget of seconds, and the three questions of critics."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import anchors
+from anchors.cli import app
+from anchors.errors import AnchorsError
+from anchors.experiments import CATALOGUE, SUITES
+from anchors.experiments.scale import FINDINGS, MARKS, effects, table, verdict
+from anchors.flow.metrics import evenness
+from anchors.study.results import read_table
+from anchors.summaries.critiques import followed
+from anchors.tasks.drawing import Draw, demonstrations
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+
+
+def test_the_suite_and_the_findings_name_experiments_that_exist():
+    assert set(SUITES["scale"]) <= set(CATALOGUE)
+    assert {finding.experiment for finding in FINDINGS} <= set(SUITES["scale"])
+    assert len({finding.name for finding in FINDINGS}) == len(FINDINGS)
+
+
+@pytest.mark.parametrize(
+    ("signs", "said"),
+    [
+        ((1, 1, 1), "at every size"),
+        ((0, 1, 1), "from b on"),
+        ((-1, 0, 1), "from c on"),
+        ((0, -1, 0), "nowhere"),
+        ((1, 0, 1), "mixed"),
+        ((1, 1, 0), "mixed"),
+        ((1,), ""),
+    ],
+)
+def test_a_verdict_looks_at_every_size(signs, said):
+    assert verdict(list(zip("abc", signs, strict=False))) == said
+
+
+def test_evenness_is_one_where_all_give_alike_and_zero_where_one_gives_all():
+    found = evenness(torch.tensor([[1.0, 1, 1, 1], [0, 5, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]))
+    assert found[:2].tolist() == pytest.approx([1, 0])
+    assert found[2].isnan()
+    assert float(found[3]) == pytest.approx(0.5)
+    assert evenness(torch.ones(2, 1)).isnan().all()
+
+
+def test_one_set_of_demonstrations_in_an_order_of_each_seed():
+    task = anchors.task("trec")
+    data = anchors.read(task)
+    shown = {
+        seed: [e.text for e in demonstrations(task, data, Draw(2, seed, False, "order-only"))]
+        for seed in range(6)
+    }
+    assert len({frozenset(texts) for texts in shown.values()}) == 1
+    assert len({tuple(texts) for texts in shown.values()}) > 1
+
+
+def test_answers_follow_permuted_labels_or_stay_true(gpt2):
+    task = anchors.task("trec")
+    data, how = anchors.read(task), anchors.Sample(seeds=(1, 2), examples=5, control="permuted-labels")
+    rows = anchors.measure(gpt2, anchors.Classification(), task, data, how).rows
+    for seed in how.seeds:
+        true, shown = (
+            demonstrations(task, data, Draw(1, seed, False, control))
+            for control in ("none", "permuted-labels")
+        )
+        moved = {task.labels[a.label]: b.label for a, b in zip(true, shown, strict=True)}
+        own = rows[(rows["seed"] == seed) & rows["metric"].str.startswith("shown_as/")]
+        assert dict(zip(own["metric"].str.removeprefix("shown_as/"), own["value"], strict=True)) == moved
+    wide = rows[rows["number"] >= 0].pivot(index=["seed", "number"], columns="metric", values="value")
+    told = followed(rows).set_index("metric")["value"]
+    assert told["true"] == pytest.approx((wide["gold"] == wide["predicted"]).mean())
+    assert told[["shown", "true", "other"]].sum() == pytest.approx(1)
+    with pytest.raises(AnchorsError, match="do not say which label word"):
+        followed(rows[~rows["metric"].str.startswith("shown_as/")])
+
+
+def test_a_budget_ends_with_whole_seeds_and_goes_on(model_directory, tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("anchors.study.prompted.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    command = [
+        "run",
+        "figure5",
+        "--task",
+        "sst2",
+        "-n",
+        "4",
+        "--seeds",
+        "1,2,3",
+        "--batch-size",
+        "1",
+        "--rows",
+    ]
+    command += ["--model", str(model_directory), "--device", "cpu", "-o", str(tmp_path)]
+
+    def seeds(*more: str) -> list[int]:
+        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        rows, facts = read_table(tmp_path / "figure5" / "readout.parquet")
+        assert rows[rows["number"] >= 0].groupby("seed")["number"].nunique().eq(4).all()
+        assert facts["parts"][0]["seeds"] == sorted(set(rows["seed"]))
+        assert {p.suffix for p in (tmp_path / "figure5").iterdir()} == {".parquet", ".json"}
+        return facts["parts"][0]["seeds"]
+
+    first = seeds("--budget", "6")
+    assert 1 <= len(first) < 3
+    assert seeds() == [1, 2, 3]
+    drawn = CliRunner().invoke(app, ["figures", "scale", "-o", str(tmp_path)], catch_exceptions=False)
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "figure5" / "figure5.png").is_file()
+
+
+def test_the_committed_table_is_that_of_the_committed_rows():
+    told = (RESULTS.parent / "RESULTS.md").read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    found, _ = read_table(RESULTS / "scale" / "scale.parquet")
+    assert told == table(found)
+
+
+def test_the_effects_are_those_of_the_tables(tmp_path):
+    (tmp_path / "figure4").symlink_to(RESULTS / "figure4")
+    found = effects(tmp_path).set_index(["finding", "task"])
+    assert set(found.index.get_level_values("finding")) == {
+        "isolation, answer",
+        "isolation, words",
+        "isolation, skill",
+    }
+    summary, _ = read_table(RESULTS / "figure4" / "figure4_summary.parquet")
+    own = summary[summary["metric"] == "accuracy"].pivot(index="task", columns="condition", values="value")
+    for task, row in own.iterrows():
+        assert found.loc[("isolation, skill", task), "value"] == pytest.approx(
+            row["none"] - row["first-5/label"], abs=2e-3
+        )
+
+
+def test_compact_rows_keep_what_tables_read(tmp_path):
+    path = Path(__file__).parents[1] / "benchmarks" / "compact.py"
+    spec = importlib.util.spec_from_file_location("compact", path)
+    compact = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compact)
+    values = np.random.default_rng(0).lognormal(size=1000)
+    assert np.abs(compact.rounded(values) / values - 1).max() <= 2**-11
+    one = pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6]})
+    assert compact.farthest({"a": one}, {"a": one}) == 0
+    assert compact.farthest({"a": one}, {"a": one + 0.02}) > 1
+    with pytest.raises(ValueError, match="other rows"):
+        compact.farthest({"a": one}, {"a": pd.concat([one, one])})
