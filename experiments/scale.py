@@ -21,7 +21,7 @@ import pandas as pd
 from anchors.experiments.grid import Rows
 from anchors.intervals import estimate, interval, widened
 from anchors.places import titled
-from anchors.stats import ENTROPY, GROUP, parts_by, resampling, within_seeds
+from anchors.stats import ENTROPY, parts_by, resampling, within_seeds
 from anchors.study.results import read_table, write_atomic, write_table
 from anchors.summaries.causal import ratio
 from anchors.summaries.critiques import RESAMPLES as FEW
@@ -307,7 +307,7 @@ def effects(root: Path) -> pd.DataFrame:
         for name, (rows, model) in read(root, finding.experiment).items():
             samples = finding.effect(rows)
             main = next(own for own in rows.values() if len(own))
-            units = main[main["number"] >= 0].drop_duplicates([*GROUP, "seed", "number"])
+            units = main[main["number"] >= 0].drop_duplicates(["task", "seed", "number"])
             counts = units.groupby("task").size()
             every = {**samples, "mean": np.mean(list(samples.values()), 0)} if samples else {}
             for task, own in every.items():
