@@ -128,6 +128,7 @@ NAMES = {
         "Data": "anchors.nsa.training.data:Corpus",
         "Rows": "anchors.nsa.training.data:Sequences",
     },
+    "anchors.nsa.kernels.lists": {"CHUNK": "anchors.formerly"},
     "anchors.nsa.peers": {"Task": "anchors.nsa.speed.peers:Timed"},
     "anchors.nsa.probe": {"Probe": "anchors.nsa.probing.probe:EpisodeProbe"},
     "anchors.nsa.train": {"Recipe": "anchors.nsa.training.train:Training"},

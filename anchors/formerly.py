@@ -12,6 +12,8 @@ from anchors.tasks.files import READERS
 
 SUFFIXES = tuple(READERS)
 """Of files that are read as data."""
+CHUNK = 64
+"""Of unions of blocks, when their entries were compared in pairs; they are sorted now."""
 
 
 def fuse_gelu(model: nn.Module) -> None:

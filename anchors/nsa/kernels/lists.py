@@ -15,8 +15,11 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
+from anchors._names import forwarding
 from anchors.errors import AnchorsError
 from anchors.nsa.kernels.tiles import UNION
+
+__getattr__ = forwarding(__name__)
 
 
 @dataclass(frozen=True)
