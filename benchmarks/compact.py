@@ -83,7 +83,7 @@ def packed(rows: pd.DataFrame, facts: dict, kind: str) -> bytes:
 
 
 def farthest(before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> float:
-    """How far any number of some tables is from what it was, in shares of how far it may be.
+    """How far any number of some tables is from what it was, in shares of how far it may be; rows may lie in another order.
 
     Raises:
         ValueError: another table, row or column, or a number that is missing in one of them alone.
@@ -95,6 +95,11 @@ def farthest(before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) ->
             raise ValueError(f"The table {name} has other rows or columns.")
         numbers = one.select_dtypes("number").columns
         words = [column for column in one if column not in numbers]
+        place = [*words, *(column for column in ("shots", "layer", "seed") if column in numbers)]
+        one, other = (
+            table.sort_values(place, key=lambda column: column.astype(str), kind="stable", ignore_index=True)
+            for table in (one, other)
+        )
         if not one[words].astype(str).equals(other[words].astype(str)):
             raise ValueError(f"The table {name} names other things.")
         gap = one[numbers].astype(float).to_numpy() - other[numbers].astype(float).to_numpy()
