@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from anchors.nsa.geometry import Geometry
 
@@ -94,19 +94,21 @@ class NSALayer(DynamicLayer):
         wanted, asked = geometry.compressed(self.get_seq_length()), (geometry, maker)
         if not self.trusted or not wanted:
             return make(0)
-        if self._made != asked:
-            self.kc = self.vc = None
-        have = 0 if self.kc is None else self.kc.shape[-2]
-        if have < wanted:
-            kc, vc = (x.transpose(1, 2) for x in make(have))
-            self.kc, self.vc = self._appended("kc", self.kc, kc), self._appended("vc", self.vc, vc)
-            self._made = asked
-        return self.kc.transpose(1, 2), self.vc.transpose(1, 2)
+        held = (self.kc, self.vc) if self._made == asked else (None, None)
+        kc, vc = held
+        if kc is None or vc is None or kc.shape[-2] < wanted:
+            new = make(0 if kc is None else kc.shape[-2])
+            kc, vc = (
+                self._appended(name, x, more.transpose(1, 2))
+                for name, x, more in zip(("kc", "vc"), held, new, strict=True)
+            )
+            self.kc, self.vc, self._made = kc, vc, asked
+        return kc.transpose(1, 2), vc.transpose(1, 2)
 
-    def crop(self, *args: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, in whatever way this transformers counts them, and the blocks that they were in."""
         trusted = self.trusted
-        super().crop(*args)
+        super().crop(tokens_to_remove)
         if not trusted:
             return
         tokens = self.get_seq_length()
@@ -134,7 +136,7 @@ class NSALayer(DynamicLayer):
         self._over_examples(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
 
     def _over_examples(self, change: Callable[[Tensor], Tensor]) -> None:
-        if not self.get_seq_length():
+        if self.keys is None or not self.get_seq_length():
             return
         if not self.trusted:
             self._forget()
@@ -185,7 +187,7 @@ def remembering(cache: Cache, layer: int) -> NSALayer | None:
         cache.layers.append(NSALayer())
     if layer >= len(cache.layers):
         return None
-    found: CacheLayerMixin = cache.layers[layer]
+    found = cache.layers[layer]
     if type(found) is DynamicLayer:
         cache.layers[layer] = own = NSALayer()
         vars(own).update(vars(found))
