@@ -213,7 +213,7 @@ def test_memory_is_linear_interpreted(monkeypatch):
     """Nothing that the kernel's own memory holds has as many numbers as there are pairs of tokens."""
     from anchors.nsa.kernels import saliency as kernel
 
-    monkeypatch.setattr(kernel, "TILES", {(4, 128): (16, 16, 4, 1)})
+    monkeypatch.setattr(kernel, "TILES", {(4, 128): ((16, 16, 4, 1, 0),)})
     monkeypatch.setattr(kernel, "splits_of", lambda keys, tile: 1)
     tokens, sizes = 400, []
     call, dz = call_of(model(torch.float32, num_hidden_layers=1), text(tokens))

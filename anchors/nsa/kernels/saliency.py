@@ -24,7 +24,16 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, load_rows, nearest, precision_of, strides, width_of
+from anchors.attention.kernels import (
+    LOG2E,
+    dense,
+    load_rows,
+    nearest,
+    precision_of,
+    shared_memory,
+    strides,
+    width_of,
+)
 from anchors.attention.saliency_kernel import chosen, splits_of
 from anchors.nsa.attention import BRANCHES, Branches
 from anchors.nsa.geometry import Geometry
@@ -35,10 +44,13 @@ ALL = "all"
 LIVE = 64
 """Rows of a block that is passed over where its slopes are all zero."""
 TILES = {
-    (4, 128): (32, 32, 4, 1), (4, 256): (16, 16, 4, 1),
-    (2, 128): (64, 64, 4, 1), (2, 256): (32, 32, 4, 1),
-}  # fmt: skip
-"""By bytes of a number and width of a head: query rows, keys, warps and stages."""
+    (4, 128): ((16, 32, 4, 1, 73_728), (16, 16, 4, 1, 0)),
+    (4, 256): ((16, 32, 8, 1, 114_688), (16, 16, 4, 1, 0)),
+    (2, 128): ((64, 64, 8, 2, 98_816), (32, 32, 4, 1, 0)),
+    (2, 256): ((32, 32, 4, 1, 0),),
+}
+"""By bytes of a number and width of a head: query rows, keys, warps, stages, and the bytes of shared memory that they take
+as compiled for an H100; the first that fits, else the last."""
 
 
 @dataclass(frozen=True)
@@ -169,23 +181,28 @@ def _saliency(
     kinds = tl.arange(0, KINDS)[None, :]
     size = tl.zeros([ROWS, KINDS], tl.float32)
     for tile in range(begin, end):
-        columns = tile * KEYS + tl.arange(0, KEYS)
-        far = columns.to(tl.int64)
+        # Inside the tile keys count from its own corner, whose offset alone needs 64 bits.
+        inner = tl.arange(0, KEYS)
+        columns, corner = tile * KEYS + inner, tl.cast(tile * KEYS, tl.int64)
         there = columns < length
         causal = (columns[None, :] <= rows[:, None]) & there[None, :]
         whole = tl.zeros([ROWS, KEYS], tl.float32)
         flow = tl.zeros([ROWS, KEYS], tl.float32)
         for back in range(SPAN // STRIDE):
-            first = tl.maximum(tile * KEYS // STRIDE - back, 0)
-            if (first < compressed) & (first * STRIDE + SPAN - 1 <= newest):
-                token = far // STRIDE - back
+            first = tile * KEYS // STRIDE - back
+            oldest = tl.maximum(first, 0)
+            if (oldest < compressed) & (oldest * STRIDE + SPAN - 1 <= newest):
+                token = columns // STRIDE - back
                 some = (token >= 0) & (token < compressed) & there
                 seen = some[None, :] & ((token * STRIDE + (SPAN - 1))[None, :] <= rows[:, None])
+                ahead, within = token - first, columns - token * STRIDE
+                k_tile = kc + tl.cast(first, tl.int64) * kc_strides[1]
+                v_tile = parts + tl.cast(first, tl.int64) * part_strides[1]
                 # What is the same for all heads would be kept in registers, which then overflow.
                 for kv_head in tl.range(kv_heads, disable_licm=True):
                     flow = _heads(
-                        flow, seen, q_cmp, dz, kc + kv_head * kc_strides[2], parts + kv_head * part_strides[3],
-                        token * kc_strides[1], token * part_strides[1] + (far - token * STRIDE) * part_strides[2],
+                        flow, seen, q_cmp, dz, k_tile + kv_head * kc_strides[2], v_tile + kv_head * part_strides[3],
+                        ahead * kc_strides[1], ahead * part_strides[1] + within * part_strides[2],
                         some, lse, gates, by_head, qc_strides, dz_strides, kv_head, heads, left, length, factor,
                         0, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, GROUPS, PRECISION,
                     )  # fmt: skip
@@ -215,8 +232,9 @@ def _saliency(
             )
             if tl.max(hit) > 0:
                 flow = _heads(
-                    flow, causal & (hit > 0), q, dz, ks + kv_head * ks_strides[2], vs + kv_head * vs_strides[2],
-                    far * ks_strides[1], far * vs_strides[1], there, lse, gates, by_head, q_strides, dz_strides,
+                    flow, causal & (hit > 0), q, dz, ks + corner * ks_strides[1] + kv_head * ks_strides[2],
+                    vs + corner * vs_strides[1] + kv_head * vs_strides[2],
+                    inner * ks_strides[1], inner * vs_strides[1], there, lse, gates, by_head, q_strides, dz_strides,
                     kv_head, heads, left, length, factor,
                     1, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, GROUPS, PRECISION,
                 )  # fmt: skip
@@ -232,8 +250,9 @@ def _saliency(
             near = causal & (columns[None, :] > rows[:, None] - window)
             for kv_head in tl.range(kv_heads, disable_licm=True):
                 flow = _heads(
-                    flow, near, q, dz, kw + kv_head * kw_strides[2], vw + kv_head * vw_strides[2],
-                    far * kw_strides[1], far * vw_strides[1], there, lse, gates, by_head, q_strides, dz_strides,
+                    flow, near, q, dz, kw + corner * kw_strides[1] + kv_head * kw_strides[2],
+                    vw + corner * vw_strides[1] + kv_head * vw_strides[2],
+                    inner * kw_strides[1], inner * vw_strides[1], there, lse, gates, by_head, q_strides, dz_strides,
                     kv_head, heads, left, length, factor,
                     2, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, GROUPS, PRECISION,
                 )  # fmt: skip
@@ -307,7 +326,9 @@ def saliency(
     alive = alive.unflatten(1, (blocks, LIVE)).any(-1).int()
     kinds = (*BRANCHES, ALL) if by_branch else (ALL,)
     width, width_v = width_of(dim), width_of(dim_v)
-    rows, keys, warps, stages = TILES[q.dtype.itemsize, max(128, width, width_v)]
+    memory = shared_memory(q.device)
+    table = TILES[q.dtype.itemsize, max(128, width, width_v)]
+    rows, keys, warps, stages, _ = next((x for x in table if x[-1] <= memory), table[-1])
     if wanted is None:
         wanted = idx.new_empty(batch, 0, dtype=torch.int64)
     wanted = wanted.to(q.device).contiguous()
