@@ -14,9 +14,10 @@ def draw(effects: pd.DataFrame, findings: Sequence[str]) -> Figure:
 
     Args:
         effects: of `anchors.experiments.scale.effects`.
-        findings: names, in order.
+        findings: names, in order; those without a number have no panel.
     """
-    own = effects[effects["task"] == "mean"]
+    own = effects[(effects["task"] == "mean") & effects["value"].notna()]
+    findings = [name for name in findings if (own["finding"] == name).any()]
     columns = 6
     rows = -(-len(findings) // columns)
     figure = Figure(figsize=(2.1 * columns, 1.6 * rows), layout="constrained")

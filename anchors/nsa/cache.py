@@ -94,21 +94,17 @@ class NSALayer(DynamicLayer):
         wanted, asked = geometry.compressed(self.get_seq_length()), (geometry, maker)
         if not self.trusted or not wanted:
             return make(0)
-        held = (self.kc, self.vc) if self._made == asked else (None, None)
-        kc, vc = held
+        kc, vc = (self.kc, self.vc) if self._made == asked else (None, None)
         if kc is None or vc is None or kc.shape[-2] < wanted:
-            new = make(0 if kc is None else kc.shape[-2])
-            kc, vc = (
-                self._appended(name, x, more.transpose(1, 2))
-                for name, x, more in zip(("kc", "vc"), held, new, strict=True)
-            )
+            new_kc, new_vc = (x.transpose(1, 2) for x in make(0 if kc is None else kc.shape[-2]))
+            kc, vc = self._appended("kc", kc, new_kc), self._appended("vc", vc, new_vc)
             self.kc, self.vc, self._made = kc, vc, asked
         return kc.transpose(1, 2), vc.transpose(1, 2)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, *args: int) -> None:  # ty: ignore[incompatible-method-override] - called otherwise in other versions
         """Forgets the last tokens, in whatever way this transformers counts them, and the blocks that they were in."""
         trusted = self.trusted
-        super().crop(tokens_to_remove)
+        super().crop(*args)
         if not trusted:
             return
         tokens = self.get_seq_length()
@@ -136,7 +132,7 @@ class NSALayer(DynamicLayer):
         self._over_examples(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
 
     def _over_examples(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.keys is None or not self.get_seq_length():
+        if not self.get_seq_length() or self.keys is None:
             return
         if not self.trusted:
             self._forget()

@@ -30,6 +30,8 @@ from anchors.nsa.kernels.tiles import (
 
 PROGRAMS, SPLITS = 512, 16
 """Programs that a walk is cut for, and the most parts of one."""
+MANY = 16
+"""Heads of a group from which on lists of positions go by rows of one head: where that was timed faster."""
 PAD = 128
 """Positions are padded to a multiple of this and by as much again: at least the rows of any tile."""
 

@@ -136,8 +136,9 @@ def key_gradients(
     q, k, v, dz = map(dense, (q, k, v, dz))
     batch, keys, heads, dim = k.shape
     shape = widths(dim, v.shape[-1])
-    fits = branch.name != "selected" and ranges.fits(shape, q, dz)
-    settings = tuned(f"keys.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
+    chosen, fits = branch.name == "selected", ranges.fits(shape, q, dz)
+    many = fits and (not chosen or groups >= ranges.MANY)
+    settings = tuned(f"keys.{branch.name}", q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=many)
     boxed = fits and settings.get("boxes")
     _, group = branch.tile(groups, settings["rows"])
     tile, columns = max(1, settings["rows"] // group), branch.keys(settings["keys"])
@@ -145,8 +146,8 @@ def key_gradients(
     if not dk.numel():
         return dk, dv
     # The queries of a block are cut by their list.
-    splits = 1 if branch.name == "selected" or boxed else settings["splits"]
-    if boxed:
+    splits = 1 if chosen or boxed else settings["splits"]
+    if boxed and not chosen:
         # Short texts have few tiles of keys: as many parts as fill the device.
         tiles = triton.cdiv(keys, columns) * batch * heads
         splits = max(1, min(ranges.SPLITS, settings.get("programs", ranges.PROGRAMS) // tiles))
@@ -169,7 +170,7 @@ def key_gradients(
         )
         grid, listed = (triton.cdiv(keys, columns) * splits, batch * heads), (None, None, None)
     seers = None if spans is None else spans.seers
-    if boxed:
+    if boxed and not chosen:
         _range_gradients(
             branch, q, k, v, dz, lse, inner, gate, seers, parts, scale, past, shape, settings, splits
         )
@@ -177,7 +178,7 @@ def key_gradients(
             dk, dv = (part.sum(0).to(x.dtype) for part, x in zip(parts, (k, v), strict=True))
         return dk, dv
     with torch.cuda.device_of(q):
-        if branch.name == "selected" and settings.get("way") == "rows":
+        if boxed:
             masses, means, signs = ranges.rows_by_head(lse, inner, gate)
             ranges.list_kernel[grid](
                 q, k, v, dz, *parts, masses, means, signs, gate.amin(), seers, *listed, *map(strides, (q, k, v, dz)),
