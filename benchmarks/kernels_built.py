@@ -29,7 +29,9 @@ from triton.runtime.jit import JITFunction
 from anchors.attention import kernels
 from anchors.attention.call import AttentionCall
 from anchors.attention.saliency_kernel import Band, saliency
+from anchors.nsa.attention import Branches
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.kernels import saliency as branch_saliency
 from anchors.nsa.kernels.selection import select_blocks
 from anchors.nsa.kernels.sparse_attention import sparse_attention
 from anchors.nsa.texts import Texts
@@ -107,6 +109,22 @@ def sparse(dim: int, dtype: torch.dtype, dim_v: int, heads: int, packed: bool = 
     z.backward(torch.randn_like(z))
 
 
+def flow(dim: int, dtype: torch.dtype, dim_v: int, heads: int) -> None:
+    """The saliency of three branches, together and each; one group."""
+    geometry, tokens = Geometry(), 4096
+    make = lambda tokens, count, width: torch.randn(1, tokens, count, width, dtype=dtype)  # noqa: E731
+    compressed = geometry.compressed(tokens)
+    raw = (make(tokens, 1, width) for width in (dim, dim_v, dim, dim_v))
+    kv = Branches(make(compressed, 1, dim), make(compressed, 1, dim_v), *raw)
+    parts = torch.randn(1, compressed, geometry.l, 1, dim_v, dtype=dtype)
+    idx = torch.zeros(1, tokens, 1, geometry.n, dtype=torch.int32)
+    for by_branch in (False, True):
+        branch_saliency.saliency(
+            make(tokens, heads, dim), kv, parts, make(tokens, heads, 3), make(tokens, heads, dim_v), idx, geometry,
+            scale=dim**-0.5, wanted=torch.tensor([[4095]]), by_branch=by_branch,
+        )  # fmt: skip
+
+
 CASES: dict[str, tuple[str, Callable[[], None]]] = {
     f"dense, D = {dim}, {str(dtype)[6:]}": ("dense", lambda dim=dim, dtype=dtype: dense(dim, dtype))
     for dim in (64, 128, 256)
@@ -121,7 +139,16 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     for kind, head_counts in (("sparse", (16, 8, 4, 2, 1)), ("packed", (16, 4, 1)))
     for dim, dim_v in ((128, 128), (64, 64), (96, 96), (192, 128))
     for heads in head_counts
-}
+} | {
+    f"flow, D = {dim}/{dim_v}, {heads} heads a group, {str(dtype)[6:]}": (
+        "flow",
+        lambda dim=dim, dim_v=dim_v, heads=heads, dtype=dtype: flow(dim, dtype, dim_v, heads),
+    )
+    for dim, dim_v, heads, dtype in (
+        (128, 128, 16, torch.bfloat16), (64, 64, 4, torch.bfloat16), (192, 128, 16, torch.bfloat16),
+        (128, 128, 16, torch.float32), (192, 128, 16, torch.float32),
+    )
+}  # fmt: skip
 
 
 def rows(names: list[str]) -> Iterator[dict[str, Any]]:

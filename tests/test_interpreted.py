@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_kernels
+import test_nsa_flow
 import test_nsa_kernels
 import test_saliency_kernel
 import torch
@@ -19,6 +20,7 @@ SHOWN = {
     "test_nsa_kernels": ("equations or interpreted", len(test_nsa_kernels.TINY) + 8),
     "test_nsa_decode": ("steps", 12),
     "test_nsa_texts": ("interpreted", 7),
+    "test_nsa_flow": ("interpreted", len(test_nsa_flow.CASES) + 5),
     "test_saliency_kernel": ("test", len(test_saliency_kernel.TINY) + 4),
     "test_nsa_selection": ("test", 30),
     "test_nsa_bench": ("test", 6),

@@ -12,6 +12,7 @@ from anchors.context import cache_argument
 from anchors.errors import AnchorsError
 from anchors.nsa.cache import ROOM, NSALayer
 from anchors.nsa.config import ROPE
+from anchors.nsa.texts import Texts
 
 
 class Anew(DynamicLayer):
@@ -240,6 +241,16 @@ def test_a_batch_that_is_padded_is_refused_by_generate():
     mask[0, :3] = 0
     with pytest.raises(AnchorsError, match="hides tokens"):
         generated(lm, ids, attention_mask=mask, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_several_texts_in_a_cache_are_not_gone_on_with():
+    """Not in one that makes its layers as they are used, either."""
+    layer, x = model().model.layers[0].self_attn, torch.randn(1, 40, 24, dtype=torch.float64)
+    for cache in (DynamicCache(), twin()):
+        layer(x, texts=Texts.of_bounds(torch.tensor([0, 15, 40]), 40), cache=cache)
+        with pytest.raises(AnchorsError, match="to be continued"):
+            layer(x[:, :1], cache=cache)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ SPARSE = {"l": 8, "d": 4, "lp": 16, "n": 4, "w": 12, "num_attention_heads": 4, "
 
 def model(dtype=torch.float64, **options):
     torch.manual_seed(0)
-    made = NSAForCausalLM(NSAConfig(**SIZES, **(SPARSE | options))).to(dtype).eval()
+    made = NSAForCausalLM(NSAConfig(**(SIZES | SPARSE | options))).to(dtype).eval()
     for weight in made.parameters():
         if weight.dim() >= 2:
             torch.nn.init.normal_(weight, std=0.3)

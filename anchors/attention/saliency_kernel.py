@@ -105,7 +105,7 @@ class Saliency:
 
 @triton.jit
 @no_type_check
-def _chosen(
+def chosen(
     idx, idx_strides, kv_head, rows, columns, tile, length,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
     CHOSEN: tl.constexpr, CHOSEN_WIDTH: tl.constexpr,
@@ -230,7 +230,7 @@ def _saliency(
         for kv_head in tl.range(kv_heads, disable_licm=True):
             visible, reached = seen, True
             if CHOSEN > 0:
-                hit = _chosen(
+                hit = chosen(
                     idx, idx_strides, kv_head, rows, columns, tile, length,
                     ROWS, KEYS, BLOCK, CHOSEN, CHOSEN_WIDTH,
                 )  # fmt: skip

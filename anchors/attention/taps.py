@@ -1,5 +1,6 @@
 """What can listen at the seam."""
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -75,3 +76,41 @@ class FusedTap(Tap, Protocol):
     """
 
     def fused(self, call: Call, slopes: Slopes) -> None: ...
+
+
+class Summed(NamedTuple):
+    """What is kept of I = |Σ_h A ⊙ ∂L/∂A| of a layer where no tile of it is shown.
+
+    Attributes:
+        rows: I of the wanted rows.
+        total: Σ_{j<i} I[i, j].
+        full: I, of layers whose map is wanted.
+        error: max |Σ_j A_ij ∂L/∂A_ij − ⟨z_i, ∂L/∂z_i⟩| and the largest |⟨z_i, ∂L/∂z_i⟩|; of a branch there is none.
+    """
+
+    rows: Float[Tensor, "batch wanted key"]
+    total: Float[Tensor, " batch"]
+    full: Float[Tensor, "batch query key"] | None = None
+    error: tuple[Tensor, Tensor] | None = None
+
+
+@runtime_checkable
+class SummedTap(Tap, Protocol):
+    """A tap that can also do with the sums of a call of several branches, which form no tile in memory.
+
+    `summed` comes once per call and layer, in the place of `begin` and every `tile`, with the sums of all branches
+    together under `all`, and of each by its name where `by_branch`.
+    """
+
+    @property
+    def wanted(self) -> Int[Tensor, "batch rows"]: ...
+
+    @property
+    def maps(self) -> frozenset[int]: ...
+
+    @property
+    def by_branch(self) -> bool: ...
+
+    def summed(
+        self, call: Call, dz: Float[Tensor, "batch heads query dim_v"], found: Mapping[str, Summed]
+    ) -> None: ...

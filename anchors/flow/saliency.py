@@ -3,7 +3,7 @@
 Source: Wang et al., "Label Words are Anchors" (EMNLP 2023), section 2.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from anchors.attention.edits import Edit
 from anchors.attention.form import Call
 from anchors.attention.seam import seam
 from anchors.attention.streaming import triton_runs
-from anchors.attention.taps import Slopes
+from anchors.attention.taps import Slopes, Summed
 from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import Sums, flow_sums, left_out
 from anchors.model.language import LanguageModel
@@ -134,13 +134,12 @@ class FlowTap:
         self.full: dict[int, Tensor] = {}
         self.error: dict[int, tuple[Tensor, Tensor]] = {}
 
+    by_branch = False
+    """Whether it asks for the sums of each branch of a call, too."""
+
     def begin(self, call: Call, z: Tensor, dz: Tensor) -> None:
         batch, keys, layer = z.shape[0], call.k.shape[2], call.layer
-        if keys != z.shape[2]:
-            raise RoutingError(
-                f"Layer {layer} attends to {keys} keys in a prompt of {z.shape[2]} tokens: they are not its tokens.",
-                "Models that attend to compressed keys cannot be analysed: there is no flow between words to read.",
-            )
+        _demand_own_tokens(layer, keys, z.shape[2])
         dtype = call.compute_dtype
         self.rows[layer] = z.new_zeros((*self.wanted.shape, keys), dtype=dtype)
         self.total[layer] = z.new_zeros(batch, dtype=dtype)
@@ -184,6 +183,23 @@ class FlowTap:
             self.full[layer] = found.full
         self.rows[layer], self.total[layer] = found.rows, found.abs_sums.sum((1, 2))
         self.error[layer] = ((found.head_sums - slopes.inner).abs().amax(), slopes.inner.abs().amax())
+
+    def summed(self, call: Call, dz: Tensor, found: Mapping[str, Summed]) -> None:
+        layer, whole = call.layer, found["all"]
+        _demand_own_tokens(layer, call.k.shape[2], call.q.shape[2])
+        self.rows[layer], self.total[layer] = whole.rows, whole.total
+        if whole.full is not None:
+            self.full[layer] = whole.full
+        if whole.error is not None:
+            self.error[layer] = whole.error
+
+
+def _demand_own_tokens(layer: int, keys: int, tokens: int) -> None:
+    if keys != tokens:
+        raise RoutingError(
+            f"Layer {layer} attends to {keys} keys in a prompt of {tokens} tokens: they are not its tokens.",
+            "Models that attend to compressed keys cannot be analysed: there is no flow between words to read.",
+        )
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,21 @@ from torch import Tensor
 
 from anchors.attention.edits import Edit
 from anchors.attention.form import Call
-from anchors.attention.taps import Tap
+from anchors.attention.taps import Summed, SummedTap, Tap
 from anchors.errors import AnchorsError
-from anchors.nsa.attention import BRANCHES, CMP, ROWS, SLC, WIN, Branches, Trace, choose, nsa_attention, trace
+from anchors.nsa.attention import (
+    BRANCHES,
+    CMP,
+    ROWS,
+    SLC,
+    WIN,
+    Branches,
+    Trace,
+    choose,
+    nsa_attention,
+    resolve,
+    trace,
+)
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.phi import Phi
 from anchors.nsa.texts import Texts
@@ -227,7 +239,45 @@ class NSACall(Call):
             z.register_hook(show)
         return z
 
+    def _kernels_run(self) -> bool:
+        """Whether the saliency kernel computes this call: of whole prompts, where the layer's own kernels run."""
+        s = self.sparse
+        whole = s.past == 0 and s.texts is None and self.q.shape[2] == self.k.shape[2]
+        return whole and resolve(s.backend, self.q, s.geometry) == "triton"
+
+    @torch.no_grad()
+    def sums(
+        self,
+        z: Float[Tensor, "batch heads query dim_v"],
+        dz: Float[Tensor, "batch heads query dim_v"],
+        tap: SummedTap,
+    ) -> dict[str, Summed]:
+        """What a tap keeps of I, by the saliency kernel; the literal twin is `products`, tile by tile."""
+        from anchors.nsa.kernels.saliency import ALL, saliency
+
+        s, whole = self.sparse, self.layer in tap.maps
+        found = saliency(
+            self.q.transpose(1, 2), s.kv, self._parts().to(self.q.dtype), s.gates, dz.transpose(1, 2), self.idx,
+            s.geometry, scale=self.scale, q_cmp=s.q_cmp, wanted=tap.wanted, by_branch=tap.by_branch, full=whole,
+        )  # fmt: skip
+        inner = (z.float() * dz.float()).sum(-1)
+        error = (found.head_sums - inner).abs().amax(), inner.abs().amax()
+        return {
+            name: Summed(
+                found.rows[name],
+                total,
+                found.full if name == ALL else None,
+                error if name == ALL else None,
+            )
+            for name, total in found.totals.items()
+        }
+
     def _show(self, taps: Sequence[Tap], z: Tensor, dz: Tensor) -> None:
+        summing = [tap for tap in taps if isinstance(tap, SummedTap)]
+        if len(summing) == len(taps) and self._kernels_run():
+            for tap in summing:
+                tap.summed(self, dz, self.sums(z, dz, tap))
+            return
         for tap in taps:
             tap.begin(self, z, dz)
         for start in range(0, dz.shape[2], ROWS):

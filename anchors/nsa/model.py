@@ -148,6 +148,8 @@ class NativeSparseAttention(nn.Module):
         home = hidden_states.device
         cached = None if cache is None else _cached_positions(cache, self.layer_idx, home)
         past = 0 if cached is None else cached.shape[-1]
+        # First, so that a cache that makes its layers as they are used has one to remember the texts.
+        kept = None if cache is None else remembering(cache, self.layer_idx)
         if cache is not None:
             _keep_texts(cache, self.layer_idx, texts, past)
         if position_ids is None and texts is not None:
@@ -168,9 +170,8 @@ class NativeSparseAttention(nn.Module):
         if rope == "inner":
             raw = _rotate(raw, cos, sin)
         keys = torch.stack([raw, *(_rotate(keys[:, :, c], cos, sin) for c in (1, 2))], dim=2)
-        positions, kept = position_ids, None
+        positions = position_ids
         if cache is not None and cached is not None:
-            kept = remembering(cache, self.layer_idx)
             keys, values = cache.update(
                 keys.flatten(2, 3).transpose(1, 2), values.flatten(2, 3).transpose(1, 2), self.layer_idx
             )

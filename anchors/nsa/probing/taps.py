@@ -1,6 +1,6 @@
 """Looking inside one prompt's run: a probe reads every layer's choices before they are used, a tap the flow afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from anchors.attention.form import Call
+from anchors.attention.taps import Summed
 from anchors.flow.metrics import flow_sums
 from anchors.flow.saliency import FlowTap
 from anchors.nsa import reference
@@ -276,8 +277,10 @@ class BranchTap:
 
     def __init__(self, layers: frozenset[int], places: Places, look: Look) -> None:
         self.layers, self.places, self.look = layers, places, look
-        wanted = torch.as_tensor([*places.labels, places.target])[None]
-        self.parts = {name: FlowTap(layers, wanted) for name in (*BRANCHES, "all")}
+        self.wanted = torch.as_tensor([*places.labels, places.target])[None]
+        self.maps: frozenset[int] = frozenset()
+        self.by_branch = True
+        self.parts = {name: FlowTap(layers, self.wanted) for name in (*BRANCHES, "all")}
         self.supports: dict[int, dict[str, dict[str, int]]] = {}
         self.gates: list[Measure] = []
 
@@ -287,8 +290,16 @@ class BranchTap:
             if sparse or name == "all":
                 part.begin(call, z, dz)
         if sparse:
-            self.supports[call.layer] = self._support(call)
-            self.gates += self._gate_saliency(call, dz)
+            self._see(call, dz)
+
+    def summed(self, call: NSACall, dz: Tensor, found: Mapping[str, Summed]) -> None:
+        for name, part in self.parts.items():
+            part.summed(call, dz, {"all": found[name]})
+        self._see(call, dz)
+
+    def _see(self, call: NSACall, dz: Tensor) -> None:
+        self.supports[call.layer] = self._support(call)
+        self.gates += self._gate_saliency(call, dz)
 
     def branches(self, call: NSACall, rows: slice, by_branch: dict[str, Tensor]) -> None:
         index = torch.arange(rows.start, rows.stop, device=call.q.device)
