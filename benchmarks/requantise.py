@@ -1,7 +1,7 @@
 """A GGUF file's weights written anew in other types of numbers, by gguf's own quantisers (`gguf.quants`).
 
-    uv run benchmarks/requantise.py --types F32,Q8_0,Q4_1,Q4_0 --out /tmp/requantised
-    uv run anchors run quantisation -m /tmp/requantised/SmolLM2-135M-Instruct.Q8_0.gguf -d DATASETS …
+    uv run benchmarks/requantise.py --types F32,Q8_0,Q4_1,Q4_0 --out OUT
+    uv run anchors run quantisation -m OUT/SmolLM2-135M-Instruct.Q8_0.gguf -d DATASETS …
 
 Every tensor that the file holds in a quantised type is turned into float32 and quantised anew, all but those to `--keep`: the token
 embedding, which in 4-bit files of llama.cpp has more bits than the rest. The others stay as they are, and so do all keys. The reference is the file itself: what its own quantisation lost cannot be known from it. gguf quantises to

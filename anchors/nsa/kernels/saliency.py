@@ -217,19 +217,8 @@ def _saliency(
             flow = tl.zeros([ROWS, KEYS], tl.float32)
         for kv_head in tl.range(kv_heads, disable_licm=True):
             hit = chosen(
-                idx,
-                idx_strides,
-                kv_head,
-                rows,
-                columns,
-                tile,
-                length,
-                ROWS,
-                KEYS,
-                BLOCK,
-                CHOSEN,
-                CHOSEN_WIDTH,
-            )
+                idx, idx_strides, kv_head, rows, columns, tile, length, ROWS, KEYS, BLOCK, CHOSEN, CHOSEN_WIDTH
+            )  # fmt: skip
             if tl.max(hit) > 0:
                 flow = _heads(
                     flow, causal & (hit > 0), q, dz, ks + corner * ks_strides[1] + kv_head * ks_strides[2],
