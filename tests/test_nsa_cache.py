@@ -235,15 +235,6 @@ def test_another_phi_or_other_blocks_are_made_anew():
 
 
 @torch.no_grad()
-def test_a_batch_that_is_padded_is_refused_by_generate():
-    lm, ids = model(), text(20, batch=2)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with pytest.raises(AnchorsError, match="hides tokens"):
-        generated(lm, ids, attention_mask=mask, max_new_tokens=3)
-
-
-@torch.no_grad()
 def test_several_texts_in_a_cache_are_not_gone_on_with():
     """Not in one that makes its layers as they are used, either."""
     layer, x = model().model.layers[0].self_attn, torch.randn(1, 40, 24, dtype=torch.float64)

@@ -99,11 +99,10 @@ def test_packed_and_padded_texts_are_those_of_the_model_alone(ids, rope):
 
 
 def test_a_cache_of_several_texts_is_not_continued(ids):
-    lm, mask = model(), torch.ones_like(ids)
-    mask[0, :3] = 0
-    out = lm(ids, attention_mask=mask, use_cache=True)
-    with pytest.raises(AnchorsError, match="holds several texts"):
-        lm(ids[:, :1], past_key_values=out.past_key_values)
+    lm = model()
+    out = lm(ids[:1], cu_seqlens=torch.tensor([0, 40, 90]), use_cache=True)
+    with pytest.raises(AnchorsError, match="several texts in a row, was to be continued"):
+        lm(ids[:1, :1], past_key_values=out.past_key_values)
     with pytest.raises(AnchorsError, match="one row"):
         lm(ids[:1], cu_seqlens=torch.tensor([0, 90]), past_key_values=out.past_key_values)
 
@@ -144,8 +143,6 @@ def test_initial_weights():
 def test_padding_is_refused_where_it_cannot_be_left_out(ids):
     lm, mask = model(), torch.ones_like(ids)
     mask[0, :3] = 0
-    with pytest.raises(AnchorsError, match="hides tokens"):
-        lm.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
     mask[0, 0] = 1
     with pytest.raises(AnchorsError, match="within a text"):
         lm(ids, attention_mask=mask)

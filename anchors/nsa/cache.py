@@ -6,6 +6,9 @@ A step of one token completes a block once in d steps; all other compressed keys
 `NSALayer` keeps them, and makes only the blocks that the new tokens complete. It takes the place of transformers'
 `DynamicLayer` in whatever cache an NSA model is given, so that beams, `crop` and batches work as with any model.
 
+Where prompts are padded on the left, blocks are those of each text (`anchors.nsa.texts.Layout`), behind those of its
+padding. Of the C = ⌊(T − l) / d⌋ + 1 rows no example leaves more than the last l / d unused: these are made anew.
+
 The raw keys of all three branches stay, side by side as 3 · groups heads: `crop` goes back to any length, and edits and
 saliency at the seam split compressed keys over their tokens.
 
@@ -23,6 +26,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from anchors.nsa.geometry import Geometry
+from anchors.nsa.texts import Texts
 
 ROOM = 256
 """Rows at least that a buffer is given beyond those it needs: below them it grows without a copy."""
@@ -42,11 +46,13 @@ class NSALayer(DynamicLayer):
         keys, values: of the tokens held, [batch, heads, tokens, dim], views of larger buffers.
         kc, vc: of their first blocks, [batch, groups, blocks, dim]; None where none is remembered.
         positions: where the tokens stand, [batch or 1, tokens]; None for 0, 1, ….
+        texts: where the texts lie that the layer was last given, in a batch that is padded; else None.
     """
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         self.positions: Tensor | None = None
+        self.texts: Texts | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -83,21 +89,28 @@ class NSALayer(DynamicLayer):
         self._sign()
         return self.keys, self.values
 
-    def compressed(self, geometry: Geometry, maker: Hashable, make: Callable[[int], Pair]) -> Pair:
+    def compressed(
+        self, geometry: Geometry, maker: Hashable, make: Callable[[int], Pair], unused: int = 0
+    ) -> Pair:
         """kc and vc of every complete block of the tokens held.
 
         Args:
             geometry: l and d of the blocks.
             maker: what tells φ and the rotary embedding apart; blocks of another maker are made anew.
             make: function from the number of the first block that is wanted to kc and vc from it on.
+            unused: how many of the last rows may have held nothing yet, and are made anew.
         """
         wanted, asked = geometry.compressed(self.get_seq_length()), (geometry, maker)
         if not self.trusted or not wanted:
             return make(0)
         kc, vc = (self.kc, self.vc) if self._made == asked else (None, None)
-        if kc is None or vc is None or kc.shape[-2] < wanted:
-            new_kc, new_vc = (x.transpose(1, 2) for x in make(0 if kc is None else kc.shape[-2]))
-            kc, vc = self._appended("kc", kc, new_kc), self._appended("vc", vc, new_vc)
+        if kc is None or vc is None or unused or kc.shape[-2] < wanted:
+            kept = 0 if kc is None or vc is None else max(0, kc.shape[-2] - unused)
+            new_kc, new_vc = (x.transpose(1, 2) for x in make(kept))
+            kc, vc = (
+                self._appended(name, x if x is None else x[..., :kept, :], new)
+                for name, x, new in (("kc", kc, new_kc), ("vc", vc, new_vc))
+            )
             self.kc, self.vc, self._made = kc, vc, asked
         return kc.transpose(1, 2), vc.transpose(1, 2)
 
@@ -116,7 +129,7 @@ class NSALayer(DynamicLayer):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.positions = None
+        self.positions = self.texts = None
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -148,6 +161,8 @@ class NSALayer(DynamicLayer):
                 setattr(self, name, change(x))
         if self.positions is not None and len(self.positions) == batch > 1:
             self.positions = change(self.positions)
+        if self.texts is not None and len(self.texts.start) == batch > 1:
+            self.texts = self.texts.of_examples(change)
         self._sign()
 
     def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:

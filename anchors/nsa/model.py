@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -34,7 +34,7 @@ from anchors.nsa.cache import NSALayer, Pair, remembering
 from anchors.nsa.call import NSACall, Sparse
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.reference import compress
-from anchors.nsa.texts import Layout, Texts
+from anchors.nsa.texts import Layout, Texts, refuse_holes
 
 NATIVE = "nsa"
 """The attention implementation of an NSA model that is not on the seam."""
@@ -59,8 +59,8 @@ def no_mask(*args: object, attention_mask: Tensor | None = None, **kwargs: objec
 def _refuse_padding() -> None:
     raise AnchorsError(
         "NSA was given a mask that hides tokens: here its blocks would be filled with padding.",
-        "Pass a mask [batch, tokens] without a cache and without an analysis; or pad on the right and pass no mask "
-        "(nothing sees what follows it); or use a batch of one.",
+        "Pass a mask [batch, tokens], with a column for each token of the cache, and without an analysis; or pad on the "
+        "right and pass no mask (nothing sees what follows it); or use a batch of one.",
         code="shape",
     )
 
@@ -115,7 +115,8 @@ class NativeSparseAttention(nn.Module):
         Args:
             past_key_values, cache: the cache, under its name before and since transformers 5.24.
             position_ids: where the tokens stand; in their texts, or after those of the cache, unless given.
-            attention_mask: [batch, tokens], 0 where there is padding; no cache then. A causal mask says nothing new.
+            attention_mask: [batch, tokens], 0 where there is padding; with a cache on the left only, and with a column
+                for each token there too. A causal mask says nothing new.
             cu_seqlens: bounds of sequences packed into one row, which do not see each other; no cache then.
             texts: the same, or the padding of several rows, made once for all layers.
         """
@@ -142,18 +143,20 @@ class NativeSparseAttention(nn.Module):
                     code="shape",
                 )
             texts = Texts.of_bounds(cu_seqlens, hidden_states.shape[1])
-        if attention_mask is not None and attention_mask.dim() == 2 and cache is None:
-            texts, attention_mask = Texts.of_mask(attention_mask, position_ids), None
         batch, tokens, _ = hidden_states.shape
         home = hidden_states.device
         cached = None if cache is None else _cached_positions(cache, self.layer_idx, home)
         past = 0 if cached is None else cached.shape[-1]
-        # First, so that a cache that makes its layers as they are used has one to remember the texts.
+        if attention_mask is not None and attention_mask.dim() == 2:
+            if cache is None:
+                texts = Texts.of_mask(attention_mask, position_ids)
+            else:
+                texts = _padded_left(attention_mask, past + tokens)
+            attention_mask = None
         kept = None if cache is None else remembering(cache, self.layer_idx)
-        if cache is not None:
-            _keep_texts(cache, self.layer_idx, texts, past)
+        alike = _continued(cache, self.layer_idx, texts, past) if cache is not None and past else None
         if position_ids is None and texts is not None:
-            position_ids = texts.position
+            position_ids = texts.position[:, past:]
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=home)[None]
         if attention_mask is not None:
@@ -162,6 +165,8 @@ class NativeSparseAttention(nn.Module):
         keys = self.k_proj(hidden_states).view(batch, tokens, 3, self.groups, -1)
         values = self.v_proj(hidden_states).view(batch, tokens, 3, self.groups, -1)
         gates = self.gate_proj(hidden_states).view(batch, tokens, self.heads, 3).sigmoid()
+        if alike is not None:
+            gates = gates.masked_fill(~alike.to(home)[:, None, None, None], torch.nan)
 
         rope = self.config.compressed_rope
         cos, sin = self.rotary_emb(hidden_states, position_ids)
@@ -184,7 +189,7 @@ class NativeSparseAttention(nn.Module):
                 )
             rows = max(len(cached), len(position_ids))
             positions = torch.cat([cached.expand(rows, -1), position_ids.expand(rows, -1)], dim=-1)
-            vars(cache.layers[self.layer_idx])["positions"] = positions
+            vars(cache.layers[self.layer_idx]).update(positions=positions, texts=texts)
         # Any other implementation would compute dense attention of one branch, and say nothing.
         name = seam.NAME if self.config._attn_implementation == seam.NAME else NATIVE
         if texts is not None:
@@ -218,33 +223,42 @@ class NativeSparseAttention(nn.Module):
         kept: NSALayer | None,
     ) -> Branches:
         def make(first: int) -> Pair:
+            if layout is not None:
+                return self._compressed(keys[:, :, 0], values[:, :, 0], positions, like, layout, first)
             start = first * self.geometry.d
-            return self._compressed(
-                keys[:, start:, 0], values[:, start:, 0], positions[:, start:], like, layout
-            )
+            return self._compressed(keys[:, start:, 0], values[:, start:, 0], positions[:, start:], like)
 
-        if kept is None or layout is not None:  # blocks of padded texts are counted anew with every token
+        if kept is None:
             kc, vc = make(0)
         else:
-            kc, vc = kept.compressed(self.geometry, (id(self), self.config.compressed_rope), make)
+            maker = id(self), self.config.compressed_rope, layout is not None
+            unused = 0 if layout is None else self.geometry.l // self.geometry.d
+            kc, vc = kept.compressed(self.geometry, maker, make, unused)
         return Branches(kc, vc, keys[:, :, 1], values[:, :, 1], keys[:, :, 2], values[:, :, 2])
 
     def _compressed(
-        self, keys: Tensor, values: Tensor, positions: Tensor, like: Tensor, layout: Layout | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        layout: Layout | None = None,
+        first: int = 0,
     ) -> Pair:
-        """φ of every complete block of some raw keys and values (Eq. 7), the first of which begins at the first of them."""
+        """φ of every complete block of some raw keys and values (Eq. 7): the first begins at the first of them, or is the
+        row `first` of a layout."""
         l, d = self.geometry.l, self.geometry.d
         raw = (keys, self.phi_k), (values, self.phi_v)
         if layout is None:
             kc, vc = (compress(x, pool, l=l, d=d) for x, pool in raw)
         else:
-            kc, vc = (layout.compress(x, pool) for x, pool in raw)
+            kc, vc = (layout.compress(x, pool, first) for x, pool in raw)
         rope = self.config.compressed_rope
         if rope in ("block_centre", "block_start") and kc.shape[1]:
             if layout is None:
                 block = positions.float().unfold(-1, l, d)
             else:
-                block = layout.of_blocks(positions.float().expand(len(keys), -1))
+                block = layout.of_blocks(positions.float().expand(len(keys), -1), first)
             cos, sin = self.rotary_emb(like, block.mean(-1) if rope == "block_centre" else block[..., 0])
             kc = _rotate(kc, cos, sin)
         return kc.to(keys.dtype), vc.to(values.dtype)
@@ -262,18 +276,61 @@ def _cached_positions(cache: Cache, layer: int, device: torch.device) -> Int[Ten
     return torch.arange(past, device=device)[None] if found is None else found[:, :past].to(device)
 
 
-def _keep_texts(cache: Cache, layer: int, texts: Texts | None, past: int) -> None:
-    """Remembers what a cache was filled with; one that holds several texts, or padding, cannot be continued."""
-    if layer >= len(cache.layers):
-        return
-    held = vars(cache.layers[layer])
-    if past and (texts is not None or (held.get("texts") is not None and bool(held["texts"].start.any()))):
+def _padded_left(mask: Tensor, tokens: int) -> Texts | None:
+    """The texts of a batch that a cache is to hold; None where nothing is padded. Looks at the mask, once, on any device:
+    `generate` waits for each token anyway.
+
+    Args:
+        mask: [batch, tokens], with those of the cache.
+
+    Raises:
+        AnchorsError: padding elsewhere than on the left.
+    """
+    real, texts = mask.bool(), Texts.of_mask(mask)
+    ended = (real[:, :-1] & ~real[:, 1:]).any()
+    whole, sound, right = torch.stack([real.all(), texts.sound.all(), ended]).tolist()
+    if whole:
+        return None
+    if not sound:
+        refuse_holes()
+    if right:
         raise AnchorsError(
-            "A cache that holds several texts in a row, or padding, was to be continued.",
-            "Fill a cache with one text a row, without padding.",
+            "A batch that a cache is to hold is padded on the right: the next token would follow padding, not its text.",
+            "Pad on the left (padding_side='left' of the tokenizer); or give no cache, where nothing is to follow.",
             code="shape",
         )
-    held["texts"] = texts
+    if texts.tokens != tokens:
+        raise AnchorsError(
+            f"A mask of {texts.tokens} tokens came with {tokens}, those of the cache included.",
+            "Give a column for each token of the cache and each new one, as `generate` does.",
+            code="shape",
+        )
+    return texts
+
+
+def _continued(cache: Cache, layer: int, texts: Texts | None, past: int) -> Bool[Tensor, "#batch"] | None:
+    """Whether the texts of a cache go on as they were; None where there is no padding, now or before.
+
+    Raises:
+        AnchorsError: where they do not. On a GPU looking would wait for it: there the outputs of such a row are not numbers.
+    """
+    held: Texts | None = vars(cache.layers[layer]).get("texts")
+    if held is None and texts is None:
+        return None
+    before, now = (torch.zeros(1, past) if x is None else x.start[:, :past] for x in (held, texts))
+    if texts is not None:
+        before = before.to(now.device)
+    fits = before.shape[1] == now.shape[1] and (len(before) == len(now) or 1 in (len(before), len(now)))
+    alike = (before == now.to(before.device)).all(1) if fits else torch.zeros(1, dtype=torch.bool)
+    # Whoever forgets the mask does so once: the next step finds nothing held.
+    if (texts is None or not alike.is_cuda) and not bool(alike.all()):
+        raise AnchorsError(
+            "A cache that holds padding, or several texts in a row, was to be continued otherwise than it was filled.",
+            "Give the mask of all tokens, those of the cache too, with the same padding on the left; texts that were packed "
+            "into one row cannot be continued.",
+            code="shape",
+        )
+    return alike
 
 
 def _demand_causal(mask: Tensor, queries: int, past: int) -> None:
@@ -303,7 +360,8 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
     """A Llama whose layers attend natively sparse.
 
     Texts may be packed into a row, by `cu_seqlens` or by positions that do not rise where a text begins, and rows may be
-    padded at either end, by an attention mask; without a cache and without an analysis. No text sees another.
+    padded at either end, by an attention mask; without an analysis. No text sees another. What a cache is to hold is
+    padded on the left only, as `generate` wants it.
     """
 
     def __init__(self, config: NSAConfig) -> None:
@@ -328,9 +386,9 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         # Its name since transformers 5.24 is another.
-        cached = any(isinstance(value, Cache) for value in kwargs.values())
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if cu_seqlens is not None and (
-            cached
+            cache is not None
             or attention_mask is not None
             or given is None
             or len(given) != 1
@@ -341,14 +399,17 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
                 "Reshape to [1, tokens].",
                 code="shape",
             )
-        texts = None
+        texts, past = None, 0 if cache is None else cache.get_seq_length()
         if cu_seqlens is not None and given is not None:
             texts = Texts.of_bounds(cu_seqlens, given.shape[1])
-        elif given is not None and not cached and self.config._attn_implementation == NATIVE:
-            texts = _texts(attention_mask, position_ids, given.shape[1])
+        elif given is not None and self.config._attn_implementation == NATIVE:
+            if cache is None:
+                texts = _texts(attention_mask, position_ids, given.shape[1])
+            elif attention_mask is not None and attention_mask.dim() == 2:
+                texts, attention_mask = _padded_left(attention_mask, past + given.shape[1]), None
         if texts is not None:
             attention_mask, kwargs = None, kwargs | {"texts": texts}
-            position_ids = texts.position if position_ids is None else position_ids
+            position_ids = texts.position[:, past:] if position_ids is None else position_ids
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             inputs_embeds=inputs_embeds, **kwargs,

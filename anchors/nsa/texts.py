@@ -10,6 +10,7 @@ Everything is a tensor on the device of the bounds. Nothing is read on the host,
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,11 +82,12 @@ class Texts:
 
     @classmethod
     def of_mask(cls, mask: Tensor, position_ids: Int[Tensor, "#batch tokens"] | None = None) -> "Texts":
-        """Rows padded on the left, on the right, or on both sides; the padding is a text that nobody asks for.
+        """Rows padded on the left, on the right, or on both sides; the padding at an end is a text that nobody asks for.
 
         Args:
             mask: [batch, tokens], 0 or false where there is padding.
-            position_ids: where texts are packed besides: one begins wherever the position does not rise.
+            position_ids: where texts are packed besides: one begins wherever the position does not rise. Those of
+                padding say nothing.
 
         Raises:
             AnchorsError: a mask on the CPU that hides tokens within a text. On a GPU looking would wait for it: there the
@@ -95,13 +97,9 @@ class Texts:
         changes = torch.nn.functional.pad(real[:, 1:] != real[:, :-1], (1, 0), value=True)
         sound = (changes & real).sum(1) <= 1
         if position_ids is not None:
-            changes = changes | cls.of_positions(position_ids)._begins
+            changes = changes | (cls.of_positions(position_ids)._begins & real)
         if not mask.is_cuda and not bool(sound.all()):
-            raise AnchorsError(
-                "A mask hides tokens within a text: blocks of l and of l' neighbours would have holes.",
-                "Leave such tokens out of the input, and mask padding at the ends only.",
-                code="shape",
-            )
+            refuse_holes()
         return cls._of_beginnings(changes, sound)
 
     @classmethod
@@ -143,6 +141,10 @@ class Texts:
             self._laid[batch, device] = Texts(start, end, sound)
         return self._laid[batch, device]
 
+    def of_examples(self, change: Callable[[Tensor], Tensor]) -> "Texts":
+        """Of other examples: some of these, or some twice."""
+        return Texts(change(self.start), change(self.end), change(self.sound))
+
     def laid(self, geometry: Geometry) -> "Layout":
         """Where blocks lie; made once for all layers that ask."""
         if geometry not in self._laid:
@@ -152,6 +154,14 @@ class Texts:
     def guarded(self, gates: Float[Tensor, "batch query heads 3"]) -> Float[Tensor, "batch query heads 3"]:
         """The gates; not numbers where the bounds are wrong, so that no wrong output goes unnoticed."""
         return gates.masked_fill(~self.sound[:, None, None, None], torch.nan)
+
+
+def refuse_holes() -> NoReturn:
+    raise AnchorsError(
+        "A mask hides tokens within a text: blocks of l and of l' neighbours would have holes.",
+        "Leave such tokens out of the input, and mask padding at the ends only.",
+        code="shape",
+    )
 
 
 @dataclass(frozen=True)
@@ -233,17 +243,17 @@ class Layout:
         return self.place.long().clamp(max=last)[..., None] + inside
 
     def compress(
-        self, x: Float[Tensor, "batch tokens groups dim"], phi: Callable[[Tensor], Tensor]
+        self, x: Float[Tensor, "batch tokens groups dim"], phi: Callable[[Tensor], Tensor], first: int = 0
     ) -> Float[Tensor, "batch compressed groups dim_out"]:
-        """K^cmp (Eq. 7) of every text; what stands in unused rows is seen by nobody."""
+        """K^cmp (Eq. 7) of every text, from row `first` on; what stands in unused rows is seen by nobody."""
         batch, _, groups, dim = x.shape
         if not self.place.shape[1]:
             return phi(x.new_zeros(batch, 0, groups, self.geometry.l, dim))
-        return phi(self.of_blocks(x).transpose(2, 3))
+        return phi(self.of_blocks(x, first).transpose(2, 3))
 
-    def of_blocks(self, x: Tensor) -> Tensor:
-        """The l entries [batch, compressed, l, …] of every compression block."""
-        rows = self._block_rows().expand(len(x), -1, -1)
+    def of_blocks(self, x: Tensor, first: int = 0) -> Tensor:
+        """The l entries [batch, compressed, l, …] of every compression block, from row `first` on."""
+        rows = self._block_rows()[:, first:].expand(len(x), -1, -1)
         return x[torch.arange(len(x), device=x.device)[:, None, None], rows]
 
     def selected_visible(
