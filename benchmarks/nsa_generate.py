@@ -5,12 +5,15 @@ from which every compressed key is made at every step. full: the same model with
 transformers' own cache. All three in one process, in turns; a cache is filled with random keys and values, and the
 same tokens follow. A step is the whole forward pass of one token of each text, host included, as `generate` pays it.
 
+With `--padding P` every second text, the first to begin with, has P tokens of padding on its left among the tokens.
+
 "ms" is the median over the rounds of the mean step of a round; a round is d steps, in which each text completes one
 block. "cache_mb" is what the cache holds, its room to grow included; "peak_mb" the most memory that a step needs beyond
 the model (CUDA only). "error" is the largest difference of a logit of kept and anew relative to the largest logit.
 
     uv run benchmarks/nsa_generate.py                                        # tiny, on the CPU
     uv run benchmarks/nsa_generate.py --device cuda --out nsa_generate.csv   # 4k to 64k, 1 and 16 texts
+    uv run benchmarks/nsa_generate.py --padding 100                          # of unlike lengths
 """
 
 import argparse
@@ -29,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 from anchors.context import cache_argument
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.model import NSAForCausalLM
+from anchors.nsa.texts import Texts
 
 TINY: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -55,8 +59,10 @@ def made(attention: str, sizes: dict[str, Any], dtype: torch.dtype, device: str)
     return model.to(dtype=dtype, device=device).eval()
 
 
-def filled(model: PreTrainedModel, name: str, batch: int, tokens: int, dtype: torch.dtype) -> DynamicCache:
-    """A cache of random keys and values, the same for kept and anew."""
+def filled(
+    model: PreTrainedModel, name: str, batch: int, tokens: int, dtype: torch.dtype, texts: Texts | None
+) -> DynamicCache:
+    """A cache of random keys and values of some texts, the same for kept and anew."""
     config = model.config
     heads = config.num_key_value_heads * (1 if name == "full" else 3)
     cache = DynamicCache()
@@ -69,6 +75,7 @@ def filled(model: PreTrainedModel, name: str, batch: int, tokens: int, dtype: to
             for _ in range(2)
         )
         cache.update(k, v, layer)
+        vars(cache.layers[layer])["texts"] = texts
     return cache
 
 
@@ -92,8 +99,11 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
     dtype = getattr(torch, options.dtype)
     sparse = made("nsa", sizes, dtype, options.device)
     models = {"kept": sparse, "anew": sparse, "full": made("full", sizes, dtype, options.device)}
-    caches = {name: filled(models[name], name, batch, tokens, dtype) for name in NAMES}
     a_round = sparse.config.d
+    mask = torch.ones(batch, tokens + (options.rounds + 1) * a_round, dtype=torch.long, device=options.device)
+    mask[::2, : options.padding] = 0
+    texts = Texts.of_mask(mask[:, :tokens]) if options.padding else None
+    caches = {name: filled(models[name], name, batch, tokens, dtype, texts) for name in NAMES}
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     peaks, logits = dict.fromkeys(NAMES, float("nan")), {}
     off = 0.0
@@ -107,8 +117,12 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
                 before = torch.cuda.memory_allocated() - held(cache)
             start = time.perf_counter()
             for t in range(a_round):
+                seen = mask[:, : tokens + number * a_round + t + 1] if options.padding else None
                 found = model(
-                    input_ids=ids[:, t : t + 1], use_cache=True, **{cache_argument(model): cache}
+                    input_ids=ids[:, t : t + 1],
+                    attention_mask=seen,
+                    use_cache=True,
+                    **{cache_argument(model): cache},
                 ).logits
             wait(options.device)
             if number:
@@ -120,7 +134,7 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
     middle = {name: statistics.median(taken) for name, taken in times.items()}
     return [
         {
-            "batch": batch, "tokens": tokens, "name": name, "ms": middle[name],
+            "batch": batch, "tokens": tokens, "padding": options.padding, "name": name, "ms": middle[name],
             "ms_low": min(times[name]), "ms_high": max(times[name]), "times_kept": middle[name] / middle["kept"],
             "cache_mb": held(caches[name]) / 1e6, "peak_mb": peaks[name],
             "error": off if name == "kept" else float("nan"),
@@ -137,6 +151,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="bfloat16 on CUDA, else float32")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--padding", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a table, as CSV")
     options = parser.parse_args()

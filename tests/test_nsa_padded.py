@@ -3,8 +3,11 @@
 Texts are unlike in length by no multiple of l, d or l'; one is a token long, one longer than all that a query reads.
 """
 
+import copy
+
 import pytest
 import torch
+from gpu import needs_cuda, needs_interpreter, needs_triton
 from test_nsa_cache import Counted, close, generated, model, step, text, twin
 from torch import Tensor
 from transformers import DynamicCache
@@ -178,7 +181,9 @@ def test_places_are_those_in_the_text():
     """As transformers counts them from the mask, and as the model does where nobody says."""
     lm, (rows, ids, mask) = model(), batch()
     layer, places = lm.model.layers[0].self_attn, []
-    layer.register_forward_pre_hook(lambda module, args, given: places.append(given["position_ids"]), with_kwargs=True)
+    layer.register_forward_pre_hook(
+        lambda module, args, given: places.append(given["position_ids"]), with_kwargs=True
+    )
     generated(lm, ids, attention_mask=mask, max_new_tokens=5)
     cache = DynamicCache()
     on(lm, ids, mask, cache)
@@ -205,9 +210,8 @@ def test_a_cache_that_the_model_made_is_continued_with_the_mask():
 def test_a_layer_alone():
     layer, (_, _, mask) = model().model.layers[0].self_attn, batch()
     x, cache = torch.randn(len(mask), 110, 24, dtype=torch.float64), DynamicCache()
-    found = [layer(x[:, :95], attention_mask=mask, cache=cache)[0]]
-    for t in range(95, 110):
-        found.append(layer(x[:, t : t + 1], attention_mask=wider(mask, t - 94), cache=cache)[0])
+    pieces = ((0, 95), *((t, t + 1) for t in range(95, 110)))
+    found = [layer(x[:, a:b], attention_mask=wider(mask, b - 95), cache=cache)[0] for a, b in pieces]
     found = torch.cat(found, 1)
     for i, n in enumerate(LENGTHS):
         close(found[i : i + 1, 95 - n :], layer(x[i : i + 1, 95 - n :])[0])
@@ -226,18 +230,81 @@ def test_gradients_flow_through_it():
         torch.testing.assert_close(x.grad, wanted[name], rtol=1e-8, atol=1e-12)
 
 
+def by_the_kernels(device: str, lengths, steps: int, allowed: float) -> None:
+    """Steps in float32, against the equations of each text in float64."""
+    lm, (rows, ids, mask) = model(torch.float32, backend="triton").to(device), batch(lengths)
+    exact = copy.deepcopy(lm).double().cpu()
+    exact.config.backend = "reference"
+    logits = seen(lm)
+    found = generated(lm, ids.to(device), attention_mask=mask.to(device), max_new_tokens=steps).cpu()
+    logits = torch.stack(logits, 1).double().cpu()
+    for i, row in enumerate(rows):
+        wanted = alone(exact, torch.cat([row, found[i : i + 1, ids.shape[1] :]], 1))[:, row.shape[1] - 1 : -1]
+        assert float((logits[i : i + 1] - wanted).abs().max() / wanted.abs().max()) <= allowed
+
+
+@needs_triton
+@needs_interpreter
+@torch.no_grad()
+def test_steps_of_the_kernels_interpreted():
+    by_the_kernels("cpu", (50, 1, 18), 5, 1e-5)
+
+
+@needs_triton
+@needs_cuda
+@torch.no_grad()
+def test_steps_of_the_kernels_on_cuda():
+    by_the_kernels("cuda", LENGTHS, 60, 1e-4)
+
+
+@needs_triton
+@needs_cuda
+@torch.no_grad()
+def test_another_mask_on_cuda_gives_no_numbers():
+    """Of the example whose padding changed, without a look at it."""
+    lm, (_, ids, mask) = model(torch.float32, backend="triton").cuda(), batch()
+    ids, mask, cache = ids.cuda(), mask.cuda(), DynamicCache()
+    on(lm, ids, mask, cache)
+    other = wider(mask, 1)
+    other[1, 3:] = 1
+    assert on(lm, ids[:, :1], other, cache).isnan().all(-1)[:, 0].tolist() == [
+        i == 1 for i in range(len(ids))
+    ]
+
+
+@needs_triton
+@needs_cuda
+@torch.no_grad()
+def test_a_step_of_a_layer_does_not_wait_for_the_device():
+    layer, (_, _, mask) = model(torch.float32, backend="triton").cuda().model.layers[0].self_attn, batch()
+    mask, x, cache = mask.cuda(), torch.randn(len(mask), 110, 24, device="cuda"), DynamicCache()
+    layer(x[:, :95], texts=Texts.of_mask(mask), cache=cache)
+    for t in range(95, 110):
+        texts = Texts.of_mask(wider(mask, t - 94))
+        torch.cuda.set_sync_debug_mode("default" if t < 102 else "error")  # compiled first
+        try:
+            layer(x[:, t : t + 1], texts=texts, cache=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @torch.no_grad()
 def test_other_padding_than_on_the_left_is_refused():
     lm, (_, ids, mask) = model(), batch()
     holes = wider(mask, 0)
     holes[0, -4] = 0
-    for wrong, said, code in ((mask.flip(1), "padded on the right", "shape"), (holes, "within a text", "shape")):
+    for wrong, said, code in (
+        (mask.flip(1), "padded on the right", "shape"),
+        (holes, "within a text", "shape"),
+    ):
         with pytest.raises(AnchorsError, match=said) as error:
             generated(lm, ids, attention_mask=wrong, max_new_tokens=1)
         assert error.value.code == code
     with pytest.raises(AnchorsError, match="padded on the right"):
         lm.model.layers[0].self_attn(
-            torch.zeros(*ids.shape, 24, dtype=torch.float64), attention_mask=mask.flip(1), cache=DynamicCache()
+            torch.zeros(*ids.shape, 24, dtype=torch.float64),
+            attention_mask=mask.flip(1),
+            cache=DynamicCache(),
         )
 
 
@@ -265,9 +332,9 @@ def test_a_cache_is_continued_as_it_was_filled():
         step(lm, more, filled(mask))
     with pytest.raises(AnchorsError, match="A mask of 95 tokens came with 96"):
         on(lm, more, mask, filled(mask))
-    with pytest.raises(AnchorsError, match="otherwise than it was filled"):  # examples went, and nobody told the layer
-        cache = DynamicCache()
-        cache.layers = twin().layers
-        on(lm, ids, mask, cache)
-        cache.batch_select_indices(torch.tensor([0, 1]))
+    # Examples went, and transformers' own layer does not tell which.
+    cache = twin()
+    on(lm, ids, mask, cache)
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    with pytest.raises(AnchorsError, match="otherwise than it was filled"):
         on(lm, more[:2], wider(mask[:2], 1), cache)

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter, in a process of its own (see `test_kernels`).
 """
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -151,6 +152,33 @@ def padded(backend: str, dtype, device="cpu", g=SMALL, tokens=35, allowed=1e-5) 
     agree(inputs, phis, g, Texts.of_mask(mask), parts, backend, allowed)
 
 
+def after(queries: int, backend: str, dtype, device="cpu", g=SMALL, tokens=67, allowed=1e-5) -> None:
+    """The last rows of a batch that is padded on the left, as after a cache: those of the equations of each text."""
+    like, starts = {"dtype": dtype, "device": device}, [0, 9, 30, tokens - 4]
+    mask = torch.arange(tokens, device=device) >= torch.tensor(starts, device=device)[:, None]
+    inputs, phis = draw(len(starts), tokens, 4, 2, 16, 16, like), pools(16, 16, g.l, like)
+    texts, past = Texts.of_mask(mask), tokens - queries
+    q, q_cmp, k_cmp, v_cmp, *pairs, gates = (x.detach() for x in inputs)
+    with torch.no_grad():
+        kv = Branches(
+            *(texts.laid(g).compress(x, p) for x, p in zip((k_cmp, v_cmp), phis, strict=True)), *pairs
+        )
+        found = nsa_attention(
+            q[:, past:],
+            kv,
+            gates[:, past:],
+            g,
+            q_cmp=q_cmp[:, past:],
+            past=past,
+            texts=texts,
+            backend=backend,
+        )
+        for i, start in enumerate(starts):
+            own = [x[i : i + 1, start:].double() for x in inputs]
+            alone = equations(own, [copy.deepcopy(p).double() for p in phis], g)
+            torch.testing.assert_close(found[i].double(), alone[0, -queries:], rtol=0, atol=allowed)
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_equations_of_packed_texts(lengths):
     packed(lengths, (4, 2), SMALL, "reference", torch.float64, allowed=1e-12)
@@ -158,6 +186,11 @@ def test_equations_of_packed_texts(lengths):
 
 def test_equations_of_padded_texts():
     padded("reference", torch.float64, allowed=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_equations_after_a_cache(queries):
+    after(queries, "reference", torch.float64, allowed=1e-12)
 
 
 def test_texts_from_bounds_positions_and_masks_are_the_same():
@@ -240,6 +273,13 @@ def test_packed_in_boxes_interpreted():
 @needs_interpreter
 def test_padded_interpreted():
     padded("triton", torch.float32)
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.parametrize("queries", [1, 4])
+def test_rows_after_a_cache_interpreted(queries):
+    after(queries, "triton", torch.float32)
 
 
 PAPER = Geometry(w=100, n=6)

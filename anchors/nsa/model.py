@@ -59,8 +59,8 @@ def no_mask(*args: object, attention_mask: Tensor | None = None, **kwargs: objec
 def _refuse_padding() -> None:
     raise AnchorsError(
         "NSA was given a mask that hides tokens: here its blocks would be filled with padding.",
-        "Pass a mask [batch, tokens], with a column for each token of the cache, and without an analysis; or pad on the "
-        "right and pass no mask (nothing sees what follows it); or use a batch of one.",
+        "Pass a mask [batch, tokens], with a column for each token of a cache that grows (transformers' default), and "
+        "without an analysis; or pad on the right and pass no mask (nothing sees what follows it); or use a batch of one.",
         code="shape",
     )
 
@@ -286,14 +286,15 @@ def _padded_left(mask: Tensor, tokens: int) -> Texts | None:
     Raises:
         AnchorsError: padding elsewhere than on the left.
     """
-    real, texts = mask.bool(), Texts.of_mask(mask)
+    real = mask.bool()
     ended = (real[:, :-1] & ~real[:, 1:]).any()
-    whole, sound, right = torch.stack([real.all(), texts.sound.all(), ended]).tolist()
+    whole, wrong = torch.stack([real.all(), ended]).tolist()
     if whole:
         return None
-    if not sound:
+    texts = Texts.of_mask(mask)
+    if wrong and not bool(texts.sound.all()):
         refuse_holes()
-    if right:
+    if wrong:
         raise AnchorsError(
             "A batch that a cache is to hold is padded on the right: the next token would follow padding, not its text.",
             "Pad on the left (padding_side='left' of the tokenizer); or give no cache, where nothing is to follow.",
@@ -315,13 +316,15 @@ def _continued(cache: Cache, layer: int, texts: Texts | None, past: int) -> Bool
         AnchorsError: where they do not. On a GPU looking would wait for it: there the outputs of such a row are not numbers.
     """
     held: Texts | None = vars(cache.layers[layer]).get("texts")
-    if held is None and texts is None:
+    known = held if texts is None else texts
+    if known is None:
         return None
-    before, now = (torch.zeros(1, past) if x is None else x.start[:, :past] for x in (held, texts))
-    if texts is not None:
-        before = before.to(now.device)
+    like = known.start
+    before, now = (
+        like.new_zeros(1, past) if x is None else x.start[:, :past].to(like.device) for x in (held, texts)
+    )
     fits = before.shape[1] == now.shape[1] and (len(before) == len(now) or 1 in (len(before), len(now)))
-    alike = (before == now.to(before.device)).all(1) if fits else torch.zeros(1, dtype=torch.bool)
+    alike = (before == now).all(1) if fits else torch.zeros(1, dtype=torch.bool)
     # Whoever forgets the mask does so once: the next step finds nothing held.
     if (texts is None or not alike.is_cuda) and not bool(alike.all()):
         raise AnchorsError(
