@@ -246,7 +246,7 @@ class _SparseAttention(torch.autograd.Function):
         if idx is None:
             idx = selection.select_blocks(
                 first, kc, lse_cmp,
-                geometry=geometry, tokens=ks.shape[1], scale=scale, past=past, layout=layout, **change,
+                geometry=geometry, tokens=ks.shape[1], layout=layout, **common, **change,
             )  # fmt: skip
         if layout is not None:
             idx = layout.blocks_at(idx, past)

@@ -91,7 +91,7 @@ for _branch in ("compressed", "selected", "window"):
 BOXED: dict[tuple[str, str, int], Settings] = {
     ("forward.compressed", "bfloat16", USUAL): _sizes(128, 64, 4, 2, peel=1),
     ("forward.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
-    ("forward.window", "bfloat16", USUAL): _sizes(64, 64, 4, 3, peel=1),
+    ("forward.window", "bfloat16", USUAL): _sizes(64, 32, 4, 3, peel=1),
     ("query.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("query.window", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("keys.compressed", "bfloat16", USUAL): _sizes(64, 128, 8, 3),
