@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, precision_of, strides
+from anchors.attention.kernels import LOG2E, cdiv, dense, power_of_2, precision_of, strides
 from anchors.errors import AnchorsError
 from anchors.nsa.kernels import lists, ranges
 from anchors.nsa.kernels.tiles import (
@@ -74,7 +74,7 @@ class Branch:
 
     def tile(self, groups: int, rows: int) -> tuple[int, int]:
         """Positions of a query tile of about `rows` rows, and its heads per position with padding."""
-        group = triton.next_power_of_2(groups)
+        group = power_of_2(groups)
         tile = max(1, rows // group)
         return (min(tile, UNION) if self.name == "selected" else tile), group
 
@@ -194,7 +194,7 @@ def walked(branch: Branch, idx: Tensor | None, tile: int, union: Any = None) -> 
         return (None, None, None), 1, 1
     union = lists.union(cast(Tensor, idx), tile) if union is None else union
     entries = union.blocks.shape[-1]
-    return (union.blocks, union.members, union.counts), entries, triton.next_power_of_2(entries)
+    return (union.blocks, union.members, union.counts), entries, power_of_2(entries)
 
 
 def attend(
@@ -277,7 +277,7 @@ def _launch(branch, q, k, v, o, lse, z, others, scale, past, idx, union, spans, 
     boxes = fits and bool(settings.get("boxes"))
     sources = key_sources(k, v, columns, boxes)
     with torch.cuda.device_of(q):
-        _attend[triton.cdiv(length, tile), batch * k.shape[2]](
+        _attend[cdiv(length, tile), batch * k.shape[2]](
             q, *sources, o, lse, seen_spans(spans, past + length), *listed, *(others or (None, None, None)), z, *map(strides, (q, k, v)),
             length, k.shape[1], past, scale * LOG2E.value, k.shape[2], groups, *branch.sizes, entries,
             BRANCH=branch.name, LOW=branch.bounded(spans), TILE=tile, GROUP=group, KEYS=columns, PARTS=max(1, branch.lp // columns),

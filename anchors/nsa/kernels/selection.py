@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, nearest, precision_of
+from anchors.attention.kernels import LOG2E, cdiv, dense, nearest, power_of_2, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import ranges
@@ -440,18 +440,18 @@ def _launch_score(
         return
     q, kc = dense(q), dense(kc)
     heads, dim = q.shape[2] // groups, q.shape[3]
-    group = triton.next_power_of_2(heads)
+    group = power_of_2(heads)
     kind = "score.float32" if q.dtype == torch.float32 else "score.few" if group <= 2 else "score"
     table = _table(kind, tuning)
     tile = max(1, table.pop("rows") // group)
     per = geometry.lp // geometry.d
-    slots = triton.next_power_of_2(per)
+    slots = power_of_2(per)
     width, tail = parted(dim)
     columns_of_tile = max(1, table.pop("keys") // slots)
     boxes = bool(table.pop("boxes", 0)) and per == slots and dim == width and ranges.boxed(kc)
     source = ranges.boxes(kc, columns_of_tile * slots) if boxes else kc
     with torch.cuda.device_of(q):
-        _score[triton.cdiv(rows, tile), groups, batch](
+        _score[cdiv(rows, tile), groups, batch](
             q, source, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
             columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1],
             BOXES=boxes, PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
@@ -467,15 +467,15 @@ def _launch_topn(
     batch, queries, groups, n = idx.shape
     lines = batch * (stop - start) * groups
     table = _table("topn", tuning)
-    width = max(32, triton.next_power_of_2(columns))
-    places = triton.next_power_of_2(n)
+    width = max(32, power_of_2(columns))
+    places = power_of_2(n)
     tops = min(width, max(table.pop("tops"), 4 * places))
     table.pop("least")
     rows = max(1, table.pop("scores") // width)
     warps = min(16, max(1, rows * width // table.pop("per_warp")))
     strides = (wish.stride() if wish is not None else (0, 0, 0, 0) for wish in wishes)
     with torch.cuda.device_of(idx):
-        _topn[(triton.cdiv(lines, rows),)](
+        _topn[(cdiv(lines, rows),)](
             scores, idx, texts, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
             geometry.lp, geometry.n_init, geometry.n_local,
             N=n, PLACES=places, ROWS=rows, WIDTH=width, TOPS=tops, num_warps=warps, **table,
@@ -490,7 +490,7 @@ def _chunks(
     Wide ranges end where the tile that holds a row's scores would double.
     """
     while start < queries:
-        wide = max(least, triton.next_power_of_2(_seen(start + 1 + past, lp)))
+        wide = max(least, power_of_2(_seen(start + 1 + past, lp)))
         rows = min(queries - start, wide * lp - past - start)
         while rows > 1 and 4 * lines * rows * _seen(start + rows + past, lp) > chunk_bytes:
             rows = max(1, min(rows - 1, chunk_bytes // (4 * lines * _seen(start + rows + past, lp))))
@@ -499,7 +499,7 @@ def _chunks(
 
 
 def _seen(tokens: int, lp: int) -> int:
-    return triton.cdiv(triton.cdiv(tokens, lp), 16) * 16
+    return cdiv(cdiv(tokens, lp), 16) * 16
 
 
 def _wishes(shape: tuple[int, ...], *wishes: Tensor | None) -> tuple[Tensor | None, ...]:
