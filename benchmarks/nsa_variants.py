@@ -89,6 +89,8 @@ WHOLE = {"old": OLD, "new": {}}
 VARIANTS |= {f"all.{direction}": WHOLE for direction in ("forward", "backward")}
 VARIANTS["all.forward"] = WHOLE | {
     "a row a program": {"topn": {"scores": 1}}, "selected 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3)},
+    "both": {"forward.selected": {"both": 1}}, "both, 32 near": {"forward.selected": {"both": 1, "near": 32}},
+    "both 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3, both=1)},
 }  # fmt: skip
 
 
