@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "not cut, no bound": {"topn": {"least": 1 << 20, "tops": 1 << 20}}, "new": {}, "not cut": {"topn": {"least": 1 << 20}},
         "no bound": {"topn": {"tops": 1 << 20}}, "a row a program": {"topn": {"scores": 1}},
         "a row a program, 512 a warp": {"topn": {"scores": 1, "per_warp": 512}},
-        "256 a warp": {"topn": {"per_warp": 256}}, "cut from 128": {"topn": {"least": 128}},
+        "256 a warp": {"topn": {"per_warp": 256}}, "256 a program": {"topn": {"scores": 256}},
     },
     "forward.selected": {
         "old": OLD["forward.selected"], "new": {}, "64x32 4w 3s": sizes(64, 32, 4, 3), "64x32 4w 2s": sizes(64, 32, 4, 2),
