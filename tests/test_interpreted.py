@@ -22,7 +22,7 @@ SHOWN = {
     "test_nsa_texts": ("interpreted", 7),
     "test_nsa_flow": ("interpreted", len(test_nsa_flow.CASES) + 5),
     "test_saliency_kernel": ("test", len(test_saliency_kernel.TINY) + 4),
-    "test_nsa_selection": ("test", 32),
+    "test_nsa_selection": ("test", 33),
     "test_nsa_bench": ("test", 6),
     "test_norms": ("test", 4),
 }

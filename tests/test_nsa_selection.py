@@ -123,6 +123,18 @@ def test_chunks(past):
 
 
 @needs_interpreter
+def test_ranges_end_where_rows_double():
+    from anchors.nsa.kernels.selection import _chunks
+
+    def cut(stop: int, past: int, least: int) -> list[tuple[int, int, int]]:
+        return list(_chunks(0, stop, 4, past, 64, 1 << 30, least))
+
+    assert cut(40000, 0, 256) == [(0, 16384, 256), (16384, 32768, 512), (32768, 40000, 640)]
+    assert cut(10000, 12000, 256) == [(0, 4384, 256), (4384, 10000, 352)]
+    assert cut(40000, 0, 1024) == [(0, 40000, 640)]
+
+
+@needs_interpreter
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_top_n(data):

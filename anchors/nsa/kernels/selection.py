@@ -8,8 +8,8 @@
 With r = l' / d and m = l / d ≤ r, compressed token i = a·r + u counts min(m, r − u) times in block a and the rest
 of m times in block a + 1: two weighted sums over u and a shift by one block, no matrix product. Importance lives
 for a chunk of queries at a time. The n-th largest score is found by bisection over the bits of its
-order-preserving integer, so nothing is sorted and ties go to the lower index. No atomics: two runs agree bit
-for bit. The literal twin is `anchors.nsa.reference`.
+order-preserving integer, from the n-th largest of the largest of every part of the row on, so nothing is sorted and
+ties go to the lower index. No atomics: two runs agree bit for bit. The literal twin is `anchors.nsa.reference`.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), sections 3.3 and 3.4.
 """
