@@ -51,22 +51,21 @@ OLD: dict[str, dict[str, Any]] = {
 """Without boxes, as before."""
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "forward.compressed": {
-        "old": OLD["forward.compressed"], "new": {}, "128x64 4w 3s": sizes(128, 64, 4, 3), "64x64 4w 2s": sizes(64, 64, 4, 2),
-        "128x32 4w 3s": sizes(128, 32, 4, 3), "128x32 4w 4s": sizes(128, 32, 4, 4),
+        "old": OLD["forward.compressed"], "new": {}, "256x64 8w 3s": sizes(256, 64, 8, 3), "128x128 8w 2s": sizes(128, 128, 8, 2),
+        "128x32 4w 2s": sizes(128, 32, 4, 2),
     },
     "importance": {
-        "no boxes, 2s": {"score": {"boxes": 0, "num_stages": 2}}, "new": {}, "2s": {"score": {"num_stages": 2}},
-        "64 x 128": {"score": {"rows": 64, "keys": 128}}, "128 x 128": {"score": {"rows": 128, "keys": 128}},
-        "128 x 128, 8 warps": {"score": {"rows": 128, "keys": 128, "num_warps": 8}},
-        "256 x 64, 8 warps": {"score": {"rows": 256, "num_warps": 8}},
-        "topn 2048": {"topn": {"scores": 2048}}, "topn 512 a warp": {"topn": {"per_warp": 512}},
-        "topn 256 a warp": {"topn": {"per_warp": 256}},
+        "not cut, no bound": {"topn": {"least": 1 << 20, "tops": 1 << 20}}, "new": {}, "not cut": {"topn": {"least": 1 << 20}},
+        "no bound": {"topn": {"tops": 1 << 20}}, "a row a program": {"topn": {"scores": 1}},
+        "a row a program, 512 a warp": {"topn": {"scores": 1, "per_warp": 512}},
+        "256 a warp": {"topn": {"per_warp": 256}}, "256 a program": {"topn": {"scores": 256}},
     },
-    "forward.selected": {"old": OLD["forward.selected"], "new": {}},
+    "forward.selected": {
+        "old": OLD["forward.selected"], "new": {}, "64x32 4w 3s": sizes(64, 32, 4, 3), "64x32 4w 2s": sizes(64, 32, 4, 2),
+        "128x32 4w 3s": sizes(128, 32, 4, 3),
+    },
     "window and sum": {
-        "old": OLD["forward.window"], "new": {}, "peel 2s": sizes(64, 64, 4, 2, peel=1),
-        "128x64 4w 2s": sizes(128, 64, 4, 2, peel=1), "128x32 4w 3s": sizes(128, 32, 4, 3, peel=1),
-        "64x32 4w 3s": sizes(64, 32, 4, 3, peel=1),
+        "old": OLD["forward.window"], "64x64 4w 3s": sizes(64, 64, 4, 3), "new": {}, "64x32 4w 2s": sizes(64, 32, 4, 2),
     },
     "query.compressed": {"old": {}},
     "query.selected": {"old": OLD["query.selected"], "new": {}},
@@ -88,6 +87,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 """By stage and name, settings over those of the tables; the first is what the others are compared with."""
 WHOLE = {"old": OLD, "new": {}}
 VARIANTS |= {f"all.{direction}": WHOLE for direction in ("forward", "backward")}
+VARIANTS["all.forward"] = WHOLE | {
+    "a row a program": {"topn": {"scores": 1}}, "selected 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3)},
+    "both": {"forward.selected": {"both": 1}}, "both, 32 near": {"forward.selected": {"both": 1, "near": 32}},
+    "both 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3, both=1)},
+}  # fmt: skip
 
 
 def settings(stage: str, name: str) -> dict[str, dict[str, Any]]:
@@ -247,6 +251,13 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
+def wide_rows(case: Case, tuning: dict[str, Any]) -> None:
+    """The choice from as many blocks as longer texts have, of which a short one compiles nothing."""
+    for blocks in (256, 512, 1024):
+        scores, tokens = case.q.new_zeros(1, 16, case.kc.shape[2], blocks), blocks * case.geometry.lp
+        selection.select(scores, geometry=case.geometry, tokens=tokens, past=tokens - 16, tuning=tuning)
+
+
 def compiled(jobs: list[tuple[str, str]], tokens: int, shape: str) -> list[str]:
     """Runs each job once, so that its kernels lie in Triton's cache; what failed."""
     case, lost = draw(tokens, shape), []
@@ -257,6 +268,8 @@ def compiled(jobs: list[tuple[str, str]], tokens: int, shape: str) -> list[str]:
                 decoding(name, 1)["ours"]()
             else:
                 made[stage](settings(stage, name))
+            if stage in ("importance", "all.forward"):
+                wide_rows(case, settings(stage, name))
             torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - whatever a variant raises is a result
             lost.append(f"{stage} {name}: {type(error).__name__}: {str(error)[:200]}")

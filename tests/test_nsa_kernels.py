@@ -189,6 +189,25 @@ def test_boxes_against_the_equations(shape, rows, keys, shift):
 
 @needs_triton
 @needs_interpreter
+@pytest.mark.parametrize(("shape", "boxes"), [(BOXES[0], 1), (BOXES[1], 1), (BOXES[1], 0)])
+def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes):
+    """Bit for bit what two kernels return, with gradients and without."""
+    from anchors.nsa.kernels.sparse_attention import sparse_attention
+
+    inputs, idx = draw(shape, torch.float32, "cpu")
+    apart = tuning(rows=16, keys=16, split=32, boxes=boxes)
+    both = apart | {"forward.selected": apart["forward.selected"] | {"both": 1, "near": 16}}
+    slope = torch.randn(1, generator=torch.Generator().manual_seed(1)).expand(
+        *cast(torch.Tensor, inputs[0]).shape[:3], shape.dim_v
+    )
+    found = [differentiate(shape, inputs, idx, slope, sizes) for sizes in (apart, both)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    common = {"geometry": shape.geometry, "scale": shape.dim**-0.5, "past": shape.past}
+    assert torch.equal(sparse_attention(*inputs, idx, **common, tuning=both), found[0]["o"])
+
+
+@needs_triton
+@needs_interpreter
 def test_padding_of_rows_interpreted():
     """Behind the last position, as far as any tile can reach, a row has no pattern."""
     from anchors.nsa.kernels import ranges
@@ -322,7 +341,9 @@ def test_on_cuda(shape, dtype, monkeypatch):
 
 @needs_triton
 @needs_cuda
-@pytest.mark.parametrize("sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}, {"both": 1}], ids=str
+)
 def test_settings_on_cuda(sizes):
     agree(LARGE[0], torch.bfloat16, "cuda", tuning(**sizes))
 

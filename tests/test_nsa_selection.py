@@ -123,7 +123,19 @@ def test_chunks(past):
 
 
 @needs_interpreter
-@settings(max_examples=20, deadline=None, derandomize=True)
+def test_ranges_end_where_rows_double():
+    from anchors.nsa.kernels.selection import _chunks
+
+    def cut(stop: int, past: int, least: int) -> list[tuple[int, int, int]]:
+        return list(_chunks(0, stop, 4, past, 64, 1 << 30, least))
+
+    assert cut(40000, 0, 256) == [(0, 16384, 256), (16384, 32768, 512), (32768, 40000, 640)]
+    assert cut(10000, 12000, 256) == [(0, 4384, 256), (4384, 10000, 352)]
+    assert cut(40000, 0, 1024) == [(0, 40000, 640)]
+
+
+@needs_interpreter
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_top_n(data):
     """Scores of few values, so that ties are the rule."""
@@ -151,7 +163,22 @@ def test_top_n(data):
         "force": some(0.4, 2, blocks), "ban": some(0.3, 1, queries, 1, blocks),
     }  # fmt: skip
     exact = reference.select(values[picked], **asked)
-    assert torch.equal(select(values[picked], **asked, tuning={"topn": {"scores": 64}}), exact)
+    # With few parts of a row, the bound from their largest leaves a search of its own.
+    sizes = {"scores": 64, "tops": data.draw(st.sampled_from([1, 128]))}
+    assert torch.equal(select(values[picked], **asked, tuning={"topn": sizes}), exact)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("spread", [0.1, 10.0])
+def test_top_n_of_long_rows(spread):
+    """Rows of several parts each: all different, then with ties among the best, then mostly ties."""
+    from anchors.nsa.kernels.selection import select
+
+    geometry, blocks, queries = Geometry(), 700, 4
+    drawn = torch.randn(1, queries, 2, blocks, generator=torch.Generator().manual_seed(0))
+    for scores in ((spread * drawn).exp(), (spread * drawn).round(), (drawn > 2.5).float()):
+        asked = {"geometry": geometry, "tokens": 64 * blocks, "past": 64 * (blocks - 40)}
+        assert torch.equal(select(scores, **asked), reference.select(scores, **asked))
 
 
 @needs_interpreter

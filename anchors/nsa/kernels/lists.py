@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from anchors._names import forwarding
+from anchors.attention.kernels import cdiv, power_of_2
 from anchors.errors import AnchorsError
 from anchors.nsa.kernels.tiles import UNION
 
@@ -118,11 +119,11 @@ def union(
             "Attend to shorter texts.",
             code="shape",
         )
-    tiles = triton.cdiv(queries, tile)
+    tiles = cdiv(queries, tile)
     blocks = idx.new_empty(batch, groups, tiles, tile * n, dtype=torch.int32)
     members = torch.empty_like(blocks, dtype=torch.int32 if tile <= 32 else torch.int64)
     counts = idx.new_empty(batch, groups, tiles, dtype=torch.int32)
-    entries = triton.next_power_of_2(tile * n)
+    entries = power_of_2(tile * n)
     table = {"num_warps": min(8, max(1, entries // 128))} | dict((tuning or {}).get("union", {}))
     with torch.cuda.device_of(idx):
         _union[tiles, groups, batch](

@@ -8,8 +8,8 @@
 With r = l' / d and m = l / d ≤ r, compressed token i = a·r + u counts min(m, r − u) times in block a and the rest
 of m times in block a + 1: two weighted sums over u and a shift by one block, no matrix product. Importance lives
 for a chunk of queries at a time. The n-th largest score is found by bisection over the bits of its
-order-preserving integer, so nothing is sorted and ties go to the lower index. No atomics: two runs agree bit
-for bit. The literal twin is `anchors.nsa.reference`.
+order-preserving integer, from the n-th largest of the largest of every part of the row on, so nothing is sorted and
+ties go to the lower index. No atomics: two runs agree bit for bit. The literal twin is `anchors.nsa.reference`.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), sections 3.3 and 3.4.
 """
@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anchors.attention.kernels import LOG2E, dense, nearest, precision_of
+from anchors.attention.kernels import LOG2E, cdiv, dense, nearest, power_of_2, precision_of
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import ranges
@@ -33,7 +33,7 @@ from anchors.nsa.texts import Layout
 
 __all__ = ["TUNING", "Inverse", "Union", "block_importance", "inverse", "rho", "select", "select_blocks", "union"]  # fmt: skip
 
-LOWEST = tl.constexpr(-(2**31))
+LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 Tuning = Mapping[str, Mapping[str, Any]]
 TUNING: Tuning = {
     # `rows` queries × heads by `keys` compressed keys; `flip` puts the keys on the rows of the product; `boxes`: the copy
@@ -42,8 +42,9 @@ TUNING: Tuning = {
     # One or two heads a group: more positions in as many rows, and more sums to hold.
     "score.few": {"rows": 64, "keys": 64, "flip": True, "num_warps": 4, "num_stages": 2},
     "score.float32": {"rows": 64, "keys": 32, "flip": False, "num_warps": 4, "num_stages": 1},
-    # Scores that a program (one row at least) and a warp hold in registers.
-    "topn": {"scores": 1024, "per_warp": 1024},
+    # Scores that a program (one row at least) and a warp hold in registers; parts of a row whose largest bound the choice;
+    # blocks from which on queries are cut where the width doubles.
+    "topn": {"scores": 1024, "per_warp": 1024, "tops": 128, "least": 256},
 }
 """Sizes by kernel; those of `tuning[kernel]` go over them."""
 
@@ -196,9 +197,42 @@ def _score(
 
 @triton.jit
 @no_type_check
+def _reached(keys, need, threshold, reach, step, rising):
+    """The largest threshold that `need` keys of a row reach, or a lower one that exactly so many do; and how many do.
+
+    From a threshold that enough reach, in steps that double while they are `rising`, and are halved from the first on that
+    goes too far.
+    """
+    more = tl.max(tl.where(reach > need, step, 0), 0)
+    while more > 0:
+        trial = tl.where(threshold > HIGHEST - step, HIGHEST, threshold + step)
+        held = tl.sum((keys >= trial[:, None]).to(tl.int32), 1)
+        better = (held >= need) & (reach > need)
+        threshold = tl.where(better, trial, threshold)
+        reach = tl.where(better, held, reach)
+        rising = tl.where(better, rising, 0)
+        step = tl.where(rising > 0, tl.minimum(step, 1 << 29) * 2, step // 2)
+        more = tl.max(tl.where(reach > need, step, 0), 0)
+    return threshold, reach
+
+
+@triton.jit
+@no_type_check
+def _bits(word):
+    """How many bits of a 32-bit word are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8
+    return (word + (word >> 16)) & 63
+
+
+@triton.jit
+@no_type_check
 def _topn(
     scores, idx, texts, force, ban, bias, force_strides, ban_strides, bias_strides, lines, first, rows, queries, groups,
-    past, columns, lp, n_init, n_local, N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    past, columns, lp, n_init, n_local,
+    N: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, query = line % groups, first + line // groups % rows
@@ -208,7 +242,8 @@ def _topn(
     if texts is not None:
         own -= tl.load(texts + (example * (past + queries) + own) * 3, mask=line < lines, other=0)
     own = own // lp
-    candidate = (line < lines)[:, None] & (j < columns)[None, :] & (j[None, :] <= own[:, None])
+    last = tl.where(line < lines, tl.minimum(own, columns - 1), -1)
+    candidate = j[None, :] <= last[:, None]
     forced = (j < n_init)[None, :] | (j[None, :] > own[:, None] - n_local)
     if force is not None:
         place = example * force_strides[0] + query * force_strides[1] + group * force_strides[2]
@@ -218,48 +253,69 @@ def _topn(
         place = example * ban_strides[0] + query * ban_strides[1] + group * ban_strides[2]
         asked = tl.load(ban + place[:, None] + j[None, :] * ban_strides[3], mask=candidate, other=0)
         candidate = candidate & (asked == 0)
-    forced = forced & candidate
-    # Where the forced ones fill all n places, the choice is among them; else among the others, for what is left.
-    given = tl.sum(forced.to(tl.int32), 1)
-    few = given < N
-    need = tl.where(few, N - given, N)
-    pool = candidate & (forced != few[:, None])
-    key = pool.to(tl.int32)
+    key = tl.zeros([ROWS, WIDTH], tl.int32)
     if scores is not None:
-        score = tl.load(scores + line.to(tl.int64)[:, None] * columns + j[None, :], mask=pool, other=0.0)
+        # Runs of 16 blocks are read whole, in wide loads.
+        near = (j < columns)[None, :] & ((j // 16)[None, :] < ((last + 16) // 16)[:, None])
+        score = tl.load(scores + line.to(tl.int64)[:, None] * columns + j[None, :], mask=near, other=0.0)
         if bias is not None:
             place = example * bias_strides[0] + query * bias_strides[1] + group * bias_strides[2]
-            score += tl.load(bias + place[:, None] + j[None, :] * bias_strides[3], mask=pool, other=0.0)
-        score = tl.where(score == 0.0, 0.0, score)
+            score += tl.load(bias + place[:, None] + j[None, :] * bias_strides[3], mask=candidate, other=0.0)
+        # −0 becomes 0.
+        score += 0.0
         key = score.to(tl.int32, bitcast=True)
         key = key ^ ((key >> 31) & 0x7FFFFFFF)
         key = tl.where(score == score, key, LOWEST + 1)
-    key = tl.where(pool, key, LOWEST)
-    # The largest threshold that `need` keys reach, bit by bit; a row is done once exactly `need` reach it.
-    threshold = tl.full([ROWS], LOWEST, tl.int32)
-    reach = tl.sum(pool.to(tl.int32), 1)
-    held = tl.sum((key >= 0).to(tl.int32), 1)
-    threshold = tl.where((held >= need) & (reach > need), 0, threshold)
-    reach = tl.where((held >= need) & (reach > need), held, reach)
-    step = tl.max(tl.where(reach > need, 1 << 30, 0), 0)
-    while step > 0:
-        trial = threshold + step
-        held = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
-        better = (held >= need) & (reach > need)
-        threshold = tl.where(better, trial, threshold)
+    if force is None:
+        key = tl.where(forced, HIGHEST, key)
+    else:
+        # Where more are forced than there are places, the choice is among them.
+        few = (tl.sum((forced & candidate).to(tl.int32), 1) <= N)[:, None]
+        key = tl.where(forced, tl.where(few, HIGHEST, key), tl.where(few, key, LOWEST))
+    key = tl.where(candidate, key, LOWEST)
+    threshold = tl.full([ROWS], LOWEST + 1, tl.int32)
+    once = tl.full([ROWS], 1, tl.int32)
+    need, step, reach = once * N, once << 30, tl.sum((key > LOWEST).to(tl.int32), 1)
+    # The n-th largest of the largest of every TOPS-th key is a bound from below, and mostly a near one.
+    tops = key
+    if TOPS < WIDTH:
+        tops = tl.max(tl.reshape(key, [ROWS, WIDTH // TOPS, TOPS]), 1)
+    held = tl.sum((tops >= 0).to(tl.int32), 1)
+    better = (held >= need) & (reach > need)
+    threshold = tl.where(better, 0, threshold)
+    if TOPS < WIDTH:
+        held = tl.where(reach > need, tl.where(better, held, N + 1), 0)
+        threshold, _ = _reached(tops, need, threshold, held, step, once * 0)
+        reach = tl.sum((key >= threshold[:, None]).to(tl.int32), 1)
+        threshold, reach = _reached(key, need, threshold, reach, once << 16, once)
+    else:
         reach = tl.where(better, held, reach)
-        step = tl.max(tl.where(reach > need, step // 2, 0), 0)
-    above = key > threshold[:, None]
-    level = (key == threshold[:, None]) & pool
-    spare = need - tl.sum(above.to(tl.int32), 1)
-    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= spare[:, None]))
-    chosen = chosen | (forced & few[:, None])
-    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+        threshold, reach = _reached(key, need, threshold, reach, step, once * 0)
+    chosen = key >= threshold[:, None]
+    if tl.max(reach, 0) > N:
+        # Of equal ones the first.
+        level = key == threshold[:, None]
+        spare = N - reach + tl.sum(level.to(tl.int32), 1)
+        chosen = (key > threshold[:, None]) | (level & (tl.cumsum(level.to(tl.int32), 1) <= spare[:, None]))
+    # The place of a block is its rank: found from 32 of them at a time as bits, so that nothing is scattered.
+    bit = chosen.to(tl.int32) << (j % 32)[None, :]
+    words = tl.sum(tl.reshape(bit, [ROWS, WIDTH // 32, 32]), 2)
+    ends = tl.cumsum(_bits(words), 1)
+    slot = tl.zeros([ROWS, PLACES], tl.int32) + tl.arange(0, PLACES)[None, :]
+    word = tl.sum((ends[:, None, :] <= slot[:, :, None]).to(tl.int32), 2)
+    some = word < WIDTH // 32
+    word = tl.minimum(word, WIDTH // 32 - 1)
+    left = tl.gather(words, word, 1)
+    rank = slot - tl.gather(ends, word, 1) + _bits(left)
+    block = word * 32
+    for power in tl.static_range(4, -1, -1):
+        lower = _bits(left & ((1 << (1 << power)) - 1))
+        behind = rank >= lower
+        rank -= tl.where(behind, lower, 0)
+        left = tl.where(behind, left >> (1 << power), left)
+        block += tl.where(behind, 1 << power, 0)
     idx += ((example * queries + query) * groups + group) * N
-    tl.store(idx[:, None] + place, tl.zeros([ROWS, WIDTH], tl.int32) + j[None, :], mask=chosen)
-    places = tl.arange(0, PLACES)[None, :]
-    empty = (places >= tl.sum(chosen.to(tl.int32), 1)[:, None]) & (places < N) & (line < lines)[:, None]
-    tl.store(idx[:, None] + places, tl.full([ROWS, PLACES], -1, tl.int32), mask=empty)
+    tl.store(idx[:, None] + slot, tl.where(some, block, -1), mask=(slot < N) & (line < lines)[:, None])
 
 
 def block_importance(
@@ -360,7 +416,10 @@ def select_blocks(
         columns = min(blocks, geometry.n)
         _launch_topn(None, idx, texts, wishes, 0, early, columns, geometry, past, tuning)
     buffer = None
-    for start, stop, columns in _chunks(early, queries, batch * groups, past, geometry.lp, chunk_bytes):
+    least = _table("topn", tuning)["least"]
+    for start, stop, columns in _chunks(
+        early, queries, batch * groups, past, geometry.lp, chunk_bytes, least
+    ):
         size = batch * (stop - start) * groups * columns
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -381,18 +440,18 @@ def _launch_score(
         return
     q, kc = dense(q), dense(kc)
     heads, dim = q.shape[2] // groups, q.shape[3]
-    group = triton.next_power_of_2(heads)
+    group = power_of_2(heads)
     kind = "score.float32" if q.dtype == torch.float32 else "score.few" if group <= 2 else "score"
     table = _table(kind, tuning)
     tile = max(1, table.pop("rows") // group)
     per = geometry.lp // geometry.d
-    slots = triton.next_power_of_2(per)
+    slots = power_of_2(per)
     width, tail = parted(dim)
     columns_of_tile = max(1, table.pop("keys") // slots)
     boxes = bool(table.pop("boxes", 0)) and per == slots and dim == width and ranges.boxed(kc)
     source = ranges.boxes(kc, columns_of_tile * slots) if boxes else kc
     with torch.cuda.device_of(q):
-        _score[triton.cdiv(rows, tile), groups, batch](
+        _score[cdiv(rows, tile), groups, batch](
             q, source, lse, scores, texts, q.stride()[:3], kc.stride()[:3], lse.stride(), first, rows, heads, past, kc.shape[1],
             columns, scale * LOG2E.value, geometry.l, geometry.d, geometry.lp, q.shape[1],
             BOXES=boxes, PER=per, REACH=geometry.l // geometry.d, DIM=dim, WIDTH=width, TAIL=tail, SLOTS=slots,
@@ -408,24 +467,31 @@ def _launch_topn(
     batch, queries, groups, n = idx.shape
     lines = batch * (stop - start) * groups
     table = _table("topn", tuning)
-    width = triton.next_power_of_2(columns)
+    width = max(32, power_of_2(columns))
+    places = power_of_2(n)
+    tops = min(width, max(table.pop("tops"), 4 * places))
+    table.pop("least")
     rows = max(1, table.pop("scores") // width)
     warps = min(16, max(1, rows * width // table.pop("per_warp")))
     strides = (wish.stride() if wish is not None else (0, 0, 0, 0) for wish in wishes)
     with torch.cuda.device_of(idx):
-        _topn[(triton.cdiv(lines, rows),)](
+        _topn[(cdiv(lines, rows),)](
             scores, idx, texts, *wishes, *strides, lines, start, stop - start, queries, groups, past, columns,
             geometry.lp, geometry.n_init, geometry.n_local,
-            N=n, PLACES=triton.next_power_of_2(n), ROWS=rows, WIDTH=width, num_warps=warps, **table,
+            N=n, PLACES=places, ROWS=rows, WIDTH=width, TOPS=tops, num_warps=warps, **table,
         )  # fmt: skip
 
 
 def _chunks(
-    start: int, queries: int, lines: int, past: int, lp: int, chunk_bytes: int
+    start: int, queries: int, lines: int, past: int, lp: int, chunk_bytes: int, least: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Ranges of queries, each with the blocks that its last query sees, in a multiple of 16."""
+    """Ranges of queries, each with the blocks that its last query sees, in a multiple of 16.
+
+    Wide ranges end where the tile that holds a row's scores would double.
+    """
     while start < queries:
-        rows = queries - start
+        wide = max(least, power_of_2(_seen(start + 1 + past, lp)))
+        rows = min(queries - start, wide * lp - past - start)
         while rows > 1 and 4 * lines * rows * _seen(start + rows + past, lp) > chunk_bytes:
             rows = max(1, min(rows - 1, chunk_bytes // (4 * lines * _seen(start + rows + past, lp))))
         yield start, start + rows, _seen(start + rows + past, lp)
@@ -433,7 +499,7 @@ def _chunks(
 
 
 def _seen(tokens: int, lp: int) -> int:
-    return triton.cdiv(triton.cdiv(tokens, lp), 16) * 16
+    return cdiv(cdiv(tokens, lp), 16) * 16
 
 
 def _wishes(shape: tuple[int, ...], *wishes: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -29,9 +29,11 @@ from anchors.nsa.kernels.attention import (
     Branch,
     Tuning,
     attend,
+    attend_both,
     attend_last,
     key_sources,
     seen_spans,
+    settings_of,
     tile_of,
     walked,
 )
@@ -246,7 +248,7 @@ class _SparseAttention(torch.autograd.Function):
         if idx is None:
             idx = selection.select_blocks(
                 first, kc, lse_cmp,
-                geometry=geometry, tokens=ks.shape[1], scale=scale, past=past, layout=layout, **change,
+                geometry=geometry, tokens=ks.shape[1], layout=layout, **common, **change,
             )  # fmt: skip
         if layout is not None:
             idx = layout.blocks_at(idx, past)
@@ -255,11 +257,16 @@ class _SparseAttention(torch.autograd.Function):
             for kernel in ("forward.selected", "query.selected")
         ]
         union = lists.union(idx, sizes[0])
-        o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, union=union, spans=spans[1], **common)
         keep = any(ctx.needs_input_grad)
-        z, o_win, lse_win = attend_last(
-            branches[2], q, kw, vw, (o_cmp, o_slc), g, keep=keep, spans=spans[2], **common
-        )
+        if settings_of("forward.selected", q, ks, vs, tuning).get("both"):
+            z, (o_slc, lse_slc), (o_win, lse_win) = attend_both(
+                branches[1:], q, (ks, vs), (kw, vw), o_cmp, g, union, keep=keep, spans=spans[1:], **common
+            )
+        else:
+            o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, union=union, spans=spans[1], **common)
+            z, o_win, lse_win = attend_last(
+                branches[2], q, kw, vw, (o_cmp, o_slc), g, keep=keep, spans=spans[2], **common
+            )
         if not keep:
             return z
         ctx.union = union if sizes[0] == sizes[1] else None

@@ -8,6 +8,7 @@ that no load of a loop over tiles needs a mask.
 `no_type_check` keeps run-time checkers of shapes off what Triton compiles: they wrap functions.
 """
 
+from functools import cache
 from typing import Any, no_type_check
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anchors.attention.kernels import nearest, shared_memory, width_of
+from anchors.attention.kernels import nearest, power_of_2, shared_memory, width_of
 from anchors.errors import AnchorsError
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -74,7 +75,8 @@ TUNING: dict[tuple[str, str, int], Settings] = {
 """Sizes by kernel, dtype and head width.
 
 `rows` and `keys` are the sides of a tile, `peel` whether the tiles that all rows see whole get a loop without a mask,
-`splits` into how many parts the queries of a key tile are cut, `split` how many queries of a block one program takes.
+`splits` into how many parts the queries of a key tile are cut, `split` how many queries of a block one program takes, `both`
+whether the window follows the selected branch within one kernel, in tiles of `near` keys.
 """
 
 for _branch in ("compressed", "selected", "window"):
@@ -91,7 +93,7 @@ for _branch in ("compressed", "selected", "window"):
 BOXED: dict[tuple[str, str, int], Settings] = {
     ("forward.compressed", "bfloat16", USUAL): _sizes(128, 64, 4, 2, peel=1),
     ("forward.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
-    ("forward.window", "bfloat16", USUAL): _sizes(64, 64, 4, 3, peel=1),
+    ("forward.window", "bfloat16", USUAL): _sizes(64, 32, 4, 3, peel=1),
     ("query.selected", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("query.window", "bfloat16", USUAL): _sizes(64, 64, 4, 2, peel=1),
     ("keys.compressed", "bfloat16", USUAL): _sizes(64, 128, 8, 3),
@@ -126,12 +128,13 @@ def tuned(
 
 def parted(dim: int) -> tuple[int, int]:
     """A head as one power of 2, or as two where that is less: 192 is 128 and 64, not 256."""
-    whole = max(16, triton.next_power_of_2(dim))
+    whole = max(16, power_of_2(dim))
     half = whole // 2
-    tail = max(16, triton.next_power_of_2(dim - half)) if half >= 16 else whole
+    tail = max(16, power_of_2(dim - half)) if half >= 16 else whole
     return (half, tail) if half + tail < whole else (whole, 0)
 
 
+@cache
 def widths(dim: int, dim_v: int) -> dict[str, int]:
     """The compile-time head widths of a kernel: real, and padded to powers of two, of a key to two of them."""
     width, tail = parted(dim)
