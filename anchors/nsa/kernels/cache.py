@@ -33,7 +33,13 @@ class Tuning:
         tile_sum: compressed tokens whose patterns are summed over the heads at once, a power of two.
         tile_merge: partial results that are merged at once, a power of two.
         bits: bits of the n-th highest importance that are found at once, by 2^bits counts: 1, 2, 4 or 8.
+        tile_join: likewise where the last program of a row merges.
         fused: whether the selecting program sums the patterns itself, which saves a launch.
+        choosing, merging: whether the last program of a row that sums patterns chooses the blocks, and the last that
+            reads them merges the pieces, in place of a launch for each.
+        beside: whether the window is read in the launch that chooses the blocks; needs `choosing`.
+        passing: whether compressed keys and values, which are read once, may leave the second-level cache first.
+        overlapped: whether a launch is prepared before the one ahead of it has ended (Hopper and later).
     """
 
     chunk_cmp: int = 256
@@ -49,6 +55,13 @@ class Tuning:
     warps_select: int = 8
     warps_merge: int = 4
     stages: int = 2
+    stages_cmp: int = 2
+    tile_join: int = 4
+    choosing: bool = True
+    merging: bool = True
+    beside: bool = True
+    passing: bool = True
+    overlapped: bool = True
 
     @classmethod
     def of(cls, rows: int, compressed: int, blocks: int, slots: int, row_bytes: int) -> "Tuning":
@@ -91,6 +104,7 @@ class NSACache:
         shares: p^cmp summed over the heads of a group.
         idx: the chosen blocks, ascending, −1 at the end.
         top, mass, part: maximum (in units of log 2), Σ exp and Σ exp · v of each piece of the keys, by query head.
+        arrived: programs of a row that finished summing, and reading; 0 between launches.
     """
 
     geometry: Geometry
@@ -111,6 +125,7 @@ class NSACache:
     top: Float[Tensor, "batch heads splits"]
     mass: Float[Tensor, "batch heads splits"]
     part: Float[Tensor, "batch heads splits dim_v"]
+    arrived: Int[Tensor, "2 rows"]
 
     @classmethod
     def empty(
@@ -174,6 +189,7 @@ class NSACache:
             top=made(batch, query_heads, splits),
             mass=made(batch, query_heads, splits),
             part=made(batch, query_heads, splits, dim_v),
+            arrived=made(2, batch * heads, dtype=torch.int32),
         )  # fmt: skip
 
     @property
