@@ -33,7 +33,6 @@ class Tuning:
         tile_sum: compressed tokens whose patterns are summed over the heads at once, a power of two.
         tile_merge: partial results that are merged at once, a power of two.
         bits: bits of the n-th highest importance that are found at once, by 2^bits counts: 1, 2, 4 or 8.
-        tile_join: likewise where the last program of a row merges.
         fused: whether the selecting program sums the patterns itself, which saves a launch.
         choosing, merging: whether the last program of a row that sums patterns chooses the blocks, and the last that
             reads them merges the pieces, in place of a launch for each.
@@ -56,7 +55,6 @@ class Tuning:
     warps_merge: int = 4
     stages: int = 2
     stages_cmp: int = 2
-    tile_join: int = 4
     choosing: bool = True
     merging: bool = True
     beside: bool = True

@@ -125,7 +125,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
             q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
             cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, splits, before, sums,
             **blocks, **choice, **summed, **shape, **following, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk,
-            TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=tuning.stages,
+            TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
         )  # fmt: skip
     else:
         if not tuning.fused:
@@ -143,7 +143,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.idx, cache.position, *partial,
         gates, out, cache.arrived[1], _strides(q), strides, scale, groups, tokens, window,
         **shape, **joined, **following, LP=geometry.lp, N=geometry.n, HEADS=triton.next_power_of_2(heads // groups),
-        CHUNK=tuning.chunk, TILE=tuning.tile, TILE_MERGE=tuning.tile_join, MERGING=tuning.merging,
+        CHUNK=tuning.chunk, TILE=tuning.tile, MERGING=tuning.merging,
         num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
     if not tuning.merging:

@@ -376,44 +376,52 @@ def _piece(
 
 @triton.jit
 @no_type_check
-def _join(
-    gates, top, mass, part, out, gate_strides, line, fits,
-    SELECTED: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    COUNT: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr,
+def _joined(
+    o, gates, top, mass, part, lines, real, FIRST: tl.constexpr, STOP: tl.constexpr, SPLITS: tl.constexpr,
+    PIECES: tl.constexpr, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of each branch and the branches, weighted by the gates (Eq. 5), of `COUNT` heads from `line` on.
-
-    O = Σ_i exp(m_i − m) O_i / Σ_i exp(m_i − m) z_i; `SELECTED` and `WINDOW` are the first pieces of those branches.
-    """
-    heads, branches = tl.arange(0, HEADS), tl.arange(0, 4)
-    pieces, columns = tl.arange(0, PIECES), tl.arange(0, WIDTH_V)
-    lines = line + heads
-    branch = (pieces >= SELECTED).to(tl.int32) + (pieces >= WINDOW).to(tl.int32)
-    inside = (heads < COUNT)[:, None] & (pieces < SPLITS)[None, :]
+    """o, and to it the output of a branch, whose pieces go from `FIRST` to `STOP`, times its gates."""
+    pieces, columns = FIRST + tl.arange(0, PIECES), tl.arange(0, WIDTH_V)
+    inside = real[:, None] & (pieces < STOP)[None, :]
     m = tl.load(top + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=-1e30)
     z = tl.load(mass + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=0.0)
-    m = tl.where(branch[None, None, :] == branches[None, :, None], m[:, None, :], -1e30)
-    peak = tl.max(m, 2)
-    total = tl.sum(tl.where(m > -1e29, z[:, None, :] * tl.exp2(m - peak[:, :, None]), 0.0), 2)
-    gates += heads[:, None] * gate_strides[1] + branches[None, :] * gate_strides[2]
-    gate = tl.load(gates, mask=(heads < COUNT)[:, None] & (branches < 3)[None, :], other=0.0).to(tl.float32)
+    peak = tl.max(m, 1)
+    total = tl.sum(tl.where(m > -1e29, z * tl.exp2(m - peak[:, None]), 0.0), 1)
+    gate = tl.load(gates, mask=real, other=0.0).to(tl.float32)
     factor = tl.where(total > 0, gate / tl.where(total > 0, total, 1.0), 0.0)
-    o = tl.full([HEADS, WIDTH_V], 0.0, tl.float32)
-    for start in range(0, SPLITS, TILE):
-        tile = start + tl.arange(0, TILE)
-        whose = (tile >= SELECTED).to(tl.int32) + (tile >= WINDOW).to(tl.int32)
-        place = lines[:, None] * SPLITS + tile[None, :]
-        tops = tl.load(top + place, mask=(heads < COUNT)[:, None] & (tile < SPLITS)[None, :], other=-1e30)
-        own = tl.where(whose[None, None, :] == branches[None, :, None], tops[:, None, :], -1e30)
-        weight = tl.where(own > -1e29, factor[:, :, None] * tl.exp2(own - peak[:, :, None]), 0.0)
+    for piece in tl.static_range(FIRST, STOP):
+        place = lines * SPLITS + piece
+        m = tl.load(top + place, mask=real, other=-1e30)
+        weight = tl.where(m > -1e29, factor * tl.exp2(m - peak), 0.0)
+        value = tl.load(
+            part + place[:, None] * DIM_V + columns[None, :], mask=real[:, None] & (columns < DIM_V)[None, :], other=0.0
+        )
         # Behind a piece that saw nothing lies what an earlier step left there.
-        seen = (tops > -1e29)[:, :, None] & (columns < DIM_V)[None, None, :]
-        parts = tl.load(part + place[:, :, None] * DIM_V + columns[None, None, :], mask=seen, other=0.0)
-        o += tl.sum(tl.sum(weight, 1)[:, :, None] * parts, 1)
+        o += weight[:, None] * tl.where((m > -1e29)[:, None], value, 0.0)
+    return o
+
+
+@triton.jit
+@no_type_check
+def _join(
+    gates, top, mass, part, out, gate_strides, line, fits, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    """`merge`, of the heads of a group at once: `line` is the first of them."""
+    heads, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH_V)
+    lines, real = line + heads, heads < G
+    gates += heads * gate_strides[1]
+    o = tl.full([HEADS, WIDTH_V], 0.0, tl.float32)
+    o = _joined(o, gates, top, mass, part, lines, real, 0, SELECTED, SPLITS, PIECES, DIM_V, WIDTH_V)
+    gates += gate_strides[2]
+    o = _joined(o, gates, top, mass, part, lines, real, SELECTED, WINDOW, SPLITS, PIECES, DIM_V, WIDTH_V)
+    gates += gate_strides[2]
+    o = _joined(o, gates, top, mass, part, lines, real, WINDOW, SPLITS, SPLITS, PIECES, DIM_V, WIDTH_V)
     # A token that found no room has no output; a wrong one would go unnoticed.
-    o = tl.where(fits, o, float("nan"))
-    inside = (heads < COUNT)[:, None] & (columns < DIM_V)[None, :]
-    tl.store(out + lines[:, None] * DIM_V + columns[None, :], o.to(out.dtype.element_ty), mask=inside)
+    o = tl.where(fits, o, float("nan")).to(out.dtype.element_ty)
+    inside = real[:, None] & (columns < DIM_V)[None, :]
+    tl.store(out + lines[:, None] * DIM_V + columns[None, :], o, mask=inside)
 
 
 @triton.jit
@@ -423,7 +431,7 @@ def read(
     q_strides, gate_strides, scale, groups, tokens, window,
     LP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, TILE_MERGE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
     SPLITS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, MERGING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attends to a piece of the chosen blocks, or of the window; the last program of a row may join them all."""
@@ -454,7 +462,7 @@ def read(
             gates += example * gate_strides[0] + group * G * gate_strides[1]
             _join(
                 gates, top, mass, part, out, gate_strides, row * G, position < tokens,
-                SELECTED, WINDOW, SPLITS, PIECES, G, HEADS, DIM_V, WIDTH_V, TILE_MERGE,
+                SELECTED, WINDOW, SPLITS, PIECES, G, HEADS, DIM_V, WIDTH_V,
             )  # fmt: skip
 
 
@@ -465,12 +473,37 @@ def merge(
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
     DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of one head."""
+    """Joins the pieces of each branch and the branches, weighted by the gates (Eq. 5).
+
+    O = Σ_i exp(m_i − m) O_i / Σ_i exp(m_i − m) z_i; `SELECTED` and `WINDOW` are the first pieces of those branches.
+    """
     head, example = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    line = example * tl.num_programs(0) + head
     gates += example * gate_strides[0] + head * gate_strides[1]
-    _join(
-        gates, top, mass, part, out, gate_strides, example * tl.num_programs(0) + head,
-        tl.load(position + example) < tokens, SELECTED, WINDOW, SPLITS, PIECES, 1, 1, DIM_V, WIDTH_V, TILE,
-    )  # fmt: skip
+    top += line * SPLITS
+    mass += line * SPLITS
+    pieces, columns, branches = tl.arange(0, PIECES), tl.arange(0, WIDTH_V), tl.arange(0, 4)
+    branch = (pieces >= SELECTED).to(tl.int32) + (pieces >= WINDOW).to(tl.int32)
+    m = tl.load(top + pieces, mask=pieces < SPLITS, other=-1e30)
+    z = tl.load(mass + pieces, mask=pieces < SPLITS, other=0.0)
+    m = tl.where(branch[None, :] == branches[:, None], m[None, :], -1e30)
+    peak = tl.max(m, 1)
+    total = tl.sum(tl.where(m > -1e29, z[None, :] * tl.exp2(m - peak[:, None]), 0.0), 1)
+    gate = tl.load(gates + branches * gate_strides[2], mask=branches < 3, other=0.0).to(tl.float32)
+    factor = tl.where(total > 0, gate / tl.where(total > 0, total, 1.0), 0.0)
+    o = tl.full([WIDTH_V], 0.0, tl.float32)
+    for start in range(0, SPLITS, TILE):
+        tile = start + tl.arange(0, TILE)
+        whose = (tile >= SELECTED).to(tl.int32) + (tile >= WINDOW).to(tl.int32)
+        tops = tl.load(top + tile, mask=tile < SPLITS, other=-1e30)
+        own = tl.where(whose[None, :] == branches[:, None], tops[None, :], -1e30)
+        weight = tl.sum(tl.where(own > -1e29, factor[:, None] * tl.exp2(own - peak[:, None]), 0.0), 0)
+        # Behind a piece that saw nothing lies what an earlier step left there.
+        inside = (tops > -1e29)[:, None] & (columns < DIM_V)[None, :]
+        place = (line * SPLITS + tile)[:, None] * DIM_V + columns[None, :]
+        o += tl.sum(weight[:, None] * tl.load(part + place, mask=inside, other=0.0), 0)
+    # A token that found no room has no output; a wrong one would go unnoticed.
+    o = tl.where(tl.load(position + example) < tokens, o, float("nan"))
+    tl.store(out + line * DIM_V + columns, o.to(out.dtype.element_ty), mask=columns < DIM_V)
