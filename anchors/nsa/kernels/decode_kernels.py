@@ -364,7 +364,11 @@ def _piece(
     for first in range(start, stop, TILE):
         slots = first + tl.arange(0, TILE)
         inside = slots < stop
-        block = tl.load(idx + slots // LP, mask=slots < tl.where(recent, 0, stop), other=0)
+        if LP % TILE == 0 and CHUNK % TILE == 0:
+            # One block a tile: a number, for keys behind a tensor of addresses are not fetched tiles ahead.
+            block = tl.load(idx + first // LP, mask=first < tl.where(recent, 0, stop), other=0)
+        else:
+            block = tl.load(idx + slots // LP, mask=slots < tl.where(recent, 0, stop), other=0)
         # The order of keys is of no consequence, so the window's ring is read as it lies.
         tile = tl.where(recent, slots, block * LP + slots % LP)
         seen = inside & (tile <= t)
