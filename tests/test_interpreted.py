@@ -18,7 +18,7 @@ from gpu import INTERPRETED, needs_triton
 SHOWN = {
     "test_kernels": ("tile_loop or declined or recognised or interpreted", len(test_kernels.TINY) + 3),
     "test_nsa_kernels": ("equations or interpreted", len(test_nsa_kernels.TINY) + 8),
-    "test_nsa_decode": ("steps", 12),
+    "test_nsa_decode": ("steps", 14),
     "test_nsa_texts": ("interpreted", 7),
     "test_nsa_flow": ("interpreted", len(test_nsa_flow.CASES) + 5),
     "test_saliency_kernel": ("test", len(test_saliency_kernel.TINY) + 4),

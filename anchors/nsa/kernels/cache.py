@@ -19,6 +19,8 @@ PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its 132 multiprocessors."""
 FUSED = 8192
 """Compressed tokens whose patterns the selecting program can sum itself; beyond, a launch of many programs is faster."""
+JOINED = 32
+"""Pieces that the last program of a row joins one after the other; of more, a program for each head is faster."""
 BLOCKS = 16384
 """Selection blocks that fit the registers of the selecting program."""
 
@@ -28,7 +30,7 @@ class Tuning:
     """How the work of a step is cut. No output depends on it beyond rounding.
 
     Attributes:
-        chunk_cmp, chunk: compressed tokens, and tokens of the selected and window branches, per program.
+        chunk_cmp, chunk: compressed tokens of a full cache, and tokens of the selected and window branches, per program.
         tile_cmp, tile: tokens that a program holds at once, a power of two from 16 on.
         tile_sum: compressed tokens whose patterns are summed over the heads at once, a power of two.
         tile_merge: partial results that are merged at once, a power of two.
@@ -75,16 +77,29 @@ class Tuning:
         def chunk(tokens: int, *sizes: int) -> int:
             return next((size for size in sizes if rows * -(-tokens // size) >= PROGRAMS), sizes[-1])
 
+        def wave(size: int) -> int:
+            # Tokens that pass one after the other, where a program's start costs as much as a tile.
+            return -(-rows * -(-compressed // size) // PROGRAMS) * (size + tile)
+
         tile = 64 if row_bytes <= 512 else 32
+        stages = 4 if row_bytes <= 256 else 2 if row_bytes <= 512 else 1
+        chunk_cmp, chunk_others = (
+            min(range(tile, compressed + tile, tile), key=wave),
+            chunk(slots, 256, 128, 64),
+        )
+        pieces = -(-compressed // chunk_cmp) + -(-slots // chunk_others) + 1
         return cls(
-            chunk_cmp=chunk(compressed, 256, 128, 64),
-            chunk=chunk(slots, 256, 128, 64),
+            chunk_cmp=chunk_cmp,
+            chunk=chunk_others,
             tile_cmp=tile,
             tile=tile,
-            bits=4 if blocks <= 1024 else 2,
+            tile_sum=chunk(compressed, 512, 256, 128),
+            bits=4 if blocks <= 512 else 2,
             fused=compressed <= FUSED,
-            warps_select=16,
-            stages=2 if row_bytes <= 512 else 1,
+            merging=pieces <= JOINED,
+            warps_select=4 if blocks <= 2048 else 16,
+            stages=stages,
+            stages_cmp=stages,
         )
 
 

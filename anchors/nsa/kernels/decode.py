@@ -117,7 +117,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         cache.length, cache.position, cache.scores, *partial,
         _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, splits,
         **blocks, **shape, GIVEN=phi is not None, ROWS=triton.next_power_of_2(geometry.l),
-        CHUNK=tuning.chunk_cmp, TILE=tuning.tile_cmp, EVICT="evict_first" if tuning.passing else "", PDL=early,
+        TILE=tuning.tile_cmp, EVICT="evict_first" if tuning.passing else "", PDL=early,
         num_warps=tuning.warps_cmp, num_stages=tuning.stages_cmp,
     )  # fmt: skip
     if tuning.choosing:

@@ -114,7 +114,7 @@ def compress(
     q_strides, k_strides, v_strides, scale, groups, tokens, window, compressed, splits,
     GIVEN: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
     EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Appends the token, completes the compressed token that ends with it, attends to a piece of the compressed ones.
@@ -130,12 +130,14 @@ def compress(
     t = tl.load(length + example)
     fits = t < tokens
     complete = tl.minimum(_complete(t, L, STRIDE), compressed)
+    # Cut anew at every step: a cache that is far from full is read by as many programs as a full one.
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(complete, tl.num_programs(0)), TILE), 1) * TILE
     ends = fits & (t + 1 >= L) & ((t + 1 - L) % STRIDE == 0)
     kc += row * compressed * DIM
     vc += row * compressed * DIM_V
     k_cmp += row * L * DIM
     v_cmp += row * L * DIM_V
-    if ends & ((complete - 1) // CHUNK == split):
+    if ends & ((complete - 1) // chunk == split):
         nk_own = nk_cmp + example * k_strides[0] + group * k_strides[1]
         nv_own = nv_cmp + example * v_strides[0] + group * v_strides[1]
         _fresh(nk_own, nkc + row * DIM, k_cmp, kc, t % L, complete - 1, GIVEN, L, ROWS, DIM, WIDTH)
@@ -163,8 +165,8 @@ def compress(
     o = tl.full([PADDED, WIDTH_V], 0.0, tl.float32)
     heads = tl.arange(0, PADDED)
     scores += row * G * compressed
-    stop = tl.minimum(complete, (split + 1) * CHUNK)
-    for start in range(split * CHUNK, stop, TILE):
+    stop = tl.minimum(complete, (split + 1) * chunk)
+    for start in range(split * chunk, stop, TILE):
         tile = start + tl.arange(0, TILE)
         seen = tile < stop
         k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
@@ -330,7 +332,7 @@ def choose(
         stop = tl.minimum(start + TILE_SUM, complete)
         _group_sums(
             scores, shares, top, mass, row, start, stop, splits, compressed, SPLITS, PIECES, G, PADDED, TILE_SUM
-        )
+        )  # fmt: skip
         if _last(arrived + row, sums):
             # Only the first launch reads the length, so that any later one may advance it.
             if row % groups == 0:
@@ -397,9 +399,8 @@ def _joined(
         place = lines * SPLITS + piece
         m = tl.load(top + place, mask=real, other=-1e30)
         weight = tl.where(m > -1e29, factor * tl.exp2(m - peak), 0.0)
-        value = tl.load(
-            part + place[:, None] * DIM_V + columns[None, :], mask=real[:, None] & (columns < DIM_V)[None, :], other=0.0
-        )
+        inside = real[:, None] & (columns < DIM_V)[None, :]
+        value = tl.load(part + place[:, None] * DIM_V + columns[None, :], mask=inside, other=0.0)
         # Behind a piece that saw nothing lies what an earlier step left there.
         o += weight[:, None] * tl.where((m > -1e29)[:, None], value, 0.0)
     return o
@@ -461,7 +462,7 @@ def read(
         LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
     )  # fmt: skip
     _keep(top, mass, part, row * G, split, SPLITS, m, z, o, G, PADDED, DIM_V, WIDTH_V)
-    if MERGING:
+    if MERGING:  # noqa: SIM102 - a constant, which keeps the rest out of the program
         if _last(arrived + row, tl.num_programs(0)):
             gates += example * gate_strides[0] + group * G * gate_strides[1]
             _join(
