@@ -196,7 +196,8 @@ class NSACache:
             geometry, tuning, *pair(tokens), *pair(window), *pair(geometry.l), *pair(compressed),
             length=made(batch, dtype=torch.int32),
             position=made(batch, dtype=torch.int32),
-            scores=made(batch, query_heads, compressed),
+            # Lines of whole 64 bytes, so that several scores are moved at once.
+            scores=made(batch, query_heads, -(-compressed // 16) * 16)[:, :, :compressed],
             shares=made(batch, heads, compressed),
             idx=made(batch, heads, geometry.n, dtype=torch.int32) - 1,
             top=made(batch, query_heads, splits),

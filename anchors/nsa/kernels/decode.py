@@ -89,7 +89,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     heads, compressed, window = cache.scores.shape[1], cache.kc.shape[2], cache.k_win.shape[2]
     pieces_cmp, pieces_slc, pieces_win = cache.splits
     splits, dim_v, sums = sum(cache.splits), cache.v_slc.shape[-1], triton.cdiv(compressed, tuning.tile_sum)
-    rows, before = batch * groups, pieces_cmp + pieces_slc
+    rows, before, line = batch * groups, pieces_cmp + pieces_slc, cache.scores.stride(1)
     beside = tuning.choosing and tuning.beside
     early = tuning.overlapped and programmatic(q.device)
     following = {"PDL": early, **({"launch_pdl": True} if early else {})}
@@ -115,7 +115,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         q_cmp, nk_cmp, nv_cmp, nk_slc, nv_slc, nk_win, nv_win, nkc, nvc,
         cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_cmp, cache.v_cmp, cache.kc, cache.vc,
         cache.length, cache.position, cache.scores, *partial,
-        _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, splits,
+        _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, line, splits,
         **blocks, **shape, GIVEN=phi is not None, ROWS=triton.next_power_of_2(geometry.l),
         TILE=tuning.tile_cmp, EVICT="evict_first" if tuning.passing else "", PDL=early,
         num_warps=tuning.warps_cmp, num_stages=tuning.stages_cmp,
@@ -123,19 +123,19 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     if tuning.choosing:
         kernels.choose[rows, sums + (pieces_win if beside else 0)](
             q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
-            cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, splits, before, sums,
+            cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
             **blocks, **choice, **summed, **shape, **following, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk,
             TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
         )  # fmt: skip
     else:
         if not tuning.fused:
             kernels.add_up[sums, rows](
-                cache.scores, cache.shares, cache.top, cache.mass, cache.position, groups, splits, compressed,
+                cache.scores, cache.shares, cache.top, cache.mass, cache.position, groups, splits, compressed, line,
                 **blocks, **summed, **group, **following, TILE=tuning.tile_sum, num_warps=tuning.warps,
             )  # fmt: skip
         kernels.select[rows,](
             cache.scores, cache.shares, cache.top, cache.mass, cache.idx, cache.position, cache.length,
-            groups, splits, compressed, tokens, **blocks, **choice, **summed, **group, **following,
+            groups, splits, compressed, line, tokens, **blocks, **choice, **summed, **group, **following,
             TILE=tuning.tile_sum, FUSED=tuning.fused, num_warps=tuning.warps_select,
         )  # fmt: skip
     strides = gates.stride(0), gates.stride(2), gates.stride(3)

@@ -34,7 +34,7 @@ def _queries(
 
 @triton.jit
 @no_type_check
-def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = ""):
+def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     inside = seen[:, None] & (columns < DIM)[None, :]
     place = pointer + rows[:, None] * DIM + columns[None, :]
@@ -100,7 +100,7 @@ def _fresh(
     else:
         value = tl.load(new + columns, mask=columns < DIM, other=0.0).to(tl.float32)
         # The row of the current token still holds the one that left, and another program may be replacing it.
-        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH).to(tl.float32)
+        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH, "").to(tl.float32)
         value = (value + tl.sum(older, 0)) / L
     tl.store(cache + place * DIM + columns, value.to(cache.dtype.element_ty), mask=columns < DIM)
 
@@ -111,7 +111,7 @@ def compress(
     q, nk_cmp, nv_cmp, nk_slc, nv_slc, nk_win, nv_win, nkc, nvc,
     k_slc, v_slc, k_win, v_win, k_cmp, v_cmp, kc, vc,
     length, position, scores, top, mass, part,
-    q_strides, k_strides, v_strides, scale, groups, tokens, window, compressed, splits,
+    q_strides, k_strides, v_strides, scale, groups, tokens, window, compressed, line, splits,
     GIVEN: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -164,7 +164,7 @@ def compress(
     z = tl.full([PADDED], 0.0, tl.float32)
     o = tl.full([PADDED, WIDTH_V], 0.0, tl.float32)
     heads = tl.arange(0, PADDED)
-    scores += row * G * compressed
+    scores += row * G * line
     stop = tl.minimum(complete, (split + 1) * chunk)
     for start in range(split * chunk, stop, TILE):
         tile = start + tl.arange(0, TILE)
@@ -172,15 +172,16 @@ def compress(
         k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
         v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V, EVICT)
         s, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
-        inside = (heads < G)[:, None] & seen[None, :]
-        tl.store(scores + heads[:, None] * compressed + tile[None, :], s, mask=inside)
+        # Whole lines at once: what is stored beyond the last compressed token is never read.
+        there = (heads < G)[:, None] & (tile < line)[None, :]
+        tl.store(scores + heads[:, None] * line + tile[None, :], s, mask=there)
     _keep(top, mass, part, row * G, split, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
 
 
 @triton.jit
 @no_type_check
 def _group_sums(
-    scores, shares, top, mass, row, start, stop, splits, compressed,
+    scores, shares, top, mass, row, start, stop, splits, compressed, line,
     SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
@@ -192,11 +193,11 @@ def _group_sums(
     peak = tl.max(m, 1)
     total = tl.sum(z * tl.exp2(m - peak[:, None]), 1)
     lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), 1e30)
-    scores += row * G * compressed
+    scores += row * G * line
     for first in range(start, stop, TILE):
         tile = first + tl.arange(0, TILE)
-        seen = (heads < G)[:, None] & (tile < stop)[None, :]
-        s = tl.load(scores + heads[:, None] * compressed + tile[None, :], mask=seen, other=-1e30)
+        there = (heads < G)[:, None] & (tile < line)[None, :]
+        s = tl.load(scores + heads[:, None] * line + tile[None, :], mask=there, other=-1e30)
         share = tl.sum(tl.exp2(s * LOG2E - lse[:, None]), 0)
         tl.store(shares + row * compressed + tile, share, mask=tile < stop)
 
@@ -204,7 +205,7 @@ def _group_sums(
 @triton.jit
 @no_type_check
 def add_up(
-    scores, shares, top, mass, position, groups, splits, compressed,
+    scores, shares, top, mass, position, groups, splits, compressed, line,
     L: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +217,8 @@ def add_up(
     complete = tl.minimum(_complete(tl.load(position + row // groups), L, STRIDE), compressed)
     stop = tl.minimum(start + TILE, complete)
     _group_sums(
-        scores, shares, top, mass, row, start, stop, splits, compressed, SPLITS, PIECES, G, PADDED, TILE
-    )
+        scores, shares, top, mass, row, start, stop, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
+    )  # fmt: skip
 
 
 @triton.jit
@@ -268,7 +269,7 @@ def _choice(
 @triton.jit
 @no_type_check
 def select(
-    scores, shares, top, mass, idx, position, length, groups, splits, compressed, tokens,
+    scores, shares, top, mass, idx, position, length, groups, splits, compressed, line, tokens,
     L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, FUSED: tl.constexpr, BITS: tl.constexpr,
@@ -286,8 +287,8 @@ def select(
     complete = tl.minimum(_complete(t, L, STRIDE), compressed)
     if FUSED:
         _group_sums(
-            scores, shares, top, mass, row, 0, complete, splits, compressed, SPLITS, PIECES, G, PADDED, TILE
-        )
+            scores, shares, top, mass, row, 0, complete, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
+        )  # fmt: skip
         tl.debug_barrier()
     _choice(
         shares, idx, row, t, complete, compressed, tokens, L, STRIDE, LP, N, INIT, LOCAL, BLOCKS, CHOSEN, BITS
@@ -309,7 +310,7 @@ def _last(arrived, count):
 @no_type_check
 def choose(
     q, k_win, v_win, scores, shares, top, mass, part, idx, position, length, arrived,
-    q_strides, scale, groups, tokens, window, compressed, splits, before, sums,
+    q_strides, scale, groups, tokens, window, compressed, line, splits, before, sums,
     L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr, TILE_SUM: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
@@ -331,7 +332,7 @@ def choose(
         start = piece * TILE_SUM
         stop = tl.minimum(start + TILE_SUM, complete)
         _group_sums(
-            scores, shares, top, mass, row, start, stop, splits, compressed, SPLITS, PIECES, G, PADDED, TILE_SUM
+            scores, shares, top, mass, row, start, stop, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE_SUM
         )  # fmt: skip
         if _last(arrived + row, sums):
             # Only the first launch reads the length, so that any later one may advance it.
@@ -374,8 +375,8 @@ def _piece(
         # The order of keys is of no consequence, so the window's ring is read as it lies.
         tile = tl.where(recent, slots, block * LP + slots % LP)
         seen = inside & (tile <= t)
-        k_tile = _rows(k, tile, seen, DIM, WIDTH)
-        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V)
+        k_tile = _rows(k, tile, seen, DIM, WIDTH, "")
+        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V, "")
         _, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
     return m, z, o
 
