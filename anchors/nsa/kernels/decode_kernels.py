@@ -180,11 +180,10 @@ def compress(
 
 @triton.jit
 @no_type_check
-def _group_sums(
-    scores, shares, top, mass, row, start, stop, splits, compressed, line,
-    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
+def _lse(
+    top, mass, row, splits, SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr
+):
+    """log2 Σ_i exp2(m_i) z_i of each head, over the pieces i of the compressed tokens."""
     heads, pieces = tl.arange(0, PADDED), tl.arange(0, PIECES)
     place = (row * G + heads)[:, None] * splits + pieces[None, :]
     inside = (heads < G)[:, None] & (pieces < SPLITS)[None, :]
@@ -192,13 +191,28 @@ def _group_sums(
     z = tl.load(mass + place, mask=inside, other=0.0)
     peak = tl.max(m, 1)
     total = tl.sum(z * tl.exp2(m - peak[:, None]), 1)
-    lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), 1e30)
-    scores += row * G * line
+    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), 1e30)
+
+
+@triton.jit
+@no_type_check
+def _scores(scores, row, tile, line, G: tl.constexpr, PADDED: tl.constexpr):
+    heads = tl.arange(0, PADDED)
+    inside = (heads < G)[:, None] & (tile < line)[None, :]
+    return tl.load(scores + (row * G + heads)[:, None] * line + tile[None, :], mask=inside, other=-1e30)
+
+
+@triton.jit
+@no_type_check
+def _group_sums(
+    scores, shares, top, mass, row, start, stop, splits, compressed, line,
+    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
+    lse = _lse(top, mass, row, splits, SPLITS, PIECES, G, PADDED)
     for first in range(start, stop, TILE):
         tile = first + tl.arange(0, TILE)
-        there = (heads < G)[:, None] & (tile < line)[None, :]
-        s = tl.load(scores + heads[:, None] * line + tile[None, :], mask=there, other=-1e30)
-        share = tl.sum(tl.exp2(s * LOG2E - lse[:, None]), 0)
+        share = tl.sum(tl.exp2(_scores(scores, row, tile, line, G, PADDED) * LOG2E - lse[:, None]), 0)
         tl.store(shares + row * compressed + tile, share, mask=tile < stop)
 
 
@@ -329,11 +343,13 @@ def choose(
     t = tl.load(position + row // groups)
     if piece < sums:
         complete = tl.minimum(_complete(t, L, STRIDE), compressed)
-        start = piece * TILE_SUM
-        stop = tl.minimum(start + TILE_SUM, complete)
-        _group_sums(
-            scores, shares, top, mass, row, start, stop, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE_SUM
-        )  # fmt: skip
+        if piece * TILE_SUM < complete:
+            tile = piece * TILE_SUM + tl.arange(0, TILE_SUM)
+            # On their way while the log-sum-exps are being found.
+            s = _scores(scores, row, tile, line, G, PADDED)
+            lse = _lse(top, mass, row, splits, SPLITS, PIECES, G, PADDED)
+            share = tl.sum(tl.exp2(s * LOG2E - lse[:, None]), 0)
+            tl.store(shares + row * compressed + tile, share, mask=tile < complete)
         if _last(arrived + row, sums):
             # Only the first launch reads the length, so that any later one may advance it.
             if row % groups == 0:
