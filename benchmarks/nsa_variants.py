@@ -182,7 +182,8 @@ DECODED = {
     "chunk 128 of the others": {"chunk": 128},
     "2s of the others": {"stages": 2},
     "select 8 warps": {"warps_select": 8},
-    "sums of 256": {"tile_sum": 256},
+    "sums of 1024, 8 warps": {"tile_sum": 1024, "warps_select": 8},
+    "any registers": {"registers": None},
 }
 """Settings of one decode step over those that its sizes give; 16 texts of 65,536 tokens."""
 BATCH, HELD, ROOM = 16, 65536, 128

@@ -40,6 +40,7 @@ class Tuning:
             reads them merges the pieces, in place of a launch for each.
         beside: whether the window is read in the launch that chooses the blocks; needs `choosing`.
         passing: whether compressed keys and values, which are read once, may leave the second-level cache first.
+        registers: of a thread of the programs that choose, at most; fewer let more of them start at once. None: no limit.
         overlapped: whether a launch is prepared before the one ahead of it has ended (Hopper and later).
     """
 
@@ -61,6 +62,7 @@ class Tuning:
     merging: bool = True
     beside: bool = True
     passing: bool = True
+    registers: int | None = None
     overlapped: bool = True
 
     @classmethod
@@ -97,6 +99,7 @@ class Tuning:
             bits=4 if blocks <= 512 else 2,
             fused=compressed <= FUSED,
             merging=pieces <= JOINED,
+            registers=128 if row_bytes <= 256 else None,
             warps_select=4 if blocks <= 2048 else 16,
             stages=stages,
             stages_cmp=stages,

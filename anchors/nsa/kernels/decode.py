@@ -126,6 +126,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
             cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
             **blocks, **choice, **summed, **shape, **following, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk,
             TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
+            maxnreg=tuning.registers,
         )  # fmt: skip
     else:
         if not tuning.fused:
