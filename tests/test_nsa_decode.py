@@ -147,10 +147,10 @@ def test_steps_from_an_empty_cache():
         pytest.param(PLAIN, (1, 18, 1, 1, 16, 16), 13, PIECES, id="first-block"),
         pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, FUSED, id="forced"),
         pytest.param(
-            TINY, (1, 66, 2, 3, 16, 24), 64, replace(PIECES, choosing=True, beside=True), id="beside"
+            TINY, (1, 98, 2, 3, 16, 24), 96, replace(PIECES, choosing=True, beside=True), id="beside"
         ),
         pytest.param(
-            TINY, (1, 66, 1, 3, 16, 24), 64, replace(PIECES, choosing=True, merging=True), id="merging"
+            TINY, (2, 98, 1, 3, 16, 24), 95, replace(PIECES, choosing=True, merging=True), id="merging"
         ),
         pytest.param(Geometry(4, 4, 8, 4, 40, 0, 0), (1, 58, 1, 2, 16, 16), 54, WHOLE, id="unforced"),
     ],

@@ -1,14 +1,16 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""One token of Native Sparse Attention against a cache: four launches (five for long contexts), no atomics.
+"""One token of Native Sparse Attention against a cache: three launches where there are many rows, up to five else.
 
     o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)                                                         (Eq. 5)
 
 1. Append; attend to the compressed tokens, piece by piece, and write down the scores.
-2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11).
-3. Attend to pieces of the chosen blocks and of the window.
+2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11). That leaves the memory
+   idle, so the pieces of the window, which do not depend on the choice, are read beside it.
+3. Attend to pieces of the chosen blocks.
 4. Join the pieces, and apply the gates.
 
-The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
+Whichever program of a row is the last to arrive, by an atomic count, goes on with the choice, or with joining: it finds
+the same numbers in memory whoever it is. The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """
