@@ -33,9 +33,11 @@ class Tuning:
         chunk_cmp, chunk: compressed tokens of a full cache, and tokens of the selected and window branches, per program.
         tile_cmp, tile: tokens that a program holds at once, a power of two from 16 on.
         tile_sum: compressed tokens whose patterns are summed over the heads at once, a power of two.
+        stages_cmp, stages: of the compressed branch, and of the others: a program holds one tile fewer, and while it works on
+            one of them the rest are on their way; at 2, none.
         tile_merge: partial results that are merged at once, a power of two.
         bits: bits of the n-th highest importance that are found at once, by 2^bits counts: 1, 2, 4 or 8.
-        fused: whether the selecting program sums the patterns itself, which saves a launch.
+        fused: whether the selecting program sums the patterns itself, which saves a launch; without `choosing`.
         choosing, merging: whether the last program of a row that sums patterns chooses the blocks, and the last that
             reads them merges the pieces, in place of a launch for each.
         beside: whether the window is read in the launch that chooses the blocks; needs `choosing`.
