@@ -32,6 +32,8 @@ from anchors.attention.saliency_kernel import Band, saliency
 from anchors.nsa.attention import Branches
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels import saliency as branch_saliency
+from anchors.nsa.kernels.cache import NSACache
+from anchors.nsa.kernels.decode import nsa_decode
 from anchors.nsa.kernels.selection import select_blocks
 from anchors.nsa.kernels.sparse_attention import sparse_attention
 from anchors.nsa.texts import Texts
@@ -125,6 +127,17 @@ def flow(dim: int, dtype: torch.dtype, dim_v: int, heads: int) -> None:
         )  # fmt: skip
 
 
+def step(dim: int, dtype: torch.dtype, dim_v: int, heads: int, batch: int) -> None:
+    """One decode step at 65,536 tokens, four groups."""
+    geometry, groups = Geometry(), 4
+    cache = NSACache.empty(batch, 65536, groups, groups * heads, dim, dim_v, geometry, dtype, "cpu")
+    make = lambda count, width: torch.randn(batch, 1, count, width, dtype=dtype)  # noqa: E731
+    nsa_decode(
+        make(groups * heads, dim), [make(groups, dim)] * 3, [make(groups, dim_v)] * 3, make(groups * heads, 3), cache,
+        geometry=geometry, scale=dim**-0.5,
+    )  # fmt: skip
+
+
 CASES: dict[str, tuple[str, Callable[[], None]]] = {
     f"dense, D = {dim}, {str(dtype)[6:]}": ("dense", lambda dim=dim, dtype=dtype: dense(dim, dtype))
     for dim in (64, 128, 256)
@@ -147,6 +160,15 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     for dim, dim_v, heads, dtype in (
         (128, 128, 16, torch.bfloat16), (64, 64, 4, torch.bfloat16), (192, 128, 16, torch.bfloat16),
         (128, 128, 16, torch.float32), (192, 128, 16, torch.float32),
+    )
+} | {
+    f"decode, D = {dim}/{dim_v}, {heads} heads a group, {str(dtype)[6:]}, batch {batch}": (
+        "decode",
+        lambda dim=dim, dim_v=dim_v, heads=heads, dtype=dtype, batch=batch: step(dim, dtype, dim_v, heads, batch),
+    )
+    for dim, dim_v, heads, dtype, batch in (
+        (128, 128, 16, torch.bfloat16, 16), (128, 128, 16, torch.bfloat16, 1), (64, 64, 4, torch.bfloat16, 16),
+        (192, 128, 16, torch.bfloat16, 16), (128, 128, 16, torch.float32, 4),
     )
 }  # fmt: skip
 

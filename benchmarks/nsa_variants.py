@@ -166,31 +166,40 @@ def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
     return made
 
 
+BEFORE = {
+    "chunk_cmp": 256, "tile_sum": 512, "bits": 2, "warps_select": 16, "stages": 2, "stages_cmp": 2, "fused": True,
+    "choosing": False, "merging": False, "beside": False, "passing": False, "overlapped": False,
+}  # fmt: skip
+JOINED = {"choosing": True, "merging": True, "beside": True, "overlapped": True, "warps_select": 4}
 DECODED = {
     "today": {},
-    "bits 4": {"bits": 4},
-    "bits 4, not fused": {"bits": 4, "fused": False},
-    "bits 4, not fused, tile 256": {"bits": 4, "fused": False, "tile_sum": 256},
-    "bits 4, select 8 warps": {"bits": 4, "warps_select": 8},
-    "chunk 512": {"chunk_cmp": 512},
-    "chunk 512, 3s": {"chunk_cmp": 512, "stages": 3},
-    "3s": {"stages": 3},
-    "4s": {"stages": 4},
-    "tile 128": {"tile_cmp": 128, "tile": 128},
-    "8 warps": {"warps_cmp": 8, "warps": 8},
+    "before": BEFORE,
+    "joined": {},
+    "not overlapped": {"overlapped": False},
+    "not passing": {"passing": False},
+    "not beside": {"beside": False},
+    "not choosing": {"choosing": False, "warps_select": 16},
+    "not merging": {"merging": False},
+    "not merging, nor overlapped": {"merging": False, "overlapped": False},
+    "chunk 256, 2s of compress": {"chunk_cmp": 256, "stages_cmp": 2},
+    "chunk 512 of compress": {"chunk_cmp": 512},
+    "chunk 704, 3s of compress": {"chunk_cmp": 704, "stages_cmp": 3},
+    "8 warps of compress": {"warps_cmp": 8},
     "chunk 128 of the others": {"chunk": 128},
-    "chunk 512 of the others": {"chunk": 512},
-    "bits 4, not fused, chunk 512, 3s": {"bits": 4, "fused": False, "chunk_cmp": 512, "stages": 3},
+    "2s of the others": {"stages": 2},
+    "select 8 warps": {"warps_select": 8},
+    "sums of 1024, 8 warps": {"tile_sum": 1024, "warps_select": 8},
+    "any registers": {"registers": None},
 }
-"""Settings of one decode step over those that its sizes give; 16 texts of 65,536 tokens."""
-BATCH, HELD, ROOM = 16, 65536, 64
+"""Settings of one decode step over `JOINED`, and that over those that its sizes give; 16 texts of 65,536 tokens."""
+BATCH, HELD, ROOM = 16, 65536, 128
 
 
 def decoding(name: str, batch: int) -> dict[str, Callable[[], Any]]:
     shape, g = SHAPES["64/4 D128"], Geometry()
     own = Tuning.of(BATCH * shape[1], g.compressed(HELD + ROOM), g.blocks(HELD + ROOM), g.n * g.lp + g.w, 256)
     torch.manual_seed(0)
-    place, tuning = torch.device("cuda"), replace(own, **DECODED[name])
+    place, tuning = torch.device("cuda"), replace(own, **(JOINED | DECODED[name] if name != "today" else {}))
     steps = _steps(shape, batch, HELD, ROOM, g, torch.bfloat16, place, tuning)
     return {kind: make for kind, make in steps if kind == "ours" or name == "today"}
 
@@ -218,17 +227,24 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
         row = rows.setdefault(name, {"stage": "decode", "variant": name, "tokens": HELD})
         row |= {"ms": middle, "iqr": high - low, "spread": spread}
     yield from rows.values()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(3):
-            calls["today"]()
-        torch.cuda.synchronize()
-    for event in profile.key_averages():
+    some = {name: call for name, call in calls.items() if name in ("today", "before", "joined") or name not in DECODED}
+    times, spread = Clock(torch.device("cuda"), clean=True).turns(list(some.values()), 2, repeats)
+    for name, taken in zip(some, times, strict=True):
+        low, middle, high = quartiles(taken)
         yield {
-            "stage": "decode, kernel",
-            "variant": event.key[:40],
-            "tokens": HELD,
-            "ms": event.device_time / 1e3,
-        }
+            "stage": "decode, nothing to write back", "variant": name, "tokens": HELD,
+            "ms": middle, "iqr": high - low, "spread": spread,
+        }  # fmt: skip
+    for name in ("before", "today", "joined"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(3):
+                calls[name]()
+            torch.cuda.synchronize()
+        for event in profile.key_averages():
+            yield {
+                "stage": f"decode, kernel of {name}", "variant": event.key[:40], "tokens": HELD,
+                "ms": event.device_time / 1e3,
+            }  # fmt: skip
 
 
 def draw(tokens: int, shape: str) -> Case:

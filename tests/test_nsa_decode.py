@@ -23,8 +23,13 @@ WHOLE = Tuning(chunk_cmp=64, chunk=64, tile_cmp=64, tile=64, tile_sum=64, tile_m
 """A branch is one piece of one tile: few operations, which is what the interpreter's time goes by."""
 TILES = Tuning(chunk_cmp=64, chunk=64, tile_cmp=16, tile=16, tile_sum=16, tile_merge=4)
 """A branch is one piece of several tiles."""
-PIECES = Tuning(chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2, fused=False)
-"""Branches are cut into many pieces."""
+PIECES = Tuning(
+    chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2, fused=False,
+    choosing=False, merging=False, beside=False,
+)  # fmt: skip
+"""Branches are cut into many pieces, and every task is a launch of its own."""
+FUSED = replace(WHOLE, choosing=False, merging=False)
+"""One program of a row sums and chooses."""
 
 
 def mean(block: Tensor) -> Tensor:
@@ -140,7 +145,13 @@ def test_steps_from_an_empty_cache():
         pytest.param(TINY, (2, 50, 1, 4, 24, 16), 46, PIECES, id="four-heads"),
         pytest.param(PLAIN, (1, 83, 1, 3, 16, 16), 77, TILES, id="one-size"),
         pytest.param(PLAIN, (1, 18, 1, 1, 16, 16), 13, PIECES, id="first-block"),
-        pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, WHOLE, id="forced"),
+        pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, FUSED, id="forced"),
+        pytest.param(
+            TINY, (1, 98, 2, 3, 16, 24), 96, replace(PIECES, choosing=True, beside=True), id="beside"
+        ),
+        pytest.param(
+            TINY, (2, 98, 1, 3, 16, 24), 95, replace(PIECES, choosing=True, merging=True), id="merging"
+        ),
         pytest.param(Geometry(4, 4, 8, 4, 40, 0, 0), (1, 58, 1, 2, 16, 16), 54, WHOLE, id="unforced"),
     ],
 )
@@ -287,7 +298,8 @@ ON_CUDA = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for name, tuning in [
         ("table", None),
-        ("pieces", Tuning(32, 32, 16, 16, 32, 2, bits=1, fused=False)),
+        ("pieces", Tuning(32, 32, 16, 16, 32, 2, bits=1)),
+        ("launches", Tuning(32, 32, 16, 16, 32, 2, bits=1, fused=False, choosing=False, merging=False)),
     ]
 ]  # fmt: skip
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

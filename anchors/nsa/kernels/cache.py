@@ -28,12 +28,20 @@ class Tuning:
     """How the work of a step is cut. No output depends on it beyond rounding.
 
     Attributes:
-        chunk_cmp, chunk: compressed tokens, and tokens of the selected and window branches, per program.
+        chunk_cmp, chunk: compressed tokens of a full cache, and tokens of the selected and window branches, per program.
         tile_cmp, tile: tokens that a program holds at once, a power of two from 16 on.
         tile_sum: compressed tokens whose patterns are summed over the heads at once, a power of two.
+        stages_cmp, stages: of the compressed branch, and of the others: a program holds one tile fewer, and while it works on
+            one of them the rest are on their way; at 2, none.
         tile_merge: partial results that are merged at once, a power of two.
         bits: bits of the n-th highest importance that are found at once, by 2^bits counts: 1, 2, 4 or 8.
-        fused: whether the selecting program sums the patterns itself, which saves a launch.
+        fused: whether the selecting program sums the patterns itself, which saves a launch; without `choosing`.
+        choosing, merging: whether the last program of a row that sums patterns chooses the blocks, and the last that
+            reads them merges the pieces, in place of a launch for each.
+        beside: whether the window is read in the launch that chooses the blocks; needs `choosing`.
+        passing: whether compressed keys and values, which are read once, may leave the second-level cache first.
+        registers: of a thread of the programs that choose, at most; fewer let more of them start at once. None: no limit.
+        overlapped: whether a launch is prepared before the one ahead of it has ended (Hopper and later).
     """
 
     chunk_cmp: int = 256
@@ -49,6 +57,13 @@ class Tuning:
     warps_select: int = 8
     warps_merge: int = 4
     stages: int = 2
+    stages_cmp: int = 2
+    choosing: bool = True
+    merging: bool = True
+    beside: bool = True
+    passing: bool = True
+    registers: int | None = None
+    overlapped: bool = True
 
     @classmethod
     def of(cls, rows: int, compressed: int, blocks: int, slots: int, row_bytes: int) -> "Tuning":
@@ -64,16 +79,26 @@ class Tuning:
         def chunk(tokens: int, *sizes: int) -> int:
             return next((size for size in sizes if rows * -(-tokens // size) >= PROGRAMS), sizes[-1])
 
+        def wave(size: int) -> int:
+            # Tokens that pass one after the other, where a program's start costs as much as a tile.
+            return -(-rows * -(-compressed // size) // PROGRAMS) * (size + tile)
+
         tile = 64 if row_bytes <= 512 else 32
+        stages = 4 if row_bytes <= 256 else 2 if row_bytes <= 512 else 1
         return cls(
-            chunk_cmp=chunk(compressed, 256, 128, 64),
+            chunk_cmp=min(range(tile, compressed + tile, tile), key=wave),
             chunk=chunk(slots, 256, 128, 64),
             tile_cmp=tile,
             tile=tile,
-            bits=4 if blocks <= 1024 else 2,
+            tile_sum=chunk(compressed, 512, 256, 128),
+            bits=4 if blocks <= 512 else 2,
             fused=compressed <= FUSED,
+            # Right in the interpreter; a device has neither shown nor timed what the last program of a row does for all.
+            **dict.fromkeys(("choosing", "merging", "beside", "overlapped"), False),
+            registers=128 if row_bytes <= 256 else None,
             warps_select=16,
-            stages=2 if row_bytes <= 512 else 1,
+            stages=stages,
+            stages_cmp=stages,
         )
 
 
@@ -91,6 +116,7 @@ class NSACache:
         shares: p^cmp summed over the heads of a group.
         idx: the chosen blocks, ascending, −1 at the end.
         top, mass, part: maximum (in units of log 2), Σ exp and Σ exp · v of each piece of the keys, by query head.
+        arrived: programs of a row that finished summing, and reading; 0 between launches.
     """
 
     geometry: Geometry
@@ -111,6 +137,7 @@ class NSACache:
     top: Float[Tensor, "batch heads splits"]
     mass: Float[Tensor, "batch heads splits"]
     part: Float[Tensor, "batch heads splits dim_v"]
+    arrived: Int[Tensor, "2 rows"]
 
     @classmethod
     def empty(
@@ -168,12 +195,14 @@ class NSACache:
             geometry, tuning, *pair(tokens), *pair(window), *pair(geometry.l), *pair(compressed),
             length=made(batch, dtype=torch.int32),
             position=made(batch, dtype=torch.int32),
-            scores=made(batch, query_heads, compressed),
+            # Lines of whole 64 bytes, so that several scores are moved at once.
+            scores=made(batch, query_heads, -(-compressed // 16) * 16)[:, :, :compressed],
             shares=made(batch, heads, compressed),
             idx=made(batch, heads, geometry.n, dtype=torch.int32) - 1,
             top=made(batch, query_heads, splits),
             mass=made(batch, query_heads, splits),
             part=made(batch, query_heads, splits, dim_v),
+            arrived=made(2, batch * heads, dtype=torch.int32),
         )  # fmt: skip
 
     @property

@@ -1,14 +1,16 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""One token of Native Sparse Attention against a cache: four launches (five for long contexts), no atomics.
+"""One token of Native Sparse Attention against a cache: three launches where there are many rows, up to five else.
 
     o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)                                                         (Eq. 5)
 
 1. Append; attend to the compressed tokens, piece by piece, and write down the scores.
-2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11).
-3. Attend to pieces of the chosen blocks and of the window.
+2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11). That leaves the memory
+   idle, so the pieces of the window, which do not depend on the choice, are read beside it.
+3. Attend to pieces of the chosen blocks.
 4. Join the pieces, and apply the gates.
 
-The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
+Whichever program of a row is the last to arrive, by an atomic count, goes on with the choice, or with joining: it finds
+the same numbers in memory whoever it is. The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """
@@ -88,7 +90,11 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     batch, groups, tokens, dim = cache.k_slc.shape
     heads, compressed, window = cache.scores.shape[1], cache.kc.shape[2], cache.k_win.shape[2]
     pieces_cmp, pieces_slc, pieces_win = cache.splits
-    splits, dim_v = sum(cache.splits), cache.v_slc.shape[-1]
+    splits, dim_v, sums = sum(cache.splits), cache.v_slc.shape[-1], triton.cdiv(compressed, tuning.tile_sum)
+    rows, before, line = batch * groups, pieces_cmp + pieces_slc, cache.scores.stride(1)
+    beside = tuning.choosing and tuning.beside
+    early = tuning.overlapped and programmatic(q.device)
+    following = {"PDL": early, **({"launch_pdl": True} if early else {})}
     group = {"G": heads // groups, "PADDED": max(16, triton.next_power_of_2(heads // groups))}
     shape = {
         **group, "DIM": dim, "DIM_V": dim_v,
@@ -96,40 +102,68 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     blocks = {"L": geometry.l, "STRIDE": geometry.d}
-    summed = {"SPLITS": pieces_cmp, "PIECES": triton.next_power_of_2(pieces_cmp), "TILE": tuning.tile_sum}
+    summed = {"SPLITS": pieces_cmp, "PIECES": triton.next_power_of_2(pieces_cmp)}
+    choice = {
+        "LP": geometry.lp, "N": geometry.n, "INIT": geometry.n_init, "LOCAL": geometry.n_local,
+        "BLOCKS": triton.next_power_of_2(geometry.blocks(tokens)), "CHOSEN": triton.next_power_of_2(geometry.n),
+        "BITS": tuning.bits,
+    }  # fmt: skip
+    joined = {
+        "SELECTED": pieces_cmp, "WINDOW": before, "SPLITS": splits, "PIECES": triton.next_power_of_2(splits)
+    }  # fmt: skip
     (nk_cmp, nk_slc, nk_win), (nv_cmp, nv_slc, nv_win) = k_new, v_new
-    kernels.compress[pieces_cmp, batch * groups](
+    partial = cache.top, cache.mass, cache.part
+    kernels.compress[pieces_cmp, rows](
         q_cmp, nk_cmp, nv_cmp, nk_slc, nv_slc, nk_win, nv_win, nkc, nvc,
         cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.k_cmp, cache.v_cmp, cache.kc, cache.vc,
-        cache.length, cache.position, cache.scores, cache.top, cache.mass, cache.part,
-        _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, splits,
+        cache.length, cache.position, cache.scores, *partial,
+        _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, line, splits,
         **blocks, **shape, GIVEN=phi is not None, ROWS=triton.next_power_of_2(geometry.l),
-        CHUNK=tuning.chunk_cmp, TILE=tuning.tile_cmp, num_warps=tuning.warps_cmp, num_stages=tuning.stages,
+        TILE=tuning.tile_cmp, EVICT="evict_first" if tuning.passing else "", PDL=early,
+        num_warps=tuning.warps_cmp, num_stages=tuning.stages_cmp,
     )  # fmt: skip
-    if not tuning.fused:
-        kernels.add_up[triton.cdiv(compressed, tuning.tile_sum), batch * groups](
-            cache.scores, cache.shares, cache.top, cache.mass, cache.position, groups, splits, compressed,
-            **blocks, **summed, **group, num_warps=tuning.warps,
+    if tuning.choosing:
+        kernels.choose[rows, sums + (pieces_win if beside else 0)](
+            q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
+            cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
+            **blocks, **choice, **summed, **shape, **following, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk,
+            TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
+            maxnreg=tuning.registers,
         )  # fmt: skip
-    kernels.select[batch * groups,](
-        cache.scores, cache.shares, cache.top, cache.mass, cache.idx, cache.position, cache.length,
-        groups, splits, compressed, tokens, **blocks, **summed, **group,
-        LP=geometry.lp, N=geometry.n, INIT=geometry.n_init, LOCAL=geometry.n_local,
-        BLOCKS=triton.next_power_of_2(geometry.blocks(tokens)), CHOSEN=triton.next_power_of_2(geometry.n),
-        FUSED=tuning.fused, BITS=tuning.bits, num_warps=tuning.warps_select,
-    )  # fmt: skip
-    kernels.read[pieces_slc + pieces_win, batch * groups](
-        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.idx, cache.position,
-        cache.top, cache.mass, cache.part, _strides(q), scale, groups, tokens, window, splits, pieces_cmp, pieces_slc,
-        **shape, LP=geometry.lp, N=geometry.n, CHUNK=tuning.chunk, TILE=tuning.tile,
+    else:
+        if not tuning.fused:
+            kernels.add_up[sums, rows](
+                cache.scores, cache.shares, cache.top, cache.mass, cache.position, groups, splits, compressed, line,
+                **blocks, **summed, **group, **following, TILE=tuning.tile_sum, num_warps=tuning.warps,
+            )  # fmt: skip
+        kernels.select[rows,](
+            cache.scores, cache.shares, cache.top, cache.mass, cache.idx, cache.position, cache.length,
+            groups, splits, compressed, line, tokens, **blocks, **choice, **summed, **group, **following,
+            TILE=tuning.tile_sum, FUSED=tuning.fused, num_warps=tuning.warps_select,
+        )  # fmt: skip
+    strides = gates.stride(0), gates.stride(2), gates.stride(3)
+    kernels.read[pieces_slc + (0 if beside else pieces_win), rows](
+        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.idx, cache.position, *partial,
+        gates, out, cache.arrived[1], _strides(q), strides, scale, groups, tokens, window,
+        **shape, **joined, **following, LP=geometry.lp, N=geometry.n, HEADS=triton.next_power_of_2(heads // groups),
+        CHUNK=tuning.chunk, TILE=tuning.tile, MERGING=tuning.merging,
         num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
-    kernels.merge[heads, batch](
-        gates, cache.top, cache.mass, cache.part, cache.position, out,
-        (gates.stride(0), gates.stride(2), gates.stride(3)), tokens,
-        SELECTED=pieces_cmp, WINDOW=pieces_cmp + pieces_slc, SPLITS=splits, PIECES=triton.next_power_of_2(splits),
-        DIM_V=dim_v, WIDTH_V=shape["WIDTH_V"], TILE=tuning.tile_merge, num_warps=tuning.warps_merge,
-    )  # fmt: skip
+    if not tuning.merging:
+        kernels.merge[heads, batch](
+            gates, *partial, cache.position, out, strides, tokens,
+            **joined, **following, DIM_V=dim_v, WIDTH_V=shape["WIDTH_V"], TILE=tuning.tile_merge,
+            num_warps=tuning.warps_merge,
+        )  # fmt: skip
+
+
+def programmatic(device: torch.device) -> bool:
+    """Whether a launch can begin before the one that it waits for has ended: on Hopper and later."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] >= 9
+    )
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

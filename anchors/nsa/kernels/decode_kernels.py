@@ -34,10 +34,11 @@ def _queries(
 
 @triton.jit
 @no_type_check
-def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     inside = seen[:, None] & (columns < DIM)[None, :]
-    return tl.load(pointer + rows[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+    place = pointer + rows[:, None] * DIM + columns[None, :]
+    return tl.load(place, mask=inside, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -71,10 +72,19 @@ def _keep(
 
 @triton.jit
 @no_type_check
-def _append(new, cache, slot, fits, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    inside = columns < tl.where(fits, DIM, 0)
-    tl.store(cache + slot * DIM + columns, tl.load(new + columns, mask=inside, other=0.0), mask=inside)
+def _append(
+    new_k, new_v, k, v, strides_k, strides_v, example, group, slot, fits,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    columns, columns_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
+    inside, inside_v = columns < tl.where(fits, DIM, 0), columns_v < tl.where(fits, DIM_V, 0)
+    new_k += example * strides_k[0] + group * strides_k[1]
+    new_v += example * strides_v[0] + group * strides_v[1]
+    # Both are on their way before either is waited for.
+    key = tl.load(new_k + columns, mask=inside, other=0.0)
+    value = tl.load(new_v + columns_v, mask=inside_v, other=0.0)
+    tl.store(k + slot * DIM + columns, key, mask=inside)
+    tl.store(v + slot * DIM_V + columns_v, value, mask=inside_v)
 
 
 @triton.jit
@@ -90,7 +100,7 @@ def _fresh(
     else:
         value = tl.load(new + columns, mask=columns < DIM, other=0.0).to(tl.float32)
         # The row of the current token still holds the one that left, and another program may be replacing it.
-        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH).to(tl.float32)
+        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH, "").to(tl.float32)
         value = (value + tl.sum(older, 0)) / L
     tl.store(cache + place * DIM + columns, value.to(cache.dtype.element_ty), mask=columns < DIM)
 
@@ -101,10 +111,11 @@ def compress(
     q, nk_cmp, nv_cmp, nk_slc, nv_slc, nk_win, nv_win, nkc, nvc,
     k_slc, v_slc, k_win, v_win, k_cmp, v_cmp, kc, vc,
     length, position, scores, top, mass, part,
-    q_strides, k_strides, v_strides, scale, groups, tokens, window, compressed, splits,
+    q_strides, k_strides, v_strides, scale, groups, tokens, window, compressed, line, splits,
     GIVEN: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Appends the token, completes the compressed token that ends with it, attends to a piece of the compressed ones.
 
@@ -113,59 +124,66 @@ def compress(
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     example, group = row // groups, row % groups
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
     t = tl.load(length + example)
     fits = t < tokens
     complete = tl.minimum(_complete(t, L, STRIDE), compressed)
+    # Cut anew at every step: a cache that is far from full is read by as many programs as a full one.
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(complete, tl.num_programs(0)), TILE), 1) * TILE
     ends = fits & (t + 1 >= L) & ((t + 1 - L) % STRIDE == 0)
-    nk_cmp += example * k_strides[0] + group * k_strides[1]
-    nv_cmp += example * v_strides[0] + group * v_strides[1]
     kc += row * compressed * DIM
     vc += row * compressed * DIM_V
     k_cmp += row * L * DIM
     v_cmp += row * L * DIM_V
-    if ends & ((complete - 1) // CHUNK == split):
-        _fresh(nk_cmp, nkc + row * DIM, k_cmp, kc, t % L, complete - 1, GIVEN, L, ROWS, DIM, WIDTH)
-        _fresh(nv_cmp, nvc + row * DIM_V, v_cmp, vc, t % L, complete - 1, GIVEN, L, ROWS, DIM_V, WIDTH_V)
-    if split == 0:
+    if ends & ((complete - 1) // chunk == split):
+        nk_own = nk_cmp + example * k_strides[0] + group * k_strides[1]
+        nv_own = nv_cmp + example * v_strides[0] + group * v_strides[1]
+        _fresh(nk_own, nkc + row * DIM, k_cmp, kc, t % L, complete - 1, GIVEN, L, ROWS, DIM, WIDTH)
+        _fresh(nv_own, nvc + row * DIM_V, v_cmp, vc, t % L, complete - 1, GIVEN, L, ROWS, DIM_V, WIDTH_V)
+    # The last piece is the shortest.
+    if split == tl.num_programs(0) - 1:
         if group == 0:
             tl.store(position + example, t)
-        _append(nk_cmp, k_cmp, t % L, fits, DIM, WIDTH)
-        _append(nv_cmp, v_cmp, t % L, fits, DIM_V, WIDTH_V)
-        nk_slc += example * k_strides[2] + group * k_strides[3]
-        nv_slc += example * v_strides[2] + group * v_strides[3]
-        _append(nk_slc, k_slc + row * tokens * DIM, t, fits, DIM, WIDTH)
-        _append(nv_slc, v_slc + row * tokens * DIM_V, t, fits, DIM_V, WIDTH_V)
-        nk_win += example * k_strides[4] + group * k_strides[5]
-        nv_win += example * v_strides[4] + group * v_strides[5]
-        _append(nk_win, k_win + row * window * DIM, t % window, fits, DIM, WIDTH)
-        _append(nv_win, v_win + row * window * DIM_V, t % window, fits, DIM_V, WIDTH_V)
+        _append(
+            nk_cmp, nv_cmp, k_cmp, v_cmp, k_strides[0:2], v_strides[0:2], example, group, t % L, fits,
+            DIM, DIM_V, WIDTH, WIDTH_V,
+        )  # fmt: skip
+        _append(
+            nk_slc, nv_slc, k_slc + row * tokens * DIM, v_slc + row * tokens * DIM_V, k_strides[2:4], v_strides[2:4],
+            example, group, t, fits, DIM, DIM_V, WIDTH, WIDTH_V,
+        )  # fmt: skip
+        _append(
+            nk_win, nv_win, k_win + row * window * DIM, v_win + row * window * DIM_V, k_strides[4:6], v_strides[4:6],
+            example, group, t % window, fits, DIM, DIM_V, WIDTH, WIDTH_V,
+        )  # fmt: skip
     # The loop reads the compressed token that other threads of this program have just stored.
     tl.debug_barrier()
-    q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
     m = tl.full([PADDED], -1e30, tl.float32)
     z = tl.full([PADDED], 0.0, tl.float32)
     o = tl.full([PADDED, WIDTH_V], 0.0, tl.float32)
     heads = tl.arange(0, PADDED)
-    scores += row * G * compressed
-    stop = tl.minimum(complete, (split + 1) * CHUNK)
-    for start in range(split * CHUNK, stop, TILE):
+    scores += row * G * line
+    stop = tl.minimum(complete, (split + 1) * chunk)
+    for start in range(split * chunk, stop, TILE):
         tile = start + tl.arange(0, TILE)
         seen = tile < stop
-        k_tile = _rows(kc, tile, seen, DIM, WIDTH)
-        v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V)
+        k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
+        v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V, EVICT)
         s, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
-        inside = (heads < G)[:, None] & seen[None, :]
-        tl.store(scores + heads[:, None] * compressed + tile[None, :], s, mask=inside)
+        # Whole lines at once: what is stored beyond the last compressed token is never read.
+        there = (heads < G)[:, None] & (tile < line)[None, :]
+        tl.store(scores + heads[:, None] * line + tile[None, :], s, mask=there)
     _keep(top, mass, part, row * G, split, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
 
 
 @triton.jit
 @no_type_check
-def _group_sums(
-    scores, shares, top, mass, row, start, stop, splits, compressed,
-    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
+def _lse(
+    top, mass, row, splits, SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr
+):
+    """log2 Σ_i exp2(m_i) z_i of each head, over the pieces i of the compressed tokens."""
     heads, pieces = tl.arange(0, PADDED), tl.arange(0, PIECES)
     place = (row * G + heads)[:, None] * splits + pieces[None, :]
     inside = (heads < G)[:, None] & (pieces < SPLITS)[None, :]
@@ -173,52 +191,58 @@ def _group_sums(
     z = tl.load(mass + place, mask=inside, other=0.0)
     peak = tl.max(m, 1)
     total = tl.sum(z * tl.exp2(m - peak[:, None]), 1)
-    lse = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), 1e30)
-    scores += row * G * compressed
+    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), 1e30)
+
+
+@triton.jit
+@no_type_check
+def _scores(scores, row, tile, line, G: tl.constexpr, PADDED: tl.constexpr):
+    heads = tl.arange(0, PADDED)
+    inside = (heads < G)[:, None] & (tile < line)[None, :]
+    return tl.load(scores + (row * G + heads)[:, None] * line + tile[None, :], mask=inside, other=-1e30)
+
+
+@triton.jit
+@no_type_check
+def _group_sums(
+    scores, shares, top, mass, row, start, stop, splits, compressed, line,
+    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
+    lse = _lse(top, mass, row, splits, SPLITS, PIECES, G, PADDED)
     for first in range(start, stop, TILE):
         tile = first + tl.arange(0, TILE)
-        seen = (heads < G)[:, None] & (tile < stop)[None, :]
-        s = tl.load(scores + heads[:, None] * compressed + tile[None, :], mask=seen, other=-1e30)
-        share = tl.sum(tl.exp2(s * LOG2E - lse[:, None]), 0)
+        share = tl.sum(tl.exp2(_scores(scores, row, tile, line, G, PADDED) * LOG2E - lse[:, None]), 0)
         tl.store(shares + row * compressed + tile, share, mask=tile < stop)
 
 
 @triton.jit
 @no_type_check
 def add_up(
-    scores, shares, top, mass, position, groups, splits, compressed,
+    scores, shares, top, mass, position, groups, splits, compressed, line,
     L: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The patterns' sums over the heads, for contexts that are too long for the selecting program."""
     start, row = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     complete = tl.minimum(_complete(tl.load(position + row // groups), L, STRIDE), compressed)
     stop = tl.minimum(start + TILE, complete)
     _group_sums(
-        scores, shares, top, mass, row, start, stop, splits, compressed, SPLITS, PIECES, G, PADDED, TILE
-    )
+        scores, shares, top, mass, row, start, stop, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
+    )  # fmt: skip
 
 
 @triton.jit
 @no_type_check
-def select(
-    scores, shares, top, mass, idx, position, length, groups, splits, compressed, tokens,
+def _choice(
+    shares, idx, row, t, complete, compressed, tokens,
     L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, FUSED: tl.constexpr, BITS: tl.constexpr,
+    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Importance of the blocks (Eqs. 8 to 10) and the choice of n of them (Eq. 11); advances the length."""
-    row = tl.program_id(0).to(tl.int64)
-    t = tl.load(position + row // groups)
-    # Only the first launch reads the length, so that any later one may advance it.
-    if row % groups == 0:
-        tl.store(length + row // groups, t + 1)
-    complete = tl.minimum(_complete(t, L, STRIDE), compressed)
-    if FUSED:
-        _group_sums(
-            scores, shares, top, mass, row, 0, complete, splits, compressed, SPLITS, PIECES, G, PADDED, TILE
-        )
-        tl.debug_barrier()
+    """Importance of the blocks of a row from its shares, and the n highest of them."""
     blocks = tl.arange(0, BLOCKS)
     own = tl.minimum(t, tokens - 1) // LP
     importance = tl.full([BLOCKS], 0.0, tl.float32)
@@ -258,41 +282,210 @@ def select(
 
 @triton.jit
 @no_type_check
-def read(
-    q, k_slc, v_slc, k_win, v_win, idx, position, top, mass, part,
-    q_strides, scale, groups, tokens, window, splits, before, selected,
-    LP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+def select(
+    scores, shares, top, mass, idx, position, length, groups, splits, compressed, line, tokens,
+    L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
+    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, FUSED: tl.constexpr, BITS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Importance of the blocks (Eqs. 8 to 10) and the choice of n of them (Eq. 11); advances the length."""
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    t = tl.load(position + row // groups)
+    # Only the first launch reads the length, so that any later one may advance it.
+    if row % groups == 0:
+        tl.store(length + row // groups, t + 1)
+    complete = tl.minimum(_complete(t, L, STRIDE), compressed)
+    if FUSED:
+        _group_sums(
+            scores, shares, top, mass, row, 0, complete, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
+        )  # fmt: skip
+        tl.debug_barrier()
+    _choice(
+        shares, idx, row, t, complete, compressed, tokens, L, STRIDE, LP, N, INIT, LOCAL, BLOCKS, CHOSEN, BITS
+    )
+
+
+@triton.jit
+@no_type_check
+def _last(arrived, count):
+    """Whether this program is the last of `count` to arrive here; it then sees what the others wrote."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+@no_type_check
+def choose(
+    q, k_win, v_win, scores, shares, top, mass, part, idx, position, length, arrived,
+    q_strides, scale, groups, tokens, window, compressed, line, splits, before, sums,
+    L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr, TILE_SUM: tl.constexpr,
+    G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
+    BESIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The choice of the blocks by the last of the programs that sum the patterns of a row; advances the length.
+
+    That waits for itself more than for the memory, so that programs from `sums` on attend to pieces of the window.
+    """
+    # By rows first: sums of every row start before the first piece of a window.
+    row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    t = tl.load(position + row // groups)
+    if piece < sums:
+        complete = tl.minimum(_complete(t, L, STRIDE), compressed)
+        if piece * TILE_SUM < complete:
+            tile = piece * TILE_SUM + tl.arange(0, TILE_SUM)
+            # On their way while the log-sum-exps are being found.
+            s = _scores(scores, row, tile, line, G, PADDED)
+            lse = _lse(top, mass, row, splits, SPLITS, PIECES, G, PADDED)
+            share = tl.sum(tl.exp2(s * LOG2E - lse[:, None]), 0)
+            tl.store(shares + row * compressed + tile, share, mask=tile < complete)
+        if _last(arrived + row, sums):
+            # Only the first launch reads the length, so that any later one may advance it.
+            if row % groups == 0:
+                tl.store(length + row // groups, t + 1)
+            _choice(
+                shares, idx, row, t, complete, compressed, tokens,
+                L, STRIDE, LP, N, INIT, LOCAL, BLOCKS, CHOSEN, BITS,
+            )  # fmt: skip
+    elif BESIDE:
+        q_tile = _queries(q, q_strides, row // groups, row % groups, G, PADDED, DIM, WIDTH)
+        m, z, o = _piece(
+            q_tile, k_win + row * window * DIM, v_win + row * window * DIM_V, idx, (piece - sums) * CHUNK,
+            tl.minimum(window, t + 1), tl.minimum(t, tokens - 1), True, scale,
+            LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
+        )  # fmt: skip
+        _keep(top, mass, part, row * G, before + piece - sums, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
+
+
+@triton.jit
+@no_type_check
+def _piece(
+    q_tile, k, v, idx, start, held, t, recent, scale,
+    LP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attends to a piece of the chosen blocks, or, from piece `selected` on, of the window."""
-    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    example, group = row // groups, row % groups
-    t = tl.minimum(tl.load(position + example), tokens - 1)
-    recent = split >= selected
-    if recent:
-        start = (split - selected) * CHUNK
-        held = tl.minimum(window, t + 1)
-        k, v = k_win + row * window * DIM, v_win + row * window * DIM_V
-    else:
-        start = split * CHUNK
-        held = tl.minimum(t // LP + 1, N) * LP
-        k, v = k_slc + row * tokens * DIM, v_slc + row * tokens * DIM_V
+    """Partial sums over the slots from `start` on of the `held` ones: of the blocks of `idx`, or of the window."""
     stop = tl.minimum(held, start + CHUNK)
-    q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
     m = tl.full([PADDED], -1e30, tl.float32)
     z = tl.full([PADDED], 0.0, tl.float32)
     o = tl.full([PADDED, WIDTH_V], 0.0, tl.float32)
     for first in range(start, stop, TILE):
         slots = first + tl.arange(0, TILE)
         inside = slots < stop
-        block = tl.load(idx + row * N + slots // LP, mask=slots < tl.where(recent, 0, stop), other=0)
+        if LP % TILE == 0 and CHUNK % TILE == 0:
+            # One block a tile: a number, for keys behind a tensor of addresses are not fetched tiles ahead.
+            block = tl.load(idx + first // LP, mask=first < tl.where(recent, 0, stop), other=0)
+        else:
+            block = tl.load(idx + slots // LP, mask=slots < tl.where(recent, 0, stop), other=0)
         # The order of keys is of no consequence, so the window's ring is read as it lies.
         tile = tl.where(recent, slots, block * LP + slots % LP)
         seen = inside & (tile <= t)
-        k_tile = _rows(k, tile, seen, DIM, WIDTH)
-        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V)
+        k_tile = _rows(k, tile, seen, DIM, WIDTH, "")
+        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V, "")
         _, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
-    _keep(top, mass, part, row * G, before + split, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
+    return m, z, o
+
+
+@triton.jit
+@no_type_check
+def _joined(
+    o, gates, top, mass, part, lines, real, FIRST: tl.constexpr, STOP: tl.constexpr, SPLITS: tl.constexpr,
+    PIECES: tl.constexpr, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    """o, and to it the output of a branch, whose pieces go from `FIRST` to `STOP`, times its gates."""
+    pieces, columns = FIRST + tl.arange(0, PIECES), tl.arange(0, WIDTH_V)
+    inside = real[:, None] & (pieces < STOP)[None, :]
+    m = tl.load(top + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=-1e30)
+    z = tl.load(mass + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=0.0)
+    peak = tl.max(m, 1)
+    total = tl.sum(tl.where(m > -1e29, z * tl.exp2(m - peak[:, None]), 0.0), 1)
+    gate = tl.load(gates, mask=real, other=0.0).to(tl.float32)
+    factor = tl.where(total > 0, gate / tl.where(total > 0, total, 1.0), 0.0)
+    for piece in tl.static_range(FIRST, STOP):
+        place = lines * SPLITS + piece
+        m = tl.load(top + place, mask=real, other=-1e30)
+        weight = tl.where(m > -1e29, factor * tl.exp2(m - peak), 0.0)
+        inside = real[:, None] & (columns < DIM_V)[None, :]
+        value = tl.load(part + place[:, None] * DIM_V + columns[None, :], mask=inside, other=0.0)
+        # Behind a piece that saw nothing lies what an earlier step left there.
+        o += weight[:, None] * tl.where((m > -1e29)[:, None], value, 0.0)
+    return o
+
+
+@triton.jit
+@no_type_check
+def _join(
+    gates, top, mass, part, out, gate_strides, line, fits, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
+):  # fmt: skip
+    """`merge`, of the heads of a group at once: `line` is the first of them."""
+    heads, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH_V)
+    lines, real = line + heads, heads < G
+    gates += heads * gate_strides[1]
+    o = tl.full([HEADS, WIDTH_V], 0.0, tl.float32)
+    o = _joined(o, gates, top, mass, part, lines, real, 0, SELECTED, SPLITS, PIECES, DIM_V, WIDTH_V)
+    gates += gate_strides[2]
+    o = _joined(o, gates, top, mass, part, lines, real, SELECTED, WINDOW, SPLITS, PIECES, DIM_V, WIDTH_V)
+    gates += gate_strides[2]
+    o = _joined(o, gates, top, mass, part, lines, real, WINDOW, SPLITS, SPLITS, PIECES, DIM_V, WIDTH_V)
+    # A token that found no room has no output; a wrong one would go unnoticed.
+    o = tl.where(fits, o, float("nan")).to(out.dtype.element_ty)
+    inside = real[:, None] & (columns < DIM_V)[None, :]
+    tl.store(out + lines[:, None] * DIM_V + columns[None, :], o, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def read(
+    q, k_slc, v_slc, k_win, v_win, idx, position, top, mass, part, gates, out, arrived,
+    q_strides, gate_strides, scale, groups, tokens, window,
+    LP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, MERGING: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attends to a piece of the chosen blocks, or of the window; the last program of a row may join them all."""
+    split, row = SELECTED + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    example, group = row // groups, row % groups
+    q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    position = tl.load(position + example)
+    t = tl.minimum(position, tokens - 1)
+    recent = split >= WINDOW
+    if recent:
+        start = (split - WINDOW) * CHUNK
+        held = tl.minimum(window, t + 1)
+        k, v = k_win + row * window * DIM, v_win + row * window * DIM_V
+    else:
+        start = (split - SELECTED) * CHUNK
+        held = tl.minimum(t // LP + 1, N) * LP
+        k, v = k_slc + row * tokens * DIM, v_slc + row * tokens * DIM_V
+    m, z, o = _piece(
+        q_tile, k, v, idx + row * N, start, held, t, recent, scale,
+        LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
+    )  # fmt: skip
+    _keep(top, mass, part, row * G, split, SPLITS, m, z, o, G, PADDED, DIM_V, WIDTH_V)
+    if MERGING:  # noqa: SIM102 - a constant, which keeps the rest out of the program
+        if _last(arrived + row, tl.num_programs(0)):
+            gates += example * gate_strides[0] + group * G * gate_strides[1]
+            _join(
+                gates, top, mass, part, out, gate_strides, row * G, position < tokens,
+                SELECTED, WINDOW, SPLITS, PIECES, G, HEADS, DIM_V, WIDTH_V,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -300,13 +493,15 @@ def read(
 def merge(
     gates, top, mass, part, position, out, gate_strides, tokens,
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of each branch and the branches, weighted by the gates (Eq. 5).
 
     O = Σ_i exp(m_i − m) O_i / Σ_i exp(m_i − m) z_i; `SELECTED` and `WINDOW` are the first pieces of those branches.
     """
     head, example = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     line = example * tl.num_programs(0) + head
     gates += example * gate_strides[0] + head * gate_strides[1]
     top += line * SPLITS

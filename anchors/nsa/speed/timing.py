@@ -20,10 +20,12 @@ class Clock:
 
     Attributes:
         flush: bytes that are overwritten before each call, more than the second-level cache holds.
+        clean: whether they are then read, so that the call does not also wait for them to be written back.
     """
 
     device: torch.device
     flush: int = 256 << 20
+    clean: bool = False
     _buffer: list[Tensor] = field(default_factory=list)
 
     def __call__(self, run: Callable[[], Any]) -> float:
@@ -35,6 +37,8 @@ class Clock:
             self._buffer.append(torch.empty(self.flush, dtype=torch.uint8, device=self.device))
         # While the device overwrites the buffer, the host runs ahead: its delays are not in the time.
         self._buffer[0].zero_()
+        if self.clean:
+            self._buffer[0].view(torch.int64).sum()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
