@@ -227,7 +227,11 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
         row = rows.setdefault(name, {"stage": "decode", "variant": name, "tokens": HELD})
         row |= {"ms": middle, "iqr": high - low, "spread": spread}
     yield from rows.values()
-    some = {name: call for name, call in calls.items() if name in ("today", "before", "joined") or name not in DECODED}
+    some = {
+        name: call
+        for name, call in calls.items()
+        if name in ("today", "before", "joined") or name not in DECODED
+    }
     times, spread = Clock(torch.device("cuda"), clean=True).turns(list(some.values()), 2, repeats)
     for name, taken in zip(some, times, strict=True):
         low, middle, high = quartiles(taken)
