@@ -1,11 +1,13 @@
 """The study of scale: its order, its verdicts, its budget of seconds, and the three questions of critics."""
 
 import importlib.util
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,11 +18,21 @@ from anchors.errors import AnchorsError
 from anchors.experiments import CATALOGUE, SUITES
 from anchors.experiments.scale import FINDINGS, MARKS, effects, table, verdict
 from anchors.flow.metrics import evenness
-from anchors.study.results import read_table
+from anchors.study.results import read_facts, read_table, write_table
 from anchors.summaries.critiques import followed
 from anchors.tasks.drawing import Draw, demonstrations
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_suite_and_the_findings_name_experiments_that_exist():
@@ -142,14 +154,55 @@ def test_the_effects_are_those_of_the_tables(tmp_path):
 
 
 def test_compact_rows_keep_what_tables_read(tmp_path):
-    path = Path(__file__).parents[1] / "benchmarks" / "compact.py"
-    spec = importlib.util.spec_from_file_location("compact", path)
-    compact = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compact)
+    compact = benchmark("compact")
     values = np.random.default_rng(0).lognormal(size=1000)
     assert np.abs(compact.rounded(values) / values - 1).max() <= 2**-11
     one = pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6]})
+    held = values.round(3)
+    assert not compact.has_few_bits(pd.DataFrame({"number": 0, "value": held}))
+    assert compact.has_few_bits(pd.DataFrame({"number": 0, "value": compact.rounded(held)}))
     assert compact.farthest({"a": one}, {"a": one}) == 0
     assert compact.farthest({"a": one}, {"a": one + 0.02}) > 1
     with pytest.raises(ValueError, match="other rows"):
         compact.farthest({"a": one}, {"a": pd.concat([one, one])})
+
+
+def test_rows_that_two_experiments_share_lie_in_one_of_them(tmp_path):
+    columns = {"condition": "none", "layer": 0, "metric": "s"}
+    shared = pd.DataFrame(
+        {
+            "task": "sst2",
+            "shots": 1,
+            "control": "none",
+            "seed": [1, 1, 2],
+            "number": [0, 1, 0],
+            **columns,
+            "value": [0.1, 0.2, 0.3],
+        }
+    )
+    own = shared.assign(control="order-only", value=[0.4, 0.5, 0.6])
+    facts = {"model": "m"}
+    giver, taker = tmp_path / "figure5" / "readout.parquet", tmp_path / "order" / "readout.parquet"
+    write_table(giver, shared, facts)
+    compact = benchmark("compact")
+    held = compact.Held(taker, "readout", pd.concat([own, shared], ignore_index=True), facts, [])
+    left = compact.left(held, compact.Held(giver, "readout", shared, facts, []))
+    taker.parent.mkdir()
+    taker.write_bytes(left.packed(24))
+    assert len(pq.read_table(taker)) == len(own)
+    rows, told = read_table(taker)
+    assert told == read_facts(taker) == facts
+    pd.testing.assert_frame_equal(rows, held.rows.astype({"value": rows["value"].dtype}), check_dtype=False)
+    fewer = compact.Held(giver, "readout", shared[:2], facts, [])
+    assert compact.left(held, fewer).others, "seed 1 is whole there"
+    assert not compact.left(held, compact.Held(giver, "readout", shared[1:], facts, [])).others
+    moved = compact.Held(giver, "readout", shared.assign(value=shared["value"] * 1.001), facts, [])
+    assert not compact.left(held, moved).others
+    write_table(taker, own, facts | {"elsewhere": [{"file": "../../../else.parquet", "only": {"seed": [1]}}]})
+    with pytest.raises(AnchorsError, match="outside its results"):
+        read_table(taker)
+    write_table(
+        taker, own, facts | {"elsewhere": [{"file": "../figure6/readout.parquet", "only": {"seed": [1]}}]}
+    )
+    with pytest.raises(AnchorsError, match="figure6"):
+        read_table(taker)
