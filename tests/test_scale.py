@@ -16,7 +16,7 @@ import anchors
 from anchors.cli import app
 from anchors.errors import AnchorsError
 from anchors.experiments import CATALOGUE, SUITES
-from anchors.experiments.scale import FINDINGS, MARKS, effects, table, verdict
+from anchors.experiments.scale import FINDINGS, GROWN, MARKS, depth_table, depths, effects, table, verdict
 from anchors.flow.metrics import evenness
 from anchors.study.results import read_facts, read_table, write_table
 from anchors.summaries.critiques import followed
@@ -139,18 +139,35 @@ def test_the_committed_table_is_that_of_the_committed_rows():
 
 def test_the_effects_are_those_of_the_tables(tmp_path):
     (tmp_path / "figure4").symlink_to(RESULTS / "figure4")
-    found = effects(tmp_path).set_index(["finding", "task"])
+    found = effects(tmp_path).set_index(["model", "finding", "task"])
     assert set(found.index.get_level_values("finding")) == {
         "isolation, answer",
         "isolation, words",
         "isolation, skill",
     }
-    summary, _ = read_table(RESULTS / "figure4" / "figure4_summary.parquet")
-    own = summary[summary["metric"] == "accuracy"].pivot(index="task", columns="condition", values="value")
-    for task, row in own.iterrows():
-        assert found.loc[("isolation, skill", task), "value"] == pytest.approx(
-            row["none"] - row["first-5/label"], abs=2e-3
+    for folder, model in (("", "SmolLM2 135M"), ("qwen2.5-coder-1.5b", "Qwen2.5-Coder 1.5B")):
+        summary, _ = read_table(RESULTS / "figure4" / folder / "figure4_summary.parquet")
+        own = summary[summary["metric"] == "accuracy"].pivot(
+            index="task", columns="condition", values="value"
         )
+        for task, row in own.iterrows():
+            told = found.loc[(model, "isolation, skill", task), "value"]
+            assert told == pytest.approx(row["none"] - row["first-5/label"], abs=2e-3)
+    sizes = [
+        found.loc[(f"Qwen2.5-Coder {size}", "isolation, skill", "mean"), "value"] for size in ("0.5B", "1.5B")
+    ]
+    grown = found.loc[(GROWN, "isolation, skill", "mean")]
+    assert grown["value"] == pytest.approx(sizes[1] - sizes[0])
+    assert grown["wide_low"] < grown["low"] < grown["value"] < grown["high"] < grown["wide_high"]
+
+
+def test_where_things_happen_is_read_off_the_committed_rows():
+    told = depths(RESULTS)
+    summary, _ = read_table(RESULTS / "figure5" / "figure5_summary.parquet")
+    mean = summary[(summary["task"] == "mean") & (summary["metric"] == "aucroc")].set_index("layer")["value"]
+    assert told.set_index("model").loc["SmolLM2 135M", "peak"] == mean.idxmax()
+    page = (RESULTS.parent / "RESULTS.md").read_text()
+    assert depth_table(told) in page
 
 
 def test_compact_rows_keep_what_tables_read(tmp_path):
