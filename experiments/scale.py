@@ -1,12 +1,12 @@
-"""Findings of the paper, and what critics ask of them, against the size of the model: from rows to effects, verdicts, a table and a figure.
+"""Findings of the paper, and what critics ask of them, against the size of the model: from rows to effects, verdicts, tables and a figure.
 
-    uv run python -m anchors.experiments.scale experiments/results        # writes scale/ there, and the table between the marks of RESULTS.md
+    uv run python -m anchors.experiments.scale experiments/results        --page experiments/RESULTS.md    # writes scale/ there, and the tables of the page
 
 An effect is a number that lies above 0 where the finding holds: the mean over tasks, with a paired bootstrap over seeds and
 examples. A cell *holds* where all of its interval lies above 0, and is *reversed* where all of it lies below, after Bonferroni's
 correction for all findings (`anchors.intervals.widened`); fewer than 10 prompts decide nothing. A finding then holds **at every
 size** where every cell holds, **from a size on** where that one and all larger ones do and no smaller one does, **nowhere** where none
-does, and is **mixed** otherwise. Models of two families differ in more than size.
+does, and is **mixed** otherwise. Models of two families differ in more than size, so one column compares the two of one family.
 """
 
 import argparse
@@ -21,19 +21,25 @@ import pandas as pd
 from anchors.experiments.grid import Rows
 from anchors.intervals import estimate, interval, widened
 from anchors.places import titled
-from anchors.stats import ENTROPY, parts_by, resampling, within_seeds
+from anchors.stats import ENTROPY, flow_summary, parts_by, resampling, within_seeds
 from anchors.study.results import read_table, write_atomic, write_table
 from anchors.summaries.causal import ratio
 from anchors.summaries.critiques import RESAMPLES as FEW
 from anchors.summaries.critiques import flow_samples, follows, pooled_samples
 from anchors.summaries.diagnosis import diagnosis_summary
-from anchors.summaries.readout import aucroc, scores_of
+from anchors.summaries.readout import aucroc, readout_summary, scores_of
 from anchors.summaries.tables import reduced
 
 FEWEST, RESAMPLES = 10, 1000
 SIZES = {"SmolLM2-135M": 0.135, "qwen2.5-coder-0.5b": 0.494, "qwen2.5-coder-1.5b": 1.54}
 """Billions of parameters, by how a model's name begins; other models are left out."""
+TITLES = {0.135: "SmolLM2 135M", 0.494: "Qwen2.5-Coder 0.5B", 1.54: "Qwen2.5-Coder 1.5B"}
+GROWTH = (0.494, 1.54)
+"""Two sizes of one family."""
+GROWN = "1.5B − 0.5B"
+"""What stands for the model where the effect is the difference of theirs."""
 MARKS = ("<!-- scale -->", "<!-- /scale -->")
+DEPTH = ("<!-- depth -->", "<!-- /depth -->")
 Samples = dict[str, np.ndarray]
 """By task the effect (first) and its resamples."""
 
@@ -252,6 +258,9 @@ FINDINGS = (
     Finding("hidden, not text", "… and than anchors as text", PAPER, "table2", _gap("compress", "label_loyalty", "hidden_anchor", "text_anchor")),
     Finding("patch, carried", "patched label words carry the answer in the first third, random positions do not", "ours", "patching", _carried),
     Finding("patch, released", "label words release the answer where S_pq is large (correlation)", "ours", "patching", _released),
+    Finding("chat, early", "in a chat, too, S_wp is above S_pq in the first third of the layers", "ours", "chat", _flow({"s_wp": 1, "s_pq": -1}, "first")),
+    Finding("chat, late", "… and S_pq above S_wp in the last third", "ours", "chat", _flow({"s_pq": 1, "s_wp": -1}, "last")),
+    Finding("chat, skill", "… and label words isolated in the first 5 layers take the skill away (accuracy)", "ours", "chat", _gap("isolate", "accuracy", "none", "first-5/label")),
     Finding("order", "an AUC pooled over orders of the same demonstrations exceeds that within one", "Lu et al. 2022", "order", _pooled("order-only")),
     Finding("override", "with 8 shots of permuted labels more answers follow them than stay true", "Wei et al. 2023", "override", _override("override")),
     Finding("override, shots", "… and more follow than with 1 shot", "Wei et al. 2023", "override", _override("shown")),
@@ -295,62 +304,153 @@ def read(root: Path, experiment: str) -> dict[str, tuple[Rows, str]]:
     return {name: (rows, model) for name, (rows, model, _) in found.items()}
 
 
+def _row(finding: Finding, samples: np.ndarray, **facts: Any) -> dict[str, Any]:
+    value, low, high = (
+        samples if finding.effect is _keys else (float(x[0]) for x in interval(samples[:, None]))
+    )
+    wide = widened(value, low, high, len(FINDINGS))
+    sign = 0 if facts["examples"] < FEWEST else int(wide[0] > 0) - int(wide[1] < 0)
+    span = {"value": value, "low": low, "high": high, "wide_low": wide[0], "wide_high": wide[1]}
+    return {"finding": finding.name, **facts, **span, "sign": sign}
+
+
+def _difference(finding: Finding, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of one effect less another; the resamples of two models are drawn apart."""
+    if finding.effect is not _keys:
+        return one - other
+    gap = one[0] - other[0]
+    return np.array(
+        [
+            gap,
+            gap - np.hypot(one[0] - one[1], other[2] - other[0]),
+            gap + np.hypot(one[2] - one[0], other[0] - other[1]),
+        ]
+    )
+
+
 def effects(root: Path) -> pd.DataFrame:
-    """Every finding on every model whose rows are there.
+    """Every finding on every model whose rows are there, and how much more of it the larger of `GROWTH` has.
 
     Returns:
         One row per finding, model and task (`mean`: over the tasks): value, low, high (of it alone), `wide_low`, `wide_high` (of
-        all findings at once), sign, examples (of a task on average), seeds, size in billions of parameters.
+        all findings at once), sign, examples (of a task on average), seeds, size in billions of parameters (none for `GROWN`).
     """
     made = []
     for finding in FINDINGS:
-        for name, (rows, model) in read(root, finding.experiment).items():
+        means: dict[float, tuple[np.ndarray, int, int]] = {}
+        for name, (rows, _) in read(root, finding.experiment).items():
             samples = finding.effect(rows)
             main = next(own for own in rows.values() if len(own))
             units = main[main["number"] >= 0].drop_duplicates(["task", "seed", "number"])
-            counts = units.groupby("task").size()
+            counts, seeds, size = units.groupby("task").size(), int(units["seed"].nunique()), SIZES[name]
             every = {**samples, "mean": np.mean(list(samples.values()), 0)} if samples else {}
             for task, own in every.items():
-                value, low, high = (
-                    own if finding.effect is _keys else (float(x[0]) for x in interval(own[:, None]))
-                )
-                wide = widened(value, low, high, len(FINDINGS))
                 n = int(counts.mean()) if task == "mean" else int(counts.get(task, 0))
-                sign = 0 if n < FEWEST else int(wide[0] > 0) - int(wide[1] < 0)
-                facts = {"finding": finding.name, "model": model, "size": SIZES[name], "task": task}
-                span = {"value": value, "low": low, "high": high, "wide_low": wide[0], "wide_high": wide[1]}
                 made.append(
-                    facts | span | {"sign": sign, "examples": n, "seeds": int(units["seed"].nunique())}
+                    _row(finding, own, model=TITLES[size], size=size, task=task, examples=n, seeds=seeds)
                 )
-    return pd.DataFrame(made)
+                if task == "mean":
+                    means[size] = own, n, seeds
+        if {*GROWTH} <= {*means}:
+            (one, n, seeds), (other, m, more) = (means[size] for size in reversed(GROWTH))
+            gap = _difference(finding, one, other)
+            made.append(
+                _row(
+                    finding,
+                    gap,
+                    model=GROWN,
+                    size=None,
+                    task="mean",
+                    examples=min(n, m),
+                    seeds=min(seeds, more),
+                )
+            )
+    return pd.DataFrame(made).astype({"size": float})
 
 
 def table(found: pd.DataFrame) -> str:
     """The findings as Markdown, a column a size; a cell that holds is bold, one that is reversed has a ⁻."""
-    mean = found[found["task"] == "mean"]
-    models = list(mean.sort_values("size").drop_duplicates("size")["model"])
+    mean = found[found["task"] == "mean"].set_index(["finding", "model"])
+    models = [TITLES[size] for size in sorted(found["size"].dropna().unique())]
+    columns = [*models, *(GROWN for own in [GROWN] if own in set(found["model"]))]
     lines = [
-        "| | the finding | source | " + " | ".join(models) + " | verdict |",
-        "|---|---|---|" + "---|" * (len(models) + 1),
+        "| | the finding | source | " + " | ".join(columns) + " | verdict |",
+        "|---|---|---|" + "---|" * (len(columns) + 1),
     ]
     for finding in FINDINGS:
-        cells, signs = [], []
-        for model in models:
-            own = mean[(mean["finding"] == finding.name) & (mean["model"] == model)]
-            if not len(own):
+        cells = []
+        for model in columns:
+            if (finding.name, model) not in mean.index:
                 cells.append("")
                 continue
-            row = own.iloc[0]
+            row = mean.loc[(finding.name, model)]
             said = estimate(row["value"], row["low"], row["high"], signed=True)
             mark = f"**{said}**" if row["sign"] > 0 else said + " ⁻" * int(row["sign"] < 0)
-            cells.append(f"{mark} (n = {row['examples']})")
-            signs.append((model, int(row["sign"])))
+            cells.append(
+                mark if model == GROWN else f"{mark} (n = {row['examples'] // row['seeds']} × {row['seeds']})"
+            )
+        signs = [
+            (model.rsplit(" ", 1)[-1], int(mean.loc[(finding.name, model), "sign"]))
+            for model in models
+            if (finding.name, model) in mean.index
+        ]
         lines.append(
             f"| {finding.name} | {finding.claim} | {finding.source} | "
             + " | ".join([*cells, verdict(signs)])
             + " |"
         )
     return "\n".join(lines)
+
+
+def depths(root: Path) -> pd.DataFrame:
+    """Where along the depth of a model things happen, from the summaries of Figures 3, 7 and 5.
+
+    Returns:
+        A row per model: `leads`, by task the first layer from which on S_pq is above S_wp up to the layer before the last, `peak` of the
+        mean AUCROC_l, and `half`, the first layer where the mean R_l passes one half; `_share`: as fractions of the number of layers.
+    """
+    made = []
+    for name, (rows, _) in read(root, "figure5").items():
+        auc = readout_summary(rows["readout"])
+        mean = auc[auc["task"] == "mean"].pivot_table(index="layer", columns="metric", values="value")
+        layers = len(mean)
+        found = {"model": TITLES[SIZES[name]], "layers": layers, "peak": int(mean["aucroc"].idxmax())}
+        found["half"] = int((mean["r"] > 0.5).idxmax())
+        for figure in ("figure3", "figure7"):
+            summary = flow_summary(read(root, figure)[name][0]["flow"])
+            for task, own in summary.groupby("task"):
+                wide = own.pivot_table(index="layer", columns="metric", values="share")
+                behind = wide.index[:-1][(wide["s_pq"] <= wide["s_wp"]).to_numpy()[:-1]]
+                found[f"leads, {task}"] = int(behind.max()) + 1
+        made.append(found)
+    return pd.DataFrame(made)
+
+
+def depth_table(found: pd.DataFrame) -> str:
+    """The layers and their share of the depth as Markdown, a column a size."""
+    lines = [
+        "| layer (share of the depth) | "
+        + " | ".join(f"{row.model}, {row.layers} layers" for row in found.itertuples())
+        + " |"
+    ]
+    lines.append("|---|" + "---|" * len(found))
+    said = {
+        "peak": "AUCROC_l, mean of tasks, is largest at",
+        "half": "R_l, mean of tasks, passes one half at",
+    }
+    for column in [name for name in found if name.startswith("leads")] + list(said):
+        words = said.get(column, f"S_pq {column.replace('leads', 'leads from')}".replace(", ", " (") + ")")
+        cells = [
+            f"{layer} ({layer / layers:.2f})".replace("(0.", "(.")
+            for layer, layers in zip(found[column], found["layers"], strict=True)
+        ]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _between(page: str, marks: tuple[str, str], told: str) -> str:
+    before, rest = page.split(marks[0])
+    return f"{before}{marks[0]}\n\n{told}\n\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 def main() -> None:
@@ -370,15 +470,14 @@ def main() -> None:
     from anchors.figures.scale import draw
     from anchors.figures.style import write_figure
 
-    facts = {"model": ", ".join(dict.fromkeys(found["model"])), "findings": len(FINDINGS)}
+    facts = {"model": ", ".join(TITLES.values()), "findings": len(FINDINGS)}
     write_table(asked.results / "scale" / "scale.parquet", found, facts)
     write_figure(draw(found, [f.name for f in FINDINGS]), asked.results / "scale" / "scale.png")
-    told = table(found)
+    told, deep = table(found), depth_table(depths(asked.results))
     if asked.page:
-        before, rest = asked.page.read_text(encoding="utf-8").split(MARKS[0])
-        text = f"{before}{MARKS[0]}\n\n{told}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+        text = _between(_between(asked.page.read_text(encoding="utf-8"), MARKS, told), DEPTH, deep)
         write_atomic(asked.page, lambda draft: draft.write_text(text, encoding="utf-8"))
-    print(told)
+    print(told, deep, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def draw(tables: dict[str, pd.DataFrame], model: str) -> Figure:
             own = group.part[group.part["metric"] == metric]
             share = ("share", "share_low", "share_high")
             curve(panel, own, COLOURS[metric], MARKERS[metric], LABELS[metric], columns=share)
-        panel.set(title=group.title, xlabel="layer", ylim=(0, 1))
+        panel.set(title=group.title, xlabel="layer", ylim=(-0.03, 1.03))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if is_left(panel):
             panel.set_ylabel("share of the flow")

@@ -16,7 +16,7 @@ def draw(effects: pd.DataFrame, findings: Sequence[str]) -> Figure:
         effects: of `anchors.experiments.scale.effects`.
         findings: names, in order; those without a number have no panel.
     """
-    own = effects[(effects["task"] == "mean") & effects["value"].notna()]
+    own = effects[(effects["task"] == "mean") & effects["value"].notna() & effects["size"].notna()]
     findings = [name for name in findings if (own["finding"] == name).any()]
     columns = 6
     rows = -(-len(findings) // columns)

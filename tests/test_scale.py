@@ -1,11 +1,13 @@
 """The study of scale: its order, its verdicts, its budget of seconds, and the three questions of critics."""
 
 import importlib.util
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,13 +16,23 @@ import anchors
 from anchors.cli import app
 from anchors.errors import AnchorsError
 from anchors.experiments import CATALOGUE, SUITES
-from anchors.experiments.scale import FINDINGS, MARKS, effects, table, verdict
+from anchors.experiments.scale import FINDINGS, GROWN, MARKS, depth_table, depths, effects, table, verdict
 from anchors.flow.metrics import evenness
-from anchors.study.results import read_table
+from anchors.study.results import read_facts, read_table, write_table
 from anchors.summaries.critiques import followed
 from anchors.tasks.drawing import Draw, demonstrations
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_suite_and_the_findings_name_experiments_that_exist():
@@ -127,29 +139,87 @@ def test_the_committed_table_is_that_of_the_committed_rows():
 
 def test_the_effects_are_those_of_the_tables(tmp_path):
     (tmp_path / "figure4").symlink_to(RESULTS / "figure4")
-    found = effects(tmp_path).set_index(["finding", "task"])
+    found = effects(tmp_path).set_index(["model", "finding", "task"])
     assert set(found.index.get_level_values("finding")) == {
         "isolation, answer",
         "isolation, words",
         "isolation, skill",
     }
-    summary, _ = read_table(RESULTS / "figure4" / "figure4_summary.parquet")
-    own = summary[summary["metric"] == "accuracy"].pivot(index="task", columns="condition", values="value")
-    for task, row in own.iterrows():
-        assert found.loc[("isolation, skill", task), "value"] == pytest.approx(
-            row["none"] - row["first-5/label"], abs=2e-3
+    for folder, model in (("", "SmolLM2 135M"), ("qwen2.5-coder-1.5b", "Qwen2.5-Coder 1.5B")):
+        summary, _ = read_table(RESULTS / "figure4" / folder / "figure4_summary.parquet")
+        own = summary[summary["metric"] == "accuracy"].pivot(
+            index="task", columns="condition", values="value"
         )
+        for task, row in own.iterrows():
+            told = found.loc[(model, "isolation, skill", task), "value"]
+            assert told == pytest.approx(row["none"] - row["first-5/label"], abs=2e-3)
+    sizes = [
+        found.loc[(f"Qwen2.5-Coder {size}", "isolation, skill", "mean"), "value"] for size in ("0.5B", "1.5B")
+    ]
+    grown = found.loc[(GROWN, "isolation, skill", "mean")]
+    assert grown["value"] == pytest.approx(sizes[1] - sizes[0])
+    assert grown["wide_low"] < grown["low"] < grown["value"] < grown["high"] < grown["wide_high"]
+
+
+def test_where_things_happen_is_read_off_the_committed_rows():
+    told = depths(RESULTS)
+    summary, _ = read_table(RESULTS / "figure5" / "figure5_summary.parquet")
+    mean = summary[(summary["task"] == "mean") & (summary["metric"] == "aucroc")].set_index("layer")["value"]
+    assert told.set_index("model").loc["SmolLM2 135M", "peak"] == mean.idxmax()
+    page = (RESULTS.parent / "RESULTS.md").read_text()
+    assert depth_table(told) in page
 
 
 def test_compact_rows_keep_what_tables_read(tmp_path):
-    path = Path(__file__).parents[1] / "benchmarks" / "compact.py"
-    spec = importlib.util.spec_from_file_location("compact", path)
-    compact = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compact)
+    compact = benchmark("compact")
     values = np.random.default_rng(0).lognormal(size=1000)
     assert np.abs(compact.rounded(values) / values - 1).max() <= 2**-11
     one = pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6]})
+    held = values.round(3)
+    assert not compact.has_few_bits(pd.DataFrame({"number": 0, "value": held}))
+    assert compact.has_few_bits(pd.DataFrame({"number": 0, "value": compact.rounded(held)}))
     assert compact.farthest({"a": one}, {"a": one}) == 0
     assert compact.farthest({"a": one}, {"a": one + 0.02}) > 1
     with pytest.raises(ValueError, match="other rows"):
         compact.farthest({"a": one}, {"a": pd.concat([one, one])})
+
+
+def test_rows_that_two_experiments_share_lie_in_one_of_them(tmp_path):
+    columns = {"condition": "none", "layer": 0, "metric": "s"}
+    shared = pd.DataFrame(
+        {
+            "task": "sst2",
+            "shots": 1,
+            "control": "none",
+            "seed": [1, 1, 2],
+            "number": [0, 1, 0],
+            **columns,
+            "value": [0.1, 0.2, 0.3],
+        }
+    )
+    own = shared.assign(control="order-only", value=[0.4, 0.5, 0.6])
+    facts = {"model": "m"}
+    giver, taker = tmp_path / "figure5" / "readout.parquet", tmp_path / "order" / "readout.parquet"
+    write_table(giver, shared, facts)
+    compact = benchmark("compact")
+    held = compact.Held(taker, "readout", pd.concat([own, shared], ignore_index=True), facts, [])
+    left = compact.left(held, compact.Held(giver, "readout", shared, facts, []))
+    taker.parent.mkdir()
+    taker.write_bytes(left.packed(24))
+    assert len(pq.read_table(taker)) == len(own)
+    rows, told = read_table(taker)
+    assert told == read_facts(taker) == facts
+    pd.testing.assert_frame_equal(rows, held.rows.astype({"value": rows["value"].dtype}), check_dtype=False)
+    fewer = compact.Held(giver, "readout", shared[:2], facts, [])
+    assert compact.left(held, fewer).others, "seed 1 is whole there"
+    assert not compact.left(held, compact.Held(giver, "readout", shared[1:], facts, [])).others
+    moved = compact.Held(giver, "readout", shared.assign(value=shared["value"] * 1.001), facts, [])
+    assert not compact.left(held, moved).others
+    write_table(taker, own, facts | {"elsewhere": [{"file": "../../../else.parquet", "only": {"seed": [1]}}]})
+    with pytest.raises(AnchorsError, match="outside its results"):
+        read_table(taker)
+    write_table(
+        taker, own, facts | {"elsewhere": [{"file": "../figure6/readout.parquet", "only": {"seed": [1]}}]}
+    )
+    with pytest.raises(AnchorsError, match="figure6"):
+        read_table(taker)

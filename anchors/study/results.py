@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,7 @@ from anchors.places import require_file
 
 PACKAGES = ("label-anchors", "torch", "transformers", "tokenizers", "numpy", "pandas", "scipy")
 METADATA_KEY = b"label-anchors"
+ELSEWHERE = "elsewhere"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -192,9 +194,24 @@ def write_table(path: Path, rows: pd.DataFrame, facts: dict[str, Any]) -> None:
     """Write rows as parquet with the facts in the file's metadata, and the facts beside it as JSON."""
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: text.encode()})
-    write_atomic(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
+    write_atomic(path, lambda draft: store(table, draft, text, compression="zstd"))
     write_atomic(path.with_suffix(".json"), lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
+
+
+def store(table: pa.Table, place: Any, facts: str, **how: Any) -> None:
+    """A table as parquet with facts in the file's metadata; in that of the schema they would be stored twice, once in base 64.
+
+    Args:
+        place: a path, or what can be written to.
+        how: for `pyarrow.parquet.ParquetWriter`.
+    """
+    with pq.ParquetWriter(place, table.schema, **how) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA_KEY: facts.encode()})
+
+
+def _facts(path: Path) -> bytes | None:
+    return (pq.read_metadata(path).metadata or {}).get(METADATA_KEY)
 
 
 @contextmanager
@@ -208,18 +225,33 @@ def _reading(path: Path) -> Generator[None]:
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows and facts of a table written by `write_table`."""
+    """Rows and facts of a table written by `write_table`, and the rows that its fact `elsewhere` says are kept in another one.
+
+    Raises:
+        AnchorsError: it, or the other one, cannot be read.
+    """
     with _reading(path):
-        table = pq.read_table(path)
+        table, text = pq.read_table(path), _facts(path)
     try:
-        facts = parsed((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        facts = parsed(text or b"{}")
         if not isinstance(facts, dict):
             raise ValueError("they are no JSON object")
-        return table.to_pandas(), facts
     except ValueError as error:
         raise AnchorsError(
             f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"
         ) from error
+    others = [_kept_in(path, other) for other in facts.pop(ELSEWHERE, ())]
+    own = table.to_pandas()
+    return (pd.concat([own, *others], ignore_index=True) if others else own), facts
+
+
+def _kept_in(path: Path, other: dict[str, Any]) -> pd.DataFrame:
+    """Rows of another table: `file`, from the folder of this one on, and `only`, by column the values that they have."""
+    place = path.parent / other["file"]
+    if not place.resolve().is_relative_to(path.parents[min(2, len(path.parents) - 1)].resolve()):
+        raise AnchorsError(f"Rows of {str(path)!r} are said to lie outside its results.", code="rows")
+    rows, _ = read_table(place)
+    return rows[np.logical_and.reduce([rows[name].isin(values) for name, values in other["only"].items()])]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -229,13 +261,14 @@ def read_facts(path: Path) -> dict[str, Any]:
         AnchorsError: it cannot be read, or holds none.
     """
     try:
-        facts = parsed((pq.read_schema(path).metadata or {})[METADATA_KEY])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        facts = parsed(_facts(path) or b"")
+    except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise AnchorsError(
             f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"
         ) from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
         raise AnchorsError(f"The facts in {str(path)!r} name no model.", code="rows")
+    facts.pop(ELSEWHERE, None)
     return facts
 
 
