@@ -177,7 +177,7 @@ def compress(
         k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
         v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V, EVICT)
         s, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
-        # Whole lines at once: what is stored beyond the last compressed token is never read.
+        # Whole lines at once: what is stored beyond the last compressed token is never used.
         there = (heads < G)[:, None] & (tile < line)[None, :]
         tl.store(scores + heads[:, None] * line + tile[None, :], s, mask=there)
     _keep(top, mass, part, row * G, split, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
