@@ -245,6 +245,22 @@ def test_steps_beyond_the_room():
     assert cache.length.tolist() == [34]
 
 
+@needs_triton
+@needs_interpreter
+@pytest.mark.parametrize(
+    "tuning", [PIECES, replace(PIECES, choosing=True, merging=True, beside=True)], ids=["launches", "last"]
+)
+def test_steps_of_what_is_no_number(tuning):
+    """Of whichever input, and of the compressed key that it ends in: its head has no output, the other its own."""
+    one = case(TINY, (1, 48, 2, 1, 16, 16))
+    for which in range(9):
+        row = [x.clone() for x in one.row(47)]
+        row[which][:, :, 1] = torch.nan
+        found = one.step(one.filled(47, tuning), tuple(row))
+        assert found[:, :, 1].isnan().all()
+        assert (found[:, :, 0] - one.o[:, 47:, 0]).abs().max() <= 1e-5
+
+
 def test_prefill_keeps_the_last_tokens():
     """Position p lies in row p mod w of the window's ring, and p mod l of the raw one."""
     one = case(TINY, (1, 30, 1, 1, 16, 16))

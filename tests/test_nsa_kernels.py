@@ -208,6 +208,29 @@ def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes):
 
 @needs_triton
 @needs_interpreter
+def test_window_that_fits_no_boxes_in_that_kernel_interpreted(monkeypatch):
+    """The kernel walks the lists that were made for the selected branch's tile, in the rows of that tile."""
+    from anchors.nsa.kernels import tiles
+    from anchors.nsa.kernels.sparse_attention import sparse_attention
+
+    shape, key = BOXES[0], ("forward.selected", "float32", tiles.NARROW)
+    for table, rows in (tiles.TUNING, 32), (tiles.BOXED, 16):
+        monkeypatch.setitem(
+            table, key, {"rows": rows, "keys": 16, "peel": 1, "num_warps": 4, "num_stages": 1}
+        )
+    inputs, idx = draw(shape, torch.float32, "cpu")
+    values = cast(torch.Tensor, inputs[7])
+    inputs[7] = torch.cat([values.new_zeros(1), values.flatten()])[1:].view(values.shape)
+    wide = leaves(inputs, torch.float64)
+    o = reference.combine(*(x for x, _ in exact(shape, *wide, idx)), wide[-1]).detach()
+    common = {"geometry": shape.geometry, "scale": shape.dim**-0.5}
+    for both in (0, 1):
+        found = sparse_attention(*inputs, idx, **common, tuning={"forward.selected": {"both": both}})
+        assert distance(found, o) <= ALLOWED[torch.float32]
+
+
+@needs_triton
+@needs_interpreter
 def test_padding_of_rows_interpreted():
     """Behind the last position, as far as any tile can reach, a row has no pattern."""
     from anchors.nsa.kernels import ranges

@@ -319,6 +319,21 @@ def test_other_padding_than_on_the_left_is_refused():
 
 
 @torch.no_grad()
+def test_texts_packed_by_their_positions_are_refused_by_a_cache():
+    """Not those of padding, which transformers fills in as it likes."""
+    lm, (rows, ids, mask) = model(), batch()
+    anew = torch.cat([torch.arange(40), torch.arange(55)]).expand(len(ids), -1)
+    for given in ({}, {"attention_mask": torch.ones_like(ids)}, {"attention_mask": mask}):
+        with pytest.raises(AnchorsError, match="begin anew came with a cache"):
+            lm(ids, position_ids=anew, use_cache=True, **given, **{cache_argument(lm): DynamicCache()})
+    places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    cache = {cache_argument(lm): DynamicCache()}
+    found = lm(ids, attention_mask=mask, position_ids=places, use_cache=True, **cache).logits
+    for i, row in enumerate(rows):
+        close(found[i : i + 1, -row.shape[1] :], alone(lm, row))
+
+
+@torch.no_grad()
 def test_a_cache_is_continued_as_it_was_filled():
     lm, (_, ids, mask) = model(), batch()
     more = ids[:, :1]

@@ -309,6 +309,21 @@ def _padded_left(mask: Tensor, tokens: int) -> Texts | None:
     return texts
 
 
+def _demand_unpacked(position_ids: Tensor | None, mask: Tensor | None) -> None:
+    """Texts are not packed into a row that goes into a cache. Looks at the positions of several tokens, as at the mask."""
+    if position_ids is None or position_ids.dim() != 2:
+        return
+    falls = position_ids.diff(dim=1) <= 0
+    if mask is not None:  # positions of padding say nothing
+        falls = falls & mask[:, mask.shape[1] - position_ids.shape[1] : -1].bool()
+    if falls.numel() and bool(falls.any()):
+        raise AnchorsError(
+            "Positions that begin anew came with a cache: texts that are packed into one row would see each other there.",
+            "Give one text a row; or no cache, where nothing is to follow.",
+            code="shape",
+        )
+
+
 def _continued(cache: Cache, layer: int, texts: Texts | None, past: int) -> Bool[Tensor, "#batch"] | None:
     """Whether the texts of a cache go on as they were; None where there is no padding, now or before.
 
@@ -408,8 +423,11 @@ class NSAModel(NSAPreTrainedModel, LlamaModel):
         elif given is not None and self.config._attn_implementation == NATIVE:
             if cache is None:
                 texts = _texts(attention_mask, position_ids, given.shape[1])
-            elif attention_mask is not None and attention_mask.dim() == 2:
-                texts, attention_mask = _padded_left(attention_mask, past + given.shape[1]), None
+            else:
+                mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+                if mask is not None:
+                    texts, attention_mask = _padded_left(mask, past + given.shape[1]), None
+                _demand_unpacked(position_ids, None if texts is None else mask)
         if texts is not None:
             attention_mask, kwargs = None, kwargs | {"texts": texts}
             position_ids = texts.position[:, past:] if position_ids is None else position_ids

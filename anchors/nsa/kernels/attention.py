@@ -348,11 +348,11 @@ def attend_both(
     q = dense(q)
     batch, length, heads, _ = q.shape
     shape = widths(q.shape[-1], vs.shape[-1])
-    fits = ranges.fits(shape, ks, vs, kw, vw)
-    settings = tuned("forward.selected", q, widest(q.shape[-1], vs.shape[-1]), tuning, boxed=fits)
+    # Those that `tile_of` made the union of, whatever the window's tensors look like.
+    settings = settings_of("forward.selected", q, ks, vs, tuning)
     tile, group = slc.tile(groups, settings["rows"])
     columns, near = slc.keys(settings["keys"]), settings.get("near", settings["keys"])
-    boxes = fits and bool(settings.get("boxes"))
+    boxes = bool(settings.get("boxes")) and ranges.fits(shape, ks, vs, kw, vw)
     z = q.new_empty(batch, length, heads, vs.shape[-1])
     kept = [
         (torch.empty_like(z), q.new_empty(q.shape[:3], dtype=torch.float32)) if keep else (None, None)

@@ -1,16 +1,18 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""One token of Native Sparse Attention against a cache: three launches where there are many rows, up to five else.
+"""One token of Native Sparse Attention against a cache, in three to five launches.
 
     o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)                                                         (Eq. 5)
 
 1. Append; attend to the compressed tokens, piece by piece, and write down the scores.
-2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11). That leaves the memory
-   idle, so the pieces of the window, which do not depend on the choice, are read beside it.
-3. Attend to pieces of the chosen blocks.
+2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11): two launches in long
+   contexts. That leaves the memory idle, so the pieces of the window, which do not depend on the choice, can be read beside
+   it.
+3. Attend to pieces of the chosen blocks, and of the window.
 4. Join the pieces, and apply the gates.
 
-Whichever program of a row is the last to arrive, by an atomic count, goes on with the choice, or with joining: it finds
-the same numbers in memory whoever it is. The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
+Where the cache's `Tuning` says so, whichever program of a row is the last to arrive, by an atomic count, goes on with the
+choice, or with joining, in place of a launch: it finds the same numbers in memory whoever it is. The literal twin is a row
+of `anchors.nsa.reference`. Two runs agree bit for bit.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """

@@ -61,7 +61,12 @@ def _keep(
     top, mass, part, first, split, splits, m, z, o,
     G: tl.constexpr, PADDED: tl.constexpr, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
 ):  # fmt: skip
-    """Stores the partial sums of one piece. A piece that saw nothing says so by z = 0, and stores no O."""
+    """Stores the partial sums of one piece. A piece that saw nothing says so by z = 0, and stores no O.
+
+    One with a score that is not a number says so by m, in which a maximum leaves no trace of it: no wrong output goes
+    unnoticed.
+    """
+    m = tl.where(z == z, m, z)
     heads, columns = tl.arange(0, PADDED), tl.arange(0, WIDTH_V)
     place = (first.to(tl.int64) + heads) * splits + split
     tl.store(top + place, m, mask=heads < G)
@@ -172,7 +177,7 @@ def compress(
         k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
         v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V, EVICT)
         s, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
-        # Whole lines at once: what is stored beyond the last compressed token is never read.
+        # Whole lines at once: what is stored beyond the last compressed token is never used.
         there = (heads < G)[:, None] & (tile < line)[None, :]
         tl.store(scores + heads[:, None] * line + tile[None, :], s, mask=there)
     _keep(top, mass, part, row * G, split, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
@@ -409,13 +414,13 @@ def _joined(
     m = tl.load(top + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=-1e30)
     z = tl.load(mass + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=0.0)
     peak = tl.max(m, 1)
-    total = tl.sum(tl.where(m > -1e29, z * tl.exp2(m - peak[:, None]), 0.0), 1)
+    total = tl.sum(tl.where(m <= -1e29, 0.0, z * tl.exp2(m - peak[:, None])), 1)
     gate = tl.load(gates, mask=real, other=0.0).to(tl.float32)
-    factor = tl.where(total > 0, gate / tl.where(total > 0, total, 1.0), 0.0)
+    factor = tl.where(total == 0, 0.0, gate / tl.where(total == 0, 1.0, total))
     for piece in tl.static_range(FIRST, STOP):
         place = lines * SPLITS + piece
         m = tl.load(top + place, mask=real, other=-1e30)
-        weight = tl.where(m > -1e29, factor * tl.exp2(m - peak), 0.0)
+        weight = tl.where(m <= -1e29, 0.0, factor * tl.exp2(m - peak))
         inside = real[:, None] & (columns < DIM_V)[None, :]
         value = tl.load(part + place[:, None] * DIM_V + columns[None, :], mask=inside, other=0.0)
         # Behind a piece that saw nothing lies what an earlier step left there.
@@ -512,16 +517,16 @@ def merge(
     z = tl.load(mass + pieces, mask=pieces < SPLITS, other=0.0)
     m = tl.where(branch[None, :] == branches[:, None], m[None, :], -1e30)
     peak = tl.max(m, 1)
-    total = tl.sum(tl.where(m > -1e29, z[None, :] * tl.exp2(m - peak[:, None]), 0.0), 1)
+    total = tl.sum(tl.where(m <= -1e29, 0.0, z[None, :] * tl.exp2(m - peak[:, None])), 1)
     gate = tl.load(gates + branches * gate_strides[2], mask=branches < 3, other=0.0).to(tl.float32)
-    factor = tl.where(total > 0, gate / tl.where(total > 0, total, 1.0), 0.0)
+    factor = tl.where(total == 0, 0.0, gate / tl.where(total == 0, 1.0, total))
     o = tl.full([WIDTH_V], 0.0, tl.float32)
     for start in range(0, SPLITS, TILE):
         tile = start + tl.arange(0, TILE)
         whose = (tile >= SELECTED).to(tl.int32) + (tile >= WINDOW).to(tl.int32)
         tops = tl.load(top + tile, mask=tile < SPLITS, other=-1e30)
         own = tl.where(whose[None, :] == branches[:, None], tops[None, :], -1e30)
-        weight = tl.sum(tl.where(own > -1e29, factor[:, None] * tl.exp2(own - peak[:, None]), 0.0), 0)
+        weight = tl.sum(tl.where(own <= -1e29, 0.0, factor[:, None] * tl.exp2(own - peak[:, None])), 0)
         # Behind a piece that saw nothing lies what an earlier step left there.
         inside = (tops > -1e29)[:, None] & (columns < DIM_V)[None, :]
         place = (line * SPLITS + tile)[:, None] * DIM_V + columns[None, :]
