@@ -428,11 +428,10 @@ def depths(root: Path) -> pd.DataFrame:
 
 def depth_table(found: pd.DataFrame) -> str:
     """The layers and their share of the depth as Markdown, a column a size."""
-    lines = [
-        "| layer (share of the depth) | "
-        + " | ".join(f"{row.model}, {row.layers} layers" for row in found.itertuples())
-        + " |"
+    heads = [
+        f"{model}, {layers} layers" for model, layers in zip(found["model"], found["layers"], strict=True)
     ]
+    lines = ["| layer (share of the depth) | " + " | ".join(heads) + " |"]
     lines.append("|---|" + "---|" * len(found))
     said = {
         "peak": "AUCROC_l, mean of tasks, is largest at",
