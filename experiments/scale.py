@@ -1,6 +1,6 @@
 """Findings of the paper, and what critics ask of them, against the size of the model: from rows to effects, verdicts, tables and a figure.
 
-    uv run python -m anchors.experiments.scale experiments/results        --page experiments/RESULTS.md    # writes scale/ there, and the tables of the page
+    uv run python -m anchors.experiments.scale experiments/results --page experiments/RESULTS.md    # writes scale/ there, and the tables of the page
 
 An effect is a number that lies above 0 where the finding holds: the mean over tasks, with a paired bootstrap over seeds and
 examples. A cell *holds* where all of its interval lies above 0, and is *reversed* where all of it lies below, after Bonferroni's
@@ -372,7 +372,7 @@ def table(found: pd.DataFrame) -> str:
     """The findings as Markdown, a column a size; a cell that holds is bold, one that is reversed has a ⁻."""
     mean = found[found["task"] == "mean"].set_index(["finding", "model"])
     models = [TITLES[size] for size in sorted(found["size"].dropna().unique())]
-    columns = [*models, *(GROWN for own in [GROWN] if own in set(found["model"]))]
+    columns = models + [GROWN] * (GROWN in set(found["model"]))
     lines = [
         "| | the finding | source | " + " | ".join(columns) + " | verdict |",
         "|---|---|---|" + "---|" * (len(columns) + 1),
@@ -403,11 +403,11 @@ def table(found: pd.DataFrame) -> str:
 
 
 def depths(root: Path) -> pd.DataFrame:
-    """Where along the depth of a model things happen, from the summaries of Figures 3, 7 and 5.
+    """Where along the depth of a model things happen, from the rows of Figures 3, 7 and 5.
 
     Returns:
         A row per model: `leads`, by task the first layer from which on S_pq is above S_wp up to the layer before the last, `peak` of the
-        mean AUCROC_l, and `half`, the first layer where the mean R_l passes one half; `_share`: as fractions of the number of layers.
+        mean AUCROC_l, and `half`, the first layer where the mean R_l passes one half; `layers`: how many there are.
     """
     made = []
     for name, (rows, _) in read(root, "figure5").items():

@@ -223,3 +223,12 @@ def test_rows_that_two_experiments_share_lie_in_one_of_them(tmp_path):
     )
     with pytest.raises(AnchorsError, match="figure6"):
         read_table(taker)
+    for wrong, said in (
+        ([{"file": "../order/readout.parquet", "only": {"seed": [1]}}], "does not hold the rest"),
+        ([{"file": "../figure5/readout.parquet", "only": {"colour": [1]}}], "does not hold the rest"),
+        ([{"file": "../figure5/readout.parquet"}], "does not say where"),
+        ("figure5", "does not say where"),
+    ):
+        write_table(taker, own, facts | {"elsewhere": wrong})
+        with pytest.raises(AnchorsError, match=said):
+            read_table(taker)

@@ -240,18 +240,34 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise AnchorsError(
             f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"
         ) from error
-    others = [_kept_in(path, other) for other in facts.pop(ELSEWHERE, ())]
-    own = table.to_pandas()
-    return (pd.concat([own, *others], ignore_index=True) if others else own), facts
+    elsewhere, own = facts.pop(ELSEWHERE, None), table.to_pandas()
+    if not elsewhere:
+        return own, facts
+    return pd.concat([own, *_kept_elsewhere(path, elsewhere)], ignore_index=True), facts
 
 
-def _kept_in(path: Path, other: dict[str, Any]) -> pd.DataFrame:
-    """Rows of another table: `file`, from the folder of this one on, and `only`, by column the values that they have."""
-    place = path.parent / other["file"]
-    if not place.resolve().is_relative_to(path.parents[min(2, len(path.parents) - 1)].resolve()):
-        raise AnchorsError(f"Rows of {str(path)!r} are said to lie outside its results.", code="rows")
-    rows, _ = read_table(place)
-    return rows[np.logical_and.reduce([rows[name].isin(values) for name, values in other["only"].items()])]
+def _kept_elsewhere(path: Path, others: Any) -> Iterator[pd.DataFrame]:
+    """Rows of other tables: `file`, from the folder of this one on, and `only`, by column the values that they have."""
+    within = path.parents[min(2, len(path.parents) - 1)].resolve()
+    try:
+        asked = [(path.parent / str(other["file"]), dict(other["only"])) for other in others]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AnchorsError(
+            f"{str(path)!r} does not say where the rest of its rows is.", code="rows"
+        ) from error
+    for place, only in asked:
+        if not place.resolve().is_relative_to(within):
+            raise AnchorsError(f"Rows of {str(path)!r} are said to lie outside its results.", code="rows")
+        with _reading(place):
+            rows, nested = (
+                pq.read_table(place).to_pandas(),
+                f'"{ELSEWHERE}":'.encode() in (_facts(place) or b""),
+            )
+        if nested or not only or not {*only} <= {*rows}:
+            raise AnchorsError(
+                f"{str(place)!r} does not hold the rest of the rows of {str(path)!r}.", code="rows"
+            )
+        yield rows[np.logical_and.reduce([rows[name].isin(values) for name, values in only.items()])]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
