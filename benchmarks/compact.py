@@ -152,7 +152,7 @@ def has_few_bits(rows: pd.DataFrame) -> bool:
     return np.array_equal(rounded(values), values, equal_nan=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Held:
     """What a file holds, and what it leaves to others."""
 

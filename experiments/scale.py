@@ -12,6 +12,7 @@ does, and is **mixed** otherwise. Models of two families differ in more than siz
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +287,9 @@ def verdict(signs: Sequence[tuple[str, int]]) -> str:
     return f"from {signs[first][0]} on" if all(held[first:]) else "mixed"
 
 
-def read(root: Path, experiment: str) -> dict[str, tuple[Rows, str]]:
-    """Of every model in `SIZES` the rows of an experiment, those with the most prompts, and the model's title."""
-    found: dict[str, tuple[Rows, str, int]] = {}
+def read(root: Path, experiment: str) -> dict[str, Rows]:
+    """Of every model in `SIZES` the rows of an experiment, those with the most prompts."""
+    found: dict[str, tuple[Rows, int]] = {}
     for folder in (root / experiment, *sorted((root / experiment).glob("*/"))):
         rows, model = {}, ""
         for file in folder.glob("*.parquet"):
@@ -299,9 +300,9 @@ def read(root: Path, experiment: str) -> dict[str, tuple[Rows, str]]:
         if name is None:
             continue
         count = min(len(own[["seed", "number"]].drop_duplicates()) for own in rows.values())
-        if name not in found or count > found[name][2]:
-            found[name] = rows, model, count
-    return {name: (rows, model) for name, (rows, model, _) in found.items()}
+        if name not in found or count > found[name][1]:
+            found[name] = rows, count
+    return {name: rows for name, (rows, _) in found.items()}
 
 
 def _row(finding: Finding, samples: np.ndarray, **facts: Any) -> dict[str, Any]:
@@ -328,6 +329,29 @@ def _difference(finding: Finding, one: np.ndarray, other: np.ndarray) -> np.ndar
     )
 
 
+def _told(finding: Finding, measured: dict[str, Rows]) -> list[dict[str, Any]]:
+    """A finding by model and task, and as the difference of the models of `GROWTH`."""
+    made = []
+    means: dict[float, tuple[np.ndarray, int, int]] = {}
+    for name, rows in measured.items():
+        samples, size = finding.effect(rows), SIZES[name]
+        main = next(own for own in rows.values() if len(own))
+        units = main[main["number"] >= 0].drop_duplicates(["task", "seed", "number"])
+        counts, seeds = units.groupby("task").size(), int(units["seed"].nunique())
+        every = {**samples, "mean": np.mean(list(samples.values()), 0)} if samples else {}
+        for task, own in every.items():
+            n = int(counts.mean()) if task == "mean" else int(counts.get(task, 0))
+            made.append(_row(finding, own, model=TITLES[size], size=size, task=task, examples=n, seeds=seeds))
+            if task == "mean":
+                means[size] = own, n, seeds
+    if {*GROWTH} <= {*means}:
+        (one, n, seeds), (other, m, more) = (means[size] for size in reversed(GROWTH))
+        gap = _difference(finding, one, other)
+        fewest = {"examples": min(n, m), "seeds": min(seeds, more)}
+        made.append(_row(finding, gap, model=GROWN, size=None, task="mean", **fewest))
+    return made
+
+
 def effects(root: Path) -> pd.DataFrame:
     """Every finding on every model whose rows are there, and how much more of it the larger of `GROWTH` has.
 
@@ -336,35 +360,9 @@ def effects(root: Path) -> pd.DataFrame:
         all findings at once), sign, examples (of a task on average), seeds, size in billions of parameters (none for `GROWN`).
     """
     made = []
-    for finding in FINDINGS:
-        means: dict[float, tuple[np.ndarray, int, int]] = {}
-        for name, (rows, _) in read(root, finding.experiment).items():
-            samples = finding.effect(rows)
-            main = next(own for own in rows.values() if len(own))
-            units = main[main["number"] >= 0].drop_duplicates(["task", "seed", "number"])
-            counts, seeds, size = units.groupby("task").size(), int(units["seed"].nunique()), SIZES[name]
-            every = {**samples, "mean": np.mean(list(samples.values()), 0)} if samples else {}
-            for task, own in every.items():
-                n = int(counts.mean()) if task == "mean" else int(counts.get(task, 0))
-                made.append(
-                    _row(finding, own, model=TITLES[size], size=size, task=task, examples=n, seeds=seeds)
-                )
-                if task == "mean":
-                    means[size] = own, n, seeds
-        if {*GROWTH} <= {*means}:
-            (one, n, seeds), (other, m, more) = (means[size] for size in reversed(GROWTH))
-            gap = _difference(finding, one, other)
-            made.append(
-                _row(
-                    finding,
-                    gap,
-                    model=GROWN,
-                    size=None,
-                    task="mean",
-                    examples=min(n, m),
-                    seeds=min(seeds, more),
-                )
-            )
+    for experiment, findings in groupby(FINDINGS, lambda finding: finding.experiment):
+        measured = read(root, experiment)
+        made += [row for finding in findings for row in _told(finding, measured)]
     return pd.DataFrame(made).astype({"size": float})
 
 
@@ -410,18 +408,17 @@ def depths(root: Path) -> pd.DataFrame:
         mean AUCROC_l, and `half`, the first layer where the mean R_l passes one half; `layers`: how many there are.
     """
     made = []
-    for name, (rows, _) in read(root, "figure5").items():
+    flows = [read(root, figure) for figure in ("figure3", "figure7")]
+    for name, rows in read(root, "figure5").items():
         auc = readout_summary(rows["readout"])
         mean = auc[auc["task"] == "mean"].pivot_table(index="layer", columns="metric", values="value")
-        layers = len(mean)
-        found = {"model": TITLES[SIZES[name]], "layers": layers, "peak": int(mean["aucroc"].idxmax())}
+        found = {"model": TITLES[SIZES[name]], "layers": len(mean), "peak": int(mean["aucroc"].idxmax())}
         found["half"] = int((mean["r"] > 0.5).idxmax())
-        for figure in ("figure3", "figure7"):
-            summary = flow_summary(read(root, figure)[name][0]["flow"])
-            for task, own in summary.groupby("task"):
+        for flow in flows:
+            for task, own in flow_summary(flow[name]["flow"]).groupby("task"):
                 wide = own.pivot_table(index="layer", columns="metric", values="share")
                 behind = wide.index[:-1][(wide["s_pq"] <= wide["s_wp"]).to_numpy()[:-1]]
-                found[f"leads, {task}"] = int(behind.max()) + 1
+                found[f"leads, {task}"] = int(behind.max()) + 1 if len(behind) else 0
         made.append(found)
     return pd.DataFrame(made)
 

@@ -190,10 +190,13 @@ def test_boxes_against_the_equations(shape, rows, keys, shift):
 @needs_triton
 @needs_interpreter
 @pytest.mark.parametrize(("shape", "boxes"), [(BOXES[0], 1), (BOXES[1], 1), (BOXES[1], 0)])
-def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes):
-    """Bit for bit what two kernels return, with gradients and without."""
-    from anchors.nsa.kernels.sparse_attention import sparse_attention
+def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes, monkeypatch):
+    """Bit for bit what two kernels return, with gradients and without; and it is that kernel that returns it."""
+    from anchors.nsa.kernels import sparse_attention as forward
+    from anchors.nsa.kernels.sparse_attention import attend_both, sparse_attention
 
+    calls = []
+    monkeypatch.setattr(forward, "attend_both", lambda *a, **k: calls.append(1) or attend_both(*a, **k))
     inputs, idx = draw(shape, torch.float32, "cpu")
     apart = tuning(rows=16, keys=16, split=32, boxes=boxes)
     both = apart | {"forward.selected": apart["forward.selected"] | {"both": 1, "near": 16}}
@@ -203,7 +206,10 @@ def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes):
     found = [differentiate(shape, inputs, idx, slope, sizes) for sizes in (apart, both)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     common = {"geometry": shape.geometry, "scale": shape.dim**-0.5, "past": shape.past}
+    once = len(calls)
+    assert once
     assert torch.equal(sparse_attention(*inputs, idx, **common, tuning=both), found[0]["o"])
+    assert len(calls) > once
 
 
 @needs_triton
