@@ -168,28 +168,35 @@ def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
 
 BEFORE = {
     "chunk_cmp": 256, "tile_sum": 512, "bits": 2, "warps_select": 16, "stages": 2, "stages_cmp": 2, "fused": True,
-    "choosing": False, "merging": False, "beside": False, "passing": False, "overlapped": False,
+    "choosing": False, "merging": False, "beside": False, "passing": False, "overlapped": False, "pick": False,
 }  # fmt: skip
-JOINED = {"choosing": True, "merging": True, "beside": True, "overlapped": True, "warps_select": 4}
+JOINED = {"choosing": True, "merging": True, "beside": True, "overlapped": False, "warps_select": 4, "pick": True}
 DECODED = {
     "today": {},
     "before": BEFORE,
     "joined": {},
-    "not overlapped": {"overlapped": False},
+    "not picked": {"pick": False},
+    "overlapped": {"overlapped": True},
     "not passing": {"passing": False},
     "not beside": {"beside": False},
-    "not choosing": {"choosing": False, "warps_select": 16},
     "not merging": {"merging": False},
-    "not merging, nor overlapped": {"merging": False, "overlapped": False},
-    "chunk 256, 2s of compress": {"chunk_cmp": 256, "stages_cmp": 2},
-    "chunk 512 of compress": {"chunk_cmp": 512},
     "chunk 704, 3s of compress": {"chunk_cmp": 704, "stages_cmp": 3},
-    "8 warps of compress": {"warps_cmp": 8},
-    "chunk 128 of the others": {"chunk": 128},
-    "2s of the others": {"stages": 2},
+    "chunk 512, 3s of compress": {"chunk_cmp": 512, "stages_cmp": 3},
+    "chunk 352, 3s of compress": {"chunk_cmp": 352, "stages_cmp": 3},
+    "chunk 1024, 3s of compress": {"chunk_cmp": 1024, "stages_cmp": 3},
+    "chunk 704, 2s of compress": {"chunk_cmp": 704, "stages_cmp": 2},
+    "3s of the others": {"stages": 3},
     "select 8 warps": {"warps_select": 8},
+    "select 2 warps": {"warps_select": 2},
+    "sums of 256": {"tile_sum": 256},
+    "sums of 1024": {"tile_sum": 1024},
     "sums of 1024, 8 warps": {"tile_sum": 1024, "warps_select": 8},
+    "sums of 2048, 8 warps": {"tile_sum": 2048, "warps_select": 8},
     "any registers": {"registers": None},
+    "chunk 128 of the others": {"chunk": 128},
+    "704, 3s, any registers": {"registers": None, "chunk_cmp": 704, "stages_cmp": 3},
+    "704, 3s, 8 warps, 1024": {"tile_sum": 1024, "warps_select": 8, "chunk_cmp": 704, "stages_cmp": 3},
+    "704, 3s, 8 warps, 1024, overlapped": {"tile_sum": 1024, "warps_select": 8, "chunk_cmp": 704, "stages_cmp": 3, "overlapped": True},
 }
 """Settings of one decode step over `JOINED`, and that over those that its sizes give; 16 texts of 65,536 tokens."""
 BATCH, HELD, ROOM = 16, 65536, 128
@@ -239,7 +246,7 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
             "stage": "decode, nothing to write back", "variant": name, "tokens": HELD,
             "ms": middle, "iqr": high - low, "spread": spread,
         }  # fmt: skip
-    for name in (name for name in ("before", "today", "joined") if name in calls):
+    for name in (name for name in ("today", "joined", "not picked", "not beside", "704, 3s, 8 warps, 1024") if name in calls):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
                 calls[name]()

@@ -24,12 +24,9 @@ WHOLE = Tuning(chunk_cmp=64, chunk=64, tile_cmp=64, tile=64, tile_sum=64, tile_m
 TILES = Tuning(chunk_cmp=64, chunk=64, tile_cmp=16, tile=16, tile_sum=16, tile_merge=4)
 """A branch is one piece of several tiles."""
 PIECES = Tuning(
-    chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2, fused=False,
-    choosing=False, merging=False, beside=False,
+    chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2
 )  # fmt: skip
-"""Branches are cut into many pieces, and every task is a launch of its own."""
-FUSED = replace(WHOLE, choosing=False, merging=False)
-"""One program of a row sums and chooses."""
+"""Branches are cut into many pieces, and the sums of a row are."""
 
 
 def mean(block: Tensor) -> Tensor:
@@ -145,13 +142,8 @@ def test_steps_from_an_empty_cache():
         pytest.param(TINY, (2, 50, 1, 4, 24, 16), 46, PIECES, id="four-heads"),
         pytest.param(PLAIN, (1, 83, 1, 3, 16, 16), 77, TILES, id="one-size"),
         pytest.param(PLAIN, (1, 18, 1, 1, 16, 16), 13, PIECES, id="first-block"),
-        pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, FUSED, id="forced"),
-        pytest.param(
-            TINY, (1, 98, 2, 3, 16, 24), 96, replace(PIECES, choosing=True, beside=True), id="beside"
-        ),
-        pytest.param(
-            TINY, (2, 98, 1, 3, 16, 24), 95, replace(PIECES, choosing=True, merging=True), id="merging"
-        ),
+        pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, WHOLE, id="forced"),
+        pytest.param(TINY, (1, 98, 2, 3, 16, 24), 96, PIECES, id="two-groups"),
         pytest.param(Geometry(4, 4, 8, 4, 40, 0, 0), (1, 58, 1, 2, 16, 16), 54, WHOLE, id="unforced"),
     ],
 )
@@ -247,16 +239,13 @@ def test_steps_beyond_the_room():
 
 @needs_triton
 @needs_interpreter
-@pytest.mark.parametrize(
-    "tuning", [PIECES, replace(PIECES, choosing=True, merging=True, beside=True)], ids=["launches", "last"]
-)
-def test_steps_of_what_is_no_number(tuning):
+def test_steps_of_what_is_no_number():
     """Of whichever input, and of the compressed key that it ends in: its head has no output, the other its own."""
     one = case(TINY, (1, 48, 2, 1, 16, 16))
     for which in range(9):
         row = [x.clone() for x in one.row(47)]
         row[which][:, :, 1] = torch.nan
-        found = one.step(one.filled(47, tuning), tuple(row))
+        found = one.step(one.filled(47, PIECES), tuple(row))
         assert found[:, :, 1].isnan().all()
         assert (found[:, :, 0] - one.o[:, 47:, 0]).abs().max() <= 1e-5
 
@@ -315,7 +304,6 @@ ON_CUDA = [
     for name, tuning in [
         ("table", None),
         ("pieces", Tuning(32, 32, 16, 16, 32, 2, bits=1)),
-        ("launches", Tuning(32, 32, 16, 16, 32, 2, bits=1, fused=False, choosing=False, merging=False)),
     ]
 ]  # fmt: skip
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -358,7 +346,7 @@ def test_replayed(phi):
 @needs_triton
 @needs_cuda
 def test_long_on_cuda():
-    """As many blocks as there is room for, the patterns summed in a launch of their own."""
+    """As many blocks as there is room for."""
     geometry, tokens = Geometry(w=64, n=16), 1_000_000
     cache = NSACache.empty(1, tokens + 1, 1, 4, 64, 64, geometry, torch.bfloat16, "cuda")
     generator = torch.Generator("cuda").manual_seed(0)

@@ -17,8 +17,6 @@ from anchors.nsa.texts import Texts
 
 PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its 132 multiprocessors."""
-FUSED = 8192
-"""Compressed tokens whose patterns the selecting program can sum itself; beyond, a launch of many programs is faster."""
 BLOCKS = 16384
 """Selection blocks that fit the registers of the selecting program."""
 
@@ -35,13 +33,6 @@ class Tuning:
             one of them the rest are on their way; at 2, none.
         tile_merge: partial results that are merged at once, a power of two.
         bits: bits of the n-th highest importance that are found at once, by 2^bits counts: 1, 2, 4 or 8.
-        fused: whether the selecting program sums the patterns itself, which saves a launch; without `choosing`.
-        choosing, merging: whether the last program of a row that sums patterns chooses the blocks, and the last that
-            reads them merges the pieces, in place of a launch for each.
-        beside: whether the window is read in the launch that chooses the blocks; needs `choosing`.
-        passing: whether compressed keys and values, which are read once, may leave the second-level cache first.
-        registers: of a thread of the programs that choose, at most; fewer let more of them start at once. None: no limit.
-        overlapped: whether a launch is prepared before the one ahead of it has ended (Hopper and later).
     """
 
     chunk_cmp: int = 256
@@ -51,19 +42,12 @@ class Tuning:
     tile_sum: int = 512
     tile_merge: int = 16
     bits: int = 4
-    fused: bool = True
     warps_cmp: int = 4
     warps: int = 4
     warps_select: int = 8
     warps_merge: int = 4
     stages: int = 2
     stages_cmp: int = 2
-    choosing: bool = True
-    merging: bool = True
-    beside: bool = True
-    passing: bool = True
-    registers: int | None = None
-    overlapped: bool = True
 
     @classmethod
     def of(cls, rows: int, compressed: int, blocks: int, slots: int, row_bytes: int) -> "Tuning":
@@ -92,11 +76,7 @@ class Tuning:
             tile=tile,
             tile_sum=chunk(compressed, 512, 256, 128),
             bits=4 if blocks <= 512 else 2,
-            fused=compressed <= FUSED,
-            # Right in the interpreter; a device has neither shown nor timed what the last program of a row does for all.
-            **dict.fromkeys(("choosing", "merging", "beside", "overlapped"), False),
-            registers=128 if row_bytes <= 256 else None,
-            warps_select=16,
+            warps_select=4 if blocks <= 2048 else 16,
             stages=stages,
             stages_cmp=stages,
         )
@@ -116,7 +96,7 @@ class NSACache:
         shares: p^cmp summed over the heads of a group.
         idx: the chosen blocks, ascending, −1 at the end.
         top, mass, part: maximum (in units of log 2), Σ exp and Σ exp · v of each piece of the keys, by query head.
-        arrived: programs of a row that finished summing, and reading; 0 between launches.
+        arrived: programs of a row that finished summing; 0 between launches.
     """
 
     geometry: Geometry
@@ -137,7 +117,7 @@ class NSACache:
     top: Float[Tensor, "batch heads splits"]
     mass: Float[Tensor, "batch heads splits"]
     part: Float[Tensor, "batch heads splits dim_v"]
-    arrived: Int[Tensor, "2 rows"]
+    arrived: Int[Tensor, " rows"]
 
     @classmethod
     def empty(
@@ -202,7 +182,7 @@ class NSACache:
             top=made(batch, query_heads, splits),
             mass=made(batch, query_heads, splits),
             part=made(batch, query_heads, splits, dim_v),
-            arrived=made(2, batch * heads, dtype=torch.int32),
+            arrived=made(batch * heads, dtype=torch.int32),
         )  # fmt: skip
 
     @property

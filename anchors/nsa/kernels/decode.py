@@ -1,17 +1,16 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-"""One token of Native Sparse Attention against a cache, in three to five launches.
+"""One token of Native Sparse Attention against a cache, in four launches.
 
     o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)                                                         (Eq. 5)
 
 1. Append; attend to the compressed tokens, piece by piece, and write down the scores.
-2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11): two launches in long
-   contexts. That leaves the memory idle, so the pieces of the window, which do not depend on the choice, can be read beside
-   it.
-3. Attend to pieces of the chosen blocks, and of the window.
+2. Importance of the blocks from the scores (Eqs. 8 to 10), and the choice of n of them (Eq. 11), by whichever program of a row
+   is the last to arrive, by an atomic count: it finds the same numbers in memory whoever it is. That leaves the memory idle,
+   so the pieces of the window, which do not depend on the choice, are read beside it.
+3. Attend to pieces of the chosen blocks.
 4. Join the pieces, and apply the gates.
 
-Where the cache's `Tuning` says so, whichever program of a row is the last to arrive, by an atomic count, goes on with the
-choice, or with joining, in place of a launch: it finds the same numbers in memory whoever it is. The literal twin is a row
+The literal twin is a row
 of `anchors.nsa.reference`. Two runs agree bit for bit.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
@@ -94,9 +93,6 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     pieces_cmp, pieces_slc, pieces_win = cache.splits
     splits, dim_v, sums = sum(cache.splits), cache.v_slc.shape[-1], triton.cdiv(compressed, tuning.tile_sum)
     rows, before, line = batch * groups, pieces_cmp + pieces_slc, cache.scores.stride(1)
-    beside = tuning.choosing and tuning.beside
-    early = tuning.overlapped and programmatic(q.device)
-    following = {"PDL": early, **({"launch_pdl": True} if early else {})}
     group = {"G": heads // groups, "PADDED": max(16, triton.next_power_of_2(heads // groups))}
     shape = {
         **group, "DIM": dim, "DIM_V": dim_v,
@@ -110,9 +106,6 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         "BLOCKS": triton.next_power_of_2(geometry.blocks(tokens)), "CHOSEN": triton.next_power_of_2(geometry.n),
         "BITS": tuning.bits,
     }  # fmt: skip
-    joined = {
-        "SELECTED": pieces_cmp, "WINDOW": before, "SPLITS": splits, "PIECES": triton.next_power_of_2(splits)
-    }  # fmt: skip
     (nk_cmp, nk_slc, nk_win), (nv_cmp, nv_slc, nv_win) = k_new, v_new
     partial = cache.top, cache.mass, cache.part
     kernels.compress[pieces_cmp, rows](
@@ -121,51 +114,24 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         cache.length, cache.position, cache.scores, *partial,
         _strides(q_cmp), _strides(*k_new), _strides(*v_new), scale, groups, tokens, window, compressed, line, splits,
         **blocks, **shape, GIVEN=phi is not None, ROWS=triton.next_power_of_2(geometry.l),
-        TILE=tuning.tile_cmp, EVICT="evict_first" if tuning.passing else "", PDL=early,
-        num_warps=tuning.warps_cmp, num_stages=tuning.stages_cmp,
+        TILE=tuning.tile_cmp, num_warps=tuning.warps_cmp, num_stages=tuning.stages_cmp,
     )  # fmt: skip
-    if tuning.choosing:
-        kernels.choose[rows, sums + (pieces_win if beside else 0)](
-            q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
-            cache.arrived[0], _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
-            **blocks, **choice, **summed, **shape, **following, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk,
-            TILE=tuning.tile, BESIDE=beside, num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
-            maxnreg=tuning.registers,
-        )  # fmt: skip
-    else:
-        if not tuning.fused:
-            kernels.add_up[sums, rows](
-                cache.scores, cache.shares, cache.top, cache.mass, cache.position, groups, splits, compressed, line,
-                **blocks, **summed, **group, **following, TILE=tuning.tile_sum, num_warps=tuning.warps,
-            )  # fmt: skip
-        kernels.select[rows,](
-            cache.scores, cache.shares, cache.top, cache.mass, cache.idx, cache.position, cache.length,
-            groups, splits, compressed, line, tokens, **blocks, **choice, **summed, **group, **following,
-            TILE=tuning.tile_sum, FUSED=tuning.fused, num_warps=tuning.warps_select,
-        )  # fmt: skip
-    strides = gates.stride(0), gates.stride(2), gates.stride(3)
-    kernels.read[pieces_slc + (0 if beside else pieces_win), rows](
-        q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, cache.idx, cache.position, *partial,
-        gates, out, cache.arrived[1], _strides(q), strides, scale, groups, tokens, window,
-        **shape, **joined, **following, LP=geometry.lp, N=geometry.n, HEADS=triton.next_power_of_2(heads // groups),
-        CHUNK=tuning.chunk, TILE=tuning.tile, MERGING=tuning.merging,
+    kernels.choose[rows, sums + pieces_win](
+        q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
+        cache.arrived, _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
+        **blocks, **choice, **summed, **shape, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk, TILE=tuning.tile,
+        num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
+    )  # fmt: skip
+    kernels.read[pieces_slc, rows](
+        q, cache.k_slc, cache.v_slc, cache.idx, cache.position, *partial, _strides(q), scale, groups, tokens, splits,
+        pieces_cmp, **shape, LP=geometry.lp, N=geometry.n, CHUNK=tuning.chunk, TILE=tuning.tile,
         num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
-    if not tuning.merging:
-        kernels.merge[heads, batch](
-            gates, *partial, cache.position, out, strides, tokens,
-            **joined, **following, DIM_V=dim_v, WIDTH_V=shape["WIDTH_V"], TILE=tuning.tile_merge,
-            num_warps=tuning.warps_merge,
-        )  # fmt: skip
-
-
-def programmatic(device: torch.device) -> bool:
-    """Whether a launch can begin before the one that it waits for has ended: on Hopper and later."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    )
+    kernels.merge[heads, batch](
+        gates, *partial, cache.position, out, (gates.stride(0), gates.stride(2), gates.stride(3)), tokens,
+        SELECTED=pieces_cmp, WINDOW=before, SPLITS=splits, PIECES=triton.next_power_of_2(splits),
+        DIM_V=dim_v, WIDTH_V=shape["WIDTH_V"], TILE=tuning.tile_merge, num_warps=tuning.warps_merge,
+    )  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

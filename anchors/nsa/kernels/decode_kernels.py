@@ -34,11 +34,10 @@ def _queries(
 
 @triton.jit
 @no_type_check
-def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr):
+def _rows(pointer, rows, seen, DIM: tl.constexpr, WIDTH: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     inside = seen[:, None] & (columns < DIM)[None, :]
-    place = pointer + rows[:, None] * DIM + columns[None, :]
-    return tl.load(place, mask=inside, other=0.0, eviction_policy=EVICT)
+    return tl.load(pointer + rows[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -105,7 +104,7 @@ def _fresh(
     else:
         value = tl.load(new + columns, mask=columns < DIM, other=0.0).to(tl.float32)
         # The row of the current token still holds the one that left, and another program may be replacing it.
-        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH, "").to(tl.float32)
+        older = _rows(ring, rows, (rows < L) & (rows != slot), DIM, WIDTH).to(tl.float32)
         value = (value + tl.sum(older, 0)) / L
     tl.store(cache + place * DIM + columns, value.to(cache.dtype.element_ty), mask=columns < DIM)
 
@@ -120,8 +119,7 @@ def compress(
     GIVEN: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
-    EVICT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    ):  # fmt: skip
     """Appends the token, completes the compressed token that ends with it, attends to a piece of the compressed ones.
 
     The strides of `k_strides` and `v_strides` are (example, group) of the new rows of cmp, slc and win in turn. A token
@@ -129,8 +127,6 @@ def compress(
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     example, group = row // groups, row % groups
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
     t = tl.load(length + example)
     fits = t < tokens
@@ -174,8 +170,8 @@ def compress(
     for start in range(split * chunk, stop, TILE):
         tile = start + tl.arange(0, TILE)
         seen = tile < stop
-        k_tile = _rows(kc, tile, seen, DIM, WIDTH, EVICT)
-        v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V, EVICT)
+        k_tile = _rows(kc, tile, seen, DIM, WIDTH)
+        v_tile = _rows(vc, tile, seen, DIM_V, WIDTH_V)
         s, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
         # Whole lines at once: what is stored beyond the last compressed token is never used.
         there = (heads < G)[:, None] & (tile < line)[None, :]
@@ -205,39 +201,6 @@ def _scores(scores, row, tile, line, G: tl.constexpr, PADDED: tl.constexpr):
     heads = tl.arange(0, PADDED)
     inside = (heads < G)[:, None] & (tile < line)[None, :]
     return tl.load(scores + (row * G + heads)[:, None] * line + tile[None, :], mask=inside, other=-1e30)
-
-
-@triton.jit
-@no_type_check
-def _group_sums(
-    scores, shares, top, mass, row, start, stop, splits, compressed, line,
-    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Σ_h exp(s_h − lse_h) for the compressed tokens from `start` to `stop`."""
-    lse = _lse(top, mass, row, splits, SPLITS, PIECES, G, PADDED)
-    for first in range(start, stop, TILE):
-        tile = first + tl.arange(0, TILE)
-        share = tl.sum(tl.exp2(_scores(scores, row, tile, line, G, PADDED) * LOG2E - lse[:, None]), 0)
-        tl.store(shares + row * compressed + tile, share, mask=tile < stop)
-
-
-@triton.jit
-@no_type_check
-def add_up(
-    scores, shares, top, mass, position, groups, splits, compressed, line,
-    L: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The patterns' sums over the heads, for contexts that are too long for the selecting program."""
-    start, row = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    complete = tl.minimum(_complete(tl.load(position + row // groups), L, STRIDE), compressed)
-    stop = tl.minimum(start + TILE, complete)
-    _group_sums(
-        scores, shares, top, mass, row, start, stop, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
-    )  # fmt: skip
 
 
 @triton.jit
@@ -287,35 +250,6 @@ def _choice(
 
 @triton.jit
 @no_type_check
-def select(
-    scores, shares, top, mass, idx, position, length, groups, splits, compressed, line, tokens,
-    L: tl.constexpr, STRIDE: tl.constexpr, LP: tl.constexpr, N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    G: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, FUSED: tl.constexpr, BITS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Importance of the blocks (Eqs. 8 to 10) and the choice of n of them (Eq. 11); advances the length."""
-    row = tl.program_id(0).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    t = tl.load(position + row // groups)
-    # Only the first launch reads the length, so that any later one may advance it.
-    if row % groups == 0:
-        tl.store(length + row // groups, t + 1)
-    complete = tl.minimum(_complete(t, L, STRIDE), compressed)
-    if FUSED:
-        _group_sums(
-            scores, shares, top, mass, row, 0, complete, splits, compressed, line, SPLITS, PIECES, G, PADDED, TILE
-        )  # fmt: skip
-        tl.debug_barrier()
-    _choice(
-        shares, idx, row, t, complete, compressed, tokens, L, STRIDE, LP, N, INIT, LOCAL, BLOCKS, CHOSEN, BITS
-    )
-
-
-@triton.jit
-@no_type_check
 def _last(arrived, count):
     """Whether this program is the last of `count` to arrive here; it then sees what the others wrote."""
     tl.debug_barrier()
@@ -334,7 +268,6 @@ def choose(
     BLOCKS: tl.constexpr, CHOSEN: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr, TILE_SUM: tl.constexpr,
     G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, BITS: tl.constexpr,
-    BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The choice of the blocks by the last of the programs that sum the patterns of a row; advances the length.
 
@@ -342,9 +275,6 @@ def choose(
     """
     # By rows first: sums of every row start before the first piece of a window.
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     t = tl.load(position + row // groups)
     if piece < sums:
         complete = tl.minimum(_complete(t, L, STRIDE), compressed)
@@ -363,12 +293,11 @@ def choose(
                 shares, idx, row, t, complete, compressed, tokens,
                 L, STRIDE, LP, N, INIT, LOCAL, BLOCKS, CHOSEN, BITS,
             )  # fmt: skip
-    elif BESIDE:
+    else:
         q_tile = _queries(q, q_strides, row // groups, row % groups, G, PADDED, DIM, WIDTH)
         m, z, o = _piece(
             q_tile, k_win + row * window * DIM, v_win + row * window * DIM_V, idx, (piece - sums) * CHUNK,
-            tl.minimum(window, t + 1), tl.minimum(t, tokens - 1), True, scale,
-            LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
+            tl.minimum(window, t + 1), tl.minimum(t, tokens - 1), scale, True, LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
         )  # fmt: skip
         _keep(top, mass, part, row * G, before + piece - sums, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
 
@@ -376,8 +305,8 @@ def choose(
 @triton.jit
 @no_type_check
 def _piece(
-    q_tile, k, v, idx, start, held, t, recent, scale,
-    LP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    q_tile, k, v, idx, start, held, t, scale,
+    RECENT: tl.constexpr, LP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over the slots from `start` on of the `held` ones: of the blocks of `idx`, or of the window."""
@@ -388,109 +317,39 @@ def _piece(
     for first in range(start, stop, TILE):
         slots = first + tl.arange(0, TILE)
         inside = slots < stop
-        if LP % TILE == 0 and CHUNK % TILE == 0:
+        if RECENT:
+            # The order of keys is of no consequence, so the window's ring is read as it lies.
+            tile = slots
+        elif LP % TILE == 0 and CHUNK % TILE == 0:
             # One block a tile: a number, for keys behind a tensor of addresses are not fetched tiles ahead.
-            block = tl.load(idx + first // LP, mask=first < tl.where(recent, 0, stop), other=0)
+            tile = tl.load(idx + first // LP) * LP + slots % LP
         else:
-            block = tl.load(idx + slots // LP, mask=slots < tl.where(recent, 0, stop), other=0)
-        # The order of keys is of no consequence, so the window's ring is read as it lies.
-        tile = tl.where(recent, slots, block * LP + slots % LP)
+            tile = tl.load(idx + slots // LP, mask=inside, other=0) * LP + slots % LP
         seen = inside & (tile <= t)
-        k_tile = _rows(k, tile, seen, DIM, WIDTH, "")
-        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V, "")
+        k_tile = _rows(k, tile, seen, DIM, WIDTH)
+        v_tile = _rows(v, tile, seen, DIM_V, WIDTH_V)
         _, m, z, o = _online(q_tile, k_tile, v_tile, seen, scale, m, z, o, PRECISION)
     return m, z, o
 
 
 @triton.jit
 @no_type_check
-def _joined(
-    o, gates, top, mass, part, lines, real, FIRST: tl.constexpr, STOP: tl.constexpr, SPLITS: tl.constexpr,
-    PIECES: tl.constexpr, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
-):  # fmt: skip
-    """o, and to it the output of a branch, whose pieces go from `FIRST` to `STOP`, times its gates."""
-    pieces, columns = FIRST + tl.arange(0, PIECES), tl.arange(0, WIDTH_V)
-    inside = real[:, None] & (pieces < STOP)[None, :]
-    m = tl.load(top + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=-1e30)
-    z = tl.load(mass + lines[:, None] * SPLITS + pieces[None, :], mask=inside, other=0.0)
-    peak = tl.max(m, 1)
-    total = tl.sum(tl.where(m <= -1e29, 0.0, z * tl.exp2(m - peak[:, None])), 1)
-    gate = tl.load(gates, mask=real, other=0.0).to(tl.float32)
-    factor = tl.where(total == 0, 0.0, gate / tl.where(total == 0, 1.0, total))
-    for piece in tl.static_range(FIRST, STOP):
-        place = lines * SPLITS + piece
-        m = tl.load(top + place, mask=real, other=-1e30)
-        weight = tl.where(m <= -1e29, 0.0, factor * tl.exp2(m - peak))
-        inside = real[:, None] & (columns < DIM_V)[None, :]
-        value = tl.load(part + place[:, None] * DIM_V + columns[None, :], mask=inside, other=0.0)
-        # Behind a piece that saw nothing lies what an earlier step left there.
-        o += weight[:, None] * tl.where((m > -1e29)[:, None], value, 0.0)
-    return o
-
-
-@triton.jit
-@no_type_check
-def _join(
-    gates, top, mass, part, out, gate_strides, line, fits, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, PIECES: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
-):  # fmt: skip
-    """`merge`, of the heads of a group at once: `line` is the first of them."""
-    heads, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH_V)
-    lines, real = line + heads, heads < G
-    gates += heads * gate_strides[1]
-    o = tl.full([HEADS, WIDTH_V], 0.0, tl.float32)
-    o = _joined(o, gates, top, mass, part, lines, real, 0, SELECTED, SPLITS, PIECES, DIM_V, WIDTH_V)
-    gates += gate_strides[2]
-    o = _joined(o, gates, top, mass, part, lines, real, SELECTED, WINDOW, SPLITS, PIECES, DIM_V, WIDTH_V)
-    gates += gate_strides[2]
-    o = _joined(o, gates, top, mass, part, lines, real, WINDOW, SPLITS, SPLITS, PIECES, DIM_V, WIDTH_V)
-    # A token that found no room has no output; a wrong one would go unnoticed.
-    o = tl.where(fits, o, float("nan")).to(out.dtype.element_ty)
-    inside = real[:, None] & (columns < DIM_V)[None, :]
-    tl.store(out + lines[:, None] * DIM_V + columns[None, :], o, mask=inside)
-
-
-@triton.jit
-@no_type_check
 def read(
-    q, k_slc, v_slc, k_win, v_win, idx, position, top, mass, part, gates, out, arrived,
-    q_strides, gate_strides, scale, groups, tokens, window,
-    LP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, MERGING: tl.constexpr, PDL: tl.constexpr,
+    q, k_slc, v_slc, idx, position, top, mass, part, q_strides, scale, groups, tokens, splits, before,
+    LP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attends to a piece of the chosen blocks, or of the window; the last program of a row may join them all."""
-    split, row = SELECTED + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Attends to a piece of the chosen blocks; `before` is the first."""
+    piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     example, group = row // groups, row % groups
     q_tile = _queries(q, q_strides, example, group, G, PADDED, DIM, WIDTH)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    position = tl.load(position + example)
-    t = tl.minimum(position, tokens - 1)
-    recent = split >= WINDOW
-    if recent:
-        start = (split - WINDOW) * CHUNK
-        held = tl.minimum(window, t + 1)
-        k, v = k_win + row * window * DIM, v_win + row * window * DIM_V
-    else:
-        start = (split - SELECTED) * CHUNK
-        held = tl.minimum(t // LP + 1, N) * LP
-        k, v = k_slc + row * tokens * DIM, v_slc + row * tokens * DIM_V
+    t = tl.minimum(tl.load(position + example), tokens - 1)
     m, z, o = _piece(
-        q_tile, k, v, idx + row * N, start, held, t, recent, scale,
-        LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
+        q_tile, k_slc + row * tokens * DIM, v_slc + row * tokens * DIM_V, idx + row * N, piece * CHUNK,
+        tl.minimum(t // LP + 1, N) * LP, t, scale, False, LP, PADDED, DIM, DIM_V, WIDTH, WIDTH_V, CHUNK, TILE, PRECISION,
     )  # fmt: skip
-    _keep(top, mass, part, row * G, split, SPLITS, m, z, o, G, PADDED, DIM_V, WIDTH_V)
-    if MERGING:  # noqa: SIM102 - a constant, which keeps the rest out of the program
-        if _last(arrived + row, tl.num_programs(0)):
-            gates += example * gate_strides[0] + group * G * gate_strides[1]
-            _join(
-                gates, top, mass, part, out, gate_strides, row * G, position < tokens,
-                SELECTED, WINDOW, SPLITS, PIECES, G, HEADS, DIM_V, WIDTH_V,
-            )  # fmt: skip
+    _keep(top, mass, part, row * G, before + piece, splits, m, z, o, G, PADDED, DIM_V, WIDTH_V)
 
 
 @triton.jit
@@ -498,15 +357,13 @@ def read(
 def merge(
     gates, top, mass, part, position, out, gate_strides, tokens,
     SELECTED: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of each branch and the branches, weighted by the gates (Eq. 5).
 
     O = Σ_i exp(m_i − m) O_i / Σ_i exp(m_i − m) z_i; `SELECTED` and `WINDOW` are the first pieces of those branches.
     """
     head, example = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     line = example * tl.num_programs(0) + head
     gates += example * gate_strides[0] + head * gate_strides[1]
     top += line * SPLITS
