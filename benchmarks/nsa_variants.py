@@ -89,8 +89,6 @@ WHOLE = {"old": OLD, "new": {}}
 VARIANTS |= {f"all.{direction}": WHOLE for direction in ("forward", "backward")}
 VARIANTS["all.forward"] = WHOLE | {
     "a row a program": {"topn": {"scores": 1}}, "selected 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3)},
-    "both": {"forward.selected": {"both": 1}}, "both, 32 near": {"forward.selected": {"both": 1, "near": 32}},
-    "both 64x32 4w 3s": {"forward.selected": sizes(64, 32, 4, 3, both=1)},
 }  # fmt: skip
 
 
@@ -170,7 +168,14 @@ BEFORE = {
     "chunk_cmp": 256, "tile_sum": 512, "bits": 2, "warps_select": 16, "stages": 2, "stages_cmp": 2, "fused": True,
     "choosing": False, "merging": False, "beside": False, "passing": False, "overlapped": False, "pick": False,
 }  # fmt: skip
-JOINED = {"choosing": True, "merging": True, "beside": True, "overlapped": False, "warps_select": 4, "pick": True}
+JOINED = {
+    "choosing": True,
+    "merging": True,
+    "beside": True,
+    "overlapped": False,
+    "warps_select": 4,
+    "pick": True,
+}
 DECODED = {
     "today": {},
     "before": BEFORE,
@@ -196,7 +201,13 @@ DECODED = {
     "chunk 128 of the others": {"chunk": 128},
     "704, 3s, any registers": {"registers": None, "chunk_cmp": 704, "stages_cmp": 3},
     "704, 3s, 8 warps, 1024": {"tile_sum": 1024, "warps_select": 8, "chunk_cmp": 704, "stages_cmp": 3},
-    "704, 3s, 8 warps, 1024, overlapped": {"tile_sum": 1024, "warps_select": 8, "chunk_cmp": 704, "stages_cmp": 3, "overlapped": True},
+    "704, 3s, 8 warps, 1024, overlapped": {
+        "tile_sum": 1024,
+        "warps_select": 8,
+        "chunk_cmp": 704,
+        "stages_cmp": 3,
+        "overlapped": True,
+    },
 }
 """Settings of one decode step over `JOINED`, and that over those that its sizes give; 16 texts of 65,536 tokens."""
 BATCH, HELD, ROOM = 16, 65536, 128
@@ -246,7 +257,11 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
             "stage": "decode, nothing to write back", "variant": name, "tokens": HELD,
             "ms": middle, "iqr": high - low, "spread": spread,
         }  # fmt: skip
-    for name in (name for name in ("today", "joined", "not picked", "not beside", "704, 3s, 8 warps, 1024") if name in calls):
+    for name in (
+        name
+        for name in ("today", "joined", "not picked", "not beside", "704, 3s, 8 warps, 1024")
+        if name in calls
+    ):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
                 calls[name]()

@@ -189,54 +189,6 @@ def test_boxes_against_the_equations(shape, rows, keys, shift):
 
 @needs_triton
 @needs_interpreter
-@pytest.mark.parametrize(("shape", "boxes"), [(BOXES[0], 1), (BOXES[1], 1), (BOXES[1], 0)])
-def test_window_in_the_kernel_of_the_selected_branch_interpreted(shape, boxes, monkeypatch):
-    """Bit for bit what two kernels return, with gradients and without; and it is that kernel that returns it."""
-    from anchors.nsa.kernels import sparse_attention as forward
-    from anchors.nsa.kernels.sparse_attention import attend_both, sparse_attention
-
-    calls = []
-    monkeypatch.setattr(forward, "attend_both", lambda *a, **k: calls.append(1) or attend_both(*a, **k))
-    inputs, idx = draw(shape, torch.float32, "cpu")
-    apart = tuning(rows=16, keys=16, split=32, boxes=boxes)
-    both = apart | {"forward.selected": apart["forward.selected"] | {"both": 1, "near": 16}}
-    slope = torch.randn(1, generator=torch.Generator().manual_seed(1)).expand(
-        *cast(torch.Tensor, inputs[0]).shape[:3], shape.dim_v
-    )
-    found = [differentiate(shape, inputs, idx, slope, sizes) for sizes in (apart, both)]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    common = {"geometry": shape.geometry, "scale": shape.dim**-0.5, "past": shape.past}
-    once = len(calls)
-    assert once
-    assert torch.equal(sparse_attention(*inputs, idx, **common, tuning=both), found[0]["o"])
-    assert len(calls) > once
-
-
-@needs_triton
-@needs_interpreter
-def test_window_that_fits_no_boxes_in_that_kernel_interpreted(monkeypatch):
-    """The kernel walks the lists that were made for the selected branch's tile, in the rows of that tile."""
-    from anchors.nsa.kernels import tiles
-    from anchors.nsa.kernels.sparse_attention import sparse_attention
-
-    shape, key = BOXES[0], ("forward.selected", "float32", tiles.NARROW)
-    for table, rows in (tiles.TUNING, 32), (tiles.BOXED, 16):
-        monkeypatch.setitem(
-            table, key, {"rows": rows, "keys": 16, "peel": 1, "num_warps": 4, "num_stages": 1}
-        )
-    inputs, idx = draw(shape, torch.float32, "cpu")
-    values = cast(torch.Tensor, inputs[7])
-    inputs[7] = torch.cat([values.new_zeros(1), values.flatten()])[1:].view(values.shape)
-    wide = leaves(inputs, torch.float64)
-    o = reference.combine(*(x for x, _ in exact(shape, *wide, idx)), wide[-1]).detach()
-    common = {"geometry": shape.geometry, "scale": shape.dim**-0.5}
-    for both in (0, 1):
-        found = sparse_attention(*inputs, idx, **common, tuning={"forward.selected": {"both": both}})
-        assert distance(found, o) <= ALLOWED[torch.float32]
-
-
-@needs_triton
-@needs_interpreter
 def test_padding_of_rows_interpreted():
     """Behind the last position, as far as any tile can reach, a row has no pattern."""
     from anchors.nsa.kernels import ranges
@@ -370,9 +322,7 @@ def test_on_cuda(shape, dtype, monkeypatch):
 
 @needs_triton
 @needs_cuda
-@pytest.mark.parametrize(
-    "sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}, {"both": 1}], ids=str
-)
+@pytest.mark.parametrize("sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}], ids=str)
 def test_settings_on_cuda(sizes):
     agree(LARGE[0], torch.bfloat16, "cuda", tuning(**sizes))
 

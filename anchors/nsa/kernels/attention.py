@@ -127,49 +127,6 @@ def _step(
 
 @triton.jit
 @no_type_check
-def _walked(
-    q_tile, q_tail, k, v, spans, blocks, members, count, k_stride, v_stride, example, group, tile, inner, query,
-    length, keys, past, factor, size, stride, reach,
-    BRANCH: tl.constexpr, LOW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
-    TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Output and log Σ exp of a query tile's rows."""
-    if spans is not None:
-        spans += example * (length + past) * 2
-    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
-    bounds = tile_bounds(
-        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
-        blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
-    )  # fmt: skip
-    top = tl.full([TILE * GROUP], -NEVER, tl.float32)
-    mass = tl.zeros([TILE * GROUP], tl.float32)
-    total = tl.zeros([TILE * GROUP, WIDTH_V], tl.float32)
-    for part in tl.static_range(3):
-        if part > 0 or LOW:
-            for index in range(bounds[part], bounds[part + 1]):
-                start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
-                top, mass, total = _step(
-                    q_tile, q_tail, k, v, k_stride, v_stride, example, group, start, keys, member, low, high,
-                    factor, top, mass, total, BRANCH, LOW, KEYS, part != 1, BOXES, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
-                )  # fmt: skip
-    some = mass > 0
-    mass = tl.where(some, mass, 1.0)
-    return total / mass[:, None], tl.where(some, (top + tl.log2(mass)) * LN2, float("-inf"))
-
-
-@triton.jit
-@no_type_check
-def _combined(z, total, o_cmp, o_slc, gates, line, inside, DIM_V: tl.constexpr, WIDTH_V: tl.constexpr):
-    """Σ_c g^c o^c, of outputs in their own dtype."""
-    total = total.to(z.dtype.element_ty).to(tl.float32) * tl.load(gates + line * 3 + 2)[:, None]
-    total += load_rows(o_cmp, line * DIM_V, DIM_V, WIDTH_V, "ieee") * tl.load(gates + line * 3)[:, None]
-    total += o_slc * tl.load(gates + line * 3 + 1)[:, None]
-    save_rows(z, line * DIM_V, inside, total, DIM_V, WIDTH_V)
-
-
-@triton.jit
-@no_type_check
 def _attend(
     q, k, v, o, lse, spans, blocks, members, counts, o_cmp, o_slc, gates, z, q_strides, k_strides, v_strides,
     length, keys, past, factor, heads, groups, size, stride, reach, entries,
@@ -196,64 +153,39 @@ def _attend(
     places = query.to(tl.int64) * q_strides[1] + head * q_strides[2]
     q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
     q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
-    total, mass = _walked(
-        q_tile, q_tail, k, v, spans, blocks, members, count, k_strides[1], v_strides[1], example, group, tile, inner, query,
-        length, keys, past, factor, size, stride, reach, BRANCH, LOW, TILE, GROUP, KEYS, PARTS, ENTRIES, PEEL, BOXES,
-        DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
+    if spans is not None:
+        spans += example * (length + past) * 2
+    low, high = spanned(query + past, spans, keys, size, stride, reach, BRANCH)
+    bounds = tile_bounds(
+        tile * TILE + past, tl.minimum(tile * TILE + TILE, length) - 1 + past, spans, keys, size, stride, reach,
+        blocks, count, BRANCH, KEYS, PARTS, ENTRIES, PEEL,
     )  # fmt: skip
+    top = tl.full([TILE * GROUP], -NEVER, tl.float32)
+    mass = tl.zeros([TILE * GROUP], tl.float32)
+    total = tl.zeros([TILE * GROUP, WIDTH_V], tl.float32)
+    for part in tl.static_range(3):
+        if part > 0 or LOW:
+            for index in range(bounds[part], bounds[part + 1]):
+                start, member = key_tile(index, inner, spans, blocks, members, BRANCH, KEYS, PARTS)
+                top, mass, total = _step(
+                    q_tile, q_tail, k, v, k_strides[1], v_strides[1], example, group, start, keys, member, low, high,
+                    factor, top, mass, total, BRANCH, LOW, KEYS, part != 1, BOXES, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
+                )  # fmt: skip
+    some = mass > 0
+    mass = tl.where(some, mass, 1.0)
     line = (example * length + query) * (heads * groups) + head
+    total = total / mass[:, None]
     if KEEP:
         save_rows(o, line * DIM_V, inside, total, DIM_V, WIDTH_V)
-        tl.store(lse + line, mass, mask=inside)
+        tl.store(lse + line, tl.where(some, (top + tl.log2(mass)) * LN2, float("-inf")), mask=inside)
     if z is not None:
         # Rounded as the others are, so that the sum is that of the outputs that are kept.
-        _combined(
-            z, total, o_cmp, load_rows(o_slc, line * DIM_V, DIM_V, WIDTH_V, "ieee"), gates, line, inside, DIM_V, WIDTH_V
-        )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def _attend_both(
-    q, ks, vs, kw, vw, o_slc, lse_slc, o_win, lse_win, spans_slc, spans_win, blocks, members, counts, o_cmp, gates, z,
-    q_strides, ks_strides, vs_strides, kw_strides, vw_strides, length, keys, past, factor, heads, groups, reach, entries,
-    TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, KEYS_WIN: tl.constexpr, PARTS: tl.constexpr,
-    ENTRIES: tl.constexpr, PEEL: tl.constexpr, KEEP: tl.constexpr, BOXES: tl.constexpr, DIM: tl.constexpr,
-    DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The selected branch, the window and the sum of all three: the output of one is never read back."""
-    tile, group = tl.program_id(0), tl.program_id(1) % heads
-    example = (tl.program_id(1) // heads).to(tl.int64)
-    inner, query, head, inside = query_rows(tile, length, groups, group, TILE, GROUP)
-    q += example * q_strides[0]
-    if not BOXES:
-        ks += example * ks_strides[0] + group * ks_strides[2]
-        vs += example * vs_strides[0] + group * vs_strides[2]
-        kw += example * kw_strides[0] + group * kw_strides[2]
-        vw += example * vw_strides[0] + group * vw_strides[2]
-    listed = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
-    places = query.to(tl.int64) * q_strides[1] + head * q_strides[2]
-    q_tile = load_rows(q, places, min(DIM, WIDTH), WIDTH, PRECISION)
-    q_tail = load_tail(q, places, q_tile, DIM, WIDTH, TAIL, PRECISION)
-    line = (example * length + query) * (heads * groups) + head
-    total, mass = _walked(
-        q_tile, q_tail, ks, vs, spans_slc, blocks + listed * entries, members + listed * entries, tl.load(counts + listed),
-        ks_strides[1], vs_strides[1], example, group, tile, inner, query, length, keys, past, factor, 1, 1, reach,
-        "selected", False, TILE, GROUP, KEYS, PARTS, ENTRIES, PEEL, BOXES, DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
-    )  # fmt: skip
-    kept = total.to(z.dtype.element_ty)
-    if KEEP:
-        save_rows(o_slc, line * DIM_V, inside, total, DIM_V, WIDTH_V)
-        tl.store(lse_slc + line, mass, mask=inside)
-    total, mass = _walked(
-        q_tile, q_tail, kw, vw, spans_win, None, None, 0, kw_strides[1], vw_strides[1], example, group, tile, inner, query,
-        length, keys, past, factor, 1, 1, reach, "window", True, TILE, GROUP, KEYS_WIN, 1, 1, PEEL, BOXES,
-        DIM, DIM_V, WIDTH, TAIL, WIDTH_V, PRECISION,
-    )  # fmt: skip
-    if KEEP:
-        save_rows(o_win, line * DIM_V, inside, total, DIM_V, WIDTH_V)
-        tl.store(lse_win + line, mass, mask=inside)
-    _combined(z, total, o_cmp, kept.to(tl.float32), gates, line, inside, DIM_V, WIDTH_V)
+        total = total.to(z.dtype.element_ty).to(tl.float32) * tl.load(gates + line * 3 + 2)[:, None]
+        total += load_rows(o_cmp, line * DIM_V, DIM_V, WIDTH_V, "ieee") * tl.load(gates + line * 3)[:, None]
+        total += (
+            load_rows(o_slc, line * DIM_V, DIM_V, WIDTH_V, "ieee") * tl.load(gates + line * 3 + 1)[:, None]
+        )
+        save_rows(z, line * DIM_V, inside, total, DIM_V, WIDTH_V)
 
 
 def walked(branch: Branch, idx: Tensor | None, tile: int, union: Any = None) -> tuple[Any, ...]:
@@ -320,66 +252,11 @@ def attend_last(
     return z, o, lse
 
 
-def attend_both(
-    branches: tuple[Branch, Branch],
-    q: Float[Tensor, "batch query heads dim"],
-    selected: tuple[Tensor, Tensor],
-    window: tuple[Tensor, Tensor],
-    o_cmp: Float[Tensor, "batch query heads dim_v"],
-    g: Float[Tensor, "batch query heads 3"],
-    union: Any,
-    *,
-    scale: float,
-    past: int = 0,
-    keep: bool = True,
-    spans: tuple[Spans | None, Spans | None] = (None, None),
-    tuning: Tuning = None,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """`attend` of the selected branch and `attend_last` of the window in one kernel: z, and both (o, lse) if they are to be kept.
-
-    Args:
-        branches: the selected branch and the window; their keys and values are `selected` and `window`.
-        o_cmp: the output of the compressed branch, contiguous.
-        union: `lists.union(idx, tile_of(...))` of the selected branch.
-    """
-    slc, win = branches
-    (ks, vs), (kw, vw) = (tuple(map(dense, pair)) for pair in (selected, window))
-    groups = demand(q, ks, vs, scale)
-    q = dense(q)
-    batch, length, heads, _ = q.shape
-    shape = widths(q.shape[-1], vs.shape[-1])
-    # Those that `tile_of` made the union of, whatever the window's tensors look like.
-    settings = settings_of("forward.selected", q, ks, vs, tuning)
-    tile, group = slc.tile(groups, settings["rows"])
-    columns, near = slc.keys(settings["keys"]), settings.get("near", settings["keys"])
-    boxes = bool(settings.get("boxes")) and ranges.fits(shape, ks, vs, kw, vw)
-    z = q.new_empty(batch, length, heads, vs.shape[-1])
-    kept = [
-        (torch.empty_like(z), q.new_empty(q.shape[:3], dtype=torch.float32)) if keep else (None, None)
-        for _ in branches
-    ]
-    (listed, entries, padded) = walked(slc, None, tile, union)
-    with torch.cuda.device_of(q):
-        _attend_both[cdiv(length, tile), batch * ks.shape[2]](
-            q, *key_sources(ks, vs, columns, boxes), *key_sources(kw, vw, near, boxes), *kept[0], *kept[1],
-            *(seen_spans(x, past + length) for x in spans), *listed, o_cmp, g.contiguous(), z, *map(strides, (q, ks, vs, kw, vw)),
-            length, ks.shape[1], past, scale * LOG2E.value, ks.shape[2], groups, win.w, entries,
-            TILE=tile, GROUP=group, KEYS=columns, KEYS_WIN=near, PARTS=max(1, slc.lp // columns), ENTRIES=padded,
-            PEEL=bool(settings["peel"]), KEEP=keep, BOXES=boxes, **shape, PRECISION=precision_of(q.dtype),
-            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
-        )  # fmt: skip
-    return z, kept[0], kept[1]
-
-
-def settings_of(kernel: str, q: Tensor, k: Tensor, v: Tensor, tuning: Tuning) -> dict[str, int]:
-    """The sizes of a kernel that walks tiles of keys."""
-    fits = ranges.fits(widths(k.shape[-1], v.shape[-1]), dense(k), dense(v))
-    return tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
-
-
 def tile_of(branch: Branch, kernel: str, q: Tensor, k: Tensor, v: Tensor, tuning: Tuning) -> int:
     """Positions of a query tile of a kernel."""
-    return branch.tile(q.shape[2] // k.shape[2], settings_of(kernel, q, k, v, tuning)["rows"])[0]
+    fits = ranges.fits(widths(k.shape[-1], v.shape[-1]), dense(k), dense(v))
+    settings = tuned(kernel, q, widest(q.shape[-1], v.shape[-1]), tuning, boxed=fits)
+    return branch.tile(q.shape[2] // k.shape[2], settings["rows"])[0]
 
 
 def seen_spans(spans: Spans | None, tokens: int) -> Tensor | None:

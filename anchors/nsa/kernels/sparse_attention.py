@@ -29,11 +29,9 @@ from anchors.nsa.kernels.attention import (
     Branch,
     Tuning,
     attend,
-    attend_both,
     attend_last,
     key_sources,
     seen_spans,
-    settings_of,
     tile_of,
     walked,
 )
@@ -257,16 +255,11 @@ class _SparseAttention(torch.autograd.Function):
             for kernel in ("forward.selected", "query.selected")
         ]
         union = lists.union(idx, sizes[0])
+        o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, union=union, spans=spans[1], **common)
         keep = any(ctx.needs_input_grad)
-        if settings_of("forward.selected", q, ks, vs, tuning).get("both"):
-            z, (o_slc, lse_slc), (o_win, lse_win) = attend_both(
-                branches[1:], q, (ks, vs), (kw, vw), o_cmp, g, union, keep=keep, spans=spans[1:], **common
-            )
-        else:
-            o_slc, lse_slc = attend(branches[1], q, ks, vs, idx=idx, union=union, spans=spans[1], **common)
-            z, o_win, lse_win = attend_last(
-                branches[2], q, kw, vw, (o_cmp, o_slc), g, keep=keep, spans=spans[2], **common
-            )
+        z, o_win, lse_win = attend_last(
+            branches[2], q, kw, vw, (o_cmp, o_slc), g, keep=keep, spans=spans[2], **common
+        )
         if not keep:
             return z
         ctx.union = union if sizes[0] == sizes[1] else None

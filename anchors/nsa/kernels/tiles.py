@@ -75,8 +75,7 @@ TUNING: dict[tuple[str, str, int], Settings] = {
 """Sizes by kernel, dtype and head width.
 
 `rows` and `keys` are the sides of a tile, `peel` whether the tiles that all rows see whole get a loop without a mask,
-`splits` into how many parts the queries of a key tile are cut, `split` how many queries of a block one program takes, `both`
-whether the window follows the selected branch within one kernel, in tiles of `near` keys.
+`splits` into how many parts the queries of a key tile are cut, `split` how many queries of a block one program takes.
 """
 
 for _branch in ("compressed", "selected", "window"):
