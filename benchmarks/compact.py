@@ -26,6 +26,8 @@ from anchors.stats import ENTROPY, PLACE
 from anchors.study.results import ELSEWHERE, METADATA_KEY, read_table, store, write_atomic, write_table
 
 FEWEST, BITS, FAR, COLOURS = 6, 11, 5e-3, 64
+PAGE = 2**30
+"""Bytes and rows of a page, so that a column is one: what repeats itself is found from its beginning to its end."""
 UNREAD = {
     "flow": ("tokens", "identity_error", "probability/", "gold", "predicted"),
     "causal": ("follow", "shift"),
@@ -85,9 +87,10 @@ def packed(rows: pd.DataFrame, facts: dict, kind: str, bits: int = BITS) -> byte
 
 
 def stored(rows: pd.DataFrame, facts: dict) -> bytes:
-    """A parquet file."""
+    """A parquet file, without what only queries of parts of it would read."""
     table, buffer = pa.Table.from_pandas(rows, preserve_index=False), BytesIO()
     apart = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
+    categories = any(pa.types.is_dictionary(kind) for kind in table.schema.types)
     store(
         table,
         buffer,
@@ -96,6 +99,10 @@ def stored(rows: pd.DataFrame, facts: dict) -> bytes:
         compression_level=19,
         use_dictionary=[name for name in table.column_names if name not in apart],
         column_encoding=dict.fromkeys(apart, "BYTE_STREAM_SPLIT"),
+        data_page_size=PAGE,
+        max_rows_per_page=PAGE,
+        write_statistics=False,
+        store_schema=categories,  # only Arrow's own schema says that words are categories
     )
     return buffer.getvalue()
 
@@ -258,7 +265,7 @@ def grouped(every: list[Results]) -> list[list[Results]]:
     together: dict[tuple, list[Results]] = {}
     for own in every:
         if own.tables is None:
-            raise ValueError(f"{own.folder} holds no experiment of the catalogue.")
+            continue
         model = own.folder.name if own.folder.name != own.name else ""
         takers = {taker: givers for taker, kinds in GIVERS.items() for givers in kinds.values()}
         first = next(

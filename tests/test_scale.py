@@ -1,6 +1,7 @@
 """The study of scale: its order, its verdicts, its budget of seconds, and the three questions of critics."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -182,6 +183,28 @@ def test_compact_rows_keep_what_tables_read(tmp_path):
     assert compact.farthest({"a": one}, {"a": one + 0.02}) > 1
     with pytest.raises(ValueError, match="other rows"):
         compact.farthest({"a": one}, {"a": pd.concat([one, one])})
+
+
+def test_a_table_in_fewer_bytes_is_the_same_one(tmp_path):
+    compact = benchmark("compact")
+    one = pd.DataFrame(
+        {
+            "number": np.tile(np.arange(500), 100),
+            "layer": pd.array(np.repeat([None, 1], 25_000), dtype="Int32"),
+            "value": np.repeat(np.float32([0.5, np.nan]), 25_000),
+            "right": np.arange(50_000) % 3 == 0,
+            "metric": "s",
+        }
+    )
+    facts = {"model": "m", "elsewhere": []}
+    for rows in (one, one.astype({"metric": "category"})):
+        path = tmp_path / "rows.parquet"
+        write_table(path, rows, facts)
+        before = path.stat().st_size
+        compact.shrink_table(path)
+        assert path.stat().st_size < before
+        assert json.loads(compact.facts_of(path)) == facts
+        pd.testing.assert_frame_equal(read_table(path)[0], rows)
 
 
 def test_rows_that_two_experiments_share_lie_in_one_of_them(tmp_path):

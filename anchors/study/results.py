@@ -203,11 +203,14 @@ def store(table: pa.Table, place: Any, facts: str, **how: Any) -> None:
 
     Args:
         place: a path, or what can be written to.
-        how: for `pyarrow.parquet.ParquetWriter`.
+        how: for `pyarrow.parquet.ParquetWriter`; without `store_schema` what pandas asks for stays.
     """
+    told = {METADATA_KEY: facts.encode()}
+    if not how.get("store_schema", True):
+        told |= table.schema.metadata or {}
     with pq.ParquetWriter(place, table.schema, **how) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({METADATA_KEY: facts.encode()})
+        writer.add_key_value_metadata(told)
 
 
 def _facts(path: Path) -> bytes | None:
