@@ -164,52 +164,26 @@ def runs(case: Case) -> dict[str, Callable[[dict[str, Any]], list[Tensor]]]:
     return made
 
 
-BEFORE = {
-    "chunk_cmp": 256, "tile_sum": 512, "bits": 2, "warps_select": 16, "stages": 2, "stages_cmp": 2, "fused": True,
-    "choosing": False, "merging": False, "beside": False, "passing": False, "overlapped": False, "pick": False,
-}  # fmt: skip
-JOINED = {
-    "choosing": True,
-    "merging": True,
-    "beside": True,
-    "overlapped": False,
-    "warps_select": 4,
-    "pick": True,
-}
-DECODED = {
+DECODED: dict[str, dict[str, Any]] = {
     "today": {},
-    "before": BEFORE,
-    "joined": {},
-    "not picked": {"pick": False},
-    "overlapped": {"overlapped": True},
-    "not passing": {"passing": False},
-    "not beside": {"beside": False},
-    "not merging": {"merging": False},
-    "chunk 704, 3s of compress": {"chunk_cmp": 704, "stages_cmp": 3},
-    "chunk 512, 3s of compress": {"chunk_cmp": 512, "stages_cmp": 3},
-    "chunk 352, 3s of compress": {"chunk_cmp": 352, "stages_cmp": 3},
-    "chunk 1024, 3s of compress": {"chunk_cmp": 1024, "stages_cmp": 3},
+    "chunk 1088, 4s of compress": {"chunk_cmp": 1088, "stages_cmp": 4},
     "chunk 704, 2s of compress": {"chunk_cmp": 704, "stages_cmp": 2},
-    "3s of the others": {"stages": 3},
-    "select 8 warps": {"warps_select": 8},
-    "select 2 warps": {"warps_select": 2},
-    "sums of 256": {"tile_sum": 256},
-    "sums of 1024": {"tile_sum": 1024},
-    "sums of 1024, 8 warps": {"tile_sum": 1024, "warps_select": 8},
-    "sums of 2048, 8 warps": {"tile_sum": 2048, "warps_select": 8},
-    "any registers": {"registers": None},
+    "chunk 576, 3s of compress": {"chunk_cmp": 576},
+    "select 4 warps": {"warps_select": 4},
+    "sums of 512": {"tile_sum": 512},
+    "sums of 512, 4 warps": {"tile_sum": 512, "warps_select": 4},
+    "sums of 1024, 16 warps": {"tile_sum": 1024, "warps_select": 16},
+    "4 bits at once": {"bits": 4},
+    "4 bits at once, 4 warps": {"bits": 4, "warps_select": 4, "tile_sum": 512},
+    "1 bit at once": {"bits": 1},
     "chunk 128 of the others": {"chunk": 128},
-    "704, 3s, any registers": {"registers": None, "chunk_cmp": 704, "stages_cmp": 3},
-    "704, 3s, 8 warps, 1024": {"tile_sum": 1024, "warps_select": 8, "chunk_cmp": 704, "stages_cmp": 3},
-    "704, 3s, 8 warps, 1024, overlapped": {
-        "tile_sum": 1024,
-        "warps_select": 8,
-        "chunk_cmp": 704,
-        "stages_cmp": 3,
-        "overlapped": True,
-    },
+    "chunk 512 of the others": {"chunk": 512},
+    "2s of the others": {"stages": 2},
+    "3s of the others": {"stages": 3},
+    "32 pieces merged at once": {"tile_merge": 32},
+    "2 warps merge": {"warps_merge": 2},
 }
-"""Settings of one decode step over `JOINED`, and that over those that its sizes give; 16 texts of 65,536 tokens."""
+"""Settings of one decode step over those that its sizes give; 16 texts of 65,536 tokens."""
 BATCH, HELD, ROOM = 16, 65536, 128
 
 
@@ -217,7 +191,7 @@ def decoding(name: str, batch: int) -> dict[str, Callable[[], Any]]:
     shape, g = SHAPES["64/4 D128"], Geometry()
     own = Tuning.of(BATCH * shape[1], g.compressed(HELD + ROOM), g.blocks(HELD + ROOM), g.n * g.lp + g.w, 256)
     torch.manual_seed(0)
-    place, tuning = torch.device("cuda"), replace(own, **(JOINED | DECODED[name] if name != "today" else {}))
+    place, tuning = torch.device("cuda"), replace(own, **DECODED[name])
     steps = _steps(shape, batch, HELD, ROOM, g, torch.bfloat16, place, tuning)
     return {kind: make for kind, make in steps if kind == "ours" or name == "today"}
 
@@ -245,11 +219,7 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
         row = rows.setdefault(name, {"stage": "decode", "variant": name, "tokens": HELD})
         row |= {"ms": middle, "iqr": high - low, "spread": spread}
     yield from rows.values()
-    some = {
-        name: call
-        for name, call in calls.items()
-        if name in ("today", "before", "joined") or name not in DECODED
-    }
+    some = {name: call for name, call in calls.items() if name == "today" or name not in DECODED}
     times, spread = Clock(torch.device("cuda"), clean=True).turns(list(some.values()), 2, repeats)
     for name, taken in zip(some, times, strict=True):
         low, middle, high = quartiles(taken)
@@ -257,19 +227,14 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
             "stage": "decode, nothing to write back", "variant": name, "tokens": HELD,
             "ms": middle, "iqr": high - low, "spread": spread,
         }  # fmt: skip
-    for name in (
-        name
-        for name in ("today", "joined", "not picked", "not beside", "704, 3s, 8 warps, 1024")
-        if name in calls
-    ):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(3):
-                calls[name]()
-            torch.cuda.synchronize()
-        for event in profile.key_averages():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            calls["today"]()
+        torch.cuda.synchronize()
+    for event in profile.key_averages():
+        if event.device_time:
             yield {
-                "stage": f"decode, kernel of {name}", "variant": event.key[:40], "tokens": HELD,
-                "ms": event.device_time / 1e3,
+                "stage": "decode, kernel", "variant": event.key[:40], "tokens": HELD, "ms": event.device_time / 1e3
             }  # fmt: skip
 
 

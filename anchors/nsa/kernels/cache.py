@@ -65,20 +65,22 @@ class Tuning:
 
         def wave(size: int) -> int:
             # Tokens that pass one after the other, where a program's start costs as much as a tile.
-            return -(-rows * -(-compressed // size) // PROGRAMS) * (size + tile)
+            return -(-rows * -(-compressed // size) // at_once) * (size + tile)
 
         tile = 64 if row_bytes <= 512 else 32
         stages = 4 if row_bytes <= 256 else 2 if row_bytes <= 512 else 1
+        # Two tiles on their way leave a multiprocessor's shared memory room for a third program.
+        at_once = PROGRAMS * 3 // 2 if row_bytes <= 256 else PROGRAMS
         return cls(
             chunk_cmp=min(range(tile, compressed + tile, tile), key=wave),
             chunk=chunk(slots, 256, 128, 64),
             tile_cmp=tile,
             tile=tile,
-            tile_sum=chunk(compressed, 512, 256, 128),
+            tile_sum=chunk(compressed, 1024, 512, 256, 128),
             bits=4 if blocks <= 512 else 2,
-            warps_select=4 if blocks <= 2048 else 16,
+            warps_select=8 if blocks <= 2048 else 16,
             stages=stages,
-            stages_cmp=stages,
+            stages_cmp=min(stages, 3),
         )
 
 
