@@ -178,8 +178,8 @@ DECODED: dict[str, dict[str, Any]] = {
     "1 bit at once": {"bits": 1},
     "chunk 128 of the others": {"chunk": 128},
     "chunk 512 of the others": {"chunk": 512},
-    "2s of the others": {"stages": 2},
     "3s of the others": {"stages": 3},
+    "4s of the others": {"stages": 4},
     "32 pieces merged at once": {"tile_merge": 32},
     "2 warps merge": {"warps_merge": 2},
 }

@@ -182,8 +182,12 @@ def test_recorded_steps_of_re_weighting_are_the_steps(family, tokenizer, make_ce
     recorded = replays_of(lm.model).recorded
     monkeypatch.setattr(contexts, "_replayable", lambda *_: False)
     plain = fit(lm, context, asked, epochs=5)
-    assert plain.beta.abs().max() > 1e-3
-    assert apart(found.beta, plain.beta) < 1e-4
+    if family == "mistral_window":  # which ends behind the label words: no β has a slope
+        assert not plain.beta.any()
+        assert not found.beta.any()
+    else:
+        assert plain.beta.abs().max() > 1e-3
+        assert apart(found.beta, plain.beta) < 1e-4
     # The mask of a single last token may be a band in a model with windows, too.
     assert bool(recorded) or family in WINDOWED
 

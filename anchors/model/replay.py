@@ -129,6 +129,8 @@ class Replays:
         """Throw all records away."""
         for told in (self._records, self._runs, self._widths, self.refused):
             told.clear()
+        # A pool dies with its last graph, and no other can be recorded into it.
+        self._pool = None
 
     def _state_of(self, model: nn.Module) -> "State":
         if self._state is None or not self._state.same():

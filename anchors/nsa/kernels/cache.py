@@ -68,7 +68,7 @@ class Tuning:
             return -(-rows * -(-compressed // size) // at_once) * (size + tile)
 
         tile = 64 if row_bytes <= 512 else 32
-        stages = 4 if row_bytes <= 256 else 2 if row_bytes <= 512 else 1
+        stages = 2 if row_bytes <= 512 else 1
         # Two tiles on their way leave a multiprocessor's shared memory room for a third program.
         at_once = PROGRAMS * 3 // 2 if row_bytes <= 256 else PROGRAMS
         return cls(
@@ -80,7 +80,7 @@ class Tuning:
             bits=4 if blocks <= 512 else 2,
             warps_select=8 if blocks <= 2048 else 16,
             stages=stages,
-            stages_cmp=min(stages, 3),
+            stages_cmp=3 if row_bytes <= 256 else stages,
         )
 
 

@@ -120,7 +120,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
         q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
         cache.arrived, _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
         **blocks, **choice, **summed, **shape, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk, TILE=tuning.tile,
-        num_warps=tuning.warps_select, num_stages=min(tuning.stages, 2),
+        num_warps=tuning.warps_select, num_stages=tuning.stages,
     )  # fmt: skip
     kernels.read[pieces_slc, rows](
         q, cache.k_slc, cache.v_slc, cache.idx, cache.position, *partial, _strides(q), scale, groups, tokens, splits,
