@@ -45,10 +45,14 @@ def main() -> None:
     at = args.commit or commit()
     began = time.perf_counter()
     files = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if "needs_cuda" in f.read_text()]
+    cores = os.cpu_count() or 1
+    workers = min(14, cores)
+    # What they compute on the CPU to compare with would take all cores in every worker.
+    threads = os.environ | {"OMP_NUM_THREADS": str(cores // workers)}
     run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-n", str(min(14, os.cpu_count() or 1)), "-m", "cuda", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", "cuda", "-p", "no:cacheprovider",
          "--durations=8", *more, *files],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=threads,
     )  # fmt: skip
     last = ""
     for line in run.stdout:
