@@ -10,8 +10,7 @@
 3. Attend to pieces of the chosen blocks.
 4. Join the pieces, and apply the gates.
 
-The literal twin is a row
-of `anchors.nsa.reference`. Two runs agree bit for bit.
+The literal twin is a row of `anchors.nsa.reference`. Two runs agree bit for bit.
 
 Source: Yuan et al., "Native Sparse Attention" (ACL 2025), section 3.
 """
