@@ -23,10 +23,8 @@ WHOLE = Tuning(chunk_cmp=64, chunk=64, tile_cmp=64, tile=64, tile_sum=64, tile_m
 """A branch is one piece of one tile: few operations, which is what the interpreter's time goes by."""
 TILES = Tuning(chunk_cmp=64, chunk=64, tile_cmp=16, tile=16, tile_sum=16, tile_merge=4)
 """A branch is one piece of several tiles."""
-PIECES = Tuning(
-    chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2
-)  # fmt: skip
-"""Branches are cut into many pieces, and the sums of a row are."""
+PIECES = Tuning(chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2)
+"""Branches, and the sums of a row, are cut into many pieces."""
 
 
 def mean(block: Tensor) -> Tensor:

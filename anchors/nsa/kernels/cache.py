@@ -69,7 +69,7 @@ class Tuning:
 
         tile = 64 if row_bytes <= 512 else 32
         stages = 2 if row_bytes <= 512 else 1
-        # Two tiles on their way leave a multiprocessor's shared memory room for a third program.
+        # Two tiles that a program holds leave a multiprocessor's shared memory room for a third program.
         at_once = PROGRAMS * 3 // 2 if row_bytes <= 256 else PROGRAMS
         return cls(
             chunk_cmp=min(range(tile, compressed + tile, tile), key=wave),
