@@ -160,6 +160,12 @@ class NSACache:
                 "Choose larger selection blocks or fewer tokens.",
                 code="geometry",
             )
+        if tokens * max(dim, dim_v) >= 1 << 31:
+            raise AnchorsError(
+                f"{tokens} tokens of {max(dim, dim_v)} numbers are more than 32 bits count.",
+                "Make room for fewer tokens.",
+                code="length",
+            )
         compressed, window = max(1, geometry.compressed(tokens)), min(geometry.w, tokens)
         if tuning is None:
             width = (1 << max(dim - 1, dim_v - 1).bit_length()) * dtype.itemsize
