@@ -18,7 +18,7 @@ from gpu import INTERPRETED, needs_triton
 SHOWN = {
     "test_kernels": ("tile_loop or declined or recognised or interpreted", len(test_kernels.TINY) + 3),
     "test_nsa_kernels": ("equations or interpreted", len(test_nsa_kernels.TINY) + 8),
-    "test_nsa_decode": ("steps", 14),
+    "test_nsa_decode": ("steps", 16),
     "test_nsa_texts": ("interpreted", 9),
     "test_nsa_padded": ("interpreted", 1),
     "test_nsa_flow": ("interpreted", len(test_nsa_flow.CASES) + 5),

@@ -17,16 +17,17 @@ from anchors.nsa.geometry import Geometry
 from anchors.nsa.kernels.cache import NSACache, Tuning, captured
 from anchors.nsa.texts import Texts
 
-TINY = Geometry(l=8, d=4, lp=16, n=3, w=12)
+TINY = Geometry(l=8, d=4, lp=16, n=3, w=12, n_local=1)
+"""One block of three is free to be chosen."""
 PLAIN = Geometry(l=16, d=16, lp=16, n=4, w=20)
 WHOLE = Tuning(chunk_cmp=64, chunk=64, tile_cmp=64, tile=64, tile_sum=64, tile_merge=4, bits=8)
 """A branch is one piece of one tile: few operations, which is what the interpreter's time goes by."""
 TILES = Tuning(chunk_cmp=64, chunk=64, tile_cmp=16, tile=16, tile_sum=16, tile_merge=4)
 """A branch is one piece of several tiles."""
-PIECES = Tuning(
-    chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2
-)  # fmt: skip
-"""Branches are cut into many pieces, and the sums of a row are."""
+PIECES = Tuning(chunk_cmp=16, chunk=16, tile_cmp=16, tile=16, tile_sum=16, tile_merge=2, bits=2)
+"""Branches, and the sums of a row, are cut into many pieces."""
+ODD = Tuning(chunk_cmp=23, chunk=24, tile_cmp=16, tile=16, tile_sum=4, tile_merge=1, bits=1)
+"""Pieces end within tiles, and tiles of blocks within blocks."""
 
 
 def mean(block: Tensor) -> Tensor:
@@ -145,10 +146,31 @@ def test_steps_from_an_empty_cache():
         pytest.param(replace(TINY, n=5, n_init=2, n_local=1), (1, 98, 1, 2, 16, 16), 94, WHOLE, id="forced"),
         pytest.param(TINY, (1, 98, 2, 3, 16, 24), 96, PIECES, id="two-groups"),
         pytest.param(Geometry(4, 4, 8, 4, 40, 0, 0), (1, 58, 1, 2, 16, 16), 54, WHOLE, id="unforced"),
+        pytest.param(Geometry(6, 3, 18, 3, 17, 0, 1), (1, 110, 1, 17, 17, 33), 108, ODD, id="odd"),
     ],
 )
 def test_steps_after_a_prompt(geometry, shape, start, tuning):
     follow(one := case(geometry, shape), one.filled(start, tuning), range(start, shape[1]), 1e-5)
+
+
+@needs_triton
+@needs_interpreter
+def test_steps_by_programs_in_another_order(monkeypatch):
+    """Bit for bit the same, whichever program of a row sums last and chooses."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    one, place = case(TINY, (2, 98, 1, 2, 16, 16)), builder.set_grid_idx
+    forth, back = one.filled(96, PIECES), one.filled(96, PIECES)
+    found = [one.step(forth, one.row(t)) for t in (96, 97)]
+
+    def reversed_place(*at: int) -> None:
+        place(*(count - 1 - i for count, i in zip(builder.grid_dim, at, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", reversed_place)
+    assert all(torch.equal(one.step(back, one.row(t)), o) for t, o in zip((96, 97), found, strict=True))
+    assert all(
+        map(torch.equal, (*back.kept, back.idx, back.arrived), (*forth.kept, forth.idx, forth.arrived))
+    )
 
 
 @needs_triton
@@ -278,6 +300,10 @@ def test_no_room():
         )
     with pytest.raises(AnchorsError, match="compressed keys"):
         cache.prefill([x[:, :20] for x in one.k], [x[:, :20] for x in one.v], one.kc, one.vc)
+    coarse = Geometry(l=1024, d=1024, lp=1024)
+    with pytest.raises(AnchorsError, match="32 bits"):
+        NSACache.empty(1, 1 << 24, 1, 1, 64, 128, coarse, torch.bfloat16, "meta")
+    assert NSACache.empty(1, (1 << 24) - 1, 1, 1, 64, 128, coarse, torch.bfloat16, "meta").length.is_meta
 
 
 @needs_triton

@@ -127,6 +127,39 @@ def test_any_change_of_a_model_is_noticed(tokenizer) -> None:
     assert not state.same()
 
 
+def test_no_record_is_made_into_a_pool_that_died(monkeypatch) -> None:
+    """With its last record, or with the first one's failure."""
+    from anchors.model import replay
+
+    pools, handles = [], iter("abcd")
+
+    class Record(replay._Record):
+        def __init__(self, step, inputs, pool) -> None:
+            pools.append(pool)
+            step()
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(replay, "_Record", Record)
+    kind, x = replay.Replays(), torch.zeros(1)
+
+    def recorded(key: str, step) -> bool:
+        kind._widths[key] = {}
+        return kind._recorded(key, step, [x]) is not None
+
+    def full() -> None:
+        raise RuntimeError("no memory is left\nat all")
+
+    assert not recorded("first", full)
+    assert kind.refused == {"first": "no memory is left"}
+    assert recorded("second", list)
+    assert not recorded("third", full)
+    assert recorded("fourth", list)
+    kind.forget()
+    assert recorded("fifth", list)
+    assert pools == ["a", "b", "b", "b", "c"]
+
+
 def on_cuda(family: str, tokenizer, precision: str) -> LanguageModel:
     return load(make(family, len(tokenizer)), tokenizer=tokenizer, device="cuda", precision=precision)
 

@@ -107,7 +107,9 @@ class Replays:
                 f"the attention of layers {waiting} waits for the GPU: it is computed in tiles, or its mask is no band"
             )
             return None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self._records:
+            # A pool dies with its last graph, also one whose recording failed, and no other can be recorded into it.
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(inputs[0].device)
         try:
             record = _Record(step, inputs, self._pool)
@@ -129,8 +131,6 @@ class Replays:
         """Throw all records away."""
         for told in (self._records, self._runs, self._widths, self.refused):
             told.clear()
-        # A pool dies with its last graph, and no other can be recorded into it.
-        self._pool = None
 
     def _state_of(self, model: nn.Module) -> "State":
         if self._state is None or not self._state.same():

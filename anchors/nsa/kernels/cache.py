@@ -69,7 +69,7 @@ class Tuning:
 
         tile = 64 if row_bytes <= 512 else 32
         stages = 2 if row_bytes <= 512 else 1
-        # Two tiles on their way leave a multiprocessor's shared memory room for a third program.
+        # Two tiles that a program holds leave a multiprocessor's shared memory room for a third program.
         at_once = PROGRAMS * 3 // 2 if row_bytes <= 256 else PROGRAMS
         return cls(
             chunk_cmp=min(range(tile, compressed + tile, tile), key=wave),
@@ -159,6 +159,12 @@ class NSACache:
                 f"{tokens} tokens are {geometry.blocks(tokens)} selection blocks; decoding holds {BLOCKS}.",
                 "Choose larger selection blocks or fewer tokens.",
                 code="geometry",
+            )
+        if tokens * max(dim, dim_v) >= 1 << 31:
+            raise AnchorsError(
+                f"{tokens} tokens of {max(dim, dim_v)} numbers are more than 32 bits count.",
+                "Make room for fewer tokens.",
+                code="length",
             )
         compressed, window = max(1, geometry.compressed(tokens)), min(geometry.w, tokens)
         if tuning is None:

@@ -92,18 +92,16 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     pieces_cmp, pieces_slc, pieces_win = cache.splits
     splits, dim_v, sums = sum(cache.splits), cache.v_slc.shape[-1], triton.cdiv(compressed, tuning.tile_sum)
     rows, before, line = batch * groups, pieces_cmp + pieces_slc, cache.scores.stride(1)
-    group = {"G": heads // groups, "PADDED": max(16, triton.next_power_of_2(heads // groups))}
     shape = {
-        **group, "DIM": dim, "DIM_V": dim_v,
+        "G": heads // groups, "PADDED": max(16, triton.next_power_of_2(heads // groups)), "DIM": dim, "DIM_V": dim_v,
         "WIDTH": max(16, triton.next_power_of_2(dim)), "WIDTH_V": max(16, triton.next_power_of_2(dim_v)),
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     blocks = {"L": geometry.l, "STRIDE": geometry.d}
-    summed = {"SPLITS": pieces_cmp, "PIECES": triton.next_power_of_2(pieces_cmp)}
     choice = {
         "LP": geometry.lp, "N": geometry.n, "INIT": geometry.n_init, "LOCAL": geometry.n_local,
         "BLOCKS": triton.next_power_of_2(geometry.blocks(tokens)), "CHOSEN": triton.next_power_of_2(geometry.n),
-        "BITS": tuning.bits,
+        "BITS": tuning.bits, "SPLITS": pieces_cmp, "PIECES": triton.next_power_of_2(pieces_cmp),
     }  # fmt: skip
     (nk_cmp, nk_slc, nk_win), (nv_cmp, nv_slc, nv_win) = k_new, v_new
     partial = cache.top, cache.mass, cache.part
@@ -118,7 +116,7 @@ def _launch(q, q_cmp, k_new, v_new, nkc, nvc, gates, cache: NSACache, scale: flo
     kernels.choose[rows, sums + pieces_win](
         q, cache.k_win, cache.v_win, cache.scores, cache.shares, *partial, cache.idx, cache.position, cache.length,
         cache.arrived, _strides(q), scale, groups, tokens, window, compressed, line, splits, before, sums,
-        **blocks, **choice, **summed, **shape, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk, TILE=tuning.tile,
+        **blocks, **choice, **shape, TILE_SUM=tuning.tile_sum, CHUNK=tuning.chunk, TILE=tuning.tile,
         num_warps=tuning.warps_select, num_stages=tuning.stages,
     )  # fmt: skip
     kernels.read[pieces_slc, rows](
