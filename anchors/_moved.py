@@ -128,6 +128,10 @@ NAMES = {
         "Data": "anchors.nsa.training.data:Corpus",
         "Rows": "anchors.nsa.training.data:Sequences",
     },
+    "anchors.nsa.kernels.cache": {"FUSED": "anchors.formerly"},
+    "anchors.nsa.kernels.decode_kernels": dict.fromkeys(
+        ("add_up", "select"), "anchors.nsa.kernels.decode_kernels:choose"
+    ),
     "anchors.nsa.kernels.lists": {"CHUNK": "anchors.formerly"},
     "anchors.nsa.peers": {"Task": "anchors.nsa.speed.peers:Timed"},
     "anchors.nsa.probe": {"Probe": "anchors.nsa.probing.probe:EpisodeProbe"},

@@ -14,6 +14,8 @@ SUFFIXES = tuple(READERS)
 """Of files that are read as data."""
 CHUNK = 64
 """Of unions of blocks, when their entries were compared in pairs; they are sorted now."""
+FUSED = 8192
+"""Compressed tokens whose patterns one program summed in a decode step; several do now, of which the last chooses."""
 
 
 def fuse_gelu(model: nn.Module) -> None:

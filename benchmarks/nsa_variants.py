@@ -227,6 +227,8 @@ def decoded(repeats: int) -> Iterator[dict[str, Any]]:
             "stage": "decode, nothing to write back", "variant": name, "tokens": HELD,
             "ms": middle, "iqr": high - low, "spread": spread,
         }  # fmt: skip
+    if "today" not in calls:
+        return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):
             calls["today"]()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchors._names import forwarding
 from anchors.errors import AnchorsError
 from anchors.nsa.geometry import Geometry
 from anchors.nsa.texts import Texts
@@ -329,3 +330,6 @@ def captured(step: Callable[..., Tensor], cache: NSACache, *inputs: Tensor) -> C
         return output
 
     return replay
+
+
+__getattr__ = forwarding(__name__)

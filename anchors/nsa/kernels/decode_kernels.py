@@ -11,6 +11,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from anchors._names import forwarding
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-2147483648)
 
@@ -391,3 +393,6 @@ def merge(
     # A token that found no room has no output; a wrong one would go unnoticed.
     o = tl.where(tl.load(position + example) < tokens, o, float("nan"))
     tl.store(out + line * DIM_V + columns, o.to(out.dtype.element_ty), mask=columns < DIM_V)
+
+
+__getattr__ = forwarding(__name__)
