@@ -138,6 +138,17 @@ def test_the_committed_table_is_that_of_the_committed_rows():
     assert told == table(found)
 
 
+def test_what_stands_beside_a_committed_table_is_what_it_says_of_itself():
+    differ = [
+        path
+        for path in RESULTS.parent.rglob("*.json")
+        if path.with_suffix(".parquet").exists()
+        and {**json.loads(path.read_text(encoding="utf-8")), "files": None}
+        != {**read_table(path.with_suffix(".parquet"))[1], "files": None}
+    ]
+    assert differ == []
+
+
 def test_the_effects_are_those_of_the_tables(tmp_path):
     (tmp_path / "figure4").symlink_to(RESULTS / "figure4")
     found = effects(tmp_path).set_index(["model", "finding", "task"])

@@ -60,6 +60,21 @@ def test_the_same_again_and_more_of_it_take_the_place(tmp_path):
     assert names(tmp_path) == PLAIN
 
 
+def test_tables_whose_facts_were_taken_from_beside_them_tell_them_still(tmp_path):
+    """As in a repository that keeps results small: what is drawn from them again takes their place."""
+    write(tmp_path, facts(), 1, extra=("figure",))
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    assert write(tmp_path, facts(), 2, extra=("figure",))[1] == []
+    assert value(tmp_path / "flow_summary.parquet") == 2
+    assert names(tmp_path) == PLAIN | {"flow.png", "flow.pdf"}
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    (tmp_path / "flow_own.parquet").write_bytes(b"no table")
+    assert len(write(tmp_path, facts(model="b"), 3)[1]) == 1
+    assert value(tmp_path / "flow_summary.parquet") == 2
+
+
 OTHERS = {
     "another model": facts(model="b"),
     "fewer examples": facts(examples=4),
@@ -180,7 +195,7 @@ def test_a_file_of_unknown_origin_is_never_replaced(tmp_path):
     write(tmp_path, facts(), extra=("csv",))
     (folder,) = folders(tmp_path)
     (tmp_path / folder / "flow.csv").write_text("two")
-    for name in ("flow.json", "flow_summary.json"):
+    for name in PLAIN:
         (tmp_path / folder / name).unlink()
     write(tmp_path, facts(), extra=("csv",))
     assert folders(tmp_path) == [folder, f"{folder}-2"]

@@ -213,7 +213,12 @@ def store(table: pa.Table, place: Any, facts: str, **how: Any) -> None:
         writer.add_key_value_metadata(told)
 
 
-def _facts(path: Path) -> bytes | None:
+def facts_text(path: Path) -> bytes | None:
+    """The facts of a table as they stand in its file.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
     return (pq.read_metadata(path).metadata or {}).get(METADATA_KEY)
 
 
@@ -234,7 +239,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         AnchorsError: it, or the other one, cannot be read.
     """
     with _reading(path):
-        table, text = pq.read_table(path), _facts(path)
+        table, text = pq.read_table(path), facts_text(path)
     try:
         facts = parsed(text or b"{}")
         if not isinstance(facts, dict):
@@ -264,7 +269,7 @@ def _kept_elsewhere(path: Path, others: Any) -> Iterator[pd.DataFrame]:
         with _reading(place):
             rows, nested = (
                 pq.read_table(place).to_pandas(),
-                f'"{ELSEWHERE}":'.encode() in (_facts(place) or b""),
+                f'"{ELSEWHERE}":'.encode() in (facts_text(place) or b""),
             )
         if nested or not only or not {*only} <= {*rows}:
             raise AnchorsError(
@@ -280,7 +285,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         AnchorsError: it cannot be read, or holds none.
     """
     try:
-        facts = parsed(_facts(path) or b"")
+        facts = parsed(facts_text(path) or b"")
     except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise AnchorsError(
             f"The facts in {str(path)!r} cannot be read: {brief(error)}", code="file-unreadable"

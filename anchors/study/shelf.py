@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from anchors.errors import AnchorsError, parsed
-from anchors.study.results import key_of, write_atomic, write_table
+from anchors.study.results import facts_text, key_of, write_atomic, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +218,9 @@ def _reports(out: Path, name: str, there: set[str]) -> list[tuple[dict[str, Any]
     found: dict[str, tuple[dict[str, Any], set[str], bool]] = {}
     nameless: list[str] = []
     for file in sorted(there):
-        if file.endswith(".json") and (facts := facts_beside(out / file)):
+        alone = file.endswith(".parquet") and f"{Path(file).stem}.json" not in there
+        beside = file.endswith(".json") and facts_beside(out / file)
+        if facts := facts_within(out / file) if alone else beside:
             files = facts.get("files")
             whole = isinstance(files, list) and all(isinstance(f, str) for f in files)
             key = key_of({"parts": parts_of(facts), "whole": whole})
@@ -264,7 +266,19 @@ def _begins(file: str, name: str) -> bool:
 def facts_beside(path: Path) -> dict[str, Any] | None:
     """What stands beside a table; None for any other file."""
     try:
-        found = parsed(path.read_text(encoding="utf-8"))
+        return _told(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def facts_within(path: Path) -> dict[str, Any] | None:
+    """What a table says of itself, where nothing stands beside it (any more); None for any other file."""
+    try:
+        return _told(facts_text(path) or b"null")
+    except (OSError, ValueError):
+        return None
+
+
+def _told(text: str | bytes) -> dict[str, Any] | None:
+    found = parsed(text)
     return found if isinstance(found, dict) and {"versions", "command", "written"} <= set(found) else None
