@@ -52,12 +52,14 @@ def main() -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", "cuda", "-p", "no:cacheprovider",
          "--durations=8", *more, *files],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=threads,
+        cwd=ROOT, stdout=subprocess.PIPE, env=threads,
     )  # fmt: skip
-    last = ""
-    for line in run.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
+    said = b""
+    while piece := run.stdout.read1():  # dots as they come: a line of them may take minutes
+        sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+        said = (said + piece)[-2000:]
+    last = said.decode(errors="replace").strip().splitlines()[-1]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
     row = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

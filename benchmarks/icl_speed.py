@@ -30,6 +30,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,7 +163,12 @@ def reweight(model: LanguageModel, arguments: argparse.Namespace) -> list[Row]:
     for part in (order[: len(order) // 2], order[len(order) // 2 :]):
         with label_head(model, label_ids):
             fast += [step(fast_slope, n, ours) for n in part]
+            if arguments.kernels:
+                with torch.profiler.profile() as seen:
+                    timed(partial(fast_slope, part[-1], ours.beta), model)
         literal += [step(literal_slope, n, plain) for n in part]
+    if arguments.kernels:
+        show_kernels(seen)
     ours_ms, plain_ms = 1e3 * statistics.median(fast), 1e3 * statistics.median(literal)
     return [
         {
@@ -246,6 +252,20 @@ def shown(value: str | int | float) -> str:
     return str(value)
 
 
+def show_kernels(seen: torch.profiler.profile) -> None:
+    """How many kernels a step is, how long they take, from the first one's begin to the last one's end, and which ones."""
+    kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [e.time_range for e in kernels]
+    if spans:
+        busy = sum(span.elapsed_us() for span in spans) / 1e3
+        whole = (max(span.end for span in spans) - min(span.start for span in spans)) / 1e3
+        print(f"{len(kernels)} kernels, {busy:.2f} ms of work within {whole:.2f} ms")
+    table = seen.key_averages().table(
+        sort_by="self_device_time_total", row_limit=20, max_name_column_width=60
+    )
+    print(table)
+
+
 PARTS = {"shared": shared, "reweight": reweight, "compress": compress}
 
 
@@ -270,6 +290,9 @@ def main() -> None:
         "--repeats", type=int, default=3, help="runs of each batch, of which the median counts"
     )
     parser.add_argument("--steps", type=int, default=16, help="training steps of `reweight`")
+    parser.add_argument(
+        "--kernels", action="store_true", help="where a step of `reweight` goes, by torch's profiler"
+    )
     parser.add_argument("--threads", type=int, help="of torch; default: as the machine gives")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()

@@ -1,8 +1,9 @@
 """One step of `generate` on a model of Native Sparse Attention: with compressed keys kept, made anew, and full attention.
 
 kept: the layers that NSA puts into any cache (`anchors.nsa.cache.NSALayer`). anew: transformers' own growing layers,
-from which every compressed key is made at every step. full: the same model with full attention (torch's SDPA) and
-transformers' own cache. All three in one process, in turns; a cache is filled with random keys and values, and the
+from which every compressed key is made at every step. full: the same model with full attention (torch's SDPA without
+cuDNN) and transformers' own cache. full, cudnn: with the backend that torch chooses, which on Hopper is cuDNN; that
+plans anew for every length, and a growing cache has another at every step. All in one process, in turns; a cache is filled with random keys and values, and the
 same tokens follow. A step is the whole forward pass of one token of each text, host included, as `generate` pays it.
 
 With `--padding P` every second text, the first to begin with, has P tokens of padding on its left among the tokens.
@@ -20,12 +21,14 @@ import argparse
 import gc
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -42,7 +45,9 @@ REAL: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 2,
     "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 1 << 17,
 }  # fmt: skip
-NAMES = ("kept", "anew", "full")
+NAMES = ("kept", "anew", "full", "full, cudnn")
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of full attention: whose kernels do not depend on the length."""
 
 
 class Anew(DynamicLayer):
@@ -64,7 +69,7 @@ def filled(
 ) -> DynamicCache:
     """A cache of random keys and values of some texts, the same for kept and anew."""
     config = model.config
-    heads = config.num_key_value_heads * (1 if name == "full" else 3)
+    heads = config.num_key_value_heads * (1 if name.startswith("full") else 3)
     cache = DynamicCache()
     if name == "anew":
         cache.layers = [Anew() for _ in range(config.num_hidden_layers)]
@@ -98,18 +103,20 @@ def wait(device: str) -> None:
 def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Namespace) -> list[dict]:
     dtype = getattr(torch, options.dtype)
     sparse = made("nsa", sizes, dtype, options.device)
-    models = {"kept": sparse, "anew": sparse, "full": made("full", sizes, dtype, options.device)}
+    full = made("full", sizes, dtype, options.device)
+    models = {"kept": sparse, "anew": sparse, "full": full, "full, cudnn": full}
+    names = [name for name in NAMES if options.device.startswith("cuda") or "cudnn" not in name]
     a_round = sparse.config.d
     mask = torch.ones(batch, tokens + (options.rounds + 1) * a_round, dtype=torch.long, device=options.device)
     mask[::2, : options.padding] = 0
     texts = Texts.of_mask(mask[:, :tokens]) if options.padding else None
-    caches = {name: filled(models[name], name, batch, tokens, dtype, texts) for name in NAMES}
-    times: dict[str, list[float]] = {name: [] for name in NAMES}
-    peaks, logits = dict.fromkeys(NAMES, float("nan")), {}
+    caches = {name: filled(models[name], name, batch, tokens, dtype, texts) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    peaks, logits = dict.fromkeys(names, float("nan")), {}
     off = 0.0
     for number in range(options.rounds + 1):  # the first is a warm-up
         ids = torch.randint(0, sizes["vocab_size"], (batch, a_round), device=options.device)
-        for name in NAMES if number % 2 else reversed(NAMES):
+        for name in names if number % 2 else reversed(names):
             model, cache = models[name], caches[name]
             wait(options.device)
             if options.device.startswith("cuda"):
@@ -118,12 +125,13 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
             start = time.perf_counter()
             for t in range(a_round):
                 seen = mask[:, : tokens + number * a_round + t + 1] if options.padding else None
-                found = model(
-                    input_ids=ids[:, t : t + 1],
-                    attention_mask=seen,
-                    use_cache=True,
-                    **{cache_argument(model): cache},
-                ).logits
+                with sdpa_kernel(BACKENDS) if name == "full" else nullcontext():
+                    found = model(
+                        input_ids=ids[:, t : t + 1],
+                        attention_mask=seen,
+                        use_cache=True,
+                        **{cache_argument(model): cache},
+                    ).logits
             wait(options.device)
             if number:
                 times[name].append((time.perf_counter() - start) * 1e3 / a_round)
@@ -139,7 +147,7 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
             "cache_mb": held(caches[name]) / 1e6, "peak_mb": peaks[name],
             "error": off if name == "kept" else float("nan"),
         }
-        for name in NAMES
+        for name in names
     ]  # fmt: skip
 
 
