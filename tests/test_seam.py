@@ -1,10 +1,12 @@
 """The seam: what is edited is edited, nothing else is, and what cannot be edited is refused."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from families import make
+from gpu import needs_cuda
 from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from anchors.attention.call import AttentionCall
@@ -313,3 +315,17 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
     model = make("gpt2", len(tokenizer)).train()
     with pytest.raises(RoutingError, match="dropout"):
         route(model)
+
+
+@needs_cuda
+@pytest.mark.parametrize("past", [0, 40])
+def test_a_new_length_makes_no_plan_on_cuda(past):
+    q, k, v = (torch.randn(2, 4, t, 64, device="cuda") for t in (61, 61 + past, 61 + past))
+    exact = AttentionCall(0, q, k, v, 0.125)
+    call = replace(exact, q=q.bfloat16(), k=k.bfloat16(), v=v.bfloat16())
+    with torch.profiler.profile() as seen:
+        z = call.fused()
+    names = {event.name for event in seen.events()}
+    assert any("scaled_dot_product" in name for name in names)
+    assert not any("cudnn" in name for name in names)
+    torch.testing.assert_close(z.float(), exact.apply(exact.pattern()), atol=2e-2, rtol=0)

@@ -8,6 +8,7 @@ How such a call is streamed stands in `anchors.attention.streaming`.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anchors.attention.bands import window_of
 from anchors.attention.form import Call, boolean, grouped
@@ -23,6 +25,12 @@ from anchors.errors import AnchorsError
 
 if TYPE_CHECKING:
     from anchors.attention.edits import Edit
+
+
+PLANNED = 2e11
+"""Operations of a call from which torch may take cuDNN's kernels. It makes a plan for every length that it has not seen, which
+takes tens of milliseconds: a few layers' calls of this size are no longer."""
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -143,12 +151,20 @@ class DenseCall(Call):
             mask, causal = self.visible(rows, slice(0, self.k.shape[2])), False
         if mask is not None and mask.is_floating_point():
             mask = mask.to(self.q.dtype)  # the CPU kernel misreads a mask of another dtype
-        return F.scaled_dot_product_attention(
-            self.q,
-            self.k,
-            self.v,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=self.scale,
-            enable_gqa=self.groups > 1,
-        )
+        with self._backends(mask):
+            return F.scaled_dot_product_attention(
+                self.q,
+                self.k,
+                self.v,
+                attn_mask=mask,
+                is_causal=causal,
+                scale=self.scale,
+                enable_gqa=self.groups > 1,
+            )
+
+    def _backends(self, mask: Tensor | None) -> AbstractContextManager:
+        small = 4 * self.q.numel() * self.k.shape[2] < PLANNED
+        half = self.q.dtype in (torch.bfloat16, torch.float16)
+        # Of groups under a mask only cuDNN knows a way that forms no pattern.
+        streamed = mask is None or self.groups == 1
+        return sdpa_kernel(UNPLANNED) if self.q.is_cuda and half and small and streamed else nullcontext()
