@@ -7,7 +7,7 @@ as max |a − b| / max |b| over the values of a metric; seconds are of a second 
     python benchmarks/cards.py MODEL --shape gptj-6b --cards 1 2                     # parts; MODEL's tokenizer asks
     python benchmarks/cards.py MODEL --shape llama-70b --layers 8 --cards 1 2
     python benchmarks/cards.py MODEL --shape llama-70b --cards 4 --precision bfloat16 --studies flow classify
-    python benchmarks/cards.py MODEL --shape gpt2-xl --handed-out --cards 1 2 --precision bfloat16 --examples 60 --seeds 20
+    python benchmarks/cards.py MODEL --shape gpt2-xl --handed-out --cards 1 2 --precision bfloat16 --data DATASETS --examples 800 --seeds 2 --batch 25
 """
 
 import argparse
@@ -160,7 +160,8 @@ def measured(
     how = anchors.Sample(
         seeds=tuple(range(arguments.seeds)), examples=arguments.examples, batch_size=arguments.batch
     )
-    run = lambda: anchors.measure(lm, study(kind), task, anchors.read(task), how).rows  # noqa: E731
+    data = anchors.read(task, arguments.data)
+    run = lambda: anchors.measure(lm, study(kind), task, data, how).rows  # noqa: E731
     with held(lm.model, identity):  # read once: a large model's takes seconds
         return _measured(run)
 
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--studies", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--task", default="sst2")
+    parser.add_argument("--data", help="as for `anchors flow`; default the built-in sets")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1, help="so many times so many prompts")
     parser.add_argument("--batch", type=int, help="prompts in a batch; the same on all cards")
