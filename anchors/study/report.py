@@ -11,7 +11,7 @@ from anchors.errors import AnchorsError
 from anchors.places import titled
 from anchors.study.registry import STUDIES, study
 from anchors.study.results import key_of, plain, provenance, read_table
-from anchors.study.shelf import Shelf, facts_beside
+from anchors.study.shelf import Shelf, facts_within
 from anchors.summaries import Rows, Tables, marked, tables_of
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def near(out: Path, name: str, facts: Mapping[str, Any]) -> Tables:
         return {key_of({k: part.get(k) for k in same}) for part in told.get("parts") or ()}
 
     stem, place = other.stems[other.name], out.parent / other.folder
-    for folder in sorted({place, *(path.parent for path in place.glob(f"*/{stem}.json"))}):
-        told = facts_beside(folder / f"{stem}.json")
+    for folder in sorted({place, *(path.parent for path in place.glob(f"*/{stem}.parquet"))}):
+        told = facts_within(folder / f"{stem}.parquet")
         if told and asked(facts) and asked(facts) <= asked(told):
             return {
                 f"{other.name}_{path.stem.removeprefix(f'{stem}_')}": read_table(path)[0]

@@ -272,7 +272,7 @@ def facts_beside(path: Path) -> dict[str, Any] | None:
 
 
 def facts_within(path: Path) -> dict[str, Any] | None:
-    """What a table says of itself, where nothing stands beside it (any more); None for any other file."""
+    """What a table says of itself; None for any other file."""
     try:
         return _told(facts_text(path) or b"null")
     except (OSError, ValueError):
