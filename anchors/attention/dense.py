@@ -8,7 +8,7 @@ How such a call is streamed stands in `anchors.attention.streaming`.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -151,20 +151,22 @@ class DenseCall(Call):
             mask, causal = self.visible(rows, slice(0, self.k.shape[2])), False
         if mask is not None and mask.is_floating_point():
             mask = mask.to(self.q.dtype)  # the CPU kernel misreads a mask of another dtype
-        with self._backends(mask):
+        k, v, grouped = self.k, self.v, self.groups > 1
+        if grouped and self.q.is_cuda and not (self._half and mask is None and self._flash):
+            # No kernel for these shares keys among heads: torch would form the patterns, O(T²), and say nothing.
+            k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
+            grouped = False
+        small = 4 * self.q.numel() * k.shape[2] < PLANNED
+        with sdpa_kernel(UNPLANNED) if self.q.is_cuda and self._half and small else nullcontext():
             return F.scaled_dot_product_attention(
-                self.q,
-                self.k,
-                self.v,
-                attn_mask=mask,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=self.groups > 1,
+                self.q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
 
-    def _backends(self, mask: Tensor | None) -> AbstractContextManager:
-        small = 4 * self.q.numel() * self.k.shape[2] < PLANNED
-        half = self.q.dtype in (torch.bfloat16, torch.float16)
-        # Of groups under a mask only cuDNN knows a way that forms no pattern.
-        streamed = mask is None or self.groups == 1
-        return sdpa_kernel(UNPLANNED) if self.q.is_cuda and half and small and streamed else nullcontext()
+    @property
+    def _half(self) -> bool:
+        return self.q.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def _flash(self) -> bool:
+        """Whether the kernel that shares keys among heads takes these sizes."""
+        return self.q.shape[-1] == self.v.shape[-1] <= 256
