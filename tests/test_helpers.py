@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from anchors.injection.study import InjectFlow, InjectSweep
 from anchors.model.source import Source
 from anchors.nsa.probing.probe import EpisodeProbe, with_geometry
 from anchors.nsa.probing.probe import measure as probe
+from anchors.study import runner
 from anchors.study.cluster import lay
 from anchors.study.engine import Lot, silent, work
 from anchors.study.helpers import helped, helpers
@@ -94,6 +97,8 @@ def test_every_study_is_shared(study, tmp_path, monkeypatch):
 
 def lots(how: str, mark: Path, run: Run | None = None, device: str = "") -> list[Lot]:
     """Eight units by fours; `device` is empty in the process that asks."""
+    if device and how == "unmade":
+        raise AnchorsError("No.", "Yes.", code="memory")
 
     def one(_: None, units: Sequence[tuple]) -> pd.DataFrame:
         if device and how == "ends" and not mark.exists():
@@ -123,10 +128,35 @@ def test_out_of_memory_there_halves_the_batch_there(tmp_path):
     assert rows["at once"].tolist() == [1] * 4 + [4] * 4
 
 
-def test_an_error_there_says_what_it_says_here(tmp_path):
+@pytest.mark.parametrize("how", ["refused", "unmade"])
+def test_an_error_there_says_what_it_says_here(how, tmp_path):
     with pytest.raises(AnchorsError) as told:
-        done("refused", tmp_path)
+        done(how, tmp_path)
     assert (told.value.message, told.value.remedy, told.value.code) == ("No.", "Yes.", "memory")
+
+
+def test_prompts_come_along(source, tmp_path, monkeypatch):
+    """Drawn anew by everyone, they would take longer than they are helped with."""
+    sst2 = task("sst2")
+    asked = Readout(), sst2, read(sst2), Sample(examples=4)
+    model = load(source.model, device="cpu")
+    run = measure(model, *asked, out=tmp_path)
+    cells, _ = runner._cells(model, *asked, tmp_path)
+    monkeypatch.setattr(runner, "draw", lambda *_, **__: pytest.fail("drawn anew"))
+    (lot,) = runner._lots_of(source, *asked, cells, Run(run.folder, run.config), "cpu")
+    assert lot.units == [(42, number) for number in range(4)]
+
+
+def test_a_process_that_ended_before_is_asked_nothing(tmp_path, caplog):
+    with helped(("cpu", "cpu")):
+        (pool,) = helpers().processes.values()
+        os.kill(pool.submit(os.getpid).result(), signal.SIGKILL)
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(time.sleep, 60).result()
+        rows = done("plain", tmp_path)
+        assert helpers() is None
+    assert set(rows["where"]) == {""}
+    assert caplog.messages == ["the process on cpu (1) ended; the others measure what it had in hand"]
 
 
 def test_devices_of_two_types_are_refused(source):

@@ -210,17 +210,20 @@ def work(
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    crew, order = helpers(), next(_orders)
+    crew, order = helpers() if anew else None, 0
     for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
         if not left and whole is None:
             continue
+        if crew and anew and left and not order:
+            order = next(_orders)
+            crew.begin(partial(_begun, order, anew, run))
         state = _within_memory(lot.prepare, lot.too_large)
         own, batches = partial(_halving, lot, state), lot.batches(left)
         shared: Iterator[tuple[Sequence[Unit], pd.DataFrame]] = chain.from_iterable(map(own, batches))
-        if crew and anew:
-            shared = crew.shared(own, partial(_there, order, anew, run, number), batches)
+        if crew and order:
+            shared = crew.shared(own, partial(_there, order, number), batches)
         for part, rows in shared:
             run.append(rows, part)
             finished += len(part)
@@ -235,13 +238,21 @@ def work(
     return rows[pd.MultiIndex.from_frame(rows[list(run.identity)]).isin(wanted)]
 
 
-def _there(
-    order: int, anew: Anew, run: Run, number: int, batch: Sequence[Unit]
-) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
+def _begun(order: int, anew: Anew, run: Run) -> None:
+    """Make the lots in a process that helps; what is wrong is said with the first batch."""
+    _kept.clear()
+    try:
+        _kept.update(order=order, lots=anew(run, here()))
+    except Exception as error:  # noqa: BLE001 - raised where somebody hears it
+        _kept.update(order=order, error=error)
+
+
+def _there(order: int, number: int, batch: Sequence[Unit]) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
     """The rows of a batch, in a process that helps; lots and what one shares stay until others are asked for."""
     if _kept.get("order") != order:
-        _kept.clear()
-        _kept.update(order=order, lots=anew(run, here()))
+        raise RuntimeError(f"work {order} was not begun here")
+    if "error" in _kept:
+        raise _kept["error"]
     lot = _kept["lots"][number]
     if _kept.get("number") != number:
         for name in ("state", "number"):
@@ -251,7 +262,7 @@ def _there(
 
 
 _kept: dict[str, Any] = {}
-_orders = count()
+_orders = count(1)
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:

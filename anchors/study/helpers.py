@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,27 @@ class Helpers:
     processes: dict[str, ProcessPoolExecutor]
     source: Source | None = None
 
+    def begin(self, first: Callable[[], object]) -> None:
+        """Have every process do something before what it is asked next.
+
+        Args:
+            first: can be pickled, and raises nothing.
+        """
+        for name in list(self.processes):
+            self._given(name, first)
+
+    def _given(self, name: str, what: Callable[..., Any], *asked: Any) -> Future | None:
+        """A call in a process; None where it has ended."""
+        try:
+            return self.processes[name].submit(what, *asked)
+        except BrokenProcessPool:
+            self._ended(name)
+            return None
+
+    def _ended(self, name: str) -> None:
+        if self.processes.pop(name, None):
+            log.warning("the process on %s ended; the others measure what it had in hand", name)
+
     def shared(
         self,
         own: Callable[[Batch], Iterable[Rows]],
@@ -65,9 +86,16 @@ class Helpers:
                 # A second one lies ready while there are many, so that nobody waits for this process.
                 for name in (*self.processes, *self.processes):
                     busy = sum(at == name for at, _ in calls.values())
-                    if waiting and busy < (2 if len(waiting) > len(self.processes) else 1):
+                    if (
+                        waiting
+                        and name in self.processes
+                        and busy < (2 if len(waiting) > len(self.processes) else 1)
+                    ):
                         batch = waiting.popleft()
-                        calls[self.processes[name].submit(there, batch)] = name, batch
+                        if call := self._given(name, there, batch):
+                            calls[call] = name, batch
+                        else:
+                            waiting.appendleft(batch)
                 if waiting:
                     yield from own(waiting.popleft())
                 for call in wait(calls, timeout=0 if waiting else None, return_when=FIRST_COMPLETED).done:
@@ -76,10 +104,7 @@ class Helpers:
                         found = call.result()
                     except BrokenProcessPool:
                         waiting.append(batch)
-                        if self.processes.pop(name, None):
-                            log.warning(
-                                "the process on %s ended; the others measure what it had in hand", name
-                            )
+                        self._ended(name)
                     else:
                         yield from found
         finally:
@@ -119,6 +144,9 @@ def helped(devices: Sequence[str], source: Source | None = None) -> Generator[No
         for number, device in enumerate(devices[1:], 1)
     }
     every, token = [*processes.values()], _helpers.set(Helpers(processes, source))
+    if source:  # while this process loads its own, and draws
+        for pool in every:
+            pool.submit(_load, source)
     try:
         yield
     except BaseException:
@@ -139,6 +167,12 @@ _here: list[str] = []
 def here() -> str:
     """The device of a process that helps."""
     return _here[0]
+
+
+def _load(source: Source) -> None:
+    """Load a model that will be asked for. What it raises is said then."""
+    with suppress(Exception):
+        source.on(here()).load()
 
 
 def _begin(device: str, threads: int) -> None:

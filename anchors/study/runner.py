@@ -34,6 +34,8 @@ CPU_TOKENS = 512
 
 Unit = tuple[int, int]
 """Seed and number of a prompt: one unit of work."""
+Cells = dict[int, tuple[Cell, dict[Unit, Drawn]]]
+"""By seed: what its prompts share, and its units of work."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ def config_of(
 
 def _cells(
     model: LanguageModel, analysis: Analysis, task: Task, data: Data, how: Sample, folder: Path
-) -> tuple[dict[int, tuple[Cell, dict[Unit, Drawn]]], int]:
-    """By seed: its cell and units of work; and how many prompts were left out as too long."""
-    cells: dict[int, tuple[Cell, dict[Unit, Drawn]]] = {}
+) -> tuple[Cells, int]:
+    """The cells of all seeds, and how many prompts were left out as too long."""
+    cells: Cells = {}
     skipped = 0
     for seed in how.seeds:
         drawing = Draw(how.shots, seed, analysis.fresh, how.control)
@@ -258,7 +260,7 @@ def _measured(
     if (
         crew and crew.source and "machine" not in config
     ):  # seconds would be those of a machine that does other things, too
-        anew = partial(_lots_of, crew.source, analysis, task, data, how)
+        anew = partial(_lots_of, crew.source, analysis, task, data, how, cells)
     rows, (run,) = carry_out(
         [Stretch(config, units, lambda _: lots, model.name, certify=certify, anew=anew)], out, progress
     )
@@ -274,19 +276,24 @@ def _measured(
     return Measured(rows, skipped, config, run.folder, first, notes + run.notes)
 
 
-def _lots(
-    model: LanguageModel, analysis: Analysis, cells: dict[int, tuple[Cell, dict[Unit, Drawn]]], how: Sample
-) -> list[Lot]:
+def _lots(model: LanguageModel, analysis: Analysis, cells: Cells, how: Sample) -> list[Lot]:
     return [_lot(model, analysis, cell, units, how.batch_size) for cell, units in cells.values() if units]
 
 
 def _lots_of(
-    source: Source, analysis: Analysis, task: Task, data: Data, how: Sample, run: Run, device: str
+    source: Source,
+    analysis: Analysis,
+    task: Task,
+    data: Data,
+    how: Sample,
+    cells: Cells,
+    run: Run,
+    device: str,
 ) -> list[Lot]:
-    """The lots of a measurement, in another process."""
+    """The lots of a measurement, in another process: prompts come along, to draw them takes longer."""
     model = source.on(device).load()
     demand_same(run, config_of(model, analysis, task, data, how))
-    return _lots(model, analysis, _cells(model, analysis, task, data, how, run.folder)[0], how)
+    return _lots(model, analysis, cells, how)
 
 
 def _lot(

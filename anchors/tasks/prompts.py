@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchors.errors import AnchorsError
@@ -187,8 +186,8 @@ def _in_place(
     whole = text + word + around.tail
     ids, spans = encoded(tokenizer, whole, special=task.chat is None)
     seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
-    first = 1 + max((i for i, a, _ in seen if a < start), default=-1)
-    last = 1 + max((i for i, a, _ in seen if a < end), default=-1)
+    first = 1 + next((i for i, a, _ in reversed(seen) if a < start), -1)
+    last = 1 + next((i for i, a, _ in reversed(seen) if a < end), -1)
     if last <= first or (first and spans[first - 1][1] > start):
         raise AnchorsError(
             f"The tokenizer melts the label word {task.labels[label]!r} with the template's {text[-8:]!r}.",
@@ -277,7 +276,7 @@ def tokenise(
             token in a text, or one that the tokenizer puts in front by itself.
     """
     text = "".join(piece.text for piece in pieces)
-    owner = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
+    owner = [p for p, piece in enumerate(pieces) for _ in piece.text]
     around = _plain(task) if task.chat is None else answer(task.chat, tokenizer)
     answers = _answers(task, tokenizer) if task.chat and task.chat.form == "one" else words
     ids, spans, (first, last) = _in_place(text, task, 0, tokenizer, around)
@@ -288,7 +287,8 @@ def tokenise(
     demonstrations: list[int] = []
     members: dict[int, list[int]] = {}
     for token, (a, b) in enumerate(spans):
-        touched = sorted({int(p) for p in owner[a:b]})
+        inside = owner[a:b]
+        touched = inside[:1] if not inside or inside[0] == inside[-1] else sorted(set(inside))
         labelled = [p for p in touched if pieces[p].role == "label"]
         demonstrations.append(
             pieces[touched[0]].demonstration if touched else demonstrations[-1] if demonstrations else 0
@@ -300,7 +300,7 @@ def tokenise(
             roles.append("format")
         else:
             first = a + len(text[a:b]) - len(text[a:b].lstrip())
-            roles.append(pieces[int(owner[min(first, b - 1)])].role)
+            roles.append(pieces[owner[min(first, b - 1)]].role)
     roles[-1], demonstrations[-1] = "target", QUERY
     positions, classes = [], []
     for piece, tokens in sorted(members.items()):
