@@ -59,7 +59,7 @@ def main() -> None:
         sys.stdout.buffer.write(piece)
         sys.stdout.flush()
         said = (said + piece)[-2000:]
-    last = said.decode(errors="replace").strip().splitlines()[-1]
+    last = said.decode(errors="replace").strip().rpartition("\n")[2]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
     row = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -141,7 +141,7 @@ def test_a_machine_dies_and_the_rows_are_the_same(machines, address, model_direc
 def test_stopped_and_begun_again(address, model_directory, tmp_path):
     """Ctrl-C keeps finished cells and lets the machines go; the same command measures the others; with nothing left, nothing is new."""
     command = [
-        sys.executable, "-c", "from anchors.cli import main; main()", "run", "figure5", "-n", "5", "--seeds", "1,2,3", "--task", "sst2,trec",
+        sys.executable, "-c", "from anchors.cli import main; main()", "run", "figure5", "-n", "40", "--seeds", "1,2,3", "--task", "sst2,trec",
         "--model", model_directory, "--device", "cpu", "--cluster", address, "-o", tmp_path,
     ]  # fmt: skip
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -161,7 +161,7 @@ def test_stopped_and_begun_again(address, model_directory, tmp_path):
                 ["task", "seed", "number"]
             ].drop_duplicates()
         )
-        > 29
+        > 239
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -210,20 +210,20 @@ def work(
     total = sum(len(lot.units) for lot in lots)
     before = finished = sum(unit in done for lot in lots for unit in lot.units)
     progress(finished, total)
-    crew, order = helpers() if anew else None, 0
+    crew, begun = helpers() if anew else None, False
     for number, lot in enumerate(lots):
         left = [unit for unit in lot.units if unit not in done]
         whole = lot.whole if lot.whole is not None and lot.whole[0] not in done else None
         if not left and whole is None:
             continue
-        if crew and anew and left and not order:
-            order = next(_orders)
-            crew.begin(partial(_begun, order, anew, run))
+        if crew and anew and left and not begun:
+            crew.begin(partial(_begin, anew, run))
+            begun = True
         state = _within_memory(lot.prepare, lot.too_large)
         own, batches = partial(_halving, lot, state), lot.batches(left)
         shared: Iterator[tuple[Sequence[Unit], pd.DataFrame]] = chain.from_iterable(map(own, batches))
-        if crew and order:
-            shared = crew.shared(own, partial(_there, order, number), batches)
+        if crew and begun:
+            shared = crew.shared(own, partial(_there, number), batches)
         for part, rows in shared:
             run.append(rows, part)
             finished += len(part)
@@ -238,21 +238,14 @@ def work(
     return rows[pd.MultiIndex.from_frame(rows[list(run.identity)]).isin(wanted)]
 
 
-def _begun(order: int, anew: Anew, run: Run) -> None:
-    """Make the lots in a process that helps; what is wrong is said with the first batch."""
+def _begin(anew: Anew, run: Run) -> None:
+    """Make the lots in a process that helps; they stay until others are begun."""
     _kept.clear()
-    try:
-        _kept.update(order=order, lots=anew(run, here()))
-    except Exception as error:  # noqa: BLE001 - raised where somebody hears it
-        _kept.update(order=order, error=error)
+    _kept.update(lots=anew(run, here()))
 
 
-def _there(order: int, number: int, batch: Sequence[Unit]) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
-    """The rows of a batch, in a process that helps; lots and what one shares stay until others are asked for."""
-    if _kept.get("order") != order:
-        raise RuntimeError(f"work {order} was not begun here")
-    if "error" in _kept:
-        raise _kept["error"]
+def _there(number: int, batch: Sequence[Unit]) -> list[tuple[Sequence[Unit], pd.DataFrame]]:
+    """The rows of a batch, in a process that helps; what a lot shares stays until another is asked for."""
     lot = _kept["lots"][number]
     if _kept.get("number") != number:
         for name in ("state", "number"):
@@ -262,7 +255,6 @@ def _there(order: int, number: int, batch: Sequence[Unit]) -> list[tuple[Sequenc
 
 
 _kept: dict[str, Any] = {}
-_orders = count(1)
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:

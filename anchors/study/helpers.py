@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -40,19 +40,18 @@ class Helpers:
     Attributes:
         processes: by device; one that ended is taken out.
         source: the model that the study is of, where it is of one.
+        begun: by device what it was to do first.
     """
 
     processes: dict[str, ProcessPoolExecutor]
     source: Source | None = None
+    begun: dict[str, Future] = field(default_factory=dict)
 
     def begin(self, first: Callable[[], object]) -> None:
-        """Have every process do something before what it is asked next.
-
-        Args:
-            first: can be pickled, and raises nothing.
-        """
+        """Have every process do something, which can be pickled, before what it is asked next; what that raises is raised then."""
         for name in list(self.processes):
-            self._given(name, first)
+            if call := self._given(name, first):
+                self.begun[name] = call
 
     def _given(self, name: str, what: Callable[..., Any], *asked: Any) -> Future | None:
         """A call in a process; None where it has ended."""
@@ -101,6 +100,8 @@ class Helpers:
                 for call in wait(calls, timeout=0 if waiting else None, return_when=FIRST_COMPLETED).done:
                     name, batch = calls.pop(call)
                     try:
+                        if first := self.begun.get(name):
+                            first.result()
                         found = call.result()
                     except BrokenProcessPool:
                         waiting.append(batch)
@@ -144,9 +145,6 @@ def helped(devices: Sequence[str], source: Source | None = None) -> Generator[No
         for number, device in enumerate(devices[1:], 1)
     }
     every, token = [*processes.values()], _helpers.set(Helpers(processes, source))
-    if source:  # while this process loads its own, and draws
-        for pool in every:
-            pool.submit(_load, source)
     try:
         yield
     except BaseException:
@@ -167,12 +165,6 @@ _here: list[str] = []
 def here() -> str:
     """The device of a process that helps."""
     return _here[0]
-
-
-def _load(source: Source) -> None:
-    """Load a model that will be asked for. What it raises is said then."""
-    with suppress(Exception):
-        source.on(here()).load()
 
 
 def _begin(device: str, threads: int) -> None:
