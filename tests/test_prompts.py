@@ -508,8 +508,8 @@ def _without_space(tokenizer):
     class Gluing:
         convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
 
-        def __call__(self, text, **_):
-            return {"input_ids": [1], "offset_mapping": [(0, len(text))]}
+        def __call__(self, texts, **_):
+            return {"input_ids": [[1] for _ in texts], "offset_mapping": [[(0, len(text))] for text in texts]}
 
     return Gluing()
 

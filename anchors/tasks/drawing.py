@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from anchors.errors import AnchorsError, demand_seed, nearest
 from anchors.streams import Stream, stream
 from anchors.tasks.data import Data, Example
-from anchors.tasks.prompts import Prompt, label_tokens, pieces, tokenise
+from anchors.tasks.prompts import Piece, Prompt, label_tokens, pieces, tokenise_all
 from anchors.tasks.task import CONTROLS, Control, Task
 
 
@@ -80,18 +80,20 @@ def draw(
         )
     words = label_tokens(task, tokenizer)
     order = stream(Stream.QUERIES, how.seed).permutation(len(data.test))
-    drawn: list[Drawn] = []
+    chosen = [int(index) for index in order[:examples]]
+    asked: list[tuple[list[Piece], int | None]] = []
     shown: list[Example] = []
-    for number, index in enumerate(order[:examples]):
-        query = data.test[int(index)]
-        if how.fresh or not drawn:
+    for number, index in enumerate(chosen):
+        query = data.test[index]
+        if how.fresh or not asked:
             shown = demonstrations(task, data, how, number, query.text)
-        prompt = tokenise(pieces(task, shown, query.text, tokenizer), task, tokenizer, words, query.label)
-        if how.control == "random-positions":
+        asked.append((pieces(task, shown, query.text, tokenizer), query.label))
+    prompts = tokenise_all(asked, task, tokenizer, words)
+    if how.control == "random-positions":
+        for number, prompt in enumerate(prompts):
             rng = stream(Stream.CONTROL_POSITIONS, how.seed, number if how.fresh else 0)
-            prompt = replace(prompt, label_positions=random_positions(prompt, rng))
-        drawn.append(Drawn(example=int(index), prompt=prompt))
-    return drawn
+            prompts[number] = replace(prompt, label_positions=random_positions(prompt, rng))
+    return [Drawn(index, prompt) for index, prompt in zip(chosen, prompts, strict=True)]
 
 
 def demonstrations(

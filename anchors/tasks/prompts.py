@@ -181,10 +181,21 @@ def _in_place(
     Raises:
         AnchorsError: a token of the label word reaches beyond it.
     """
-    word = around.space + task.labels[label]
-    start, end = len(text), len(text) + len(word)
-    whole = text + word + around.tail
-    ids, spans = encoded(tokenizer, whole, special=task.chat is None)
+    tokens = encoded(tokenizer, _followed(text, task, label, around), special=task.chat is None)
+    return *tokens, _place_of(text, task, label, around, tokens[1])
+
+
+def _followed(text: str, task: Task, label: int, around: Answer) -> str:
+    """A prompt that goes on with a label and what follows one."""
+    return text + around.space + task.labels[label] + around.tail
+
+
+def _place_of(
+    text: str, task: Task, label: int, around: Answer, spans: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Where the tokens of the label are that follows a prompt, see `_in_place`."""
+    start, whole = len(text), _followed(text, task, label, around)
+    end = len(whole) - len(around.tail)
     seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
     first = 1 + next((i for i, a, _ in reversed(seen) if a < start), -1)
     last = 1 + next((i for i, a, _ in reversed(seen) if a < end), -1)
@@ -200,7 +211,7 @@ def _in_place(
             "Begin what follows {label} with a character that stays a token of its own, such as a line break.",
             code="label-words",
         )
-    return ids, spans, (first, last)
+    return first, last
 
 
 def _refuse_collisions(task: Task, tokenizer: PreTrainedTokenizerBase, words: list[tuple[int, ...]]) -> None:
@@ -240,15 +251,26 @@ def encoded(
     Raises:
         AnchorsError: they stand where there is no text.
     """
-    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
-    if any(b > len(text) for _, b in spans):
+    return _encoded(tokenizer, [text], special=special)[0]
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """`encoded` of many texts at once."""
+    found = tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=special)
+    if any(
+        b > len(text) for text, spans in zip(texts, found["offset_mapping"], strict=True) for _, b in spans
+    ):
         raise AnchorsError(
             "The tokenizer's offsets run past the text.",
             "Its offset mapping cannot be used.",
             code="tokenizer",
         )
-    return ids, spans
+    return [
+        (list(ids), [tuple(span) for span in spans])
+        for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
 
 
 def tokenise(
@@ -260,6 +282,18 @@ def tokenise(
     *,
     typed: bool = False,
 ) -> Prompt:
+    """`tokenise_all` of one prompt."""
+    return tokenise_all([(pieces, gold)], task, tokenizer, words, typed=typed)[0]
+
+
+def tokenise_all(
+    asked: Sequence[tuple[Sequence[Piece], int | None]],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    words: tuple[tuple[int, ...], ...],
+    *,
+    typed: bool = False,
+) -> list[Prompt]:
     """Tokenise joined pieces and carry their roles over to tokens by character offsets.
 
     The tokens are those of the prompt when its label follows, so that the last one is what stands before a label word
@@ -267,7 +301,8 @@ def tokenise(
     its first visible character belongs to; one without characters (BOS) is `format`.
 
     Args:
-        pieces, task, gold: what to tokenise.
+        asked: pieces and the right class of each prompt.
+        task: whose template they are of.
         words: of `label_tokens`.
         typed: somebody wrote the whole prompt, so that control tokens in its texts are meant.
 
@@ -275,11 +310,38 @@ def tokenise(
         AnchorsError: a label word has other tokens here than `words` says, or melts with its neighbours; a control
             token in a text, or one that the tokenizer puts in front by itself.
     """
-    text = "".join(piece.text for piece in pieces)
-    owner = [p for p, piece in enumerate(pieces) for _ in piece.text]
     around = _plain(task) if task.chat is None else answer(task.chat, tokenizer)
     answers = _answers(task, tokenizer) if task.chat and task.chat.form == "one" else words
-    ids, spans, (first, last) = _in_place(text, task, 0, tokenizer, around)
+    how = _Reading(task, tokenizer, words, answers, around, typed)
+    texts = ["".join(piece.text for piece in pieces) for pieces, _ in asked]
+    followed = [_followed(text, task, 0, around) for text in texts]
+    tokens = _encoded(tokenizer, followed, special=task.chat is None)
+    return [_tokenised(*own, *of, how) for own, of in zip(tokens, asked, strict=True)]
+
+
+class _Reading(NamedTuple):
+    """How the prompts of a task are read; `answers` are the tokens of what may follow one."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    words: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+    around: Answer
+    typed: bool
+
+
+def _tokenised(
+    ids: list[int],
+    spans: list[tuple[int, int]],
+    pieces: Sequence[Piece],
+    gold: int | None,
+    how: _Reading,
+) -> Prompt:
+    """See `tokenise_all`; `ids` and `spans` are those of the prompt when its first label follows."""
+    task, tokenizer, words, answers, around, typed = how
+    text = "".join(piece.text for piece in pieces)
+    owner = [p for p, piece in enumerate(pieces) for _ in piece.text]
+    first, last = _place_of(text, task, 0, around, spans)
     _demand_same(ids[first:last], task, 0, tokenizer, answers)
     ids, spans = ids[:first], spans[:first]
     refuse_controls(text, ids, spans, [] if typed else [pieces[p].role == "text" for p in owner], tokenizer)
