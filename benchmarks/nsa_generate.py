@@ -2,9 +2,9 @@
 
 kept: the layers that NSA puts into any cache (`anchors.nsa.cache.NSALayer`). anew: transformers' own growing layers,
 from which every compressed key is made at every step. full: the same model with full attention (torch's SDPA without
-cuDNN) and transformers' own cache. full, cudnn: with the backend that torch chooses, which on Hopper is cuDNN; that
-plans anew for every length, and a growing cache has another at every step. All in one process, in turns; a cache is filled with random keys and values, and the
-same tokens follow. A step is the whole forward pass of one token of each text, host included, as `generate` pays it.
+cuDNN) and transformers' own cache. full, cudnn: with cuDNN among the backends that torch chooses from; it plans anew for
+every length, and a growing cache has another at every step. All in one process, in turns; a cache is filled with
+random keys and values, and the same tokens follow. A step is the whole forward pass of one token of each text, host included, as `generate` pays it.
 
 With `--padding P` every second text, the first to begin with, has P tokens of padding on its left among the tokens.
 
@@ -28,10 +28,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from anchors.attention.dense import UNPLANNED
 from anchors.context import cache_argument
 from anchors.nsa.config import NSAConfig
 from anchors.nsa.model import NSAForCausalLM
@@ -46,8 +47,6 @@ REAL: dict[str, Any] = {
     "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 1 << 17,
 }  # fmt: skip
 NAMES = ("kept", "anew", "full", "full, cudnn")
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of full attention: whose kernels do not depend on the length."""
 
 
 class Anew(DynamicLayer):
@@ -125,7 +124,7 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
             start = time.perf_counter()
             for t in range(a_round):
                 seen = mask[:, : tokens + number * a_round + t + 1] if options.padding else None
-                with sdpa_kernel(BACKENDS) if name == "full" else nullcontext():
+                with sdpa_kernel(UNPLANNED) if name == "full" else nullcontext():
                     found = model(
                         input_ids=ids[:, t : t + 1],
                         attention_mask=seen,

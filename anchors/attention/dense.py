@@ -31,6 +31,7 @@ PLANNED = 2e11
 """Operations of a call from which torch may take cuDNN's kernels. It makes a plan for every length that it has not seen, which
 takes tens of milliseconds: a few layers' calls of this size are no longer."""
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's kernels without cuDNN's."""
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,9 @@ def _words(
 ) -> tuple[tuple[int, ...], ...]:
     """The tokens of every label word behind a text."""
     words, heads = [], set()
-    for label in range(len(task.labels)):
-        ids, _, (first, last) = _in_place(text, task, label, tokenizer, around)
+    followed = [_followed(text, task, label, around) for label in range(len(task.labels))]
+    for label, (ids, spans) in enumerate(_encoded(tokenizer, followed, special=task.chat is None)):
+        first, last = _place_of(text, task, label, around, spans)
         words.append(tuple(ids[first:last]))
         heads.add(tuple(ids[:first]))
     if len(heads) > 1:
@@ -173,18 +174,6 @@ def _words(
     return tuple(words)
 
 
-def _in_place(
-    text: str, task: Task, label: int, tokenizer: PreTrainedTokenizerBase, around: Answer
-) -> tuple[list[int], list[tuple[int, int]], tuple[int, int]]:
-    """Tokens and spans of a prompt that goes on with a label and what follows one; where the label's tokens are.
-
-    Raises:
-        AnchorsError: a token of the label word reaches beyond it.
-    """
-    tokens = encoded(tokenizer, _followed(text, task, label, around), special=task.chat is None)
-    return *tokens, _place_of(text, task, label, around, tokens[1])
-
-
 def _followed(text: str, task: Task, label: int, around: Answer) -> str:
     """A prompt that goes on with a label and what follows one."""
     return text + around.space + task.labels[label] + around.tail
@@ -193,9 +182,13 @@ def _followed(text: str, task: Task, label: int, around: Answer) -> str:
 def _place_of(
     text: str, task: Task, label: int, around: Answer, spans: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Where the tokens of the label are that follows a prompt, see `_in_place`."""
-    start, whole = len(text), _followed(text, task, label, around)
-    end = len(whole) - len(around.tail)
+    """Which tokens of a text that `_followed` gives are the label's.
+
+    Raises:
+        AnchorsError: a token of the label word reaches beyond it.
+    """
+    start = len(text)
+    end = start + len(around.space + task.labels[label])
     seen = [(i, a, b) for i, (a, b) in enumerate(spans) if a < b]
     first = 1 + next((i for i, a, _ in reversed(seen) if a < start), -1)
     last = 1 + next((i for i, a, _ in reversed(seen) if a < end), -1)
@@ -207,7 +200,7 @@ def _place_of(
         )
     if spans[last - 1][1] > end:
         raise AnchorsError(
-            f"The tokenizer melts the label word {task.labels[label]!r} with what follows it, {whole[end : end + 8]!r}.",
+            f"The tokenizer melts the label word {task.labels[label]!r} with what follows it, {around.tail[:8]!r}.",
             "Begin what follows {label} with a character that stays a token of its own, such as a line break.",
             code="label-words",
         )
@@ -316,7 +309,7 @@ def tokenise_all(
     texts = ["".join(piece.text for piece in pieces) for pieces, _ in asked]
     followed = [_followed(text, task, 0, around) for text in texts]
     tokens = _encoded(tokenizer, followed, special=task.chat is None)
-    return [_tokenised(*own, *of, how) for own, of in zip(tokens, asked, strict=True)]
+    return [_tokenised(text, *own, *of, how) for text, own, of in zip(texts, tokens, asked, strict=True)]
 
 
 class _Reading(NamedTuple):
@@ -331,6 +324,7 @@ class _Reading(NamedTuple):
 
 
 def _tokenised(
+    text: str,
     ids: list[int],
     spans: list[tuple[int, int]],
     pieces: Sequence[Piece],
@@ -339,7 +333,6 @@ def _tokenised(
 ) -> Prompt:
     """See `tokenise_all`; `ids` and `spans` are those of the prompt when its first label follows."""
     task, tokenizer, words, answers, around, typed = how
-    text = "".join(piece.text for piece in pieces)
     owner = [p for p, piece in enumerate(pieces) for _ in piece.text]
     first, last = _place_of(text, task, 0, around, spans)
     _demand_same(ids[first:last], task, 0, tokenizer, answers)
