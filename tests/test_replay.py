@@ -127,6 +127,28 @@ def test_any_change_of_a_model_is_noticed(tokenizer) -> None:
     assert not state.same()
 
 
+def test_inputs_of_several_dtypes_are_copied_by_one_order_each() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from anchors.model.replay import copy_all
+
+    orders = []
+
+    class Orders(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            orders.append(func)
+            return func(*args, **(kwargs or {}))
+
+    given = [
+        torch.randn(2, 3), torch.tensor([[7]]), torch.randn(5).bfloat16(), torch.randn(4), torch.tensor([1, 2])
+    ]  # fmt: skip
+    held = [torch.zeros_like(x) for x in given]
+    with Orders():
+        copy_all(held, given)
+    assert all(map(torch.equal, held, given))
+    assert orders == 3 * [torch.ops.aten._foreach_copy_.default]
+
+
 def test_no_record_is_made_into_a_pool_that_died(monkeypatch) -> None:
     """With its last record, or with the first one's failure."""
     from anchors.model import replay

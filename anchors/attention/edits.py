@@ -47,7 +47,7 @@ class Edit:
         if self.bias is None:
             return None
         bias = self.bias(call).to(call.q.device, call.compute_dtype)
-        self._demand_effect(call, bias != 0, visible)
+        self._demand_effect(call, bias, 0, visible)
         return bias
 
     def weight_of(self, call: Call, visible: Tensor | None) -> Float[Tensor, "*all #query #key"] | None:
@@ -55,7 +55,7 @@ class Edit:
         if self.weight is None:
             return None
         weight = self.weight(call).to(call.q.device, call.compute_dtype)
-        self._demand_effect(call, weight != 1, visible)
+        self._demand_effect(call, weight, 1, visible)
         return weight
 
     def showing(self, call: Call, visible: Tensor | None) -> Tensor | None:
@@ -65,9 +65,10 @@ class Edit:
         new = self.shown(call) & ~boolean(visible)
         return visible | new if visible.dtype == torch.bool else torch.where(new, 0, visible)
 
-    def _demand_effect(self, call: Call, entries: Tensor, visible: Tensor | None) -> None:
+    def _demand_effect(self, call: Call, field: Tensor, nothing: int, visible: Tensor | None) -> None:
         if self.neutral:
             return
+        entries = field != nothing
         if visible is not None:
             entries = entries & boolean(visible)
         if not entries.any():

@@ -37,6 +37,16 @@ def told_apart(columns: Sequence[int]) -> tuple[list[int], list[int]]:
     return padded, [found.index(column) for column in columns]
 
 
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Each source into its target. torch copies tensors of one dtype by one order, those of several dtypes by one order each."""
+    of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        for own, x in zip(of_dtype.setdefault(target.dtype, ([], [])), (target, source), strict=True):
+            own.append(x)
+    for own, given in of_dtype.values():
+        torch._foreach_copy_(own, given)
+
+
 class _Record:
     """A step as a graph, its inputs and outputs at fixed addresses."""
 
@@ -55,7 +65,7 @@ class _Record:
         torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        torch._foreach_copy_(self.inputs, list(inputs))
+        copy_all(self.inputs, inputs)
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
 
