@@ -6,6 +6,7 @@ wrongly: bfloat16 is tested on CUDA only.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pytest
@@ -325,6 +326,18 @@ def test_on_cuda(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("sizes", [{"peel": 0}, {"rows": 64, "keys": 32, "splits": 3, "split": 100}], ids=str)
 def test_settings_on_cuda(sizes):
     agree(LARGE[0], torch.bfloat16, "cuda", tuning(**sizes))
+
+
+@needs_triton
+def test_without_boxes_the_sizes_are_those_of_pointers(monkeypatch):
+    from anchors.nsa.kernels import tiles
+
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: tiles.ROOM)
+    for kernel, dtype, width in tiles.BOXED:
+        like = torch.zeros(1, dtype=getattr(torch, dtype))
+        sizes = partial(tiles.tuned, kernel, like, width, boxed=True)
+        assert sizes(None) == {**tiles.BOXED[kernel, dtype, width], "boxes": 1}
+        assert sizes({kernel: {"boxes": 0}}) == {**tiles.TUNING[kernel, dtype, width], "boxes": 0}
 
 
 @needs_triton

@@ -162,6 +162,7 @@ def test_no_record_is_made_into_a_pool_that_died(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(replay, "_share", lambda pool, device: 0.1)
     monkeypatch.setattr(replay, "_Record", Record)
     kind, x = replay.Replays(), torch.zeros(1)
 
@@ -180,6 +181,32 @@ def test_no_record_is_made_into_a_pool_that_died(monkeypatch) -> None:
     kind.forget()
     assert recorded("fifth", list)
     assert pools == ["a", "b", "b", "b", "c"]
+
+
+def test_records_take_no_more_than_their_share_and_give_it_back(monkeypatch) -> None:
+    from anchors.model import replay
+
+    held = iter([0.1, 0.2, 0.1])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(replay, "_share", lambda pool, device: next(held))
+    monkeypatch.setattr(replay._Record, "__init__", lambda *_: None)
+    model, x = torch.nn.Linear(1, 1), torch.zeros(1)
+    kind = replay.replays_of(model)
+
+    def recorded(key: str) -> bool:
+        kind._widths[key] = {}
+        return kind._recorded(key, list, [x]) is not None
+
+    assert [recorded(key) for key in "abc"] == [True, True, False]
+    assert kind.refused == {"c": "the records hold 20% of the GPU's memory"}
+    assert replay.released()
+    assert not kind.recorded
+    assert not recorded("a")
+    assert kind.refused == {"a": "a step beside the records found no memory"}
+    assert not replay.released()
+    kind.forget()  # the model is another now
+    assert recorded("a")
 
 
 def on_cuda(family: str, tokenizer, precision: str) -> LanguageModel:

@@ -98,6 +98,30 @@ def test_out_of_memory_halves_the_batch_and_goes_on(gpt2, data, tmp_path, monkey
     pd.testing.assert_frame_equal(rows, whole, rtol=1e-4)
 
 
+def test_out_of_memory_first_gives_back_what_recorded_steps_hold(gpt2, data, tmp_path, monkeypatch):
+    """A batch that fits without them is not halved; one that does not is, and no batch is tried a third time."""
+    from anchors.model.replay import replays_of
+
+    whole, kind = measured(gpt2, data, tmp_path / "whole", batch_size=6), replays_of(gpt2.model)
+    original, sizes, most = flow_analysis.flow, [], 6
+
+    def beside_records(lm, prompts):
+        sizes.append(len(prompts))
+        if kind.recorded or len(prompts) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(lm, prompts)
+
+    monkeypatch.setattr(flow_analysis, "flow", beside_records)
+    kind._records["a step"] = None
+    rows = measured(gpt2, data, tmp_path / "fits", batch_size=6)
+    assert sizes == [6, 6]
+    pd.testing.assert_frame_equal(rows, whole)
+    kind._records["a step"], most = None, 3
+    sizes.clear()
+    measured(gpt2, data, tmp_path / "halved", batch_size=6)
+    assert sizes == [6, 6, 3, 3]
+
+
 def test_a_prompt_that_never_fits_is_an_error(gpt2, data, tmp_path, monkeypatch):
     def no_memory(lm, prompts):
         raise torch.OutOfMemoryError("out of memory")

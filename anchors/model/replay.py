@@ -25,6 +25,8 @@ RECORDS = 32
 """Records that are kept, the oldest thrown away."""
 PLAIN_RUNS = 2
 """Runs of a shape before it is recorded."""
+SHARE = 0.125
+"""Of a GPU's memory, what records may hold before no more are made: what they hold, no other step can have."""
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -71,7 +73,14 @@ class _Record:
 
 
 class Replays:
-    """The records of one model."""
+    """The records of one model.
+
+    Attributes:
+        refused: why a step was not recorded.
+        full: why none is recorded any more; None where some may be.
+    """
+
+    full: str | None = None
 
     def __init__(self) -> None:
         self._records: OrderedDict[Hashable, _Record] = OrderedDict()
@@ -117,6 +126,9 @@ class Replays:
                 f"the attention of layers {waiting} waits for the GPU: it is computed in tiles, or its mask is no band"
             )
             return None
+        if self.full is not None:
+            self.refused[key] = self.full
+            return None
         if not self._records:
             # A pool dies with its last graph, also one whose recording failed, and no other can be recorded into it.
             self._pool = torch.cuda.graph_pool_handle()
@@ -128,6 +140,9 @@ class Replays:
             torch.cuda.empty_cache()
             return None
         self._records[key] = record
+        held = _share(self._pool, inputs[0].device)
+        if held > SHARE:
+            self.full = f"the records hold {held:.0%} of the GPU's memory"
         while len(self._records) > RECORDS:
             self._records.popitem(last=False)
         return record
@@ -141,12 +156,19 @@ class Replays:
         """Throw all records away."""
         for told in (self._records, self._runs, self._widths, self.refused):
             told.clear()
+        self.full = None
 
     def _state_of(self, model: nn.Module) -> "State":
         if self._state is None or not self._state.same():
             self.forget()
             self._state = State(model)
         return self._state
+
+
+def _share(pool: Any, device: torch.device) -> float:
+    """Of a GPU's memory, what a pool of graphs has taken."""
+    taken = sum(x["total_size"] for x in torch.cuda.memory_snapshot() if x["segment_pool_id"] == pool)
+    return taken / torch.cuda.get_device_properties(device).total_memory
 
 
 class State:
@@ -186,6 +208,15 @@ _REPLAYS: "WeakKeyDictionary[nn.Module, Replays]" = WeakKeyDictionary()
 def replays_of(model: nn.Module) -> Replays:
     """The records of a model, to be looked at, or thrown away where their memory is needed."""
     return _REPLAYS.setdefault(model, Replays())
+
+
+def released() -> bool:
+    """Throw all records of all models away, where a step found no memory, and make no more; whether there were any."""
+    holding = [records for records in _REPLAYS.values() if records.recorded]
+    for records in holding:
+        records.forget()
+        records.full = "a step beside the records found no memory"
+    return bool(holding)
 
 
 def replayed(model: nn.Module, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -269,8 +269,10 @@ def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], Anc
 def _halving(
     lot: Lot[State], state: State, batch: Sequence[Unit]
 ) -> Iterator[tuple[Sequence[Unit], pd.DataFrame]]:
-    """Measure a batch; out of memory halves it and goes on."""
-    stack = [batch]
+    """Measure a batch. Out of memory gives back what recorded steps hold, once; then it halves the batch, and goes on."""
+    from anchors.model.replay import released
+
+    stack, again = [batch], None
     while stack:
         part = stack.pop()
         try:
@@ -283,8 +285,13 @@ def _halving(
             yield part, rows
             continue
         # Outside of the handler: the error's frames hold the tensors that did not fit.
+        alone = part is not again and released()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if alone:
+            again = part
+            stack.append(part)
+            continue
         if len(part) == 1:
             raise lot.too_large(part[0])
         middle = len(part) // 2

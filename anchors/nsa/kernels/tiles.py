@@ -112,17 +112,19 @@ def tuned(
     """The settings of a kernel for a dtype and a head width, with those of `tuning[kernel]` put over them.
 
     Args:
-        boxed: whether the copy engine can read the tensors, so that a row of `BOXED` goes before one of `TUNING`.
+        boxed: whether the copy engine can read the tensors, so that a row of `BOXED` goes before one of `TUNING`, unless
+            `tuning` says `boxes` 0.
     """
     row = next((size for size in (NARROW, USUAL) if width <= size), WIDE)
     key = kernel, str(like.dtype).removeprefix("torch."), row
     settings = dict(TUNING[key])
+    given = {} if tuning is None else tuning.get(kernel, {})
     room = shared_memory(like.device) >= ROOM
-    if boxed and room and key in BOXED:
+    if boxed and given.get("boxes", 1) and room and key in BOXED:
         settings = BOXED[key] | {"boxes": 1}
     elif not room:
         settings |= {"rows": min(settings["rows"], 64), "keys": min(settings["keys"], 32), "num_stages": 1}
-    return settings | ({} if tuning is None else tuning.get(kernel, {}))
+    return settings | given
 
 
 def parted(dim: int) -> tuple[int, int]:
