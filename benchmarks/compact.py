@@ -276,7 +276,8 @@ def grouped(every: list[Results]) -> list[list[Results]]:
 
 
 def forget(folder: Path, names: dict[str, str]) -> None:
-    """Paths of a machine become names in the facts of all tables of a folder, in them and beside them, and in their rows."""
+    """Paths of a machine become names in the facts of all tables of a folder, in them and beside them, in their rows, and in
+    what its pictures say of themselves."""
 
     def told(text: str) -> str:
         for path, name in names.items():
@@ -301,21 +302,34 @@ def forget(folder: Path, names: dict[str, str]) -> None:
             write_table(path, rows, parsed)
         else:
             write_atomic(path, lambda draft, content=content: draft.write_bytes(content))
+    for path in sorted(folder.rglob("*.png")):
+        picture = Image.open(path)
+        texts = _texts(picture)
+        if texts != (new := {key: told(text) for key, text in texts.items()}):
+            content = _png(picture, picture, new)
+            write_atomic(path, lambda draft, content=content: draft.write_bytes(content))
+
+
+def _texts(picture: Image.Image) -> dict[str, str]:
+    return {key: text for key, text in picture.info.items() if isinstance(text, str)}
+
+
+def _png(pixels: Image.Image, of: Image.Image, texts: dict[str, str]) -> bytes:
+    told = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        told.add_text(key, text)
+    buffer = BytesIO()
+    pixels.save(buffer, "png", optimize=True, pnginfo=told, dpi=of.info.get("dpi"))
+    return buffer.getvalue()
 
 
 def shrink_picture(path: Path) -> None:
     """A picture in few colours, in place, where that is smaller."""
     picture = Image.open(path)
-    told = PngImagePlugin.PngInfo()
-    for key, text in picture.info.items():
-        if isinstance(text, str):
-            told.add_text(key, text)
-    buffer = BytesIO()
     few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-    few.save(buffer, "png", optimize=True, pnginfo=told, dpi=picture.info.get("dpi"))
-    before = path.stat().st_size
-    if len(buffer.getvalue()) < 0.9 * before:
-        write_atomic(path, lambda draft: draft.write_bytes(buffer.getvalue()))
+    content, before = _png(few, picture, _texts(picture)), path.stat().st_size
+    if len(content) < 0.9 * before:
+        write_atomic(path, lambda draft: draft.write_bytes(content))
         print(f"{path}: {before} → {path.stat().st_size} bytes")
 
 

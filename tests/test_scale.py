@@ -266,3 +266,10 @@ def test_rows_that_two_experiments_share_lie_in_one_of_them(tmp_path):
         write_table(taker, own, facts | {"elsewhere": wrong})
         with pytest.raises(AnchorsError, match=said):
             read_table(taker)
+
+
+def test_no_committed_result_names_a_folder_of_a_machine() -> None:
+    files = [path for path in RESULTS.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 300
+    places = b"/tmp/", b"/root/", b"/home/", b"/work/"
+    assert not [path for path in files if any(place in path.read_bytes() for place in places)]
