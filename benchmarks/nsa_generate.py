@@ -12,6 +12,8 @@ With `--padding P` every second text, the first to begin with, has P tokens of p
 block. "cache_mb" is what the cache holds, its room to grow included; "peak_mb" the most memory that a step needs beyond
 the model (CUDA only). "error" is the largest difference of a logit of kept and anew relative to the largest logit.
 
+With `--kernels` it says, too, how many kernels a step of `kept` is, and how long they take.
+
     uv run benchmarks/nsa_generate.py                                        # tiny, on the CPU
     uv run benchmarks/nsa_generate.py --device cuda --out nsa_generate.csv   # 4k to 64k, 1 and 16 texts
     uv run benchmarks/nsa_generate.py --padding 100                          # of unlike lengths
@@ -99,6 +101,17 @@ def wait(device: str) -> None:
 
 
 @torch.no_grad()
+def show_kernels(model: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> None:
+    with torch.profiler.profile() as seen:
+        for t in range(ids.shape[1]):
+            model(input_ids=ids[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
+        wait(str(ids.device))
+    spans = [e.time_range for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(span.elapsed_us() for span in spans) / 1e3
+    print(f"{len(spans) / ids.shape[1]:.0f} kernels a step, {busy / ids.shape[1]:.2f} ms of work")
+
+
+@torch.no_grad()
 def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Namespace) -> list[dict]:
     dtype = getattr(torch, options.dtype)
     sparse = made("nsa", sizes, dtype, options.device)
@@ -138,6 +151,8 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
             logits[name] = found.float()
         off = max(off, float((logits["kept"] - logits["anew"]).abs().max() / logits["anew"].abs().max()))
+    if options.kernels:
+        show_kernels(sparse, caches["kept"], ids[:, :4])
     middle = {name: statistics.median(taken) for name, taken in times.items()}
     return [
         {
@@ -160,6 +175,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--padding", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kernels", action="store_true", help="of a step, by torch's profiler")
     parser.add_argument("--out", type=Path, help="a table, as CSV")
     options = parser.parse_args()
     real = options.device.startswith("cuda")

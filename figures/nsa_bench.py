@@ -9,11 +9,25 @@ from anchors.figures.pieces import legend
 from anchors.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plain
 
 NAMES = {
-    "ours": ("NSA", BLUE), "sdpa-flash": ("FlashAttention-2", ORANGE), "sdpa-cudnn": ("cuDNN", VERMILION),
-    "fla": ("fla-core", GREEN), "xunhaolai": ("XunhaoLai", PURPLE), "flex": ("FlexAttention", SKY),
-    "eager": ("eager", GREY),
-}  # fmt: skip
-WHOLE, SELECTED = {"all": "all of it", "full": "full attention"}, {"slc": "selected branch"}
+    "ours": ("NSA", BLUE, "o"),
+    "sdpa-flash": ("FlashAttention-2", ORANGE, "o"),
+    "flash-3": ("FlashAttention-3", ORANGE, "s"),
+    "flash-4": ("FlashAttention-4", ORANGE, "^"),
+    "sdpa-cudnn": ("cuDNN", VERMILION, "o"),
+    "cudnn-nsa": ("cuDNN", VERMILION, "s"),
+    "fla": ("fla-core", GREEN, "o"),
+    "xunhaolai": ("XunhaoLai", PURPLE, "o"),
+    "scalable-flash-nsa": ("Scalable-Flash-NSA", GREEN, "s"),
+    "flex": ("FlexAttention", SKY, "o"),
+    "eager": ("eager", GREY, "o"),
+}
+"""By implementation, what it is called, its colour and its marker."""
+WHOLE = {
+    "all": "all of it",
+    "all of one k and v": "all of it, one k and v",
+    "full": "full attention",
+}
+SELECTED = {"slc": "selected branch"}
 
 
 def draw(table: pd.DataFrame, model: str) -> Figure:
@@ -42,12 +56,12 @@ def draw(table: pd.DataFrame, model: str) -> Figure:
 
 def _panel(axes: Axes, own: pd.DataFrame) -> None:
     for parts, line in ((WHOLE, "-"), (SELECTED, "--")):
-        for name, (label, colour) in NAMES.items():
+        for name, (label, colour, marker) in NAMES.items():
             rows = own[(own["implementation"] == name) & own["part"].isin(parts)].sort_values("tokens")
             if len(rows):
                 text = f"{label}, {parts[rows['part'].iloc[0]]}"
                 axes.errorbar(
-                    rows["tokens"], rows["ms"], rows["iqr"] / 2, fmt=line, marker="o", markersize=3, color=colour, label=text
+                    rows["tokens"], rows["ms"], rows["iqr"] / 2, fmt=line, marker=marker, markersize=3, color=colour, label=text
                 )  # fmt: skip
     lengths = sorted(set(own["tokens"]))
     axes.set(xscale="log", yscale="log")

@@ -97,7 +97,11 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
 def test_the_figure_has_a_line_for_each():
     import pandas as pd
 
-    from anchors.figures.nsa_bench import draw
+    from anchors.figures.nsa_bench import NAMES, draw
+    from anchors.nsa.speed.peers import IMPLEMENTATIONS
+
+    assert set(NAMES) == set(IMPLEMENTATIONS)
+    assert len({(colour, marker) for _, colour, marker in NAMES.values()}) == len(NAMES)
 
     rows = [
         {"implementation": name, "part": part, "direction": direction, "shape": "s", "pattern": pattern, "tokens": length,

@@ -167,7 +167,9 @@ class Replays:
 
 def _share(pool: Any, device: torch.device) -> float:
     """Of a GPU's memory, what a pool of graphs has taken."""
-    taken = sum(x["total_size"] for x in torch.cuda.memory_snapshot() if x["segment_pool_id"] == pool)
+    taken = sum(
+        x["total_size"] for x in torch.cuda.memory_snapshot() if tuple(x["segment_pool_id"]) == tuple(pool)
+    )
     return taken / torch.cuda.get_device_properties(device).total_memory
 
 
