@@ -1,6 +1,7 @@
 """What makes a pass faster or smaller, against the pass as it stands: blocks computed twice, norms in one kernel, recordings."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from anchors.context import answer, encode, queries
 from anchors.flow import saliency
 from anchors.flow.saliency import Flow, flow, literal_flow
 from anchors.model.language import LanguageModel, load
-from anchors.model.memory import kept
+from anchors.model.memory import ROUGHLY, guessed, kept, light
 from anchors.model.recompute import blocks_of, recomputing
 from anchors.model.replay import State, replays_of
 from anchors.reweighting import fit
@@ -61,6 +62,33 @@ def test_what_a_pass_keeps_is_counted(gpt2: LanguageModel) -> None:
     assert found.attention == 4 * (width + gpt2.heads[0]) * layers
     # q, k, v, both norms' inputs and outputs, z, the residual stream, four widths twice: of each layer.
     assert 10 * width * layers * 4 < found.plainly < 20 * width * layers * 4
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_what_a_pass_keeps_is_guessed_from_above(family, tokenizer) -> None:
+    lm = load(make(family, len(tokenizer)), tokenizer=tokenizer, device="cpu", precision="float32")
+    assert kept(lm).plainly < ROUGHLY * guessed(lm.model)
+
+
+def test_a_pass_that_keeps_its_share_of_a_gpu_is_not_recorded(tokenizer, monkeypatch) -> None:
+    from anchors.model import memory
+    from anchors.model.replay import TOKENS
+
+    lm = load(make("gpt2", len(tokenizer)), tokenizer=tokenizer, device="cpu", precision="float32")
+    asked, exact = [], memory.kept(lm)
+    monkeypatch.setattr(memory, "kept", lambda model: asked.append(model) or exact)
+
+    def light_beside(allowed: float) -> bool:
+        card = SimpleNamespace(total_memory=allowed / memory.SHARE)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        return light(lm, 1000)
+
+    assert light_beside(1000 * ROUGHLY * guessed(lm.model))
+    assert not asked
+    assert light_beside(1000 * exact.plainly)
+    assert asked
+    assert not light_beside(999 * exact.plainly)
+    assert not light(lm, TOKENS + 1)
 
 
 def test_a_long_prompt_is_computed_twice_by_itself(gpt2, prompts, monkeypatch) -> None:
