@@ -285,10 +285,10 @@ def _halving(
             yield part, rows
             continue
         # Outside of the handler: the error's frames hold the tensors that did not fit.
-        alone = part is not again and released()
+        roomier = part is not again and released()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if alone:
+        if roomier:
             again = part
             stack.append(part)
             continue
