@@ -122,6 +122,29 @@ def test_out_of_memory_first_gives_back_what_recorded_steps_hold(gpt2, data, tmp
     assert sizes == [6, 6, 3, 3]
 
 
+def test_what_is_prepared_is_tried_again_without_records(gpt2):
+    from anchors.model.replay import replays_of
+    from anchors.study.engine import _within_memory
+
+    kind, tries = replays_of(gpt2.model), []
+
+    def prepare() -> str:
+        tries.append(kind.recorded)
+        if kind.recorded or len(tries) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return "prepared"
+
+    def too_large(_: None) -> AnchorsError:
+        return AnchorsError("too large", "less", code="memory")
+
+    kind._records["a step"] = None
+    assert _within_memory(prepare, too_large) == "prepared"
+    assert tries == [1, 0]
+    with pytest.raises(AnchorsError, match="too large"):
+        _within_memory(prepare, too_large)
+    assert tries == [1, 0, 0]
+
+
 def test_a_prompt_that_never_fits_is_an_error(gpt2, data, tmp_path, monkeypatch):
     def no_memory(lm, prompts):
         raise torch.OutOfMemoryError("out of memory")

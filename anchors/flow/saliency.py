@@ -23,7 +23,7 @@ from anchors.errors import AnchorsError, CertificateError, RoutingError
 from anchors.flow.metrics import Sums, flow_sums, left_out
 from anchors.model.language import LanguageModel
 from anchors.model.lengths import groups
-from anchors.model.memory import light, recomputed
+from anchors.model.memory import recomputed
 from anchors.model.replay import TOKENS, replayed, told_apart
 from anchors.tasks.prompts import Prompt
 
@@ -320,7 +320,7 @@ def flow(model: LanguageModel, prompts: Sequence[Prompt], *, maps: Sequence[int]
     )  # fmt: skip
     whole = tuple(maps)
     step = partial(_step, model, whole, batch.whole)
-    if triton_runs(model.device) and light(model, batch.ids.numel()):
+    if batch.ids.numel() <= TOKENS and triton_runs(model.device):
         found = replayed(model.model, ("flow", model.precision, whole, batch.whole), step, inputs)
     else:
         with recomputed(model, batch.ids.numel()):

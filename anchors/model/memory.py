@@ -25,9 +25,7 @@ SHARE = 0.25
 CPU_BYTES = 1 << 30
 """What a pass may keep on the CPU."""
 CPU_TOKENS = 512
-"""Tokens of a batch up to which the CPU is not asked."""
-ROUGHLY = 2.0
-"""How far what a pass keeps may lie above a first guess from the sizes of the weights, which asks no pass."""
+"""Tokens of a batch up to which the CPU is not asked; on a GPU these are `TOKENS`."""
 PROBES = 16, 32
 """Tokens of two short passes: what the longer one keeps more, it keeps of each token."""
 
@@ -121,20 +119,6 @@ def kept(model: "LanguageModel") -> Kept:
     return found
 
 
-def light(model: "LanguageModel", tokens: int) -> bool:
-    """Whether a pass over so many tokens keeps no more than its share of a GPU: then blocks are not computed twice, and it may
-    be recorded. A short pass is asked only where the sizes of the weights do not tell."""
-    if tokens > TOKENS:
-        return False
-    allowed = SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    return tokens * ROUGHLY * guessed(model.model) <= allowed or tokens * kept(model).plainly <= allowed
-
-
-def guessed(model: nn.Module) -> float:
-    """About what a pass keeps of a token, in bytes: what every product reads and gives, in float32."""
-    return 4.0 * sum(sum(weight.shape) for weight in model.parameters() if weight.dim() == 2)
-
-
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).float().norm() / other.float().norm().clamp(min=1e-30))
 
@@ -142,7 +126,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 def twice(model: "LanguageModel", tokens: int) -> tuple[Kept, bool] | None:
     """Whether a pass over so many tokens would keep too much: then what it keeps, and whether attention is kept, too."""
     gpu = model.device.type == "cuda"
-    if model.device.type not in ("cpu", "cuda") or (light(model, tokens) if gpu else tokens <= CPU_TOKENS):
+    if model.device.type not in ("cpu", "cuda") or tokens <= (TOKENS if gpu else CPU_TOKENS):
         return None
     own, allowed, keep = kept(model), float(CPU_BYTES), True
     if gpu:

@@ -26,7 +26,7 @@ RECORDS = 32
 PLAIN_RUNS = 2
 """Runs of a shape before it is recorded."""
 SHARE = 0.125
-"""Of a GPU's memory, what records may hold before no more are made: what they hold, no other step can have."""
+"""Of a GPU's memory, what records of all models may hold before no more are made: what they hold, no other step can have."""
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -140,9 +140,11 @@ class Replays:
             torch.cuda.empty_cache()
             return None
         self._records[key] = record
-        held = _share(self._pool, inputs[0].device)
-        if held > SHARE:
-            self.full = f"the records hold {held:.0%} of the GPU's memory"
+        try:
+            held = _share(inputs[0].device)
+            self.full = f"records hold {held:.0%} of the GPU's memory" if held > SHARE else None
+        except RuntimeError as why:  # another allocator
+            self.full = str(why).splitlines()[0]
         while len(self._records) > RECORDS:
             self._records.popitem(last=False)
         return record
@@ -163,14 +165,6 @@ class Replays:
             self.forget()
             self._state = State(model)
         return self._state
-
-
-def _share(pool: Any, device: torch.device) -> float:
-    """Of a GPU's memory, what a pool of graphs has taken."""
-    taken = sum(
-        x["total_size"] for x in torch.cuda.memory_snapshot() if tuple(x["segment_pool_id"]) == tuple(pool)
-    )
-    return taken / torch.cuda.get_device_properties(device).total_memory
 
 
 class State:
@@ -212,12 +206,25 @@ def replays_of(model: nn.Module) -> Replays:
     return _REPLAYS.setdefault(model, Replays())
 
 
+def _share(device: torch.device) -> float:
+    """Of a GPU's memory, what records of all models have taken: their pools, and their inputs, which lie outside of these."""
+    holding = [records for records in _REPLAYS.values() if records.recorded]
+    pools = {tuple(records._pool) for records in holding}
+    taken = sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) in pools
+    )
+    inputs = [x for records in holding for record in records._records.values() for x in record.inputs]
+    taken += sum(x.untyped_storage().nbytes() for x in inputs)
+    return taken / torch.cuda.get_device_properties(device).total_memory
+
+
 def released() -> bool:
-    """Throw all records of all models away, where a step found no memory, and make no more; whether there were any."""
+    """Throw all records of all models away, where a step found no memory; whether there were any."""
     holding = [records for records in _REPLAYS.values() if records.recorded]
     for records in holding:
         records.forget()
-        records.full = "a step beside the records found no memory"
     return bool(holding)
 
 

@@ -258,18 +258,26 @@ _kept: dict[str, Any] = {}
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:
-    try:
-        return prepare()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise too_large(None) from error
+    from anchors.model.replay import released
+
+    for again in (False, True):
+        try:
+            return prepare()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            why = error.with_traceback(None)  # whose frames hold the tensors that did not fit
+        if again or not released():
+            break
+        torch.cuda.empty_cache()
+    raise too_large(None) from why
 
 
 def _halving(
     lot: Lot[State], state: State, batch: Sequence[Unit]
 ) -> Iterator[tuple[Sequence[Unit], pd.DataFrame]]:
-    """Measure a batch. Out of memory gives back what recorded steps hold, once; then it halves the batch, and goes on."""
+    """Measure a batch. Out of memory gives back what recorded steps hold, and tries once more; then it halves the batch, and
+    goes on."""
     from anchors.model.replay import released
 
     stack, again = [batch], None
