@@ -189,7 +189,7 @@ def test_records_take_no_more_than_their_share_and_give_it_back(monkeypatch) -> 
     def unknown(device: torch.device) -> float:
         raise RuntimeError("this allocator tells nothing\nat all")
 
-    held = iter([0.1, 0.2, 0.1])
+    held = iter([0.1, 0.3, 0.1])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(replay, "_share", lambda device: next(held))
@@ -202,14 +202,19 @@ def test_records_take_no_more_than_their_share_and_give_it_back(monkeypatch) -> 
         return kind._recorded(key, list, [x]) is not None
 
     assert [recorded(key) for key in "abc"] == [True, True, False]
-    assert kind.refused == {"c": "records hold 20% of the GPU's memory"}
+    assert kind.refused == {"c": "records hold 30% of the GPU's memory"}
     assert replay.released()
     assert not kind.recorded
     assert not replay.released()
-    assert recorded("a")
+    assert set(kind.refused) == {"a", "b"}
+    kind._runs = {"a": replay.PLAIN_RUNS, "c": replay.PLAIN_RUNS}
+    ran: list[str] = []
+    assert kind._run("a", lambda _: ran.append("a") or (x,), [x]) == (x,)
+    assert ran == ["a"]
+    assert recorded("c")
     monkeypatch.setattr(replay, "_share", unknown)
-    assert [recorded(key) for key in "bc"] == [True, False]
-    assert kind.refused == {"c": "this allocator tells nothing"}
+    assert [recorded(key) for key in "de"] == [True, False]
+    assert kind.refused["e"] == "this allocator tells nothing"
 
 
 def test_what_records_hold_is_counted_over_all_models(monkeypatch) -> None:

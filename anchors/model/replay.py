@@ -25,7 +25,7 @@ RECORDS = 32
 """Records that are kept, the oldest thrown away."""
 PLAIN_RUNS = 2
 """Runs of a shape before it is recorded."""
-SHARE = 0.125
+SHARE = 0.25
 """Of a GPU's memory, what records of all models may hold before no more are made: what they hold, no other step can have."""
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -221,10 +221,12 @@ def _share(device: torch.device) -> float:
 
 
 def released() -> bool:
-    """Throw all records of all models away, where a step found no memory; whether there were any."""
+    """Throw all records of all models away, where a step found no memory, not to be made again; whether there were any."""
     holding = [records for records in _REPLAYS.values() if records.recorded]
     for records in holding:
+        keys = list(records._records)
         records.forget()
+        records.refused = dict.fromkeys(keys, "beside its record another step found no memory")
     return bool(holding)
 
 
