@@ -14,7 +14,6 @@ Three things, each printed as it comes:
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -33,11 +32,7 @@ from anchors.model.language import prepare
 
 
 def timed(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return cards.timed(run)[1]
 
 
 def classified(folder: str) -> None:

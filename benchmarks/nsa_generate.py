@@ -12,7 +12,7 @@ With `--padding P` every second text, the first to begin with, has P tokens of p
 block. "cache_mb" is what the cache holds, its room to grow included; "peak_mb" the most memory that a step needs beyond
 the model (CUDA only). "error" is the largest difference of a logit of kept and anew relative to the largest logit.
 
-With `--kernels` it says, too, how many kernels a step of `kept` is, and how long they take.
+With `--kernels` it says, too, of what kernels a step of `kept` is, and how long they take.
 
     uv run benchmarks/nsa_generate.py                                        # tiny, on the CPU
     uv run benchmarks/nsa_generate.py --device cuda --out nsa_generate.csv   # 4k to 64k, 1 and 16 texts
@@ -29,6 +29,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from icl_speed import show_kernels
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
@@ -101,17 +102,6 @@ def wait(device: str) -> None:
 
 
 @torch.no_grad()
-def show_kernels(model: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> None:
-    with torch.profiler.profile() as seen:
-        for t in range(ids.shape[1]):
-            model(input_ids=ids[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
-        wait(str(ids.device))
-    spans = [e.time_range for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(span.elapsed_us() for span in spans) / 1e3
-    print(f"{len(spans) / ids.shape[1]:.0f} kernels a step, {busy / ids.shape[1]:.2f} ms of work")
-
-
-@torch.no_grad()
 def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Namespace) -> list[dict]:
     dtype = getattr(torch, options.dtype)
     sparse = made("nsa", sizes, dtype, options.device)
@@ -152,7 +142,10 @@ def measure(batch: int, tokens: int, sizes: dict[str, Any], options: argparse.Na
             logits[name] = found.float()
         off = max(off, float((logits["kept"] - logits["anew"]).abs().max() / logits["anew"].abs().max()))
     if options.kernels:
-        show_kernels(sparse, caches["kept"], ids[:, :4])
+        with torch.profiler.profile() as seen:
+            sparse(input_ids=ids[:, :1], use_cache=True, **{cache_argument(sparse): caches["kept"]})
+            wait(options.device)
+        show_kernels(seen)
     middle = {name: statistics.median(taken) for name, taken in times.items()}
     return [
         {

@@ -80,13 +80,12 @@ class Replays:
         full: why none is recorded any more; None where some may be.
     """
 
-    full: str | None = None
-
     def __init__(self) -> None:
         self._records: OrderedDict[Hashable, _Record] = OrderedDict()
         self._runs: dict[Hashable, int] = {}
         self._widths: dict[Hashable, dict[int, int | None]] = {}
         self.refused: dict[Hashable, str] = {}
+        self.full: str | None = None
         self._state: State | None = None
         self._pool: Any = None
 
@@ -206,9 +205,13 @@ def replays_of(model: nn.Module) -> Replays:
     return _REPLAYS.setdefault(model, Replays())
 
 
+def _holding() -> list[Replays]:
+    return [records for records in _REPLAYS.values() if records.recorded]
+
+
 def _share(device: torch.device) -> float:
     """Of a GPU's memory, what records of all models have taken: their pools, and their inputs, which lie outside of these."""
-    holding = [records for records in _REPLAYS.values() if records.recorded]
+    holding = _holding()
     pools = {tuple(records._pool) for records in holding}
     taken = sum(
         segment["total_size"]
@@ -222,7 +225,7 @@ def _share(device: torch.device) -> float:
 
 def released() -> bool:
     """Throw all records of all models away, where a step found no memory, not to be made again; whether there were any."""
-    holding = [records for records in _REPLAYS.values() if records.recorded]
+    holding = _holding()
     for records in holding:
         keys = list(records._records)
         records.forget()

@@ -25,6 +25,7 @@ Unit = tuple[Any, ...]
 Progress = Callable[[int, int], None]
 """Called with (units done, units in all)."""
 State = TypeVar("State")
+Found = TypeVar("Found")
 Anew = Callable[[Run, str], "Sequence[Lot]"]
 """Makes the lots of a run in another process, on a device; it can be pickled."""
 
@@ -258,53 +259,47 @@ _kept: dict[str, Any] = {}
 
 
 def _within_memory(prepare: Callable[[], State], too_large: Callable[[None], AnchorsError]) -> State:
-    from anchors.model.replay import released
-
-    for again in (False, True):
-        try:
-            return prepare()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            why = error.with_traceback(None)  # whose frames hold the tensors that did not fit
-        if again or not released():
-            break
-        torch.cuda.empty_cache()
-    raise too_large(None) from why
+    found = _tried(prepare)
+    if found is None:
+        raise too_large(None)
+    return found[0]
 
 
 def _halving(
     lot: Lot[State], state: State, batch: Sequence[Unit]
 ) -> Iterator[tuple[Sequence[Unit], pd.DataFrame]]:
-    """Measure a batch. Out of memory gives back what recorded steps hold, and tries once more; then it halves the batch, and
-    goes on."""
-    from anchors.model.replay import released
-
-    stack, again = [batch], None
+    """Measure a batch; out of memory halves it and goes on."""
+    stack = [batch]
     while stack:
         part = stack.pop()
-        try:
-            rows = lot.measure(state, part)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            rows = None
-        if rows is not None:
-            yield part, rows
-            continue
-        # Outside of the handler: the error's frames hold the tensors that did not fit.
-        roomier = part is not again and released()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if roomier:
-            again = part
-            stack.append(part)
+        found = _tried(partial(lot.measure, state, part))
+        if found is not None:
+            yield part, found[0]
             continue
         if len(part) == 1:
             raise lot.too_large(part[0])
         middle = len(part) // 2
         log.warning("out of memory with %d at once; going on with %d", len(part), middle)
         stack += [part[middle:], part[:middle]]
+
+
+def _tried(run: Callable[[], Found]) -> tuple[Found] | None:
+    """What a run gives; None where memory does not suffice, also once recorded steps have given back what they hold."""
+    from anchors.model.replay import released
+
+    for again in (False, True):
+        try:
+            return (run(),)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        # Outside of the handler: the error's frames hold the tensors that did not fit.
+        more = not again and released()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not more:
+            break
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:
